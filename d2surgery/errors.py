@@ -1,0 +1,233 @@
+"""What can be wrong: one record, one exception, one table of codes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Severity = Literal["info", "warning", "error"]
+
+
+class Code(NamedTuple):
+    meaning: str
+    remedy: str
+
+
+CODES: dict[str, Code] = {
+    # The file itself.
+    "FILE_MISSING": Code("There is nothing at this path.", "Check the path; a hub id is written org/name[@revision]."),
+    "FILE_EMPTY": Code("The file has no bytes.", "Download or save it again."),
+    "FILE_UNREADABLE": Code("The operating system refused to read or write here.", "Check permissions and the disk."),
+    "LFS_POINTER": Code(
+        "The file is a Git LFS pointer: a clone without LFS left the address of the weights, not the weights.",
+        "Run `git lfs pull` in the clone, or download the file from the hub.",
+    ),
+    "NOT_SAFETENSORS": Code("The file does not begin like a safetensors file.", "Give a .safetensors or .bin file."),
+    "PICKLE": Code(
+        "The file is a pickle that holds more than tensors; loading it would run code.",
+        "Load it where you trust it and save its tensors as safetensors.",
+    ),
+    "TRUNCATED_FILE": Code("The file ends before its header says it does.", "Download or copy it again."),
+    "CORRUPT_HEADER": Code(
+        "The safetensors header is not one JSON object of tensor entries within its stated length.",
+        "Download or save the file again.",
+    ),
+    "DUPLICATE_KEY": Code(
+        "The header names one tensor twice; readers would silently keep the last.",
+        "Save the file again with distinct names.",
+    ),
+    "BAD_TENSOR_ENTRY": Code(
+        "A tensor's entry in the header contradicts itself, its neighbours or the file's size.",
+        "Save the file again; its bytes cannot be trusted to belong to the names.",
+    ),
+    "NO_WEIGHTS": Code("The directory holds no adapter weights.", "Expected adapter_model.safetensors or .bin in it."),
+    "SEVERAL_WEIGHTS": Code("The directory holds several weight files.", "Name the one you mean."),
+    "HUB_UNREACHABLE": Code("The hub id could not be downloaded.", "Check the id, the network and your token."),
+    # What an adapter file says.
+    "MISSING_CONFIG": Code(
+        "There is no adapter_config.json beside the weights and none inside the file, so the scaling is unknown.",
+        "Put the adapter_config.json of the same training beside the weights.",
+    ),
+    "BAD_CONFIG": Code("The adapter's config cannot be used as it stands.", "Correct the named field."),
+    "CONFIG_DISAGREES": Code(
+        "adapter_config.json and the config inside the weights file differ; the former was used.",
+        "Save the adapter again so that both agree.",
+    ),
+    "UNKNOWN_CONFIG_FIELD": Code(
+        "The config has a field this version does not know; it may change the numbers.",
+        "Check what wrote it; PEFT drops such fields with a warning.",
+    ),
+    "UNSUPPORTED_METHOD": Code(
+        "The file holds another method than LoRA, DoRA, Dual LoRA or D2-LoRA.",
+        "Use the tool that trained it to merge or convert it.",
+    ),
+    "UNSUPPORTED_VARIANT": Code(
+        "A LoRA variant whose update is not scaling times B times A.",
+        "Merge it with PEFT where PEFT can, or train without the variant.",
+    ),
+    "MUTATED_BASE": Code(
+        "The initialisation changed the base weights, so base + scaling·B·A is not the trained model.",
+        "Save with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA.",
+    ),
+    "LAYER_REPLICATION": Code(
+        "The adapter belongs to a model with repeated layers; its layer numbers do not name layers of this base.",
+        "Materialise the replicated base first.",
+    ),
+    "OLD_EXPERT_PACKING": Code(
+        "PEFT before 0.19.1 packed the experts' factors in another order and shape.",
+        "Load and save the adapter with the PEFT that trained it through a plain per-expert form, or retrain.",
+    ),
+    "AMBIGUOUS_PARAMETER": Code(
+        "Several parameters of one module are adapted and the file does not say which factors belong to which.",
+        "Only gate_up_proj and down_proj have a known order; train one parameter per adapter otherwise.",
+    ),
+    "FOREIGN_FORMAT": Code(
+        "The keys are those of another adapter format than PEFT's; its scaling is not read by this version.",
+        "Convert it to PEFT's form with the tool that wrote it.",
+    ),
+    "UNKNOWN_FORMAT": Code("No adapter format known here uses these keys.", "Check that this is an adapter file."),
+    "UNKNOWN_TENSOR": Code(
+        "A tensor that no known adapter form explains.",
+        "Find out what wrote it; merging without it would lose part of the adapter.",
+    ),
+    "MISSING_HALF": Code(
+        "One factor of a pair is missing; PEFT would quietly use the untrained initial value.",
+        "Get the complete file.",
+    ),
+    "MISSING_MAGNITUDE": Code(
+        "The config says DoRA but this module has no magnitude vector.",
+        "Get the complete file, or correct use_dora if it never was DoRA.",
+    ),
+    "RANK_MISMATCH": Code("The two factors of a pair do not share a rank.", "The file is damaged or a variant."),
+    "RANK_DISAGREES": Code(
+        "The rank of the tensors is not the rank the config gives for this module.",
+        "Correct r or rank_pattern; the scaling depends on it.",
+    ),
+    "SHAPE_UNEXPECTED": Code("A tensor does not have the shape its slot needs.", "Get the complete file."),
+    "EMPTY_TENSOR": Code(
+        "A tensor has no elements: a sharded trainer (ZeRO-3, FSDP) saved it without gathering.",
+        "Save again from the trainer with its parameters gathered.",
+    ),
+    "NOT_FINITE": Code("A tensor holds NaN or infinity.", "The training diverged or the file is damaged."),
+    "TWO_ADAPTERS": Code("The file holds the same slot under several adapter names.", "Save one adapter per file."),
+    "NOT_TARGETED": Code(
+        "The file has factors for a module the config does not target; PEFT would silently ignore them.",
+        "Correct target_modules, or remove the tensors.",
+    ),
+    "AMBIGUOUS_PATTERN": Code(
+        "Two rank or alpha patterns with different values match this module; the first in file order counts.",
+        "Make the patterns disjoint: PEFT sorts them when it saves, which changes the first.",
+    ),
+    "PATTERN_UNMATCHED": Code("A rank or alpha pattern matches no module of the file.", "Remove or correct it."),
+    "UNDECLARED_REPLACEMENT": Code(
+        "The file holds full weights that its config does not name; PEFT loads them over the base's, and so do we.",
+        "Nothing to do if they were trained.",
+    ),
+    "BIAS_NOT_SAVED": Code(
+        "bias='lora_only' was trained, but PEFT 0.7 to 0.20 did not save those biases: they are lost.",
+        "Train again with PEFT 0.21 or later if the biases matter.",
+    ),
+    "PEFT_IGNORES_BIAS": Code(
+        "A full bias of an adapted module under its old name; today's PEFT ignores it, we apply it.",
+        "Nothing to do if it was trained.",
+    ),
+    "UNEXPECTED_BIAS": Code(
+        "A full bias of an adapted module, although the config says bias='none'.",
+        "Correct the config's bias field, or remove the tensor.",
+    ),
+    "TOKEN_INDICES": Code(
+        "Trained token rows and the config's trainable_token_indices do not fit.", "Correct the config."
+    ),
+    # Where an adapter lands in a base.
+    "BAD_BASE": Code("The base is not a directory of safetensors weights.", "Give a Hugging Face model directory."),
+    "MISSING_SHARD": Code("The index names a weight file or tensor that is not there.", "Complete the download."),
+    "QUANTIZED_BASE": Code(
+        "The base is quantised; adding the adapter on its grid would lose most of it.",
+        "Merge into the unquantised base and quantise once afterwards.",
+    ),
+    "NO_SUCH_MODULE": Code("The base has no tensor for this module.", "Is this the base the adapter was trained on?"),
+    "AMBIGUOUS_MODULE": Code(
+        "The module's name fits several tensors of the base.", "Rename the modules to the base's full names."
+    ),
+    "SHAPE_MISMATCH": Code(
+        "The adapter's shape does not fit the base tensor.", "Is this the base the adapter was trained on?"
+    ),
+    "AMBIGUOUS_ORIENTATION": Code(
+        "A square weight, and nothing tells whether the base stores it (out, in) or (in, out).",
+        "Give the base with a config.json that names its model_type.",
+    ),
+    "GROUPED_CONV": Code("The base convolution is grouped; its update is not one product.", "PEFT refuses it too."),
+    "UNKNOWN_TIE": Code(
+        "The input embedding is tied to an output whose name is not known for this architecture.",
+        "Untie the base (save it with tie_word_embeddings=false) and merge again.",
+    ),
+    "NEVER_CALLED": Code(
+        "An encoder-decoder's `shared` embedding is adapted, but transformers 5 never calls that module: it reads the "
+        "tied encoder and decoder embeddings, which this adapter leaves as they are.",
+        "If it was trained with transformers 4, where `shared` was the input embedding, rename the module.",
+    ),
+    "ZERO_NORM": Code(
+        "A vector of the adapted weight has length zero, so its direction is undefined.",
+        "The base or the adapter is not the one that was trained.",
+    ),
+    "TIE_BROKEN_BY_FILE": Code(
+        "ensure_weight_tying is set, but the two tied adapters in the file differ.",
+        "Correct ensure_weight_tying, or save the adapter again.",
+    ),
+    # Merging.
+    "STRENGTH": Code(
+        "Replaced weights and rows have no strength between 0 and 1.", "Merge with --strength 1, or without them."
+    ),
+    "OUTPUT_EXISTS": Code("There is something at the output path.", "Remove it or choose another path."),
+    "RESUME_MISMATCH": Code(
+        "The unfinished merge at this path was made from other inputs, options or versions.",
+        "Remove the .partial directory and merge again.",
+    ),
+    "DISK_FULL": Code("There is not enough space on the disk.", "Free space and run again with --resume."),
+    "MEMORY": Code("The merge needs more memory than --max-memory allows.", "Raise --max-memory."),
+    "USAGE": Code("The arguments do not fit together.", "See --help."),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong: what, where, what was wanted, what was found."""
+
+    code: str
+    message: str
+    severity: Severity = "error"
+    file: str = ""
+    module: str = ""
+    wanted: str = ""
+    got: str = ""
+
+    def __post_init__(self) -> None:
+        CODES[self.code]  # a code nobody can explain is a bug
+
+    @property
+    def remedy(self) -> str:
+        return CODES[self.code].remedy
+
+    def __str__(self) -> str:
+        where = ": ".join(part for part in (self.file, self.module) if part)
+        details = "; ".join(f"{k} {v}" for k, v in (("wanted", self.wanted), ("got", self.got)) if v)
+        return f"{self.code}{f' {where}' if where else ''}: {self.message}{f' ({details})' if details else ''}"
+
+
+class D2SurgeryError(Exception):
+    """Raised with every problem that was found, not only the first."""
+
+    def __init__(self, *problems: Problem) -> None:
+        self.problems = problems
+        super().__init__("\n".join(map(str, problems)))
+
+
+def refuse(code: str, message: str, **details: str) -> D2SurgeryError:
+    """The error that says one thing."""
+    return D2SurgeryError(Problem(code=code, message=message, **details))  # type: ignore[arg-type]
+
+
+def raise_errors(problems: Iterable[Problem]) -> None:
+    """Raise if any problem is an error; warnings and notes pass."""
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors:
+        raise D2SurgeryError(*errors)

@@ -1,0 +1,110 @@
+"""Adapter formats that this version recognises by their keys but does not read.
+
+    format        down factor                      up factor                      ranks from
+    kohya         <name>.lora_down.weight (r, in)  <name>.lora_up.weight (out, r)  rows of down
+    diffusers     <name>.lora.down.weight (r, in)  <name>.lora.up.weight (out, r)  rows of down
+    diffusers     PEFT's leaves under unet., transformer. or text_encoder, without a config
+    mlx           <name>.lora_a (in, r)            <name>.lora_b (r, out)          columns of lora_a
+    torchtune     <name>.lora_a.weight (r, in)     <name>.lora_b.weight (out, r)   rows of lora_a
+    lycoris, …    recognised by one leaf, not taken apart
+
+`inspect` prints modules and ranks; the scaling is unknown, so `merge` refuses.  Facts: kohya-ss/sd-scripts, LyCORIS,
+diffusers, mlx-lm and torchtune as published.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from typing import Any, NamedTuple
+
+from d2surgery.errors import Problem
+from d2surgery.header import Header
+from d2surgery.layout import AdapterLayout, Layout
+
+
+class _Pairs(NamedTuple):
+    format: str
+    down: str
+    up: str
+    transposed: bool = False
+
+
+_PAIRED = (
+    _Pairs("kohya", ".lora_down.weight", ".lora_up.weight"),
+    _Pairs("diffusers", ".lora.down.weight", ".lora.up.weight"),
+    _Pairs("diffusers", "_lora.down.weight", "_lora.up.weight"),
+    _Pairs("diffusers", ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    _Pairs("diffusers", ".lora_A.weight", ".lora_B.weight"),
+    _Pairs("torchtune", ".lora_a.weight", ".lora_b.weight"),
+    _Pairs("mlx", ".lora_a", ".lora_b", transposed=True),
+)
+_LEAVES = {  # leaf -> format, where no pair is taken apart
+    "hada_w1_a": "lycoris (LoHa)",
+    "lokr_w1": "lycoris (LoKr)",
+    "lokr_w1_a": "lycoris (LoKr)",
+    "oft_blocks": "lycoris (OFT)",
+    "vera_lambda_b": "PEFT VeRA without its config",
+    "oft_R": "PEFT OFT without its config",
+    "boft_R": "PEFT BOFT without its config",
+    "ia3_l": "PEFT IA3 without its config",
+    "prompt_embeddings": "PEFT prompt tuning without its config",
+}
+
+
+def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
+    """Never None: a file that fits no table is of the format "unknown"."""
+    counts = [sum(key.endswith(pairs.down) for key in header.tensors) for pairs in _PAIRED]
+    leaves = Counter(_LEAVES[leaf] for key in header.tensors for leaf in key.split(".") if leaf in _LEAVES)
+    if not any(counts) and not leaves:
+        return _layout(header, config, "unknown", {}, "UNKNOWN_FORMAT", "no adapter's keys")
+    if max(counts) < sum(leaves.values()) or not any(counts):
+        name = leaves.most_common(1)[0][0]
+        return _layout(header, config, name, {}, "FOREIGN_FORMAT", f"the keys are those of {name}")
+    pairs = _PAIRED[counts.index(max(counts))]
+    adapters = {a.module: a for key in header.tensors if (a := _adapter(header, key, pairs)) is not None}
+    message = f"the keys are those of {pairs.format}: {len(adapters)} pairs"
+    return _layout(header, config, pairs.format, adapters, "FOREIGN_FORMAT", message)
+
+
+def _layout(
+    header: Header,
+    config: Mapping[str, Any] | None,
+    format: str,
+    adapters: Mapping[str, AdapterLayout],
+    code: str,
+    message: str,
+) -> Layout:
+    used = {key for adapter in adapters.values() for key in adapter.slots.values()}
+    problem = Problem(code=code, message=message, file=str(header.files[0]))
+    unread = tuple(key for key in header.tensors if key not in used)
+    return Layout(
+        path=header.files[0],
+        format=format,
+        header=header,
+        config=config or {},
+        adapters=adapters,
+        unread=unread,
+        problems=(problem,),
+    )
+
+
+def _adapter(header: Header, key: str, pairs: _Pairs) -> AdapterLayout | None:
+    up_key = key.removesuffix(pairs.down) + pairs.up
+    if not key.endswith(pairs.down) or up_key not in header.tensors:
+        return None
+    down, up = header.tensors[key], header.tensors[up_key]
+    if min(len(down.shape), len(up.shape)) < 2:
+        return None
+    down_shape = down.shape[::-1] if pairs.transposed else down.shape
+    up_shape = up.shape[::-1] if pairs.transposed else up.shape
+    return AdapterLayout(
+        module=key.removesuffix(pairs.down),
+        kind="lora",
+        stored="linear" if len(down_shape) == 2 else "conv",
+        slots={"A": key, "B": up_key},
+        ranks={"update": down_shape[0]},
+        out_features=up_shape[0],
+        in_features=prod(down_shape[1:]),
+        dtype=down.dtype,
+        scaling=None,
+    )

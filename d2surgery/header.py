@@ -1,0 +1,239 @@
+"""The safetensors header: read and checked before a byte of data is trusted, without torch.
+
+    8 bytes   little-endian length n of the header
+    n bytes   JSON: {"name": {"dtype", "shape", "data_offsets": [start, stop]}, …, "__metadata__": {str: str}}
+    the rest  the tensors, back to back, without a gap
+
+A checkpoint may be one such file or several with a `*.safetensors.index.json`.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
+
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+MAX_HEADER = 100_000_000
+INDEX = "model.safetensors.index.json"
+
+_MAGICS = (  # (first bytes, code, what it is)
+    (b"version https://git-lfs", "LFS_POINTER", "a Git LFS pointer"),
+    (b"PK\x03\x04", "NOT_SAFETENSORS", "a zip archive, perhaps a PyTorch .bin under another name"),
+    (b"\x80\x02", "NOT_SAFETENSORS", "a pickle"),
+    (b"GGUF", "NOT_SAFETENSORS", "a GGUF file"),
+    (b"<", "NOT_SAFETENSORS", "a web page"),
+)
+
+
+class TensorInfo(NamedTuple):
+    """One tensor as its header gives it; `start` and `stop` are absolute byte offsets in `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """The names and shapes of one or several safetensors files."""
+
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of one file. Raises D2SurgeryError with every fault found."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(64)
+            _check_magic(path, head, size)
+            length = struct.unpack("<Q", head[:8])[0]
+            _check_length(path, length, size)
+            file.seek(8)
+            text = file.read(length)
+    except FileNotFoundError:
+        raise refuse("FILE_MISSING", "no such file", file=str(path)) from None
+    except OSError as error:
+        raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(path)) from None
+    entries, metadata = _parse(path, text)
+    tensors = _checked(path, entries, 8 + length, size)
+    return Header((path,), tensors, metadata)
+
+
+def read_checkpoint_header(directory: Path) -> Header:
+    """The joint header of a model directory: `model.safetensors`, or the shards of its index, or the only file."""
+    index = directory / INDEX
+    if not index.exists():
+        files = sorted(directory.glob("*.safetensors"))
+        if (directory / "model.safetensors") in files:
+            files = [directory / "model.safetensors"]
+        if len(files) != 1:
+            raise refuse("BAD_BASE", "no model.safetensors and no index", file=str(directory), got=_listing(directory))
+        return read_header(files[0])
+    weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+    headers = {name: _shard(index, name) for name in sorted(set(weight_map.values()))}
+    raise_errors(
+        problem for header in headers.values() if isinstance(header, D2SurgeryError) for problem in header.problems
+    )
+    shards = {name: header for name, header in headers.items() if isinstance(header, Header)}
+    tensors = {name: info for header in shards.values() for name, info in header.tensors.items()}
+    problems = [
+        Problem(code="MISSING_SHARD", message=f"{name} is not in {shard}", file=str(index))
+        for name, shard in weight_map.items()
+        if name not in shards[shard].tensors
+    ]
+    counts = sum(len(header.tensors) for header in shards.values())
+    if counts != len(tensors):
+        problems.append(Problem(code="DUPLICATE_KEY", message="a tensor stands in two shards", file=str(index)))
+    raise_errors(problems)
+    first = next(iter(shards.values()))
+    return Header(tuple(file for header in shards.values() for file in header.files), tensors, first.metadata)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from disk. Raises D2SurgeryError BAD_CONFIG when it is anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise refuse("FILE_MISSING", "no such file", file=str(path)) from None
+    except OSError as error:
+        raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(path)) from None
+    except ValueError as error:
+        raise refuse("BAD_CONFIG", f"not JSON: {error}", file=str(path)) from None
+    if not isinstance(value, dict):
+        raise refuse("BAD_CONFIG", "wanted a JSON object", file=str(path), got=type(value).__name__)
+    return value
+
+
+def _shard(index: Path, name: str) -> Header | D2SurgeryError:
+    path = index.parent / name
+    if not path.exists():
+        return refuse("MISSING_SHARD", f"the index names {name}, which is not there", file=str(index))
+    try:
+        return read_header(path)
+    except D2SurgeryError as error:
+        return error
+
+
+def _listing(directory: Path) -> str:
+    if not directory.is_dir():
+        return "not a directory"
+    return ", ".join(sorted(path.name for path in directory.iterdir())[:8]) or "an empty directory"
+
+
+def _check_magic(path: Path, head: bytes, size: int) -> None:
+    if size == 0:
+        raise refuse("FILE_EMPTY", "the file has no bytes", file=str(path))
+    for magic, code, name in _MAGICS:
+        if head.startswith(magic):
+            raise refuse(code, f"the file is {name}", file=str(path), wanted="safetensors", got=f"{size} bytes")
+    if size < 8:
+        raise refuse("TRUNCATED_FILE", "shorter than any header", file=str(path), got=f"{size} bytes")
+
+
+def _check_length(path: Path, length: int, size: int) -> None:
+    if length > MAX_HEADER:
+        raise refuse(
+            "CORRUPT_HEADER",
+            "the stated header length is absurd: not a safetensors file, or its first bytes are damaged",
+            file=str(path),
+            wanted=f"at most {MAX_HEADER} bytes",
+            got=f"{length}",
+        )
+    if 8 + length > size:
+        raise refuse(
+            "TRUNCATED_FILE",
+            "the file ends inside its header",
+            file=str(path),
+            wanted=f"at least {8 + length} bytes",
+            got=f"{size}",
+        )
+
+
+def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    duplicates: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            duplicates.extend(sorted({name for name in names if names.count(name) > 1}))
+        return found
+
+    try:
+        entries = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise refuse("CORRUPT_HEADER", f"the header is not JSON: {error}", file=str(path)) from None
+    if not isinstance(entries, dict):
+        raise refuse("CORRUPT_HEADER", "wanted a JSON object", file=str(path), got=type(entries).__name__)
+    raise_errors(
+        Problem(code="DUPLICATE_KEY", message=f"{name} stands twice in the header", file=str(path))
+        for name in duplicates
+    )
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise refuse("CORRUPT_HEADER", "__metadata__ must map strings to strings", file=str(path))
+    return entries, metadata
+
+
+def _checked(path: Path, entries: dict[str, Any], data: int, size: int) -> dict[str, TensorInfo]:
+    problems: list[Problem] = []
+    tensors: dict[str, TensorInfo] = {}
+    for name, entry in entries.items():
+        try:
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            start, stop = entry["data_offsets"]
+            fault = _fault(dtype, shape, start, stop)
+        except (TypeError, KeyError, ValueError):
+            fault = "wanted dtype, shape and two data_offsets"
+        if fault:
+            problems.append(Problem(code="BAD_TENSOR_ENTRY", message=fault, file=str(path), module=name))
+        else:
+            tensors[name] = TensorInfo(path, dtype, shape, data + start, data + stop)
+    position = data
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start != position and not problems:
+            fault = "overlaps the tensor before it" if info.start < position else "leaves bytes nobody owns before it"
+            problems.append(Problem(code="BAD_TENSOR_ENTRY", message=fault, file=str(path), module=name))
+        position = max(position, info.stop)
+    if position > size:
+        problems.append(_size_problem("TRUNCATED_FILE", "the file ends before its tensors do", path, position, size))
+    elif position < size and not problems:
+        problems.append(_size_problem("BAD_TENSOR_ENTRY", "bytes after the last tensor", path, position, size))
+    raise_errors(problems)
+    return tensors
+
+
+def _fault(dtype: Any, shape: tuple[Any, ...], start: Any, stop: Any) -> str:
+    if dtype not in BITS:
+        return f"unknown dtype {dtype!r}"
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)) or stop < start:
+        return f"shape {shape} or offsets [{start}, {stop}] are not counts"
+    want = prod(shape) * BITS[dtype] // 8
+    return "" if stop - start == want else f"{dtype} {shape} needs {want} bytes, its offsets span {stop - start}"
+
+
+def _size_problem(code: str, message: str, path: Path, want: int, got: int) -> Problem:
+    return Problem(code=code, message=message, file=str(path), wanted=f"{want} bytes", got=f"{got}")

@@ -1,0 +1,58 @@
+"""Where an adapter's files are: a file, a directory, or a hub id."""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from d2surgery.errors import refuse
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+class AdapterFiles(NamedTuple):
+    weights: Path
+    config: Path | None
+
+
+def locate(adapter: str | os.PathLike[str]) -> AdapterFiles:
+    """The weights and, where it exists, the config. A hub id is downloaded through huggingface_hub's cache;
+    the hub is never contacted when the path exists locally.
+
+    Raises D2SurgeryError: FILE_MISSING, NO_WEIGHTS, SEVERAL_WEIGHTS, HUB_UNREACHABLE.
+    """
+    path = Path(adapter)
+    if not path.exists() and _HUB_ID.fullmatch(str(adapter)):
+        path = _download(str(adapter))
+    if path.is_dir():
+        path = _weights_in(path)
+    elif not path.exists():
+        raise refuse("FILE_MISSING", "no such file or directory", file=str(adapter))
+    config = path.parent / "adapter_config.json"
+    return AdapterFiles(path, config if config.exists() else None)
+
+
+def _weights_in(directory: Path) -> Path:
+    for name in WEIGHTS:  # PEFT's order: safetensors wins where both exist
+        if (directory / name).exists():
+            return directory / name
+    found = sorted(p for p in directory.iterdir() if p.suffix in (".safetensors", ".bin"))
+    if not found:
+        got = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "an empty directory"
+        raise refuse("NO_WEIGHTS", "no adapter weights", file=str(directory), wanted=" or ".join(WEIGHTS), got=got)
+    if len(found) > 1:
+        raise refuse("SEVERAL_WEIGHTS", "which one?", file=str(directory), got=", ".join(p.name for p in found[:8]))
+    return found[0]
+
+
+def _download(hub_id: str) -> Path:
+    import huggingface_hub  # half a second, and only here
+
+    repository, _, revision = hub_id.partition("@")
+    patterns = ["adapter_config.json", *WEIGHTS, "*.safetensors"]
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        message = f"no such local path, and the hub did not give it: {str(error).splitlines()[0][:200]}"
+        raise refuse("HUB_UNREACHABLE", message, file=hub_id) from None
