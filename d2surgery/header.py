@@ -82,6 +82,15 @@ def read_header(path: Path) -> Header:
     return Header((path,), tensors, metadata)
 
 
+def is_pickle(path: Path) -> bool:
+    """Does the file begin like one that torch.save wrote: a zip archive, or before PyTorch 1.6 a bare pickle?"""
+    try:
+        with path.open("rb") as file:
+            return file.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
+    except OSError:
+        return False  # read_header says why
+
+
 def read_checkpoint_header(directory: Path) -> Header:
     """The joint header of a model directory: `model.safetensors`, or the shards of its index, or the only file."""
     index = directory / INDEX

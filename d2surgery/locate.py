@@ -9,6 +9,7 @@ from d2surgery.errors import refuse
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PICKLES = (".bin", ".pt", ".pth")
 
 
 class AdapterFiles(NamedTuple):

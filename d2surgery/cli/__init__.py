@@ -1,0 +1,110 @@
+"""The command line: `d2surgery VERB …`.
+
+A verb is a module of this package with a click command named `command`, and a line in `VERBS`; it is imported only
+when it runs, so that `--help` and light verbs stay fast. Errors become text and exit codes here and nowhere else.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+import click
+
+from d2surgery.cli import output
+from d2surgery.errors import D2SurgeryError, Problem
+
+
+class Verb(NamedTuple):
+    heading: str
+    summary: str
+    example: str
+
+
+VERBS = {
+    "inspect": Verb("Look", "What an adapter is: kinds, ranks, scalings, problems.", "d2surgery inspect ./my-adapter"),
+    "explain": Verb("Help", "What a problem code means and what to do.", "d2surgery explain MISSING_HALF"),
+}
+FAILED = 2
+INTERRUPTED = 130
+PIPE_CLOSED = 141  # as a shell reports SIGPIPE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 verdict fail, 2 not done, 3 inconclusive, 130 Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    output.tolerate_any_text()
+    try:
+        code = _run(arguments or ["--help"])
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:  # piped into head: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except click.UsageError as error:
+        output.emit_failure(_usage(error), as_json="--json" in arguments)
+    except D2SurgeryError as error:
+        output.emit_failure(error.problems, as_json="--json" in arguments)
+    except OSError as error:
+        output.emit_failure([_from_system(error)], as_json="--json" in arguments)
+    return FAILED
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        with _group.make_context("d2surgery", arguments) as context:
+            code = _group.invoke(context)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    return code if isinstance(code, int) else 0
+
+
+def _usage(error: click.UsageError) -> list[Problem]:
+    verb = error.ctx.command_path if error.ctx else "d2surgery"
+    return [Problem(code="USAGE", message=error.format_message(), file=verb)]
+
+
+def _from_system(error: OSError) -> Problem:
+    code = "DISK_FULL" if error.errno == errno.ENOSPC else "FILE_UNREADABLE"
+    return Problem(code=code, message=error.strerror or str(error), file=str(error.filename or ""))
+
+
+class _Lazy(click.Group):
+    """Lists verbs from the table and imports the one that runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = import_module(f"d2surgery.cli.{cmd_name}").command
+        command.epilog = f"\b\nExample:\n  {VERBS[cmd_name].example}"
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, VERBS))
+        for heading in dict.fromkeys(verb.heading for verb in VERBS.values()):
+            with formatter.section(heading):
+                rows = [(name.ljust(width), verb.summary) for name, verb in VERBS.items() if verb.heading == heading]
+                formatter.write_dl(rows)
+        with formatter.section("Examples"):
+            formatter.write("".join(f"  {verb.example}\n" for verb in VERBS.values()))
+
+
+@click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="d2surgery", message="%(prog)s %(version)s")
+def _group() -> None:
+    """Model surgery: read, inspect and merge LoRA, DoRA, Dual LoRA and D2-LoRA adapters.
+
+    ADAPTER is a file, a directory, or a hub id org/name[@revision]; what exists locally is never downloaded.
+
+    Exit codes: 0 done or pass, 1 verdict fail, 2 could not be done, 3 inconclusive, 130 interrupted.
+    """

@@ -1,0 +1,271 @@
+"""`d2surgery inspect`: what an adapter is, from its header alone unless values are asked for."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from d2surgery.cli import output
+from d2surgery.errors import Problem
+from d2surgery.formats import open_layout
+from d2surgery.layout import AdapterLayout, Layout
+
+SEVERITIES = ("info", "warning", "error")  # from the mildest
+NAMES = {"lora": "LoRA", "dora": "DoRA", "duallora": "Dual LoRA", "d2lora": "D2-LoRA"}
+MANY = 3  # problems that differ only in their module are shown together from here
+NUMBERS = ("frobenius_norm", "spectral_norm", "entropy_rank", "stable_rank", "energy_rank_90")
+
+Numbers = Mapping[str, Mapping[str, float | int | None]]  # module -> name -> value
+
+
+@click.command(name="inspect")
+@click.argument("adapter")
+@click.option("--per-layer", is_flag=True, help="One line per module instead of one per kind of module.")
+@click.option("--numbers", is_flag=True, help="Also read the values: norms and ranks of each update, NaN, infinity.")
+@click.option("--base", type=click.Path(path_type=Path), help="Also check that it fits this model directory.")
+@click.option(
+    "--fail-on",
+    type=click.Choice([*SEVERITIES, "never"]),
+    default="error",
+    show_default=True,
+    help="Exit with 1 when a problem is this bad or worse.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+@click.option("--quiet", is_flag=True, help="Print problems only.")
+def command(
+    adapter: str, per_layer: bool, numbers: bool, base: Path | None, fail_on: str, as_json: bool, quiet: bool
+) -> int:
+    """What an adapter is: format, kinds, base, ranks, scalings, targets, and everything wrong with it.
+
+    Reads names and shapes only, so it takes a moment and cannot see NaN; --numbers reads the values too.
+    """
+    layout = open_layout(adapter)
+    problems = list(layout.problems)
+    values: Numbers | None = None
+    if numbers:
+        values, found = _read_numbers(adapter, layout)
+        problems += found
+    if base is not None:
+        problems += _misfits(layout, base)
+    layout = replace(layout, problems=tuple(problems))
+    if as_json:
+        output.emit_json(_document(layout, values))
+    else:
+        for line in output.problem_lines(_gathered(problems)) if quiet else _text(layout, per_layer, values):
+            output.emit(line)
+    return int(_worst(problems) >= [*SEVERITIES, "never"].index(fail_on))
+
+
+def _worst(problems: Iterable[Problem]) -> int:
+    """The index into SEVERITIES of the worst problem, -1 for none."""
+    return max((SEVERITIES.index(problem.severity) for problem in problems), default=-1)
+
+
+def _read_numbers(adapter: str, layout: Layout) -> tuple[Numbers, list[Problem]]:
+    from d2surgery.cli.numbers import read_numbers  # torch, and only here
+
+    return read_numbers(adapter, layout)
+
+
+def _misfits(layout: Layout, base: Path) -> list[Problem]:
+    from d2surgery.header import read_checkpoint_header, read_json
+    from d2surgery.sites import sites
+
+    config = base / "config.json"
+    found = sites(layout, read_checkpoint_header(base), read_json(config) if config.exists() else {})
+    return list(found.problems)
+
+
+# As JSON --------------------------------------------------------------------------------------------------------------
+
+
+def _document(layout: Layout, numbers: Numbers | None) -> dict[str, Any]:
+    return {
+        "path": str(layout.path),
+        "format": layout.format,
+        "peft_version": layout.config.get("peft_version"),
+        "kinds": layout.kinds,
+        "base_model": layout.base_model,
+        "file_bytes": layout.path.stat().st_size,
+        "values_read": numbers is not None,
+        "tensors_total": len(layout.header.tensors),
+        "tensors_accounted": len(list(layout.accounted())),
+        "modules": [
+            _module(a) | dict((numbers or {}).get(a.module, dict.fromkeys(NUMBERS) if numbers is not None else {}))
+            for a in layout.adapters.values()
+        ],
+        "replacements": [_replacement(layout, tensor, key) for tensor, key in layout.replacements.items()],
+        "rows": [
+            {"tensor": tensor, "key": rows.key, "indices": list(rows.indices)} for tensor, rows in layout.rows.items()
+        ],
+        "unread": list(layout.unread),
+        "problems": [output.record(problem) for problem in layout.problems],
+    }
+
+
+def _module(adapter: AdapterLayout) -> dict[str, Any]:
+    return {
+        "module": adapter.module,
+        "kind": adapter.kind,
+        "stored": adapter.stored,
+        "rank": adapter.rank,
+        "ranks": dict(adapter.ranks),
+        "scaling": adapter.scaling,
+        "along": adapter.along,
+        "tau": adapter.tau,
+        "form": adapter.form,
+        "experts": adapter.experts,
+        "out_features": adapter.out_features,
+        "in_features": adapter.in_features,
+        "dtype": adapter.dtype,
+        "slots": dict(adapter.slots),
+    }
+
+
+def _replacement(layout: Layout, tensor: str, key: str) -> dict[str, Any]:
+    info = layout.header.tensors[key]
+    return {"tensor": tensor, "key": key, "shape": list(info.shape), "dtype": info.dtype}
+
+
+# As text --------------------------------------------------------------------------------------------------------------
+
+
+def _text(layout: Layout, per_layer: bool, numbers: Numbers | None) -> Iterable[str]:
+    """Verdict, why, what is in it, coverage."""
+    yield from _verdict(layout)
+    yield from output.problem_lines(_gathered(layout.problems))
+    if layout.adapters:
+        yield ""
+        groups = [[a] for a in layout.adapters.values()] if per_layer else _groups(layout.adapters.values())
+        yield from output.table([_row(group, per_layer, numbers) for group in groups])
+    if layout.replacements or layout.rows:
+        yield ""
+        yield "replacing the base's values:"
+        yield from output.table([*_replacement_rows(layout), *_token_rows(layout)])
+    yield ""
+    yield _coverage(layout)
+    if numbers is None:
+        yield "Names and shapes only: NaN would not show. --numbers reads the values."
+
+
+def _verdict(layout: Layout) -> list[str]:
+    tally = [
+        output.count(n, {"info": "note"}.get(severity, severity))
+        for severity in reversed(SEVERITIES)
+        if (n := sum(problem.severity == severity for problem in layout.problems))
+    ]
+    worst = SEVERITIES[_worst(layout.problems)] if layout.problems else "ok"
+    verdict = output.style("OK" if worst in ("ok", "info") else worst.upper(), output.COLOURS[worst])
+    what = " and ".join(NAMES[kind] for kind in layout.kinds) or "no adapter"
+    version = f" {layout.config['peft_version']}" if layout.config.get("peft_version") else ""
+    facts = [
+        f"  file    {layout.path}, {output.size(layout.path.stat().st_size)}",
+        f"  format  {layout.format}{version}",
+        f"  base    {layout.base_model or 'not named'}",
+    ]
+    on = f"{what} on {output.count(len(layout.adapters), 'module')}"
+    return [f"{verdict}  {': '.join(filter(None, [on, ', '.join(tally)]))}", *map(output.printable, facts)]
+
+
+def _gathered(problems: Iterable[Problem]) -> list[Problem]:
+    """Without the file, which stands above; of many modules with one fault the first and a count (--json has each)."""
+    alike: dict[tuple[str, ...], list[Problem]] = {}
+    for p in problems:
+        alike.setdefault((p.code, p.severity, p.message, p.wanted, p.got), []).append(replace(p, file=""))
+    lines: list[Problem] = []
+    for first, *others in alike.values():
+        if len(others) < MANY:
+            lines += [first, *others]
+        else:
+            lines.append(replace(first, module=f"{first.module} and {len(others)} more"))
+    return lines
+
+
+def _groups(adapters: Iterable[AdapterLayout]) -> list[list[AdapterLayout]]:
+    """Those of the same name, kind and shape, across layers."""
+    groups: dict[tuple[object, ...], list[AdapterLayout]] = {}
+    for a in adapters:
+        key = (_leaf(a.module), a.kind, a.stored, a.experts, a.out_features, a.in_features, a.dtype)
+        groups.setdefault(key, []).append(a)
+    return list(groups.values())
+
+
+def _leaf(module: str) -> str:
+    """The part of a name that layers share: `q_proj`, `to_out.0`, `unet_down_blocks_*_proj_in`."""
+    if "." not in module:
+        return re.sub(r"(?<=_)\d+(?=_|$)", "*", module)
+    return re.split(r"\.(?=[^.]*[^\d.][^.]*(?:\.\d+)*$)", module)[-1]
+
+
+def _row(group: list[AdapterLayout], per_layer: bool, numbers: Numbers | None) -> list[str]:
+    first = group[0]
+    special = [NAMES[first.kind]] if first.kind != "lora" else []
+    special += [first.stored] if first.stored in ("embedding", "conv") else []
+    special += [f"{first.experts} experts"] if first.experts > 1 else []
+    special += [f"along {first.along}"] if first.kind == "d2lora" else []
+    return [
+        first.module if per_layer else f"{_leaf(first.module)} ×{len(group)}",
+        "rank " + _ranks(group),
+        "scaling " + _range([a.scaling for a in group]),
+        f"({first.in_features} → {first.out_features})",
+        first.dtype,
+        *([" ".join(special)] if special else [""]),
+        *([] if numbers is None else [_norms(group, numbers)]),
+    ]
+
+
+def _ranks(group: list[AdapterLayout]) -> str:
+    """`8`, `2–16`, or per group of factors `4+4`."""
+    each = [_span([a.ranks[name] for a in group]) for name in group[0].ranks]
+    return "+".join(each)
+
+
+def _span(values: list[int]) -> str:
+    return str(min(values)) if min(values) == max(values) else f"{min(values)}–{max(values)}"
+
+
+def _range(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known or min(known) == max(known):
+        return output.number(known[0] if known else None)
+    return f"{output.number(min(known))}–{output.number(max(known))}"
+
+
+def _norms(group: list[AdapterLayout], numbers: Numbers) -> str:
+    """The mean over the group of what the values tell of the updates."""
+    columns = {"frobenius_norm": "‖·‖F", "spectral_norm": "‖·‖2", "entropy_rank": "entropy rank"}
+    cells = []
+    for name, label in columns.items():
+        known = [v for a in group if (v := numbers.get(a.module, {}).get(name)) is not None]
+        cells.append(f"{label} {output.number(sum(known) / len(known) if known else None)}")
+    return " ".join(cells)
+
+
+def _replacement_rows(layout: Layout) -> list[list[str]]:
+    return [
+        [tensor, " × ".join(map(str, info.shape)), info.dtype]
+        for tensor, key in layout.replacements.items()
+        for info in [layout.header.tensors[key]]
+    ]
+
+
+def _token_rows(layout: Layout) -> list[list[str]]:
+    return [
+        [tensor, output.count(len(rows.indices), "row"), layout.header.tensors[rows.key].dtype]
+        for tensor, rows in layout.rows.items()
+    ]
+
+
+def _coverage(layout: Layout) -> str:
+    slots = sum(len(adapter.slots) for adapter in layout.adapters.values())
+    unaccounted = len(layout.header.tensors) - len(list(layout.accounted()))
+    parts = [
+        f"{slots} in {output.count(len(layout.adapters), 'adapter')}",
+        output.count(len(layout.replacements), "replacement"),
+        *([f"token rows in {len(layout.rows)}"] if layout.rows else []),
+        f"{unaccounted} unaccounted",
+    ]
+    return f"{output.count(len(layout.header.tensors), 'tensor')}: {', '.join(parts)}"

@@ -1,0 +1,111 @@
+"""What every verb prints with: JSON documents, problem lines, tables that fit the terminal."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from io import TextIOWrapper
+from typing import Any
+
+import click
+
+from d2surgery.errors import Problem
+
+SCHEMA_VERSION = 1
+COLOURS = {"error": "red", "warning": "yellow", "info": "cyan", "ok": "green"}
+
+
+def tolerate_any_text() -> None:
+    """Names in files are anybody's text; a character the terminal lacks must not end in a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def emit(line: str = "", *, err: bool = False) -> None:
+    click.echo(line, err=err, color=False if os.environ.get("NO_COLOR") else None)
+
+
+def emit_json(document: Mapping[str, Any]) -> None:
+    """One document on stdout; NaN has no JSON form, so it raises ValueError here and not at the reader's."""
+    click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **document}, allow_nan=False))
+
+
+def emit_failure(problems: Sequence[Problem], *, as_json: bool) -> None:
+    """What stopped a command: on stdout as JSON, or on stderr as text."""
+    if as_json:
+        emit_json({"error": str(problems[0]), "problems": [record(problem) for problem in problems]})
+        return
+    for line in problem_lines(problems):
+        emit(line, err=True)
+
+
+def record(problem: Problem) -> dict[str, str]:
+    """A problem as JSON: its fields and its remedy."""
+    names = ("code", "severity", "file", "module", "message", "wanted", "got", "remedy")
+    return {name: getattr(problem, name) for name in names}
+
+
+def problem_lines(problems: Iterable[Problem]) -> list[str]:
+    """`severity CODE where: message (wanted …; got …)`, a remedy under the last of those that share it."""
+    lines: list[str] = []
+    pending = ""
+    for problem in sorted(problems, key=lambda p: (list(COLOURS).index(p.severity), p.code)):
+        if pending and pending != problem.remedy:
+            lines.append(f"  {pending}")
+        pending = problem.remedy
+        lines.append(f"{style(problem.severity, COLOURS[problem.severity])} {printable(str(problem))}")
+    return [*lines, f"  {pending}"] if pending else lines
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
+    """Aligned columns; where they do not fit the terminal, the first on a line of its own."""
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if len(indent) + sum(widths) + 2 * (len(widths) - 1) <= columns():
+        return [(indent + "  ".join(map(str.ljust, row, widths))).rstrip() for row in rows]
+    return [line for first, *rest in rows for line in (indent + first, indent * 2 + ", ".join(filter(None, rest)))]
+
+
+def columns() -> int:
+    """The terminal's width; COLUMNS overrides it, and what is no terminal is wide."""
+    chosen = os.environ.get("COLUMNS", "")
+    if chosen.isdigit() and int(chosen):
+        return int(chosen)
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns
+    except (OSError, ValueError):
+        return 120
+
+
+def style(text: str, colour: str) -> str:
+    """Coloured; `emit` takes the colour off again where stdout is no terminal or NO_COLOR is set."""
+    return click.style(text, fg=colour)
+
+
+def printable(text: str) -> str:
+    """Escape what could move the cursor: tensor names come from strangers."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1.4 MiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def number(value: float | None) -> str:
+    """Four digits, always recognisable as a real number; a question mark where unknown."""
+    if value is None:
+        return "?"
+    text = f"{value:.4g}"
+    return text if any(c in text for c in ".en") else f"{text}.0"
+
+
+def count(amount: int, noun: str) -> str:
+    """`1 module`, `2 modules`."""
+    return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"

@@ -1,0 +1,76 @@
+"""Adapters saved by torch.save (`.bin`, `.pt`): names, shapes and tensors, never code."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.header import Header, TensorInfo
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+
+def read_pickled_header(path: Path) -> Header:
+    """Names, dtypes and shapes. Offsets are 0: a pickle's tensors have no place of their own in the file.
+
+    Raises D2SurgeryError PICKLE, as `read_pickled` does.
+    """
+    tensors = {
+        name: TensorInfo(path, DTYPES[tensor.dtype], tuple(tensor.shape), 0, 0)
+        for name, tensor in read_pickled(path).items()
+    }
+    return Header((path,), tensors, {})
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors by name, on the CPU, mapped from the file where its form allows.
+
+    Raises D2SurgeryError PICKLE when the file holds anything but dense tensors by name: other objects could run code.
+    """
+    try:
+        loaded = _load(path)
+    except FileNotFoundError:
+        raise refuse("FILE_MISSING", "no such file", file=str(path)) from None
+    except PermissionError as error:
+        raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(path)) from None
+    except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise refuse("PICKLE", f"PyTorch will not load it safely: {reason}", file=str(path)) from None
+    if not isinstance(loaded, dict):
+        got = type(loaded).__name__
+        raise refuse("PICKLE", "not a table of tensors", file=str(path), wanted="names and tensors", got=got)
+    raise_errors(
+        Problem(code="PICKLE", message=f"{name!r} is not a dense tensor", file=str(path), got=_kind(value))
+        for name, value in loaded.items()
+        if not (isinstance(name, str) and _is_plain(value))
+    )
+    return dict(loaded)
+
+
+def _load(path: Path) -> object:
+    try:
+        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except RuntimeError:  # before PyTorch 1.6 the file was no zip archive and cannot be mapped
+        return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.dtype in DTYPES
+
+
+def _kind(value: object) -> str:
+    return f"{value.layout}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
