@@ -189,7 +189,7 @@ class _Reader:
         replacements: dict[str, str] = {}
         rows: dict[str, Rows] = {}
         for key in self.header.tensors:
-            name = _WRAPPERS.sub("", key).removeprefix("module.").lstrip(".").removeprefix(PREFIX)
+            name = _bare(key)
             module, leaf = _leaf(name)
             if 0 in self.header.tensors[key].shape:
                 self._skip(key, "EMPTY_TENSOR", "no elements", got=str(self.header.tensors[key].shape))
@@ -482,6 +482,26 @@ class _Reader:
 FORMS = ("projected_plus_update", "projected", "update")
 
 
+def names(layout: Layout) -> dict[str, str]:
+    """The name under which PEFT writes each tensor of a layout -> its key in the file at hand."""
+    return {_canonical(key): key for key in layout.accounted()}
+
+
+def key_of(module: str, slot: str) -> str:
+    """The key of a linear module's slot."""
+    return f"{PREFIX}{module}.lora_magnitude_vector" if slot == "magnitude" else f"{PREFIX}{module}.lora_{slot}.weight"
+
+
+def _canonical(key: str) -> str:
+    name = _bare(key)
+    module, leaf = _leaf(name)
+    if leaf is None:
+        return PREFIX + re.sub(r"\.modules_to_save\.[^.]+(?=\.)", "", name)
+    if leaf.slot == "bias":
+        return f"{PREFIX}{module}.lora_B.bias"
+    return f"{PREFIX}{module}.lora_embedding_{leaf.slot}" if leaf.stored == "embedding" else key_of(module, leaf.slot)
+
+
 def slots_of(kind: str) -> Iterator[str]:
     """The slots a kind must have, in the order in which they are written."""
     for down in RANK_GROUPS[kind].values():
@@ -492,6 +512,11 @@ def slots_of(kind: str) -> Iterator[str]:
 
 def _first_pair(kind: str) -> Sequence[str]:
     return tuple(slots_of(kind))[:2]
+
+
+def _bare(key: str) -> str:
+    """The key without the prefixes of PEFT and of training wrappers."""
+    return _WRAPPERS.sub("", key).removeprefix("module.").lstrip(".").removeprefix(PREFIX)
 
 
 def _leaf(name: str) -> tuple[str, _Leaf | None]:

@@ -1,0 +1,64 @@
+"""Bytes on disk and torch tensors: dtypes by their safetensors names, positional reads, and rounding once."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from d2surgery.errors import refuse
+from d2surgery.header import TensorInfo
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def read_into(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill the buffer from a file position with pread: no mapping, so reading costs no resident memory."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], offset + done)
+        if not count:
+            raise refuse("TRUNCATED_FILE", "the file became shorter while it was read")
+        done += count
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """One whole tensor in its stored dtype."""
+    data = torch.empty(info.nbytes, dtype=torch.uint8)
+    if info.nbytes:
+        with info.file.open("rb", buffering=0) as file:
+            read_into(file.fileno(), as_bytes(data), info.start)
+    return data.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, shared."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to nearest even, once. torch goes from float64 to a 16-bit dtype through float32 and rounds twice;
+    rounding to odd in float32 first keeps what the second rounding needs to know (Boldo and Melquiond, 2008)."""
+    if values.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
+        return values.to(dtype)
+    near = values.to(torch.float32)
+    error = values - near.double()
+    even = near.view(torch.int32) & 1 == 0
+    toward = torch.copysign(torch.full_like(near, torch.inf), error.float())
+    odd = torch.where((error != 0) & even & near.isfinite(), torch.nextafter(near, toward), near)
+    return odd.to(dtype)
+
+
