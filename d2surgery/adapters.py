@@ -1,0 +1,571 @@
+"""The four kinds of adapter as values: each one says what it adds to a base weight.
+
+A base weight W0 is (out_features, in_features). Every kind defines one effective weight W'; its delta is W' − W0.
+Three kinds have a thin update ΔW = P·Q and are one formula, per vector v along an axis (`Gains`):
+W' = base_gain ⊙ W0 + update_gain ⊙ ΔW.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float64
+from torch import Generator, Tensor
+
+from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.lowrank import LowRank
+
+Axis = Literal["out_features", "in_features"]
+"""The axis that is kept: "out_features" is one number per row of (out_features, in_features)."""
+
+Weight = Float[Tensor, "out_features in_features"]
+
+CANCELLED = 1e-12
+"""‖w+u‖² below this share of ‖w‖² + ‖u‖² is rounding: the vector counts as zero."""
+SUSPICIOUS = 0.1
+"""Below this share, float32 sums are repeated in float64."""
+BLOCK = 32
+
+
+class Triple(NamedTuple):
+    """Per vector along an axis, in float64: ‖w‖², <w,u>, ‖u‖², w of the base weight and u of the update."""
+
+    base: Float64[Tensor, " vectors"]
+    cross: Float64[Tensor, " vectors"]
+    update: Float64[Tensor, " vectors"]
+
+    def plus(self, other: "Triple") -> "Triple":
+        """The triple of two disjoint tiles of the same vectors."""
+        return Triple(self.base + other.base, self.cross + other.cross, self.update + other.update)
+
+
+class Gains(NamedTuple):
+    """Per vector, in float64: W' = (1 + base_excess)·w + update_gain·u. The excess is kept to spare 1 + tiny − 1."""
+
+    base_excess: Float64[Tensor, " vectors"]
+    update_gain: Float64[Tensor, " vectors"]
+
+
+Kind = TypeVar("Kind", bound="Adapter")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter(ABC):
+    """What was learnt for one module. A value: no method changes it. Construction raises SHAPE_UNEXPECTED."""
+
+    kind: ClassVar[str]
+    scaling: float
+
+    def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():
+            check_shapes(self)
+
+    @property
+    def along(self) -> Axis | None:
+        """The axis whose vectors the kind normalises; None if it has none."""
+        return None
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the delta of a part needs the triple of the whole vectors."""
+        return False
+
+    @property
+    def out_features(self) -> int:
+        return next(_sizes(self, "out_features"))
+
+    @property
+    def in_features(self) -> int:
+        return next(_sizes(self, "in_features"))
+
+    def slots(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {name: getattr(self, name) for name in _dimensions(type(self))}
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        return _with(self, {name: slot.to(device=device, dtype=dtype) for name, slot in self.slots().items()})
+
+    def take(self, *, out: slice = slice(None), in_: slice = slice(None)) -> Self:
+        """The adapter of the sub-matrix W0[out, in_]."""
+        chosen = {"out_features": out, "in_features": in_}
+        parts = {
+            name: tuple(chosen.get(_resolve(self, dim), slice(None)) for dim in dims)
+            for name, dims in _dimensions(type(self)).items()
+        }
+        return _with(self, {name: getattr(self, name)[part] for name, part in parts.items()})
+
+    @abstractmethod
+    def update(self) -> LowRank | None:
+        """ΔW in float64, before any normalisation; None if it has no thin form."""
+
+    @abstractmethod
+    def triple(self, base_weight: Weight, along: Axis | None = None) -> Triple:
+        """Sums over the entries of `base_weight` only, so the triples of disjoint tiles add up to that of the whole.
+
+        `along` is the adapter's own axis by default, else "out_features". Not differentiable.
+        """
+
+    @abstractmethod
+    def delta(self, base_weight: Weight, triple: Triple | None = None) -> Weight:
+        """W' − W0 in `base_weight`'s dtype, differentiable in every slot.
+
+        For a tile of a kind that `normalises`, `triple` is the triple of the whole vectors the tile's entries belong
+        to (a constant to the gradient). Raises ZERO_NORM where a vector without length would have to be rescaled.
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Float[Tensor, "*batch in_features"],
+        base_weight: Weight,
+        bias: Float[Tensor, " out_features"] | None = None,
+        update_input: Float[Tensor, "*batch in_features"] | None = None,
+    ) -> Float[Tensor, "*batch out_features"]:
+        """F.linear(x, W0 + delta, bias). `update_input` (dropout) is what the update sees instead of x."""
+
+
+class _Thin(Adapter):
+    """The kinds whose update is a thin product; each gives its factors and, if it normalises, its gains."""
+
+    @abstractmethod
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(P, Q) with ΔW = P·Q, the scaling folded in."""
+
+    def _target(self, triple: Triple) -> Tensor:
+        """The norm each vector w + u is brought to."""
+        raise NotImplementedError
+
+    def _gains(self, triple: Triple) -> Gains:
+        raise NotImplementedError
+
+    def update(self) -> LowRank:
+        return LowRank(*self._factors(torch.float64))
+
+    @torch.no_grad()
+    def triple(self, base_weight: Weight, along: Axis | None = None) -> Triple:
+        along = along or self.along or "out_features"
+        W, P, Q = _rows_first(base_weight, *self._factors(torch.float64), along)
+        triple = _triple(W, P, Q, _norms_by_qr)
+        doubtful = (_sum_norms(triple) < SUSPICIOUS * (triple.base + triple.update)).nonzero()[:, 0]
+        if doubtful.numel() == 0 or W.dtype == torch.float64:
+            return triple
+        exact = _triple(W[doubtful].double(), P[doubtful], Q, _norms_by_qr)
+        return Triple(*(sums.index_copy(0, doubtful, better) for sums, better in zip(triple, exact, strict=True)))
+
+    def delta(self, base_weight: Weight, triple: Triple | None = None) -> Weight:
+        P, Q = self._factors(torch.float64)
+        if not self.normalises:
+            return P.to(base_weight.dtype) @ Q.to(base_weight.dtype)
+        if triple is None:
+            triple = self._training_triple(base_weight) if _learns(self) else self.triple(base_weight)
+        _refuse_zero_norms(triple, self._target(triple), self.along)
+        gains = self._gains(triple)
+        if self.along == "out_features":
+            return _combine(base_weight, P, Q, gains)
+        return _combine(base_weight.T, Q.T, P.T, gains).T
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch in_features"],
+        base_weight: Weight,
+        bias: Float[Tensor, " out_features"] | None = None,
+        update_input: Float[Tensor, "*batch in_features"] | None = None,
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Thin: out axis y = a⊙(W0·x) + b⊙P(Q·u), in axis y = W0(a⊙x) + P(Q(b⊙u)), u the update's input.
+
+        The update runs in the wider dtype of x and the slots; the result has the dtype of W0·x. A vector without
+        length gets gain 0 here: whether a tensor holds one is asked when merging, not in each step.
+        """
+        wide = torch.promote_types(x.dtype, next(iter(self.slots().values())).dtype)
+        u = (x if update_input is None else update_input).to(wide)
+        P, Q = self._factors(wide)
+        if not self.normalises:
+            y = F.linear(x, base_weight, bias)
+            return y + F.linear(F.linear(u, Q), P).to(y.dtype)
+        gains = self._gains(self._training_triple(base_weight))
+        a, b = (1 + gains.base_excess).to(wide), gains.update_gain.to(wide)
+        if self.along == "out_features":
+            y = F.linear(x, base_weight)
+            y = (a * y + b * F.linear(F.linear(u, Q), P)).to(y.dtype)
+        else:
+            y = F.linear((a * x).to(x.dtype), base_weight)
+            y = y + F.linear(F.linear(b * u, Q), P).to(y.dtype)
+        return y if bias is None else y + bias
+
+    def _training_triple(self, base_weight: Weight) -> Triple:
+        """As `triple`, differentiable and without a look at the data."""
+        W, P, Q = _rows_first(base_weight, *self._factors(torch.float64), self.along or "out_features")
+        return _triple(W, P, Q, _norms_by_gram)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoRA(_Thin):
+    """W' = W0 + s·B·A  (arXiv:2106.09685; rsLoRA arXiv:2312.03732 is a choice of s)."""
+
+    kind: ClassVar[str] = "lora"
+    A: Float[Tensor, "rank in_features"]
+    B: Float[Tensor, "out_features rank"]
+
+    @classmethod
+    def init(
+        cls,
+        base_weight: Weight,
+        *,
+        rank: int,
+        scaling: float,
+        generator: Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """A Kaiming-uniform with a = √5, that is U(−1/√in, 1/√in); B = 0."""
+        A = _kaiming(base_weight, rank, dtype, generator)
+        return cls(A=A, B=_zeros(base_weight, rank, dtype), scaling=scaling)
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.scaling * self.B.to(dtype), self.A.to(dtype)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DoRA(_Thin):
+    """W' = m ⊙ V/‖V‖, V = W0 + s·B·A, norms along `along`  (arXiv:2402.09353).
+
+    The norm is a constant to the gradient (section 4.3). A vector with ‖V‖ = 0 keeps W' = 0 if its m = 0 and is
+    ZERO_NORM otherwise; PEFT has no epsilon and gives NaN.
+    """
+
+    kind: ClassVar[str] = "dora"
+    A: Float[Tensor, "rank in_features"]
+    B: Float[Tensor, "out_features rank"]
+    magnitude: Float[Tensor, " vectors"]
+    along: Axis = "out_features"
+
+    @classmethod
+    def init(
+        cls,
+        base_weight: Weight,
+        *,
+        rank: int,
+        scaling: float,
+        along: Axis = "out_features",
+        generator: Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """A Kaiming-uniform, B = 0, m = ‖W0‖ along the axis."""
+        rows = base_weight if along == "out_features" else base_weight.T
+        return cls(
+            A=_kaiming(base_weight, rank, dtype, generator),
+            B=_zeros(base_weight, rank, dtype),
+            magnitude=_row_sums(_at_least_float32(rows).square()).sqrt().to(dtype),
+            scaling=scaling,
+            along=along,
+        )
+
+    @property
+    def normalises(self) -> bool:
+        return True
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.scaling * self.B.to(dtype), self.A.to(dtype)
+
+    def _target(self, triple: Triple) -> Tensor:
+        return self.magnitude.double()
+
+    def _gains(self, triple: Triple) -> Gains:
+        """g = m/‖V‖ for both."""
+        norm, zero = _sum_norm(triple)
+        gain = torch.where(zero, 0, self._target(triple) / norm.detach())
+        return Gains(gain - 1, gain)
+
+
+Form = Literal["projected_plus_update", "projected", "update"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class D2LoRA(_Thin):
+    """Ŵ = W* + ΔW, W* = c ⊙ (W0 + ΔW), c = ‖W0‖/‖W0 + ΔW‖, ΔW = s·(B₊A₊ − τ·B₋A₋)  (arXiv:2602.14728).
+
+    `form` "projected" is W* alone, "update" W0 + ΔW. A zero vector of W0 has c = 0, so Ŵ = ΔW there; ‖W0 + ΔW‖ = 0
+    under a non-zero vector of W0 is ZERO_NORM. `detach_norm` makes c a constant to the gradient.
+    """
+
+    kind: ClassVar[str] = "d2lora"
+    A_plus: Float[Tensor, "rank_plus in_features"]
+    B_plus: Float[Tensor, "out_features rank_plus"]
+    A_minus: Float[Tensor, "rank_minus in_features"]
+    B_minus: Float[Tensor, "out_features rank_minus"]
+    tau: float = 0.5
+    along: Axis = "in_features"
+    form: Form = "projected_plus_update"
+    detach_norm: bool = False
+
+    @classmethod
+    def init(
+        cls,
+        base_weight: Weight,
+        *,
+        rank: int,
+        scaling: float,
+        tau: float = 0.5,
+        along: Axis = "in_features",
+        form: Form = "projected_plus_update",
+        detach_norm: bool = False,
+        sigma: float = 0.02,
+        generator: Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """A₊ Kaiming-uniform, A₋ N(0, sigma²), B₊ = B₋ = 0: Ŵ = W0."""
+        return cls(
+            A_plus=_kaiming(base_weight, rank, dtype, generator),
+            B_plus=_zeros(base_weight, rank, dtype),
+            A_minus=_normal(base_weight, (rank, base_weight.shape[1]), sigma, dtype, generator),
+            B_minus=_zeros(base_weight, rank, dtype),
+            scaling=scaling,
+            tau=tau,
+            along=along,
+            form=form,
+            detach_norm=detach_norm,
+        )
+
+    @property
+    def normalises(self) -> bool:
+        return self.form != "update"
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        P = torch.cat([self.scaling * self.B_plus.to(dtype), -self.scaling * self.tau * self.B_minus.to(dtype)], 1)
+        return P, torch.cat([self.A_plus.to(dtype), self.A_minus.to(dtype)], 0)
+
+    def _target(self, triple: Triple) -> Tensor:
+        return triple.base.sqrt()
+
+    def _gains(self, triple: Triple) -> Gains:
+        """c − 1 = (‖w‖² − ‖w+u‖²)/(‖w+u‖(‖w+u‖ + ‖w‖)), without cancellation since the numerator is −2<w,u> − ‖u‖²."""
+        norm, zero = _sum_norm(triple)
+        excess = -(2 * triple.cross + triple.update) / (norm * (norm + self._target(triple)))
+        excess = torch.where(zero, -1, excess)
+        excess = excess.detach() if self.detach_norm else excess
+        return Gains(excess, excess + (2 if self.form == "projected_plus_update" else 1))
+
+
+Straight = Literal["clip", "mask", "identity"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DualLoRA(Adapter):
+    """W' = W0 + s·ReLU(B·A) ⊙ sign(D·C), sign(z) = +1 for z > 0, else −1  (arXiv:2512.03402).
+
+    `ste` is the gradient through the sign z = D·C: "clip" clip(dL/dsign, −1, 1), "mask" dL/dsign·1[|z| ≤ 1],
+    "identity" dL/dsign. It changes no value.
+    """
+
+    kind: ClassVar[str] = "duallora"
+    A: Float[Tensor, "rank1 in_features"]
+    B: Float[Tensor, "out_features rank1"]
+    C: Float[Tensor, "rank2 in_features"]
+    D: Float[Tensor, "out_features rank2"]
+    ste: Straight = "clip"
+
+    @classmethod
+    def init(
+        cls,
+        base_weight: Weight,
+        *,
+        rank: int,
+        scaling: float,
+        sigma: float = 0.02,
+        ste: Straight = "clip",
+        generator: Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Both groups of this rank, all four N(0, sigma²): zero would stop ReLU's gradient. The delta is not zero;
+        training multiplies the scaling by a warm-up factor that starts at 0."""
+        rows, columns = base_weight.shape
+        shapes = {"A": (rank, columns), "B": (rows, rank), "C": (rank, columns), "D": (rows, rank)}
+        factors = {name: _normal(base_weight, shape, sigma, dtype, generator) for name, shape in shapes.items()}
+        return cls(**factors, scaling=scaling, ste=ste)
+
+    def update(self) -> None:
+        return None
+
+    @torch.no_grad()
+    def triple(self, base_weight: Weight, along: Axis | None = None) -> Triple:
+        W, U = _at_least_float32(base_weight), self.delta(_at_least_float32(base_weight))
+        W, U = (W, U) if along != "in_features" else (W.T, U.T)
+        return Triple(_row_sums(W * W), _row_sums(W * U), _row_sums(U * U))
+
+    def delta(self, base_weight: Weight, triple: Triple | None = None) -> Weight:
+        """As every delta. D·C is formed in float64: a sign that flips is not a rounding error."""
+        return self._delta(base_weight.dtype, torch.float64)
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch in_features"],
+        base_weight: Weight,
+        bias: Float[Tensor, " out_features"] | None = None,
+        update_input: Float[Tensor, "*batch in_features"] | None = None,
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Forms W': there is no thin form."""
+        wide = torch.promote_types(base_weight.dtype, self.A.dtype)
+        delta = self._delta(wide, wide)
+        if update_input is None:
+            return F.linear(x, (base_weight + delta).to(base_weight.dtype), bias)
+        return F.linear(x, base_weight, bias) + F.linear(update_input, delta.to(update_input.dtype))
+
+    def _delta(self, dtype: torch.dtype, sign_dtype: torch.dtype) -> Tensor:
+        size = F.relu((self.scaling * self.B.double()).to(dtype) @ self.A.to(dtype))
+        z = self.D.to(sign_dtype) @ self.C.to(sign_dtype)
+        if not _learns(self):
+            return torch.where(z > 0, size, -size)
+        sign: Tensor = _Sign.apply(z, self.ste)  # type: ignore[no-untyped-call]
+        return size * sign.to(dtype)
+
+
+KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (LoRA, DoRA, DualLoRA, D2LoRA)}
+
+
+def check_shapes(adapter: Adapter) -> None:
+    """Every slot has the dimensions its annotation names, equal names equal sizes; every choice is one of its words."""
+    sizes: dict[str, int] = {}
+    problems = []
+    for name, dims in _dimensions(type(adapter)).items():
+        dims = [_resolve(adapter, dim) for dim in dims]
+        got = tuple(getattr(adapter, name).shape)
+        known = [str(sizes.get(dim, dim)) for dim in dims]
+        if len(got) != len(dims) or [sizes.setdefault(dim, size) for dim, size in zip(dims, got, strict=True)] != [
+            *got
+        ]:
+            problems.append(
+                Problem(
+                    code="SHAPE_UNEXPECTED",
+                    message=f"{name} does not fit.",
+                    wanted=f"({', '.join(dims)}) = ({', '.join(known)})",
+                    got=str(got),
+                )
+            )
+    for field in fields(adapter):
+        value = getattr(adapter, field.name)
+        if get_origin(field.type) is Literal and value not in get_args(field.type):
+            wanted = " or ".join(get_args(field.type))
+            problems.append(
+                Problem(code="BAD_CONFIG", message=f"No such {field.name}.", wanted=wanted, got=repr(value))
+            )
+    raise_errors(problems)
+
+
+class _Sign(torch.autograd.Function):
+    """+1 where z > 0, else −1, with a straight-through gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, ste: Straight) -> Tensor:
+        ctx.ste = ste
+        ctx.save_for_backward(z)
+        return torch.where(z > 0, torch.ones_like(z), -torch.ones_like(z))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (z,), (grad,) = ctx.saved_tensors, grads
+        if ctx.ste == "clip":
+            return grad.clamp(-1, 1), None
+        return (grad * (z.abs() <= 1) if ctx.ste == "mask" else grad), None
+
+
+def _with(adapter: Kind, slots: dict[str, Tensor]) -> Kind:
+    return replace(adapter, **slots)  # type: ignore[arg-type]
+
+
+@cache
+def _dimensions(kind: type[Adapter]) -> dict[str, list[str]]:
+    """The names of each slot's dimensions, from its annotation: shapes are said once."""
+    return {f.name: f.type.dim_str.split() for f in fields(kind) if hasattr(f.type, "dim_str")}
+
+
+def _resolve(adapter: Adapter, dim: str) -> str:
+    return adapter.along if dim == "vectors" and adapter.along else dim
+
+
+def _sizes(adapter: Adapter, axis: Axis) -> Iterator[int]:
+    for name, dims in _dimensions(type(adapter)).items():
+        if axis in dims:
+            yield getattr(adapter, name).shape[dims.index(axis)]
+
+
+def _learns(adapter: Adapter) -> bool:
+    return torch.is_grad_enabled() and any(slot.requires_grad for slot in adapter.slots().values())
+
+
+def _rows_first(W: Tensor, P: Tensor, Q: Tensor, along: Axis) -> tuple[Tensor, Tensor, Tensor]:
+    """The same matrices with the kept axis first: what holds for rows holds for the columns of the transpose."""
+    W = _at_least_float32(W)
+    return (W, P, Q) if along == "out_features" else (W.T, Q.T, P.T)
+
+
+def _at_least_float32(W: Tensor) -> Tensor:
+    return W.to(torch.promote_types(W.dtype, torch.float32))
+
+
+def _triple(W: Tensor, P: Tensor, Q: Tensor, norms: Any) -> Triple:
+    """Per row: ‖w_i‖², <w_i,u_i> = Σ_k P_ik (W·Qᵀ)_ik, ‖u_i‖². Products in W's dtype, sums in float64."""
+    cross = (P * (W @ Q.T.to(W.dtype))).sum(1)
+    return Triple(_row_sums(W * W), cross, norms(P, Q))
+
+
+def _norms_by_qr(P: Tensor, Q: Tensor) -> Tensor:
+    """‖u_i‖² = ‖P_i·Rᵀ‖² with Qᵀ = (orthonormal)·R: exact also where the branches of an update nearly cancel."""
+    R: Tensor = torch.linalg.qr(Q.T, mode="r").R
+    return (P @ R.T).square().sum(1)
+
+
+def _norms_by_gram(P: Tensor, Q: Tensor) -> Tensor:
+    """‖u_i‖² = P_i (Q·Qᵀ) P_iᵀ: the gradient of QR does not exist at P = 0, where training starts."""
+    return ((P @ (Q @ Q.T)) * P).sum(1)
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    """Float64 sums over dim 1: blocks of 32 in the dtype of the values, then blocks in float64 (error about 1e-8)."""
+    if values.dtype == torch.float64:
+        return values.sum(1)
+    blocks = values.shape[1] // BLOCK
+    body, rest = values[:, : blocks * BLOCK], values[:, blocks * BLOCK :]
+    sums: Tensor = torch.unflatten(body, 1, (blocks, BLOCK)).sum(2)
+    return sums.double().sum(1) + rest.double().sum(1)
+
+
+def _sum_norms(triple: Triple) -> Tensor:
+    """‖w+u‖²."""
+    return triple.base + 2 * triple.cross + triple.update
+
+
+def _sum_norm(triple: Triple) -> tuple[Tensor, Tensor]:
+    """‖w+u‖, with 1 in place of a zero, and where it is zero."""
+    squares = _sum_norms(triple)
+    zero = squares <= CANCELLED * (triple.base + triple.update)
+    return torch.where(zero, 1, squares).sqrt(), zero
+
+
+def _refuse_zero_norms(triple: Triple, target: Tensor, along: Axis | None) -> None:
+    bad = (_sum_norm(triple)[1] & (target != 0)).nonzero()[:, 0].tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+        raise refuse("ZERO_NORM", f"Vectors of length zero along {along}: {shown}.", wanted="a direction to rescale")
+
+
+def _combine(W: Tensor, P: Tensor, Q: Tensor, gains: Gains) -> Tensor:
+    """base_excess ⊙ W + update_gain ⊙ P·Q per row: the gain goes into the thin factor, so two passes over W."""
+    result = W * gains.base_excess[:, None].to(W.dtype)
+    return result.addmm_((gains.update_gain[:, None] * P).to(W.dtype), Q.to(W.dtype))
+
+
+def _kaiming(W: Tensor, rank: int, dtype: torch.dtype, generator: Generator | None) -> Tensor:
+    bound = 1 / math.sqrt(W.shape[1])
+    return torch.empty(rank, W.shape[1], dtype=dtype, device=W.device).uniform_(-bound, bound, generator=generator)
+
+
+def _zeros(W: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(W.shape[0], rank, dtype=dtype, device=W.device)
+
+
+def _normal(W: Tensor, shape: tuple[int, int], sigma: float, dtype: torch.dtype, generator: Generator | None) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=W.device).normal_(0, sigma, generator=generator)

@@ -1,0 +1,95 @@
+"""A matrix of low rank kept as its two factors, with what follows exactly from them."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from d2surgery.errors import refuse
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """P @ Q, never formed unless asked. Every number it gives is computed in float64.
+
+    Singular values, norms and inner products come from thin QRs of the joint factors, not from Gram matrices: their
+    absolute error is a few eps64 · Σ_k ‖p_k‖‖q_k‖ (p_k, q_k the columns of P and rows of Q), also where the terms of a
+    sum nearly cancel. They raise NOT_FINITE if a factor holds NaN or infinity.
+    """
+
+    P: Float[Tensor, "out_features rank"]
+    Q: Float[Tensor, "rank in_features"]
+
+    def __post_init__(self) -> None:
+        shapes = tuple(self.P.shape), tuple(self.Q.shape)
+        if self.P.ndim != 2 or self.Q.ndim != 2 or self.P.shape[1] != self.Q.shape[0]:
+            wanted = "P (out_features, rank) and Q (rank, in_features)"
+            raise refuse("SHAPE_UNEXPECTED", "The factors of a product do not fit.", wanted=wanted, got=f"{shapes}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.P.shape[0], self.Q.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """An upper bound of the rank: what the factors have room for."""
+        return min(self.P.shape[0], self.P.shape[1], self.Q.shape[1])
+
+    def __add__(self, other: "LowRank") -> "LowRank":
+        if self.shape != other.shape:
+            wanted, got = str(self.shape), str(other.shape)
+            raise refuse("SHAPE_UNEXPECTED", "Two matrices of different shape have no sum.", wanted=wanted, got=got)
+        return LowRank(torch.cat([self.P, other.P], 1), torch.cat([self.Q, other.Q], 0))
+
+    def __mul__(self, scalar: float) -> "LowRank":
+        return LowRank(self.P.double() * scalar, self.Q)
+
+    __rmul__ = __mul__
+
+    def dense(self) -> Float64[Tensor, "out_features in_features"]:
+        return self.P.double() @ self.Q.double()
+
+    def singular_values(self) -> Float64[Tensor, " values"]:
+        """σ₁ ≥ σ₂ ≥ …, as many as `rank`; what rounding leaves of a zero shows as about eps64 · Σ ‖p_k‖‖q_k‖."""
+        values: Tensor = torch.linalg.svdvals(self._core().middle)
+        return values
+
+    def frobenius_norm(self) -> Float64[Tensor, ""]:
+        norm: Tensor = torch.linalg.matrix_norm(self._core().middle)
+        return norm
+
+    def inner(self, other: "LowRank") -> Float64[Tensor, ""]:
+        """Σ_ij M_ij N_ij, with an error relative to ‖M‖‖N‖."""
+        ours, theirs = self._core(), other._core()
+        theirs_in_our_basis = (ours.left.T @ theirs.left) @ theirs.middle @ (theirs.right @ ours.right.T)
+        return (ours.middle * theirs_in_our_basis).sum()
+
+    def recompressed(self) -> "LowRank":
+        """The same matrix with the fewest columns: P = U·Σ, Q = Vᵀ of its SVD, without the σ that are only rounding."""
+        core = self._core()
+        U, sigma, Vh = torch.linalg.svd(core.middle, full_matrices=False)
+        kept = int((sigma > self._rounding()).sum())
+        return LowRank(core.left @ (U[:, :kept] * sigma[:kept]), Vh[:kept] @ core.right)
+
+    def _core(self) -> "_Core":
+        P, Q = self.P.double(), self.Q.double()
+        if not (P.isfinite().all() and Q.isfinite().all()):
+            raise refuse("NOT_FINITE", "A factor of a low-rank matrix holds NaN or infinity.")
+        left, upper = torch.linalg.qr(P)
+        right, lower = torch.linalg.qr(Q.T)
+        return _Core(left, upper @ lower.T, right.T)
+
+    def _rounding(self) -> Tensor:
+        """Householder QR errs by eps relative to each column, so the core errs by about eps · Σ_k ‖p_k‖‖q_k‖."""
+        terms = self.P.double().square().sum(0).sqrt() * self.Q.double().square().sum(1).sqrt()
+        return terms.sum() * self.rank * torch.finfo(torch.float64).eps
+
+
+class _Core(NamedTuple):
+    """left @ middle @ right, with orthonormal columns and rows outside and a small matrix in the middle."""
+
+    left: Tensor
+    middle: Tensor
+    right: Tensor
