@@ -93,12 +93,37 @@ def layout(header: Header, config: Mapping[str, Any] | None) -> Layout | None:
     return reader.read()
 
 
-def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern in file order that matches the end of the module's name, at a dot or whole."""
-    return next((value for key, value in patterns.items() if _matches(key, module)), default)
+class _Patterns:
+    """A rank_pattern or alpha_pattern: PEFT takes the first that matches `(.*\\.)?(pattern)$`, in file order."""
+
+    def __init__(self, patterns: Mapping[str, Any]) -> None:
+        self.patterns = patterns
+        self._ends = [(key, _literal_end(key)) for key in patterns]
+        self._found: dict[str, list[str]] = {}
+
+    def matching(self, module: str) -> list[str]:
+        if module not in self._found:
+            near = [(key, end) for key, end in self._ends if module.endswith(end)]
+            self._found[module] = [key for key, end in near if _matches(key, bool(end), module)]
+        return self._found[module]
+
+    def value(self, module: str, default: Any) -> Any:
+        found = self.matching(module)
+        return self.patterns[found[0]] if found else default
 
 
-def _matches(pattern: str, module: str) -> bool:
+def _literal_end(pattern: str) -> str:
+    """What a matching name must end with, where the pattern is a plain name.
+
+    EVA writes a pattern for every module: 450 × 450 regular expressions would take longer than all else.
+    """
+    return pattern.rpartition(".")[2] if re.fullmatch(r"[\w.]*", pattern) else ""
+
+
+def _matches(pattern: str, plain: bool, module: str) -> bool:
+    before, end = module[: -len(pattern)], module[-len(pattern) :]
+    if plain and end.count(".") >= pattern.count("."):  # then no dot stands for another character
+        return end == pattern and (not before or before.endswith("."))
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
@@ -341,7 +366,7 @@ class _Reader:
 
     def _r(self, module: str, field: str = "r") -> int:
         default = self.config.get(field, self.config.get("r", 8))
-        value = pattern_value(self.config.get("rank_pattern") or {}, module, default)
+        value = self.patterns["rank_pattern"].value(module, default)
         if isinstance(value, list) and len(value) == 2:  # Dual LoRA's [r1, r2]
             value = value[field == "r2"]
         return value if type(value) is int and value > 0 else 8  # _check_config has named what is not a rank
@@ -351,7 +376,7 @@ class _Reader:
             return None
         if module in self.exact_scaling:
             return float(self.exact_scaling[module])
-        alpha = pattern_value(self.config.get("alpha_pattern") or {}, module, self.config.get("lora_alpha", 8))
+        alpha = self.patterns["alpha_pattern"].value(module, self.config.get("lora_alpha", 8))
         if type(alpha) not in (int, float):
             return None
         if kind == "duallora":
@@ -403,23 +428,23 @@ class _Reader:
                 self.problem("BAD_CONFIG", f"{name} is not a rank", wanted="an integer from 1", got=str(config[name]))
         if type(config.get("lora_alpha", 8)) not in (int, float):
             self.problem("BAD_CONFIG", "lora_alpha is not a number", got=str(config["lora_alpha"]))
-        for name in ("rank_pattern", "alpha_pattern"):
-            self._check_pattern_field(name, config.get(name) or {})
+        self.patterns = {
+            name: _Patterns(self._good_patterns(name, config.get(name) or {}))
+            for name in ("rank_pattern", "alpha_pattern")
+        }
         if config.get("along", "in_features") not in ("in_features", "out_features"):
             self.problem("BAD_CONFIG", "along", wanted="in_features or out_features", got=str(config["along"]))
         if config.get("form", FORMS[0]) not in FORMS:
             self.problem("BAD_CONFIG", "form", wanted=", ".join(FORMS), got=str(config["form"]))
 
-    def _check_pattern_field(self, name: str, patterns: Any) -> None:
+    def _good_patterns(self, name: str, patterns: Any) -> dict[str, Any]:
         if not isinstance(patterns, Mapping):
             self.problem("BAD_CONFIG", f"{name} is not an object", got=type(patterns).__name__)
-            self.config = {**self.config, name: {}}
-            return
+            return {}
         good = {key: value for key, value in patterns.items() if _is_regex(key) and _is_pattern_value(name, value)}
         for key in patterns.keys() - good.keys():
             self.problem("BAD_CONFIG", f"{name} entry {key!r}", wanted="a regular expression and a number")
-        if len(good) != len(patterns):
-            self.config = {**self.config, name: good}
+        return good
 
     def _check_targets(self, adapters: Mapping[str, AdapterLayout]) -> None:
         for module, adapter in adapters.items():
@@ -446,15 +471,15 @@ class _Reader:
         return False
 
     def _check_patterns(self, adapters: Mapping[str, AdapterLayout]) -> None:
-        for name in ("rank_pattern", "alpha_pattern"):
-            patterns = self.config.get(name) or {}
-            for pattern in patterns:
-                if adapters and not any(_matches(pattern, module) for module in adapters):
-                    self.problem("PATTERN_UNMATCHED", f"{name}: {pattern!r}", severity="warning")
-            for module in adapters if len(patterns) > 1 else ():
-                values = {str(value) for pattern, value in patterns.items() if _matches(pattern, module)}
+        for name, patterns in self.patterns.items():
+            matched = {module: patterns.matching(module) for module in adapters}
+            for key in patterns.patterns.keys() - {key for found in matched.values() for key in found}:
+                if adapters:
+                    self.problem("PATTERN_UNMATCHED", f"{name}: {key!r}", severity="warning")
+            for module, found in matched.items():
+                values = sorted({str(patterns.patterns[key]) for key in found})
                 if len(values) > 1:
-                    message = f"{name} gives {', '.join(sorted(values))}"
+                    message = f"{name} gives {', '.join(values)}"
                     self.problem("AMBIGUOUS_PATTERN", message, severity="warning", module=module)
 
     def _check_replacements(self, replacements: dict[str, str], adapters: Mapping[str, AdapterLayout]) -> None:
