@@ -60,7 +60,7 @@ class Checkpoint(Mapping[str, Adapter]):
             rank = entry.ranks["update"]
             slots["A"] = slots["A"][expert * rank : (expert + 1) * rank]
             slots["B"] = slots["B"][:, expert :: entry.experts]
-        extra = {"along": entry.along} if entry.along else {}
+        extra: dict[str, Any] = {"along": entry.along} if entry.along else {}
         if entry.kind == "d2lora":
             extra |= {"tau": entry.tau, "form": entry.form}
         return KINDS[entry.kind](scaling=entry.scaling, **slots, **extra)
@@ -134,7 +134,7 @@ def from_adapters(adapters: Mapping[str, Adapter], config: Mapping[str, Any] = M
 
 
 def _config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    """The adapter_config.json that reads back as these adapters: the commonest rank and alpha, patterns for the rest."""
+    """The config that reads back as these adapters: the commonest rank and alpha, patterns for the rest."""
     kind = next(iter(adapters.values())).kind
     ranks = {module: _ranks(adapter) for module, adapter in adapters.items()}
     alphas = {module: adapter.scaling * _divisor(adapter, ranks[module]) for module, adapter in adapters.items()}

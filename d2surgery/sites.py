@@ -22,14 +22,15 @@ class Patch(NamedTuple):
     """One adapter on a range of rows of a stored tensor, seen as the matrix (prod(shape[:-1]) or shape[0], rest).
 
     `transposed`: the rows of the tensor are in_features of the adapter, not out_features.
-    `out`: which out_features of the adapter land here (one expert's gate, say); `expert`: of which expert.
+    `out`: from which to which out_features of the adapter land here (one expert's gate, say; None: to the last);
+    `expert`: of which expert.
     """
 
     module: str
     start: int
     stop: int
     transposed: bool = False
-    out: slice = slice(None)
+    out: tuple[int, int | None] = (0, None)
     expert: int = 0
 
 
@@ -116,7 +117,7 @@ class _Place(NamedTuple):
     """A tensor on disk and the rows of the adapter's output that it holds."""
 
     tensor: str
-    out: slice
+    out: tuple[int, int | None]
     expert: int
 
 
@@ -169,7 +170,7 @@ class _Finder:
     def _spelled(self, name: str) -> list[_Place]:
         for spelling in (name, *(name.replace(old, new) for old, new in _RENAMED if old in name)):
             if spelling in self.base.tensors or spelling in self.aliases:
-                return [_Place(spelling, slice(None), 0)]
+                return [_Place(spelling, (0, None), 0)]
             if places := self._experts(spelling):
                 return places
         return []
@@ -185,7 +186,7 @@ class _Finder:
                 for part in parts:
                     tensor = f"{root}.{expert}.{part}.weight"
                     stop = start + self.base.tensors[tensor].shape[0]
-                    places.append(_Place(tensor, slice(start, stop), expert))
+                    places.append(_Place(tensor, (start, stop), expert))
                     start = stop
                 expert += 1
             if places:
@@ -243,9 +244,7 @@ class _Finder:
         if not places:
             self._missing(adapter.module)
             return
-        held = [
-            place.out.stop - place.out.start for place in places if place.expert == 0 and place.out.stop is not None
-        ]
+        held = [place.out[1] - place.out[0] for place in places if place.expert == 0 and place.out[1] is not None]
         if held and (sum(held), places[-1].expert + 1) != (adapter.out_features, adapter.experts):
             want, got = (
                 f"{places[-1].expert + 1} experts of {sum(held)}",
@@ -266,7 +265,7 @@ class _Finder:
         if info is not None and info.dtype not in FLOATS:
             self.problem("QUANTIZED_BASE", "not a floating-point tensor", module=place.tensor, got=info.dtype)
             return ()
-        out = adapter.out_features if place.out.stop is None else place.out.stop - place.out.start
+        out = adapter.out_features if place.out[1] is None else place.out[1] - place.out[0]
         if adapter.stored == "experts" and len(shape) == 3:
             return self._stacked(adapter, shape)
         transposed = self._transposed(adapter, out, shape)

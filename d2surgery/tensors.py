@@ -46,7 +46,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, shared."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,5 +60,3 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     toward = torch.copysign(torch.full_like(near, torch.inf), error.float())
     odd = torch.where((error != 0) & even & near.isfinite(), torch.nextafter(near, toward), near)
     return odd.to(dtype)
-
-

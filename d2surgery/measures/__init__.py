@@ -1,0 +1,1 @@
+"""Measures: tensors in, records out. No paths, no printing, no plotting."""

@@ -1,0 +1,274 @@
+"""Streaming safetensors output: a header that is known before the data, bytes at offsets, hashes, fsync, one rename.
+
+A checkpoint is built in a sibling `.<name>.partial/`. Its `journal.jsonl` holds the recipe, then a line per finished
+shard; a directory under the final name is always whole.
+"""
+
+import hashlib
+import json
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from d2surgery.errors import refuse
+from d2surgery.header import BITS, INDEX
+from d2surgery.tensors import as_bytes
+
+JOURNAL = "journal.jsonl"
+Item = TypeVar("Item")
+
+
+class Entry(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file to be: its tensors in order of position, the header, the position of each tensor."""
+
+    file: str
+    header: bytes
+    starts: Mapping[str, int]
+    entries: tuple[Entry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(entry.nbytes for entry in self.entries)
+
+
+def shards(entries: Iterable[Entry], limit: int) -> list[Shard]:
+    """Cut entries, in their order, into files of at most `limit` bytes (a larger tensor has its own file)."""
+    groups: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if groups[-1] and size + entry.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += entry.nbytes
+    count = len(groups)
+    name = "model.safetensors" if count == 1 else "model-{:05d}-of-{:05d}.safetensors"
+    return [_shard(name.format(number, count), group) for number, group in enumerate(groups, 1)]
+
+
+def index_of(written: Iterable[Shard]) -> dict[str, Any]:
+    """The content of model.safetensors.index.json."""
+    files = list(written)
+    entries = [entry for shard in files for entry in shard.entries]
+    parameters = sum(entry.nbytes * 8 // BITS[entry.dtype] for entry in entries)
+    metadata = {"total_parameters": parameters, "total_size": sum(entry.nbytes for entry in entries)}
+    return {"metadata": metadata, "weight_map": {e.name: shard.file for shard in files for e in shard.entries}}
+
+
+def _shard(file: str, entries: list[Entry]) -> Shard:
+    # Wider dtypes first, as safetensors itself does: every tensor then starts at a multiple of its item size.
+    ordered = sorted(entries, key=lambda entry: -BITS[entry.dtype])
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    starts: dict[str, int] = {}
+    for entry in ordered:
+        starts[entry.name] = position
+        offsets = [position, position + entry.nbytes]
+        table[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+        position += entry.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return Shard(file, header, {name: len(header) + start for name, start in starts.items()}, tuple(ordered))
+
+
+@dataclass
+class Partial:
+    """The directory in which a checkpoint is built, beside the place where it will stand."""
+
+    out: Path
+    sync: bool
+    finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # shard file -> its journal line
+
+    @property
+    def path(self) -> Path:
+        return self.out.parent / f".{self.out.name}.partial"
+
+    def open(self, recipe: Mapping[str, Any], resume: bool) -> None:
+        """Begin, or continue what the same recipe began. Raises OUTPUT_EXISTS or RESUME_MISMATCH."""
+        if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
+            raise refuse("OUTPUT_EXISTS", "the output path is taken", file=str(self.out))
+        first = json.dumps(recipe, sort_keys=True)
+        if self.path.exists():
+            if not resume:
+                message = "an unfinished merge is there: continue it with --resume, or remove it"
+                raise refuse("OUTPUT_EXISTS", message, file=str(self.path))
+            self._continue(first)
+            return
+        self.path.mkdir(parents=True)
+        self.append(first)
+
+    def _continue(self, first: str) -> None:
+        journal = self.path / JOURNAL
+        lines = journal.read_text().split("\n")[:-1] if journal.exists() else []  # what follows the last \n is torn
+        if not lines:
+            shutil.rmtree(self.path)
+            self.path.mkdir()
+            self.append(first)
+            return
+        if lines[0] != first:
+            old, new = json.loads(lines[0]), json.loads(first)
+            fields = ", ".join(key for key in sorted(old | new) if old.get(key) != new.get(key))
+            raise refuse("RESUME_MISMATCH", f"these differ: {fields}", file=str(self.path))
+        for line in map(json.loads, lines[1:]):
+            self.finished[line["file"]] = line
+        journal.write_text("".join(f"{line}\n" for line in lines))
+
+    def append(self, line: str) -> None:
+        with (self.path / JOURNAL).open("a") as file:
+            file.write(line + "\n")
+            self._sync(file.fileno())
+
+    def write(self, name: str, content: bytes) -> None:
+        with (self.path / name).open("wb") as file:
+            file.write(content)
+            self._sync(file.fileno())
+
+    def publish(self) -> None:
+        """Everything is on disk: drop the journal and take the final name."""
+        (self.path / JOURNAL).unlink()
+        self._sync_directory(self.path)
+        if self.out.exists():
+            self.out.rmdir()
+        self.path.rename(self.out)
+        self._sync_directory(self.out.parent)
+
+    def _sync(self, fd: int) -> None:
+        if self.sync:
+            os.fsync(fd)
+
+    def _sync_directory(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            self._sync(fd)
+        finally:
+            os.close(fd)
+
+
+class ShardWriter:
+    """Writes one shard's tensors piece by piece, each tensor's pieces in order, and hashes them."""
+
+    def __init__(self, path: Path, shard: Shard, *, hashes: bool, sync: bool) -> None:
+        self.shard = shard
+        self.hashes: dict[str, Any] = {e.name: hashlib.sha256() for e in shard.entries} if hashes else {}
+        self._positions = dict(shard.starts)
+        self._sync = sync
+        self._fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+        self._write(shard.header, 0)
+
+    def write(self, name: str, piece: Tensor) -> None:
+        data = as_bytes(piece)
+        if self.hashes:
+            self.hashes[name].update(data)
+        self._write(data, self._positions[name])
+        self._positions[name] += len(data)
+
+    def close(self) -> dict[str, str]:
+        """Returns the sha256 of each tensor, {} when not hashing."""
+        if self._sync:
+            os.fsync(self._fd)
+        os.close(self._fd)
+        return {name: digest.hexdigest() for name, digest in self.hashes.items()}
+
+    def abandon(self) -> None:
+        os.close(self._fd)
+
+    def _write(self, data: bytes | memoryview, position: int) -> None:
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self._fd, view, position)
+            view, position = view[count:], position + count
+
+
+def pipeline(
+    items: Iterable[Item],
+    read: Callable[[Item, Tensor], None],
+    compute: Callable[[Item, Tensor], Tensor | None],
+    write: Callable[[Item, Tensor], None],
+    buffers: Iterable[Tensor],
+) -> None:
+    """Read ahead and write behind in two threads while the caller's thread computes; everything stays in order.
+
+    `buffers` bound the memory: a buffer is free again when what was computed from it has been written.
+    The first error of any stage stops all three and is raised here.
+    """
+    free: queue.Queue[Tensor | None] = queue.Queue()
+    ready: queue.Queue[tuple[Item, Tensor] | None] = queue.Queue()
+    done: queue.Queue[tuple[Item, Tensor, Tensor | None] | None] = queue.Queue()
+    failures: list[BaseException] = []
+    for buffer in buffers:
+        free.put(buffer)
+
+    def read_all() -> None:
+        try:
+            for item in items:
+                buffer = free.get()
+                if buffer is None or failures:
+                    break
+                read(item, buffer)
+                ready.put((item, buffer))
+        except BaseException as error:
+            failures.append(error)
+        ready.put(None)
+
+    def write_all() -> None:
+        while (step := done.get()) is not None:
+            item, buffer, result = step
+            try:
+                if result is not None and not failures:
+                    write(item, result)
+            except BaseException as error:
+                failures.append(error)
+            free.put(buffer)
+
+    threads = [threading.Thread(target=stage, daemon=True) for stage in (read_all, write_all)]
+    for thread in threads:
+        thread.start()
+    try:
+        while (step := ready.get()) is not None and not failures:
+            item, buffer = step
+            done.put((item, buffer, compute(item, buffer)))
+    except BaseException as error:
+        failures.append(error)
+    done.put(None)
+    free.put(None)
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def hash_tensors(path: Path, shard: Shard) -> dict[str, str]:
+    """The sha256 of each tensor in a finished shard, read back from disk."""
+    digests: dict[str, str] = {}
+    with path.open("rb") as file:
+        for entry in shard.entries:
+            file.seek(shard.starts[entry.name])
+            digest, left = hashlib.sha256(), entry.nbytes
+            while left and (piece := file.read(min(left, 1 << 22))):
+                digest.update(piece)
+                left -= len(piece)
+            digests[entry.name] = digest.hexdigest()
+    return digests
+
+
+def index_bytes(written: list[Shard]) -> tuple[str, bytes] | None:
+    """The index file's name and content; None for a single file, which needs none."""
+    return (INDEX, json.dumps(index_of(written), indent=2).encode()) if len(written) > 1 else None
