@@ -5,11 +5,11 @@ Three kinds have a thin update ΔW = P·Q and are one formula, per vector v alon
 W' = base_gain ⊙ W0 + update_gain ⊙ ΔW.
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
 
 import torch
@@ -61,7 +61,13 @@ class Adapter(ABC):
     """What was learnt for one module. A value: no method changes it. Construction raises SHAPE_UNEXPECTED."""
 
     kind: ClassVar[str]
+    dimensions: ClassVar[dict[str, list[str]]] = {}
+    """The names of each slot's dimensions, read from its annotation: shapes are said once."""
     scaling: float
+
+    def __init_subclass__(cls) -> None:
+        annotations = inspect.get_annotations(cls).items()
+        cls.dimensions = {name: hint.dim_str.split() for name, hint in annotations if hasattr(hint, "dim_str")}
 
     def __post_init__(self) -> None:
         if not torch.compiler.is_compiling():
@@ -87,7 +93,7 @@ class Adapter(ABC):
 
     def slots(self) -> dict[str, Tensor]:
         """The tensors by name."""
-        return {name: getattr(self, name) for name in _dimensions(type(self))}
+        return {name: getattr(self, name) for name in self.dimensions}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         return _with(self, {name: slot.to(device=device, dtype=dtype) for name, slot in self.slots().items()})
@@ -97,7 +103,7 @@ class Adapter(ABC):
         chosen = {"out_features": out, "in_features": in_}
         parts = {
             name: tuple(chosen.get(_resolve(self, dim), slice(None)) for dim in dims)
-            for name, dims in _dimensions(type(self)).items()
+            for name, dims in self.dimensions.items()
         }
         return _with(self, {name: getattr(self, name)[part] for name, part in parts.items()})
 
@@ -432,7 +438,7 @@ def check_shapes(adapter: Adapter) -> None:
     """Every slot has the dimensions its annotation names, equal names equal sizes; every choice is one of its words."""
     sizes: dict[str, int] = {}
     problems = []
-    for name, dims in _dimensions(type(adapter)).items():
+    for name, dims in adapter.dimensions.items():
         dims = [_resolve(adapter, dim) for dim in dims]
         got = tuple(getattr(adapter, name).shape)
         known = [str(sizes.get(dim, dim)) for dim in dims]
@@ -478,18 +484,12 @@ def _with(adapter: Kind, slots: dict[str, Tensor]) -> Kind:
     return replace(adapter, **slots)  # type: ignore[arg-type]
 
 
-@cache
-def _dimensions(kind: type[Adapter]) -> dict[str, list[str]]:
-    """The names of each slot's dimensions, from its annotation: shapes are said once."""
-    return {f.name: f.type.dim_str.split() for f in fields(kind) if hasattr(f.type, "dim_str")}
-
-
 def _resolve(adapter: Adapter, dim: str) -> str:
     return adapter.along if dim == "vectors" and adapter.along else dim
 
 
 def _sizes(adapter: Adapter, axis: Axis) -> Iterator[int]:
-    for name, dims in _dimensions(type(adapter)).items():
+    for name, dims in adapter.dimensions.items():
         if axis in dims:
             yield getattr(adapter, name).shape[dims.index(axis)]
 
