@@ -10,6 +10,7 @@ A checkpoint may be one such file or several with a `*.safetensors.index.json`.
 import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -86,7 +87,8 @@ def is_pickle(path: Path) -> bool:
     """Does the file begin like one that torch.save wrote: a zip archive, or before PyTorch 1.6 a bare pickle?"""
     try:
         with path.open("rb") as file:
-            return file.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
+            head = file.read(9)
+            return head.startswith((b"PK\x03\x04", b"\x80\x02")) and not _begins_a_header(head)
     except OSError:
         return False  # read_header says why
 
@@ -101,7 +103,7 @@ def read_checkpoint_header(directory: Path) -> Header:
         if len(files) != 1:
             raise refuse("BAD_BASE", "no model.safetensors and no index", file=str(directory), got=_listing(directory))
         return read_header(files[0])
-    weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+    weight_map = _weight_map(index)
     headers = {name: _shard(index, name) for name in sorted(set(weight_map.values()))}
     raise_errors(
         problem for header in headers.values() if isinstance(header, D2SurgeryError) for problem in header.problems
@@ -129,11 +131,23 @@ def read_json(path: Path) -> dict[str, Any]:
         raise refuse("FILE_MISSING", "no such file", file=str(path)) from None
     except OSError as error:
         raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(path)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refuse("BAD_CONFIG", f"not JSON: {error}", file=str(path)) from None
     if not isinstance(value, dict):
         raise refuse("BAD_CONFIG", "wanted a JSON object", file=str(path), got=type(value).__name__)
     return value
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise refuse("BAD_BASE", "the index has no weight_map", file=str(index))
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise refuse(
+                "BAD_BASE", "not the name of a file beside the index", file=str(index), module=name, got=str(shard)
+            )
+    return weight_map
 
 
 def _shard(index: Path, name: str) -> Header | D2SurgeryError:
@@ -156,10 +170,15 @@ def _check_magic(path: Path, head: bytes, size: int) -> None:
     if size == 0:
         raise refuse("FILE_EMPTY", "the file has no bytes", file=str(path))
     for magic, code, name in _MAGICS:
-        if head.startswith(magic):
+        if head.startswith(magic) and not _begins_a_header(head):
             raise refuse(code, f"the file is {name}", file=str(path), wanted="safetensors", got=f"{size} bytes")
     if size < 8:
         raise refuse("TRUNCATED_FILE", "shorter than any header", file=str(path), got=f"{size} bytes")
+
+
+def _begins_a_header(head: bytes) -> bool:
+    """A length of 640 also begins like a pickle, and one of 60 like a web page; the brace tells."""
+    return head[8:9] == b"{"
 
 
 def _check_length(path: Path, length: int, size: int) -> None:
@@ -187,12 +206,11 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            duplicates.extend(sorted({name for name in names if names.count(name) > 1}))
+            duplicates.extend(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
         return found
 
     try:
-        entries = json.loads(text, object_pairs_hook=unique)
+        entries = json.loads(text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise refuse("CORRUPT_HEADER", f"the header is not JSON: {error}", file=str(path)) from None
     if not isinstance(entries, dict):

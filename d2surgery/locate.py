@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from d2surgery.errors import refuse
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.bin)(@[\w./-]+)?")  # not a mistyped path
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PICKLES = (".bin", ".pt", ".pth")
+_STATES = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")  # what trainers leave beside weights
 
 
 class AdapterFiles(NamedTuple):
@@ -38,7 +39,9 @@ def _weights_in(directory: Path) -> Path:
     for name in WEIGHTS:  # PEFT's order: safetensors wins where both exist
         if (directory / name).exists():
             return directory / name
-    found = sorted(p for p in directory.iterdir() if p.suffix in (".safetensors", ".bin"))
+    found = sorted(directory.glob("*.safetensors")) or sorted(
+        path for path in directory.iterdir() if path.suffix in PICKLES and path.stem not in _STATES
+    )
     if not found:
         got = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "an empty directory"
         raise refuse("NO_WEIGHTS", "no adapter weights", file=str(directory), wanted=" or ".join(WEIGHTS), got=got)

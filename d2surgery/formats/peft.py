@@ -24,7 +24,7 @@ writes; `.weight` may be absent, an adapter name may stand before it, wrappers' 
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any, NamedTuple
@@ -50,7 +50,10 @@ _LEAVES: dict[str, tuple[str, Stored]] = {  # leaf -> (slot, how the base stores
 }
 _TOKENS = "trainable_tokens_delta"
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
-_OTHER_METHODS = re.compile(r"(^|\.)(lora_|hada_|lokr_|vera_|oft_|boft_|ia3_|hra_|prompt_|delora_|vblora_|randlora_)")
+_OTHER_METHODS = re.compile(
+    r"(^|\.)(lora_|hada_|lokr_|vera_|oft_|boft_|ia3_|hra_|prompt_embeddings|delora_|vblora_|randlora_)"
+)
+_DIFFUSERS = re.compile(r"(unet|text_encoder\w*|transformer)\.(?!h\.)")  # transformer.h. is GPT-2's
 _VARIANTS = {  # config field -> the variant's name, when the field is set
     "alora_invocation_tokens": "aLoRA (applies to some tokens only)",
     "use_qalora": "QALoRA",
@@ -62,6 +65,8 @@ _VARIANTS = {  # config field -> the variant's name, when the field is set
 }
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _PARAMETER_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")  # as the models declare them
+FORMS = ("projected_plus_update", "projected", "update")
+_PATTERN_FIELDS = ("rank_pattern", "alpha_pattern")
 _OURS = ("r1", "r2", "tau", "along", "form", "format_version", "training")
 _FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, and ours
     re.findall(
@@ -80,17 +85,13 @@ _FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, and ours
 
 def layout(header: Header, config: Mapping[str, Any] | None) -> Layout | None:
     """The file's layout with every misfit in `problems`, or None when nothing marks it as PEFT's."""
-    reader = _Reader(header, config if config is not None else {})
-    embedded = _embedded(header)
-    if config is None and embedded is not None:
-        reader.config = embedded.get("config", {})
-    elif config is not None and embedded is not None and embedded.get("config") != config:
+    inside, scaling = _embedded(header)
+    reader = _Reader(header, (inside or {}) if config is None else config)
+    if inside is not None and reader.config != inside:
         reader.problem("CONFIG_DISAGREES", "adapter_config.json is not the config inside the file", severity="warning")
-        embedded = None
-    if not reader.config and not _looks_like_peft(header):
-        return None
-    reader.exact_scaling = (embedded or {}).get("scaling", {})
-    return reader.read()
+    elif inside is not None:
+        reader.exact_scaling = scaling
+    return reader.read() if "peft_type" in reader.config or _looks_like_peft(header) else None
 
 
 class _Patterns:
@@ -127,20 +128,21 @@ def _matches(pattern: str, plain: bool, module: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
-def _embedded(header: Header) -> dict[str, Any] | None:
-    """Our own config inside the file; diffusers puts a PEFT config there as well, but only its pipelines read it."""
+def _embedded(header: Header) -> tuple[dict[str, Any] | None, dict[str, float]]:
+    """Our own config inside the file and the exact scaling by module; anything else under our key is not ours."""
     try:
         value = json.loads(header.metadata[METADATA])
-    except (KeyError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+        config, scaling = value["config"], value.get("scaling", {})
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return None, {}
+    if not isinstance(config, dict) or not isinstance(scaling, dict):
+        return None, {}
+    return config, {module: float(number) for module, number in scaling.items() if _is_number(number)}
 
 
 def _looks_like_peft(header: Header) -> bool:
     return any(key.startswith(PREFIX) or f".{_TOKENS}" in key for key in header.tensors) or any(
-        part in _LEAVES and not key.startswith(("unet.", "transformer.", "text_encoder"))
-        for key in header.tensors
-        for part in key.split(".")
+        part in _LEAVES and not _DIFFUSERS.match(key) for key in header.tensors for part in key.split(".")
     )
 
 
@@ -156,7 +158,6 @@ class _Group:
 
     stored: Stored = "linear"
     keys: dict[str, str] = field(default_factory=dict)
-    adapter: str = ""
 
 
 class _Reader:
@@ -166,6 +167,9 @@ class _Reader:
         self.header = header
         self.config = config
         self.exact_scaling: Mapping[str, float] = {}
+        self.unusable: set[str] = set()  # config fields that are there but make no sense
+        self.patterns = {name: _Patterns({}) for name in _PATTERN_FIELDS}
+        self.adapter_name = ""
         self.problems: list[Problem] = []
         self.unread: list[str] = []
 
@@ -222,18 +226,30 @@ class _Reader:
                 self._add_slot(groups, module, leaf, key)
             elif _TOKENS in name.split("."):
                 self._add_rows(rows, name, key)
-            elif _OTHER_METHODS.search(name) or self.header.tensors[key].dtype not in (*FLOATS, "F8_E4M3", "F8_E5M2"):
+            elif _OTHER_METHODS.search(name) or not (self._is_float(key) or self._declared(name)):
                 self._skip(key, "UNKNOWN_TENSOR", "no slot of LoRA, DoRA, Dual LoRA or D2-LoRA")
             else:
                 self._add_replacement(replacements, name, key)
         return groups, replacements, rows
+
+    def _is_float(self, key: str) -> bool:
+        return self.header.tensors[key].dtype in (*FLOATS, "F8_E4M3", "F8_E5M2")
+
+    def _declared(self, name: str) -> bool:
+        """Part of a module in modules_to_save: a BatchNorm's integer counter is, for one."""
+        saved = self.config.get("modules_to_save") or ()
+        return any(re.match(rf"(^|.*\.){re.escape(module)}\.", name) for module in saved)
 
     def _skip(self, key: str, code: str, message: str, got: str = "") -> None:
         self.unread.append(key)
         self.problem(code, message, module=key, got=got)
 
     def _add_slot(self, groups: dict[str, _Group], module: str, leaf: _Leaf, key: str) -> None:
-        group = groups.setdefault(module, _Group(adapter=leaf.adapter))
+        self.adapter_name = self.adapter_name or leaf.adapter
+        if leaf.adapter and leaf.adapter != self.adapter_name:
+            self._skip(key, "TWO_ADAPTERS", f"belongs to adapter {leaf.adapter}", got=f"read {self.adapter_name}")
+            return
+        group = groups.setdefault(module, _Group())
         if leaf.slot in group.keys:
             other = group.keys[leaf.slot]
             self._skip(key, "TWO_ADAPTERS", f"{module} has this slot twice", got=f"also {other}")
@@ -254,12 +270,16 @@ class _Reader:
         indices = self.config.get("trainable_token_indices")
         if isinstance(indices, Mapping):
             indices = next((v for k, v in indices.items() if module == k or module.endswith(f".{k}")), None)
-        count = self.header.tensors[key].shape[0]
+        shape = self.header.tensors[key].shape
         numbers = (
             tuple(indices) if isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices) else ()
         )
-        if len(set(numbers)) != count:
-            self._skip(key, "TOKEN_INDICES", f"{module} needs {count} different row numbers", got=str(indices)[:80])
+        if len(shape) != 2:
+            self._skip(key, "SHAPE_UNEXPECTED", "wanted one row per token", got=str(shape))
+        elif f"{module}.weight" in rows:
+            self._skip(key, "TWO_ADAPTERS", f"{module} has its rows twice", got=f"also {rows[f'{module}.weight'].key}")
+        elif not len(set(numbers)) == len(numbers) == shape[0]:
+            self._skip(key, "TOKEN_INDICES", f"{module} needs {shape[0]} different row numbers", got=str(indices)[:80])
         else:
             rows[f"{module}.weight"] = Rows(key, numbers)
 
@@ -268,10 +288,12 @@ class _Reader:
     def _adapter(self, name: str, group: _Group) -> AdapterLayout | None:
         before = len(self.problems)
         kind = self._kind(name, group)
-        module, experts = self._experts(name, group) if kind == "lora" and "A" in group.keys else (name, 1)
-        ranks = self._ranks(module, kind, group, experts) if kind else {}
-        if kind:
-            self._check_shapes(module, kind, group, experts)
+        module, experts, ranks = name, 1, {}
+        if kind and self._are_matrices(name, kind, group):
+            if kind == "lora":
+                module, experts = self._experts(name, group)
+            ranks = self._ranks(module, kind, group, experts)
+            self._check_shapes(module, kind, group)
         if kind is None or any(problem.severity == "error" for problem in self.problems[before:]):
             self.unread.extend(group.keys.values())
             return None
@@ -304,10 +326,14 @@ class _Reader:
         )  # fmt: skip
         allowed = METHODS[self.config.get("peft_type", PEFT_TYPES[kind])]
         if kind not in allowed:
-            kind = allowed[-1]
+            kind = allowed[0]
         missing = set(slots_of(kind)) - slots
         for slot in sorted(missing - {"magnitude"}):
             self.problem("MISSING_HALF", f"has {', '.join(sorted(slots))} but no {slot}", module=name)
+        if self.config.get("lora_bias") and "B" in slots and not slots & {"bias", "magnitude"}:
+            self.problem("MISSING_HALF", "lora_bias is set but there is no lora_B.bias", module=name)
+        if "bias" in slots and self.config and not self.config.get("lora_bias"):
+            self.problem("UNEXPECTED_BIAS", "a lora_B.bias although lora_bias is not set", module=name)
         if "magnitude" in missing or ("magnitude" not in slots and self.config.get("use_dora")):
             self.problem("MISSING_MAGNITUDE", "use_dora is set but there is no lora_magnitude_vector", module=name)
             return None
@@ -324,11 +350,13 @@ class _Reader:
         while module.endswith(".base_layer"):
             module = module.removesuffix(".base_layer")
         depth = name.count(".base_layer") - module.count(".base_layer")
-        targets = self.config.get("target_parameters") or ()
-        short = {t.rpartition(".")[2] for t in targets if _ends_with(module, t.rpartition(".")[0])}
+        split = [target.rpartition(".") for target in self.config.get("target_parameters") or ()]
+        bare = not self._listed(module)  # a target without a dot names a parameter of any module but the targeted
+        short = {last for first, _, last in split if (_ends_with(module, first) if first else bare)}
         if not short:
-            if depth:
-                self.problem("UNSUPPORTED_VARIANT", "nested base_layer without target_parameters", module=name)
+            if ".base_layer" in name:
+                what = "MultiheadAttention, or a base_layer that target_parameters does not explain"
+                self.problem("UNSUPPORTED_VARIANT", what, module=name)
             return name, 1
         ordered = sorted(short, key=lambda p: _PARAMETER_ORDER.index(p) if p in _PARAMETER_ORDER else -1)
         if len(short) > 1 and not short <= set(_PARAMETER_ORDER):
@@ -356,7 +384,7 @@ class _Reader:
         ranks = {
             name: self.header.tensors[group.keys[slot]].shape[0] // experts for name, slot in RANK_GROUPS[kind].items()
         }
-        if self.config:
+        if self.config and not self.unusable & {"r", "r1", "r2", "rank_pattern"}:
             fields = ("r1", "r2") if kind == "duallora" else ("r",) * len(ranks)
             want = {name: self._r(module, field) for name, field in zip(ranks, fields, strict=True)}
             if want != ranks:
@@ -369,34 +397,37 @@ class _Reader:
         value = self.patterns["rank_pattern"].value(module, default)
         if isinstance(value, list) and len(value) == 2:  # Dual LoRA's [r1, r2]
             value = value[field == "r2"]
-        return value if type(value) is int and value > 0 else 8  # _check_config has named what is not a rank
+        return int(value)
 
     def _scaling(self, module: str, kind: str, ranks: Mapping[str, int]) -> float | None:
-        if not self.config:
+        if not self.config or self.unusable & {"lora_alpha", "alpha_pattern", "use_rslora"}:
             return None
         if module in self.exact_scaling:
             return float(self.exact_scaling[module])
         alpha = self.patterns["alpha_pattern"].value(module, self.config.get("lora_alpha", 8))
-        if type(alpha) not in (int, float):
-            return None
         if kind == "duallora":
             return float(alpha) / sqrt(prod(ranks.values()))
         rank = next(iter(ranks.values()))
         return float(alpha) / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def _check_shapes(self, module: str, kind: str, group: _Group, experts: int) -> None:
+    def _are_matrices(self, module: str, kind: str, group: _Group) -> bool:
+        shapes = {slot: self.header.tensors[group.keys[slot]].shape for slot in slots_of(kind) if slot != "magnitude"}
+        flat = {slot: shape for slot, shape in shapes.items() if len(shape) < 2}
+        for slot, shape in flat.items():
+            self.problem("SHAPE_UNEXPECTED", f"{slot} is not a matrix", module=module, got=str(shape))
+        return not flat
+
+    def _check_shapes(self, module: str, kind: str, group: _Group) -> None:
         shapes = {slot: self.header.tensors[key].shape for slot, key in group.keys.items()}
         downs = [slot for slot in slots_of(kind) if slot in PAIRS]
-        flat = [slot for slot in (*downs, *(PAIRS[d] for d in downs)) if len(shapes[slot]) < 2]
-        for slot in flat:
-            self.problem("SHAPE_UNEXPECTED", f"{slot} is not a matrix", module=module, got=str(shapes[slot]))
-        if flat:
-            return
         for down in downs:
             a, b = shapes[down], shapes[PAIRS[down]]
             if prod(b[1:]) != a[0]:
                 code = "GROUPED_CONV" if len(a) > 2 and a[0] % prod(b[1:]) == 0 else "RANK_MISMATCH"
                 self.problem(code, f"{down} {a} and {PAIRS[down]} {b} do not multiply", module=module)
+        if len({(shapes[PAIRS[down]][0], *shapes[down][1:]) for down in downs}) > 1:
+            got = "; ".join(f"{slot} {shape}" for slot, shape in shapes.items())
+            self.problem("SHAPE_UNEXPECTED", "the groups differ in out or in", module=module, got=got)
         out = shapes[PAIRS[downs[0]]][0]
         for slot in {"magnitude", "bias"} & shapes.keys():
             if prod(shapes[slot]) != out:
@@ -423,27 +454,22 @@ class _Reader:
             self.problem("MUTATED_BASE", f"init_lora_weights is {init}")
         if config.get("layer_replication"):
             self.problem("LAYER_REPLICATION", f"layer_replication is {config['layer_replication']}")
-        for name in ("r", "r1", "r2"):
-            if name in config and not (type(config[name]) is int and config[name] > 0):
-                self.problem("BAD_CONFIG", f"{name} is not a rank", wanted="an integer from 1", got=str(config[name]))
-        if type(config.get("lora_alpha", 8)) not in (int, float):
-            self.problem("BAD_CONFIG", "lora_alpha is not a number", got=str(config["lora_alpha"]))
-        self.patterns = {
-            name: _Patterns(self._good_patterns(name, config.get(name) or {}))
-            for name in ("rank_pattern", "alpha_pattern")
-        }
-        if config.get("along", "in_features") not in ("in_features", "out_features"):
-            self.problem("BAD_CONFIG", "along", wanted="in_features or out_features", got=str(config["along"]))
-        if config.get("form", FORMS[0]) not in FORMS:
-            self.problem("BAD_CONFIG", "form", wanted=", ".join(FORMS), got=str(config["form"]))
+        for name, (wanted, fits) in _CHECKS.items():
+            if name in config and not fits(config[name]):
+                self.problem("BAD_CONFIG", f"{name} cannot be used", wanted=wanted, got=str(config[name])[:80])
+                self.unusable.add(name)
+        self.patterns = {name: _Patterns(self._good_patterns(name, config.get(name) or {})) for name in _PATTERN_FIELDS}
+        self.config = {name: value for name, value in config.items() if name not in self.unusable}
 
     def _good_patterns(self, name: str, patterns: Any) -> dict[str, Any]:
         if not isinstance(patterns, Mapping):
             self.problem("BAD_CONFIG", f"{name} is not an object", got=type(patterns).__name__)
+            self.unusable.add(name)
             return {}
         good = {key: value for key, value in patterns.items() if _is_regex(key) and _is_pattern_value(name, value)}
         for key in patterns.keys() - good.keys():
             self.problem("BAD_CONFIG", f"{name} entry {key!r}", wanted="a regular expression and a number")
+            self.unusable.add(name)
         return good
 
     def _check_targets(self, adapters: Mapping[str, AdapterLayout]) -> None:
@@ -452,13 +478,15 @@ class _Reader:
                 self.problem("NOT_TARGETED", "has factors but is not in target_modules", module=module)
 
     def _targeted(self, module: str) -> bool:
-        config = self.config
-        targets = config.get("target_modules")
-        if config.get("ensure_weight_tying") or targets is None or targets == "all-linear":
-            return True  # PEFT adds the tied module by itself; no list and the shorthand say nothing of names
-        if isinstance(targets, str):
-            return _is_regex(targets) and re.fullmatch(targets, module) is not None
-        return any(_ends_with(module, target) for target in targets) and self._layer_chosen(module)
+        if self.config.get("ensure_weight_tying"):
+            return True  # PEFT adds the tied module by itself
+        if self.config.get("target_modules") in (None, "all-linear"):
+            return True  # neither says anything of names
+        return self._listed(module) and not _names(self.config.get("exclude_modules"), module)
+
+    def _listed(self, module: str) -> bool:
+        targets = self.config.get("target_modules")
+        return _names(targets, module) and (isinstance(targets, str) or self._layer_chosen(module))
 
     def _layer_chosen(self, module: str) -> bool:
         chosen = self.config.get("layers_to_transform")
@@ -484,7 +512,6 @@ class _Reader:
 
     def _check_replacements(self, replacements: dict[str, str], adapters: Mapping[str, AdapterLayout]) -> None:
         bias = self.config.get("bias", "none")
-        declared = self.config.get("modules_to_save") or ()
         for target, key in list(replacements.items()):
             module, _, leaf = target.rpartition(".")
             plain_bias = leaf == "bias" and module in adapters and ".base_layer." not in key
@@ -494,17 +521,12 @@ class _Reader:
             elif plain_bias:
                 self.problem("PEFT_IGNORES_BIAS", "applied all the same", severity="warning", module=target)
             elif self.config and not (
-                (leaf == "bias" and bias != "none")
-                or ".base_layer." in key
-                or any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in declared)
+                (leaf == "bias" and bias != "none") or ".base_layer." in key or self._declared(target)
             ):
                 self.problem("UNDECLARED_REPLACEMENT", "saved in full", severity="info", module=target)
         saved_biases = any(target.endswith(".bias") for target in replacements)
         if bias == "lora_only" and not saved_biases and adapters:
             self.problem("BIAS_NOT_SAVED", "bias='lora_only' but the file holds no bias", severity="warning")
-
-
-FORMS = ("projected_plus_update", "projected", "update")
 
 
 def names(layout: Layout) -> dict[str, str]:
@@ -566,6 +588,13 @@ def _ends_with(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith(f".{suffix}")
 
 
+def _names(targets: str | Sequence[str] | None, module: str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds ends of names."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(_ends_with(module, target) for target in targets or ())
+
+
 def _is_regex(pattern: str) -> bool:
     try:
         re.compile(pattern)
@@ -575,8 +604,50 @@ def _is_regex(pattern: str) -> bool:
 
 
 def _is_pattern_value(field: str, value: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return all(type(v) is int and v > 0 if field == "rank_pattern" else type(v) in (int, float) for v in values)
+    if field == "alpha_pattern":
+        return _is_number(value)
+    return _is_rank(value) or (isinstance(value, list) and len(value) == 2 and all(map(_is_rank, value)))
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # and so not NaN
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or type(value) is bool
+
+
+def _is_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _is_expression(value: Any) -> bool:
+    """A regular expression or a list of names, as target_modules and exclude_modules are."""
+    return _is_regex(value) if isinstance(value, str) else _is_names(value)
+
+
+def _is_layers(value: Any) -> bool:
+    return value is None or type(value) is int or (isinstance(value, list) and all(type(n) is int for n in value))
+
+
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # field -> what is wanted of it, and the test
+    **dict.fromkeys(("r", "r1", "r2"), ("an integer from 1", _is_rank)),
+    **dict.fromkeys(("lora_alpha", "tau"), ("a finite number", _is_number)),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), ("true or false", _is_flag)),
+    **dict.fromkeys(("target_modules", "exclude_modules"), ("names or a regular expression", _is_expression)),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), ("a list of names", _is_names)),
+    "peft_type": ("a name", lambda value: isinstance(value, str)),
+    "layers_to_transform": ("layer numbers", _is_layers),
+    "layers_pattern": ("names", lambda v: all(map(_is_regex, v or [""])) if _is_names(v) else _is_expression(v)),
+    "trainable_token_indices": ("row numbers", lambda v: v is None or isinstance(v, list | dict)),
+    "along": ("in_features or out_features", lambda value: value in ("in_features", "out_features")),
+    "form": (", ".join(FORMS), lambda value: value in FORMS),
+    "bias": ("none, all or lora_only", lambda value: value in (None, "none", "all", "lora_only")),
+}
 
 
 def _version(text: Any) -> tuple[int, ...]:
