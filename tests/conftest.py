@@ -1,0 +1,56 @@
+"""What tests share: `safetensors_bytes` writes a file by hand (not with the library under test), `adapter` a directory
+with config and weights, `published` is the folder of real adapters beside the checkout, where there is one."""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SIZES = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "F8_E4M3": 1}
+LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "base_model_name_or_path": "org/base"}
+PAIR = {"base_model.model.layers.0.q.lora_A.weight": (2, 6), "base_model.model.layers.0.q.lora_B.weight": (4, 2)}
+
+Shapes = Mapping[str, tuple[int, ...]]
+WriteAdapter = Callable[..., Path]
+
+
+def safetensors_bytes(
+    shapes: Shapes, dtypes: Mapping[str, str] | None = None, metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """A safetensors file of zeros."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, shape in shapes.items():
+        dtype = (dtypes or {}).get(name, "F32")
+        start, end = end, end + prod(shape) * SIZES[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(end)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> WriteAdapter:
+    """adapter(shapes, config | None, dtypes=…, metadata=…) -> directory."""
+
+    def write(shapes: Shapes = PAIR, config: Mapping[str, Any] | None = LORA, **options: Any) -> Path:
+        directory = tmp_path / "adapter"
+        directory.mkdir(exist_ok=True)
+        (directory / "adapter_model.safetensors").write_bytes(safetensors_bytes(shapes, **options))
+        if config is not None:
+            (directory / "adapter_config.json").write_text(json.dumps(config))
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def published() -> Path:
+    """The folder of real adapters trained by others; they are not part of the project."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "adapters"
+    if not folder.is_dir():
+        pytest.skip("the published adapters are not on this machine")
+    return folder
