@@ -58,5 +58,6 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        message = f"no such local path, and the hub did not give it: {str(error).splitlines()[0][:200]}"
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        message = f"no such local path, and the hub did not give it: {reason[:200]}"
         raise refuse("HUB_UNREACHABLE", message, file=hub_id) from None
