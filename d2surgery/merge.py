@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,6 +265,7 @@ class _Job:
     device: torch.device
     triples: dict[Patch, Triple] = field(default_factory=dict)
     current: tuple[Any, Adapter] | None = None  # the adapter in use, in the dtype of the work
+    workspace: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
         self.layout: Layout = self.checkpoint.layout
@@ -410,7 +411,7 @@ class _Job:
         stored = raw.view(DTYPES[tile.output.info.dtype])
         if tile.output.info.dtype not in FLOATS:
             return stored
-        values = stored.to(self.device, tile.output.work_dtype)
+        values = self._working_copy(stored, tile.output.work_dtype)
         site = tile.output.site
         if tile.patch is not None:
             base_weight = self._oriented(values, tile)
@@ -421,12 +422,27 @@ class _Job:
             values = (merged.T if tile.patch.transposed else merged).reshape(-1)
         if site is not None and site.bias is not None:
             values = values + self._bias(site.bias, tile, values)
-        result = rounded(values, DTYPES[tile.output.dtype]).cpu()
+        result = self._rounded_into(raw, values, DTYPES[tile.output.dtype])
         if site is not None and site.rows is not None:
             self._put_rows(site, tile, result)
-        if site is not None and not bool(torch.isfinite(result.sum(dtype=torch.float32))):
-            self._check_finite(tile, stored, result)
+        if site is not None:
+            self._check_finite(tile, values, result)
         return result
+
+    def _working_copy(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tile in the dtype of the work; on a CPU always in the same memory, which costs no page faults."""
+        if self.device.type != "cpu":
+            return stored.to(self.device, dtype)
+        if self.workspace.dtype != dtype or self.workspace.numel() < stored.numel():
+            self.workspace = torch.empty(stored.numel(), dtype=dtype)
+        return self.workspace[: stored.numel()].copy_(stored)
+
+    def _rounded_into(self, raw: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rounded once; over the bytes that were read where it fits, since nobody needs them any more."""
+        if values.numel() * dtype.itemsize > raw.numel():
+            return rounded(values, dtype).cpu()
+        once = rounded(values, dtype) if values.dtype == torch.float64 else values  # copy_ rounds float32 once
+        return raw[: values.numel() * dtype.itemsize].view(dtype).copy_(once)
 
     def _oriented(self, values: Tensor, tile: _Tile) -> Tensor:
         """The tile as an (out_features, in_features) matrix."""
@@ -477,12 +493,11 @@ class _Job:
             if low < high:
                 result[low - first : high - first] = trained[number, low - row * width : high - row * width]
 
-    def _check_finite(self, tile: _Tile, stored: Tensor, result: Tensor) -> None:
-        if bool(torch.isfinite(result).all()):
-            return  # the sum overflowed, no entry did
-        message = "the base holds NaN or infinity" if not bool(torch.isfinite(stored).all()) else (
-            f"a merged value overflows {tile.output.dtype}"
-        )  # fmt: skip
+    def _check_finite(self, tile: _Tile, values: Tensor, result: Tensor) -> None:
+        if not result.numel() or all(map(isfinite, torch.aminmax(result))):
+            return
+        overflow = all(map(isfinite, torch.aminmax(values)))  # the adapter is known to be finite
+        message = f"a merged value overflows {tile.output.dtype}" if overflow else "the base holds NaN or infinity"
         raise refuse("NOT_FINITE", message, module=tile.output.name)
 
     # The other files ---------------------------------------------------------------------------------------------
