@@ -286,17 +286,22 @@ class _Reader:
     # One adapter -------------------------------------------------------------------------------------------------
 
     def _adapter(self, name: str, group: _Group) -> AdapterLayout | None:
+        """The module's adapter; None when something is wrong with it, and then its keys are unread."""
         before = len(self.problems)
         kind = self._kind(name, group)
-        module, experts, ranks = name, 1, {}
-        if kind and self._are_matrices(name, kind, group):
-            if kind == "lora":
-                module, experts = self._experts(name, group)
-            ranks = self._ranks(module, kind, group, experts)
-            self._check_shapes(module, kind, group)
-        if kind is None or any(problem.severity == "error" for problem in self.problems[before:]):
+        adapter = self._fitted(name, kind, group) if kind and self._are_matrices(name, kind, group) else None
+        if any(problem.severity == "error" for problem in self.problems[before:]):
             self.unread.extend(group.keys.values())
             return None
+        return adapter
+
+    def _fitted(self, name: str, kind: str, group: _Group) -> AdapterLayout | None:
+        before = len(self.problems)
+        module, experts = self._experts(name, group) if kind == "lora" else (name, 1)
+        self._check_shapes(module, kind, group)
+        if len(self.problems) > before:
+            return None
+        ranks = self._ranks(module, kind, group, experts)
         down, up = (self.header.tensors[group.keys[slot]] for slot in _first_pair(kind))
         stored: Stored = "experts" if module != name else "conv" if len(down.shape) > 2 else group.stored
         return AdapterLayout(
