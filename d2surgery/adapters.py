@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
@@ -95,10 +95,10 @@ class Adapter(ABC):
         """The tensors by name."""
         return {name: getattr(self, name) for name in self.dimensions}
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(self: Kind, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Kind:
         return _with(self, {name: slot.to(device=device, dtype=dtype) for name, slot in self.slots().items()})
 
-    def take(self, *, out: slice = slice(None), in_: slice = slice(None)) -> Self:
+    def take(self: Kind, *, out: slice = slice(None), in_: slice = slice(None)) -> Kind:
         """The adapter of the sub-matrix W0[out, in_]."""
         chosen = {"out_features": out, "in_features": in_}
         parts = {
@@ -228,7 +228,7 @@ class LoRA(_Thin):
         scaling: float,
         generator: Generator | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> Self:
+    ) -> "LoRA":
         """A Kaiming-uniform with a = √5, that is U(−1/√in, 1/√in); B = 0."""
         A = _kaiming(base_weight, rank, dtype, generator)
         return cls(A=A, B=_zeros(base_weight, rank, dtype), scaling=scaling)
@@ -261,7 +261,7 @@ class DoRA(_Thin):
         along: Axis = "out_features",
         generator: Generator | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> Self:
+    ) -> "DoRA":
         """A Kaiming-uniform, B = 0, m = ‖W0‖ along the axis."""
         rows = base_weight if along == "out_features" else base_weight.T
         return cls(
@@ -324,7 +324,7 @@ class D2LoRA(_Thin):
         sigma: float = 0.02,
         generator: Generator | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> Self:
+    ) -> "D2LoRA":
         """A₊ Kaiming-uniform, A₋ N(0, sigma²), B₊ = B₋ = 0: Ŵ = W0."""
         return cls(
             A_plus=_kaiming(base_weight, rank, dtype, generator),
@@ -387,7 +387,7 @@ class DualLoRA(Adapter):
         ste: Straight = "clip",
         generator: Generator | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> Self:
+    ) -> "DualLoRA":
         """Both groups of this rank, all four N(0, sigma²): zero would stop ReLU's gradient. The delta is not zero;
         training multiplies the scaling by a warm-up factor that starts at 0."""
         rows, columns = base_weight.shape
