@@ -1,0 +1,30 @@
+"""d2surgery: model surgery and adapter analysis. Importing it imports nothing heavy: names load when first used."""
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {  # name -> the module that defines it
+    **dict.fromkeys(("Problem", "D2SurgeryError"), "errors"),
+    **dict.fromkeys(("Layout", "AdapterLayout"), "layout"),
+    "open_layout": "formats",
+    "LowRank": "lowrank",
+    **dict.fromkeys(("Adapter", "LoRA", "DoRA", "DualLoRA", "D2LoRA", "KINDS"), "adapters"),
+    **dict.fromkeys(("Checkpoint", "load", "save", "from_adapters"), "checkpoint"),
+    "BaseWeights": "base",
+    **dict.fromkeys(("merge", "plan", "MergeReport", "PlanReport"), "merging"),
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # slow to import, and seldom asked for
+
+        return version("d2surgery")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'd2surgery' has no attribute {name!r}")
+    return getattr(import_module(f"d2surgery.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -25,6 +25,17 @@ class Verb(NamedTuple):
 
 VERBS = {
     "inspect": Verb("Look", "What an adapter is: kinds, ranks, scalings, problems.", "d2surgery inspect ./my-adapter"),
+    "merge": Verb(
+        "Operate",
+        "Write a base with an adapter merged into it.",
+        "d2surgery merge --base ./model --adapter ./my-adapter --out ./merged",
+    ),
+    "plan": Verb(
+        "Operate",
+        "What merge would write, need and keep; writes nothing.",
+        "d2surgery plan --base ./model --adapter ./my-adapter --out ./merged",
+    ),
+    "demo": Verb("Help", "The whole path on a small example it makes itself.", "d2surgery demo"),
     "explain": Verb("Help", "What a problem code means and what to do.", "d2surgery explain MISSING_HALF"),
 }
 FAILED = 2

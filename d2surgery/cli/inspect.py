@@ -46,7 +46,7 @@ def command(
     problems = list(layout.problems)
     values: Numbers | None = None
     if numbers:
-        values, found = _read_numbers(adapter, layout)
+        values, found = _read_numbers(layout)
         problems += found
     if base is not None:
         problems += _misfits(layout, base)
@@ -54,7 +54,7 @@ def command(
     if as_json:
         output.emit_json(_document(layout, values))
     else:
-        for line in output.problem_lines(_gathered(problems)) if quiet else _text(layout, per_layer, values):
+        for line in output.problem_lines(_gathered(problems)) if quiet else describe(layout, per_layer, values):
             output.emit(line)
     return int(_worst(problems) >= [*SEVERITIES, "never"].index(fail_on))
 
@@ -64,10 +64,10 @@ def _worst(problems: Iterable[Problem]) -> int:
     return max((SEVERITIES.index(problem.severity) for problem in problems), default=-1)
 
 
-def _read_numbers(adapter: str, layout: Layout) -> tuple[Numbers, list[Problem]]:
+def _read_numbers(layout: Layout) -> tuple[Numbers, list[Problem]]:
     from d2surgery.cli.numbers import read_numbers  # torch, and only here
 
-    return read_numbers(adapter, layout)
+    return read_numbers(layout)
 
 
 def _misfits(layout: Layout, base: Path) -> list[Problem]:
@@ -94,7 +94,7 @@ def _document(layout: Layout, numbers: Numbers | None) -> dict[str, Any]:
         "tensors_total": len(layout.header.tensors),
         "tensors_accounted": len(list(layout.accounted())),
         "modules": [
-            _module(a) | dict((numbers or {}).get(a.module, dict.fromkeys(NUMBERS) if numbers is not None else {}))
+            _module(a) | ({} if numbers is None else dict.fromkeys(NUMBERS) | dict(numbers.get(a.module, {})))
             for a in layout.adapters.values()
         ],
         "replacements": [_replacement(layout, tensor, key) for tensor, key in layout.replacements.items()],
@@ -133,7 +133,7 @@ def _replacement(layout: Layout, tensor: str, key: str) -> dict[str, Any]:
 # As text --------------------------------------------------------------------------------------------------------------
 
 
-def _text(layout: Layout, per_layer: bool, numbers: Numbers | None) -> Iterable[str]:
+def describe(layout: Layout, per_layer: bool = False, numbers: Numbers | None = None) -> Iterable[str]:
     """Verdict, why, what is in it, coverage."""
     yield from _verdict(layout)
     yield from output.problem_lines(_gathered(layout.problems))

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from d2surgery.tensors import rounded
 
+LOW_GAIN = 0.95  # below it a right merge has visibly lost part of the adapter (MATH, section 4)
+
 
 @dataclass(frozen=True)
 class Survival:
@@ -39,6 +41,12 @@ class Survival:
         if not self.delta_squared:
             return nan
         return sqrt(max(self.applied_squared - 2 * self.inner + self.delta_squared, 0.0) / self.delta_squared)
+
+    @property
+    def cosine(self) -> float:
+        """Of applied and delta, −1 to 1; nan when either is zero."""
+        norms = sqrt(self.delta_squared * self.applied_squared)
+        return self.inner / norms if norms else nan
 
     @property
     def changed_share(self) -> float:

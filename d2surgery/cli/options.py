@@ -1,0 +1,76 @@
+"""What merge and plan have in common: the options that name a merge, and a progress bar."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64"}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+class Bytes(click.ParamType[int]):
+    """`400MB`, `5GB`, `2GiB`, or a number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(value).upper())
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is not a size such as 400MB or 2GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+class Dtype(click.Choice[str]):
+    """The safetensors name of an output dtype, by the name people use."""
+
+    def __init__(self) -> None:
+        super().__init__(sorted(DTYPES))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return DTYPES[super().convert(value, param, ctx)]
+
+
+_DIRECTORY = click.Path(path_type=Path)
+_OPTIONS = (
+    click.option("--base", type=_DIRECTORY, required=True, help="Model directory with safetensors weights."),
+    click.option("--adapter", required=True, help="File, directory or hub id org/name[@revision]."),
+    click.option("--out", type=_DIRECTORY, required=True, help="Directory to be made."),
+    click.option("--dtype", type=Dtype(), help="Of all floating-point tensors. Default: as in the base."),
+    click.option("--strength", type=float, default=1.0, show_default=True, help="λ in W0 + λ·delta; 0 is the base."),
+    click.option("--max-memory", type=Bytes(), help="Resident memory that may be used, such as 400MB."),
+    click.option("--shard-size", type=Bytes(), default="5GB", show_default=True, help="Largest output file."),
+    click.option("--device", default="cpu", show_default=True, help="Where tiles are computed: cpu, cuda, cuda:1 …"),
+)
+
+
+def job_options(command: Command) -> Command:
+    """The options that `merge` and `plan` share."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def progress_bar(label: str, *, show: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, only on a terminal; yields progress(done, total) in bytes."""
+    if not show or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from tqdm import tqdm  # seldom needed
+
+    with tqdm(desc=label, unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
