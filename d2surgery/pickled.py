@@ -7,21 +7,7 @@ from torch import Tensor
 
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.header import Header, TensorInfo
-
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
+from d2surgery.tensors import NAMES
 
 
 def read_pickled_header(path: Path) -> Header:
@@ -30,7 +16,7 @@ def read_pickled_header(path: Path) -> Header:
     Raises D2SurgeryError PICKLE, as `read_pickled` does.
     """
     tensors = {
-        name: TensorInfo(path, DTYPES[tensor.dtype], tuple(tensor.shape), 0, 0)
+        name: TensorInfo(path, NAMES[tensor.dtype], tuple(tensor.shape), 0, 0)
         for name, tensor in read_pickled(path).items()
     }
     return Header((path,), tensors, {})
@@ -69,7 +55,7 @@ def _load(path: Path) -> object:
 
 
 def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and value.dtype in DTYPES
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.dtype in NAMES
 
 
 def _kind(value: object) -> str:

@@ -48,11 +48,13 @@ def command(
     if numbers:
         values, found = _read_numbers(layout)
         problems += found
+    touched: int | None = None
     if base is not None:
-        problems += _misfits(layout, base)
+        touched, found = _land(layout, base)
+        problems += found
     layout = replace(layout, problems=tuple(problems))
     if as_json:
-        output.emit_json(_document(layout, values))
+        output.emit_json(_document(layout, values) | {"base_tensors_touched": touched})
     else:
         for line in output.problem_lines(_gathered(problems)) if quiet else describe(layout, per_layer, values):
             output.emit(line)
@@ -70,13 +72,14 @@ def _read_numbers(layout: Layout) -> tuple[Numbers, list[Problem]]:
     return read_numbers(layout)
 
 
-def _misfits(layout: Layout, base: Path) -> list[Problem]:
+def _land(layout: Layout, base: Path) -> tuple[int, list[Problem]]:
+    """How many of the base's tensors the adapter touches, and what does not fit."""
     from d2surgery.header import read_checkpoint_header, read_json
     from d2surgery.sites import sites
 
     config = base / "config.json"
-    found = sites(layout, read_checkpoint_header(base), read_json(config) if config.exists() else {})
-    return list(found.problems)
+    landing = sites(layout, read_checkpoint_header(base), read_json(config) if config.exists() else {})
+    return len(landing.sites), list(landing.problems)
 
 
 # As JSON --------------------------------------------------------------------------------------------------------------
@@ -149,6 +152,8 @@ def describe(layout: Layout, per_layer: bool = False, numbers: Numbers | None = 
     yield _coverage(layout)
     if numbers is None:
         yield "Names and shapes only: NaN would not show. --numbers reads the values."
+    else:
+        yield "Values read. Norms and ranks are those of the updates, before any normalisation; means over a line."
 
 
 def _verdict(layout: Layout) -> list[str]:
