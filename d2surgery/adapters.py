@@ -67,11 +67,25 @@ class Adapter(ABC):
 
     def __init_subclass__(cls) -> None:
         annotations = inspect.get_annotations(cls).items()
-        cls.dimensions = {name: hint.dim_str.split() for name, hint in annotations if hasattr(hint, "dim_str")}
+        own = {name: hint.dim_str.split() for name, hint in annotations if hasattr(hint, "dim_str")}
+        cls.dimensions = cls.dimensions | own
 
     def __post_init__(self) -> None:
         if not torch.compiler.is_compiling():
             check_shapes(self)
+
+    @classmethod
+    @abstractmethod
+    def init(
+        cls,
+        base_weight: Weight,
+        *,
+        rank: int,
+        scaling: float,
+        generator: Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "Adapter":
+        """What training starts from, on `base_weight`'s device; other fields by dataclasses.replace."""
 
     @property
     def along(self) -> Axis | None:
@@ -160,7 +174,7 @@ class _Thin(Adapter):
         W, P, Q = _rows_first(base_weight, *self._factors(torch.float64), along)
         triple = _triple(W, P, Q, _norms_by_qr)
         doubtful = (_sum_norms(triple) < SUSPICIOUS * (triple.base + triple.update)).nonzero()[:, 0]
-        if doubtful.numel() == 0 or W.dtype == torch.float64:
+        if W.dtype == torch.float64 or doubtful.numel() == 0:
             return triple
         exact = _triple(W[doubtful].double(), P[doubtful], Q, _norms_by_qr)
         return Triple(*(sums.index_copy(0, doubtful, better) for sums, better in zip(triple, exact, strict=True)))
@@ -168,7 +182,7 @@ class _Thin(Adapter):
     def delta(self, base_weight: Weight, triple: Triple | None = None) -> Weight:
         P, Q = self._factors(torch.float64)
         if not self.normalises:
-            return P.to(base_weight.dtype) @ Q.to(base_weight.dtype)
+            return _product_like(base_weight, P.to(base_weight.dtype), Q.to(base_weight.dtype))
         if triple is None:
             triple = self._training_triple(base_weight) if _learns(self) else self.triple(base_weight)
         _refuse_zero_norms(triple, self._target(triple), self.along)
@@ -212,12 +226,21 @@ class _Thin(Adapter):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LoRA(_Thin):
+class _Pair(_Thin):
+    """ΔW = s·B·A."""
+
+    A: Float[Tensor, "rank in_features"]
+    B: Float[Tensor, "out_features rank"]
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.scaling * self.B.to(dtype), self.A.to(dtype)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoRA(_Pair):
     """W' = W0 + s·B·A  (arXiv:2106.09685; rsLoRA arXiv:2312.03732 is a choice of s)."""
 
     kind: ClassVar[str] = "lora"
-    A: Float[Tensor, "rank in_features"]
-    B: Float[Tensor, "out_features rank"]
 
     @classmethod
     def init(
@@ -233,12 +256,9 @@ class LoRA(_Thin):
         A = _kaiming(base_weight, rank, dtype, generator)
         return cls(A=A, B=_zeros(base_weight, rank, dtype), scaling=scaling)
 
-    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.scaling * self.B.to(dtype), self.A.to(dtype)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DoRA(_Thin):
+class DoRA(_Pair):
     """W' = m ⊙ V/‖V‖, V = W0 + s·B·A, norms along `along`  (arXiv:2402.09353).
 
     The norm is a constant to the gradient (section 4.3). A vector with ‖V‖ = 0 keeps W' = 0 if its m = 0 and is
@@ -246,8 +266,6 @@ class DoRA(_Thin):
     """
 
     kind: ClassVar[str] = "dora"
-    A: Float[Tensor, "rank in_features"]
-    B: Float[Tensor, "out_features rank"]
     magnitude: Float[Tensor, " vectors"]
     along: Axis = "out_features"
 
@@ -275,9 +293,6 @@ class DoRA(_Thin):
     @property
     def normalises(self) -> bool:
         return True
-
-    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.scaling * self.B.to(dtype), self.A.to(dtype)
 
     def _target(self, triple: Triple) -> Tensor:
         return self.magnitude.double()
@@ -317,10 +332,6 @@ class D2LoRA(_Thin):
         *,
         rank: int,
         scaling: float,
-        tau: float = 0.5,
-        along: Axis = "in_features",
-        form: Form = "projected_plus_update",
-        detach_norm: bool = False,
         sigma: float = 0.02,
         generator: Generator | None = None,
         dtype: torch.dtype = torch.float32,
@@ -332,10 +343,6 @@ class D2LoRA(_Thin):
             A_minus=_normal(base_weight, (rank, base_weight.shape[1]), sigma, dtype, generator),
             B_minus=_zeros(base_weight, rank, dtype),
             scaling=scaling,
-            tau=tau,
-            along=along,
-            form=form,
-            detach_norm=detach_norm,
         )
 
     @property
@@ -384,16 +391,15 @@ class DualLoRA(Adapter):
         rank: int,
         scaling: float,
         sigma: float = 0.02,
-        ste: Straight = "clip",
         generator: Generator | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "DualLoRA":
         """Both groups of this rank, all four N(0, sigma²): zero would stop ReLU's gradient. The delta is not zero;
         training multiplies the scaling by a warm-up factor that starts at 0."""
         rows, columns = base_weight.shape
-        shapes = {"A": (rank, columns), "B": (rows, rank), "C": (rank, columns), "D": (rows, rank)}
-        factors = {name: _normal(base_weight, shape, sigma, dtype, generator) for name, shape in shapes.items()}
-        return cls(**factors, scaling=scaling, ste=ste)
+        A, C = (_normal(base_weight, (rank, columns), sigma, dtype, generator) for _ in "AC")
+        B, D = (_normal(base_weight, (rows, rank), sigma, dtype, generator) for _ in "BD")
+        return cls(A=A, B=B, C=C, D=D, scaling=scaling)
 
     def update(self) -> None:
         return None
@@ -406,7 +412,7 @@ class DualLoRA(Adapter):
 
     def delta(self, base_weight: Weight, triple: Triple | None = None) -> Weight:
         """As every delta. D·C is formed in float64: a sign that flips is not a rounding error."""
-        return self._delta(base_weight.dtype, torch.float64)
+        return self._delta(base_weight, base_weight.dtype, torch.float64)
 
     def forward(
         self,
@@ -417,14 +423,15 @@ class DualLoRA(Adapter):
     ) -> Float[Tensor, "*batch out_features"]:
         """Forms W': there is no thin form."""
         wide = torch.promote_types(base_weight.dtype, self.A.dtype)
-        delta = self._delta(wide, wide)
+        delta = self._delta(base_weight, wide, wide)
         if update_input is None:
             return F.linear(x, (base_weight + delta).to(base_weight.dtype), bias)
         return F.linear(x, base_weight, bias) + F.linear(update_input, delta.to(update_input.dtype))
 
-    def _delta(self, dtype: torch.dtype, sign_dtype: torch.dtype) -> Tensor:
-        size = F.relu((self.scaling * self.B.double()).to(dtype) @ self.A.to(dtype))
-        z = self.D.to(sign_dtype) @ self.C.to(sign_dtype)
+    def _delta(self, base_weight: Weight, dtype: torch.dtype, sign_dtype: torch.dtype) -> Tensor:
+        B = (self.scaling * self.B.double()).to(dtype)
+        size = F.relu(_product_like(base_weight, B, self.A.to(dtype)))
+        z = _product_like(base_weight, self.D.to(sign_dtype), self.C.to(sign_dtype))
         if not _learns(self):
             return _signed(size, z)
         sign: Tensor = _Sign.apply(z, self.ste)  # type: ignore[no-untyped-call]
@@ -535,7 +542,7 @@ def _row_sums(values: Tensor) -> Tensor:
     """Float64 sums over dim 1: blocks of 32 in the dtype of the values, then blocks in float64 (error about 1e-8)."""
     if values.dtype == torch.float64:
         return values.sum(1)
-    if values.stride(0) < values.stride(1):  # a transposed view: summing its rows as columns is 20 times faster
+    if _is_transposed(values):  # summing its rows as columns is 20 times faster
         return _blocked_sums(values.T, 0)
     return _blocked_sums(values, 1)
 
@@ -570,6 +577,15 @@ def _combine(W: Tensor, P: Tensor, Q: Tensor, gains: Gains) -> Tensor:
     """base_excess ⊙ W + update_gain ⊙ P·Q per row: the gain goes into the thin factor, so two passes over W."""
     result = W * gains.base_excess[:, None].to(W.dtype)
     return result.addmm_((gains.update_gain[:, None] * P).to(W.dtype), Q.to(W.dtype))
+
+
+def _product_like(W: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+    """P·Q, lying in memory as W does: adding two layouts is slow."""
+    return (Q.T @ P.T).T if _is_transposed(W) else P @ Q
+
+
+def _is_transposed(W: Tensor) -> bool:
+    return W.stride(0) < W.stride(1)
 
 
 def _kaiming(W: Tensor, rank: int, dtype: torch.dtype, generator: Generator | None) -> Tensor:

@@ -145,6 +145,7 @@ def test_base_plus_delta_is_the_formula(
     for tile in (W0, W0.T.contiguous().T):
         delta = adapter.delta(tile)
         assert delta.dtype == dtype
+        assert delta.stride() == tile.stride()
         assert_same(tile + delta, expected(case, adapter, W0), tolerance)
 
 
@@ -222,12 +223,11 @@ def test_signs_of_random_factors_are_those_of_float64() -> None:
 # ---- initial values -------------------------------------------------------------------------------------------------
 
 
-def initial(case: str, W0: Tensor, **fields: Any) -> Adapter:
+def initial(case: str, W0: Tensor, **options: Any) -> Adapter:
     kind, chosen = CASES[case]
-    generator = torch.Generator().manual_seed(5)
-    cls: Any = KINDS[kind]
-    adapter: Adapter = cls.init(W0, rank=4, scaling=2.0, generator=generator, **chosen, **fields)
-    return adapter
+    options = {"along": chosen["along"], **options} if kind == "dora" else options
+    start = KINDS[kind].init(W0, rank=4, scaling=2.0, generator=torch.Generator().manual_seed(5), **options)
+    return replace(start, **chosen)
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name != "duallora"])
