@@ -34,8 +34,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     except PermissionError as error:
         raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(path)) from None
     except Exception as error:  # torch.load raises whatever the damaged bytes lead it to
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise refuse("PICKLE", f"PyTorch will not load it safely: {reason}", file=str(path)) from None
+        raise refuse("PICKLE", f"PyTorch will not load it safely: {_reason(error)}", file=str(path)) from None
     if not isinstance(loaded, dict):
         got = type(loaded).__name__
         raise refuse("PICKLE", "not a table of tensors", file=str(path), wanted="names and tensors", got=got)
@@ -45,6 +44,12 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         if not (isinstance(name, str) and _is_plain(value))
     )
     return dict(loaded)
+
+
+def _reason(error: Exception) -> str:
+    """The line of PyTorch's message that names the object, not its advice to load unsafely."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "nsupported" in line), lines[0] if lines else type(error).__name__)[:200]
 
 
 def _load(path: Path) -> object:

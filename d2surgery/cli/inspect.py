@@ -58,6 +58,8 @@ def command(
     else:
         for line in output.problem_lines(_gathered(problems)) if quiet else describe(layout, per_layer, values):
             output.emit(line)
+        if touched is not None and not quiet:
+            output.emit(f"{output.count(touched, 'tensor')} of {output.printable(str(base))} would change.")
     return int(_worst(problems) >= [*SEVERITIES, "never"].index(fail_on))
 
 
