@@ -248,8 +248,29 @@ def _prepare(
         problems.append(
             Problem(code="STRENGTH", message="replaced weights", wanted="1", got=f"{strength}", module=names)
         )
+    problems += _unconsumed(checkpoint.layout, landing)
     raise_errors(problems)
-    return _Job(checkpoint, weights, landing, tuple(problems), dtype, strength, torch.device(device))
+    return _Job(checkpoint, weights, landing, tuple(problems), dtype, strength, _device(device))
+
+
+def _unconsumed(layout: Layout, landing: Landing) -> Iterator[Problem]:
+    """Conservation: what no site uses and no problem names would be lost silently. Here it is named."""
+    modules = {patch.module for site in landing.sites.values() for patch in site.patches}
+    used = {key for module in modules for slot, key in layout.adapters[module].slots.items() if slot != "bias"}
+    used |= {layout.adapters[site.bias].slots["bias"] for site in landing.sites.values() if site.bias}
+    used |= {site.replacement for site in landing.sites.values() if site.replacement}
+    used |= {site.rows.key for site in landing.sites.values() if site.rows}
+    used |= {key for _, key in landing.twins}
+    if not any(problem.severity == "error" for problem in (*layout.problems, *landing.problems)):
+        for key in sorted(layout.header.tensors.keys() - used):
+            yield Problem(code="UNKNOWN_TENSOR", message="no place in the base takes it", module=key)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise refuse("USAGE", f"no such device here: {str(error).splitlines()[0]}", got=name) from None
 
 
 @dataclass
@@ -264,7 +285,7 @@ class _Job:
     strength: float
     device: torch.device
     triples: dict[Patch, Triple] = field(default_factory=dict)
-    current: tuple[Any, Adapter] | None = None  # the adapter in use, in the dtype of the work
+    current: tuple[Any, Adapter] | None = None  # the adapter in use, and of what it is
     workspace: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
@@ -300,7 +321,7 @@ class _Job:
             tensor = self.checkpoint.tensor(key)
             if hashes:
                 digests[key] = hashlib.sha256(as_bytes(tensor)).hexdigest()
-            if not bool(torch.isfinite(tensor).all()):
+            if not _all_finite(tensor):
                 problems.append(Problem(code="NOT_FINITE", message="NaN or infinity", module=key))
         for first, second in self.landing.twins:
             a, b = self.checkpoint.tensor(first), self.checkpoint.tensor(second)
@@ -452,7 +473,7 @@ class _Job:
 
     def _delta(self, tile: _Tile, patch: Patch, base_weight: Tensor) -> Tensor | None:
         """strength·delta of the tile; None when the tile only adds to its vectors' triples."""
-        whole = self._adapter(patch, tile.output.work_dtype)
+        whole = self._adapter(patch)
         rows = slice(tile.first - patch.start, tile.last - patch.start)
         part = whole.take(in_=rows) if patch.transposed else whole.take(out=rows)
         if tile.measure:
@@ -466,12 +487,12 @@ class _Job:
             raise D2SurgeryError(*(replace(problem, module=where) for problem in error.problems)) from None
         return delta if self.strength == 1 else delta.mul_(self.strength)
 
-    def _adapter(self, patch: Patch, dtype: torch.dtype) -> Adapter:
-        key = (patch.module, patch.expert, patch.out, dtype)
+    def _adapter(self, patch: Patch) -> Adapter:
+        key = (patch.module, patch.expert, patch.out)
         if self.current is None or self.current[0] != key:
             self.triples = {p: t for p, t in self.triples.items() if p.module == patch.module}
             adapter = self.checkpoint.adapter(patch.module, patch.expert).take(out=slice(*patch.out))
-            self.current = (key, adapter.to(self.device, dtype))
+            self.current = (key, adapter.to(self.device))
         return self.current[1]
 
     def _bias(self, module: str, tile: _Tile, values: Tensor) -> Tensor:
@@ -494,9 +515,9 @@ class _Job:
                 result[low - first : high - first] = trained[number, low - row * width : high - row * width]
 
     def _check_finite(self, tile: _Tile, values: Tensor, result: Tensor) -> None:
-        if not result.numel() or all(map(isfinite, torch.aminmax(result))):
+        if _all_finite(result):
             return
-        overflow = all(map(isfinite, torch.aminmax(values)))  # the adapter is known to be finite
+        overflow = _all_finite(values)  # the adapter is known to be finite
         message = f"a merged value overflows {tile.output.dtype}" if overflow else "the base holds NaN or infinity"
         raise refuse("NOT_FINITE", message, module=tile.output.name)
 
@@ -602,6 +623,11 @@ def _cuts(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
         last = start + step if stop - start >= 2 * step else stop if stop - start <= step * 3 // 2 else start + step
         yield start, last
         start = last
+
+
+def _all_finite(values: Tensor) -> bool:
+    """The extremes of a tensor with NaN are NaN; looking at them is thirty times faster than at every element."""
+    return not values.numel() or all(map(isfinite, torch.aminmax(values)))
 
 
 def _check_disk(partial: Partial, need: int) -> None:
