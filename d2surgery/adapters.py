@@ -148,7 +148,10 @@ class Adapter(ABC):
         bias: Float[Tensor, " out_features"] | None = None,
         update_input: Float[Tensor, "*batch in_features"] | None = None,
     ) -> Float[Tensor, "*batch out_features"]:
-        """F.linear(x, W0 + delta, bias). `update_input` (dropout) is what the update sees instead of x."""
+        """F.linear(x, W0 + delta, bias). `update_input` (dropout) is what the update sees instead of x.
+
+        W0 always sees x; in PEFT's DoRA the dropped-out input also reaches W0, through its rescaling.
+        """
 
 
 class _Thin(Adapter):
@@ -173,7 +176,7 @@ class _Thin(Adapter):
         along = along or self.along or "out_features"
         W, P, Q = _rows_first(base_weight, *self._factors(torch.float64), along)
         triple = _triple(W, P, Q, _norms_by_qr)
-        doubtful = (_sum_norms(triple) < SUSPICIOUS * (triple.base + triple.update)).nonzero()[:, 0]
+        doubtful = (_sum_squares(triple) < SUSPICIOUS * (triple.base + triple.update)).nonzero()[:, 0]
         if W.dtype == torch.float64 or doubtful.numel() == 0:
             return triple
         exact = _triple(W[doubtful].double(), P[doubtful], Q, _norms_by_qr)
@@ -201,7 +204,7 @@ class _Thin(Adapter):
         """Thin: out axis y = a⊙(W0·x) + b⊙P(Q·u), in axis y = W0(a⊙x) + P(Q(b⊙u)), u the update's input.
 
         The update runs in the wider dtype of x and the slots; the result has the dtype of W0·x. A vector without
-        length gets gain 0 here: whether a tensor holds one is asked when merging, not in each step.
+        length stays zero here: whether it should have had one is asked when merging, not in each step.
         """
         wide = torch.promote_types(x.dtype, next(iter(self.slots().values())).dtype)
         u = (x if update_input is None else update_input).to(wide)
@@ -299,8 +302,7 @@ class DoRA(_Pair):
 
     def _gains(self, triple: Triple) -> Gains:
         """g = m/‖V‖ for both."""
-        norm, zero = _sum_norm(triple)
-        gain = torch.where(zero, 0, self._target(triple) / norm.detach())
+        gain = self._target(triple) / _sum_norm(triple).detach()
         return Gains(gain - 1, gain)
 
 
@@ -312,7 +314,8 @@ class D2LoRA(_Thin):
     """Ŵ = W* + ΔW, W* = c ⊙ (W0 + ΔW), c = ‖W0‖/‖W0 + ΔW‖, ΔW = s·(B₊A₊ − τ·B₋A₋)  (arXiv:2602.14728).
 
     `form` "projected" is W* alone, "update" W0 + ΔW. A zero vector of W0 has c = 0, so Ŵ = ΔW there; ‖W0 + ΔW‖ = 0
-    under a non-zero vector of W0 is ZERO_NORM. `detach_norm` makes c a constant to the gradient.
+    under a non-zero vector of W0 is ZERO_NORM. `detach_norm` makes c a constant to the gradient. Where the branches
+    nearly cancel, a delta in float32 errs by 1e-7 of the branches, not of their sum; `update()` does not.
     """
 
     kind: ClassVar[str] = "d2lora"
@@ -358,9 +361,8 @@ class D2LoRA(_Thin):
 
     def _gains(self, triple: Triple) -> Gains:
         """c − 1 = (‖w‖² − ‖w+u‖²)/(‖w+u‖(‖w+u‖ + ‖w‖)), without cancellation since the numerator is −2<w,u> − ‖u‖²."""
-        norm, zero = _sum_norm(triple)
+        norm = _sum_norm(triple)
         excess = -(2 * triple.cross + triple.update) / (norm * (norm + self._target(triple)))
-        excess = torch.where(zero, -1, excess)
         excess = excess.detach() if self.detach_norm else excess
         return Gains(excess, excess + (2 if self.form == "projected_plus_update" else 1))
 
@@ -554,20 +556,22 @@ def _blocked_sums(values: Tensor, dim: int) -> Tensor:
     return sums + tail.double().sum(dim)
 
 
-def _sum_norms(triple: Triple) -> Tensor:
+def _sum_squares(triple: Triple) -> Tensor:
     """‖w+u‖²."""
     return triple.base + 2 * triple.cross + triple.update
 
 
-def _sum_norm(triple: Triple) -> tuple[Tensor, Tensor]:
-    """‖w+u‖, with 1 in place of a zero, and where it is zero."""
-    squares = _sum_norms(triple)
-    zero = squares <= CANCELLED * (triple.base + triple.update)
-    return torch.where(zero, 1, squares).sqrt(), zero
+def _sum_norm(triple: Triple) -> Tensor:
+    """‖w+u‖, with 1 in place of zero: any finite gain leaves a zero vector zero."""
+    return torch.where(_is_zero(triple), 1, _sum_squares(triple)).sqrt()
+
+
+def _is_zero(triple: Triple) -> Tensor:
+    return _sum_squares(triple) <= CANCELLED * (triple.base + triple.update)
 
 
 def _refuse_zero_norms(triple: Triple, target: Tensor, along: Axis | None) -> None:
-    bad = (_sum_norm(triple)[1] & (target != 0)).nonzero()[:, 0].tolist()
+    bad = (_is_zero(triple) & (target != 0)).nonzero()[:, 0].tolist()
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
         raise refuse("ZERO_NORM", f"Vectors of length zero along {along}: {shown}.", wanted="a direction to rescale")

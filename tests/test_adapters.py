@@ -411,23 +411,22 @@ def test_float32_gains_hold_where_base_and_update_nearly_cancel(case: str, left:
 # ---- vectors without length -----------------------------------------------------------------------------------------
 
 
+def vector(M: Tensor, axis: str, at: int) -> Tensor:
+    """A view of one vector along the axis."""
+    return M.select(0 if axis == "out_features" else 1, at)
+
+
 def with_zero(W0: Tensor, axis: str, at: int) -> Tensor:
     W0 = W0.clone()
-    W0[(at, slice(None)) if axis == "out_features" else (slice(None), at)] = 0
+    vector(W0, axis, at).zero_()
     return W0
 
 
 def without_update(adapter: Adapter, axis: str, at: int) -> Adapter:
-    """The update's vector `at` along the axis is zero too."""
-    W = torch.ones(adapter.out_features, adapter.in_features, dtype=F64)
-    out, in_ = (with_zero(W, axis, at)[:, 0], None) if axis == "out_features" else (None, with_zero(W, axis, at)[0])
-    cut = {
-        name: slot * (out[:, None] if out is not None and name[0] in "BD" else 1.0 if in_ is None else in_)
-        if name[0] in ("B" if in_ is None else "A")
-        else slot
-        for name, slot in adapter.slots().items()
-    }
-    return replace(adapter, **cut)  # type: ignore[arg-type]
+    """The update's vector `at` along the axis is zero."""
+    cut: dict[str, Any] = adapter.slots()
+    touched = [name for name in cut if name[0] == ("B" if axis == "out_features" else "A")]
+    return replace(adapter, **cut | {name: with_zero(cut[name], axis, at) for name in touched})
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -441,7 +440,7 @@ def test_a_dora_vector_of_length_zero_stays_zero_or_is_an_error_that_names_it(ax
     magnitude = adapter.magnitude.clone()
     magnitude[5] = 0
     effective = W0 + replace(adapter, magnitude=magnitude).delta(W0)
-    assert (effective.select(0 if axis == "out_features" else 1, 5) == 0).all()
+    assert (vector(effective, axis, 5) == 0).all()
     assert effective.isfinite().all()
 
 
@@ -451,32 +450,23 @@ def test_a_zero_vector_of_the_base_has_gain_zero_in_d2(axis: Any, form: str) -> 
     adapter, W0 = make(f"d2lora-{axis}-{form}"), with_zero(base(), axis, 5)
     update = adapter.update()
     assert update is not None
-    vector = (W0 + adapter.delta(W0)).select(0 if axis == "out_features" else 1, 5)
-    wanted = update.dense().select(0 if axis == "out_features" else 1, 5)
-    assert_same(vector, wanted if form == "projected_plus_update" else torch.zeros_like(wanted))
+    left = vector(update.dense(), axis, 5) * (form == "projected_plus_update")
+    assert_same(vector(W0 + adapter.delta(W0), axis, 5), left)
     both_zero = without_update(adapter, axis, 5)
-    assert (both_zero.delta(W0).select(0 if axis == "out_features" else 1, 5) == 0).all()
+    assert (vector(both_zero.delta(W0), axis, 5) == 0).all()
 
 
 @pytest.mark.parametrize("case", NORMALISING)
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_an_update_that_cancels_the_base_is_an_error_that_names_it(case: str, dtype: torch.dtype) -> None:
-    axis = CASES[case][1]["along"]
-    adapter, W0 = make(case), base()
+    """Slots of small integers, so that both dtypes hold the update exactly."""
+    axis, W0 = CASES[case][1]["along"], base()
+    whole: dict[str, Any] = {name: slot.mul(4).round() for name, slot in make(case).slots().items()}
+    adapter = replace(make(case, scaling=1.0), **whole)
     update = adapter.update()
     assert update is not None
     for at in (1, 4):
-        part = (at, slice(None)) if axis == "out_features" else (slice(None), at)
-        W0[part] = -update.dense()[part]
-    if dtype == F32:  # slots and base exact in float32: small integers
-        adapter = replace(adapter, **{k: v.mul(4).round() for k, v in adapter.slots().items()}, scaling=1.0)
-        if isinstance(adapter, D2LoRA):
-            adapter = replace(adapter, tau=0.5)
-        update = adapter.update()
-        assert update is not None
-        for at in (1, 4):
-            part = (at, slice(None)) if axis == "out_features" else (slice(None), at)
-            W0[part] = -update.dense()[part]
+        vector(W0, axis, at).copy_(-vector(update.dense(), axis, at))
     with pytest.raises(D2SurgeryError, match=rf"ZERO_NORM.*{axis}: 1, 4"):
         adapter.delta(W0.to(dtype))
 
