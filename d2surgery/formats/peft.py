@@ -180,13 +180,13 @@ class _Reader:
     # Reading -----------------------------------------------------------------------------------------------------
 
     def read(self) -> Layout:
+        method = self.config.get("peft_type")
+        if isinstance(method, str) and method not in METHODS:
+            self.problem("UNSUPPORTED_METHOD", f"peft_type is {method}", wanted=", ".join(METHODS), got=str(method))
+            return self._layout({}, {}, {}, unread=tuple(self.header.tensors))
         if not self.config:
             self.problem("MISSING_CONFIG", "no adapter_config.json: ranks are known, scaling is not")
         self._check_config()
-        method = self.config.get("peft_type", "LORA")
-        if method not in METHODS:
-            self.problem("UNSUPPORTED_METHOD", f"peft_type is {method}", wanted=", ".join(METHODS), got=str(method))
-            return self._layout({}, {}, {}, unread=tuple(self.header.tensors))
         groups, replacements, rows = self._sort_keys()
         adapters = {a.module: a for name, group in groups.items() if (a := self._adapter(name, group)) is not None}
         self._check_targets(adapters)
@@ -308,7 +308,7 @@ class _Reader:
             module=module,
             kind=kind,
             stored=stored,
-            slots=group.keys,
+            slots={slot: group.keys[slot] for slot in (*slots_of(kind), "bias") if slot in group.keys},
             ranks=ranks,
             out_features=up.shape[0],
             in_features=prod(down.shape[1:]),
