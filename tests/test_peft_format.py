@@ -1,8 +1,10 @@
 """PEFT's form by names and shapes: every problem by table, every spelling of a key, and nothing lost."""
 
+import ast
 import json
 from collections import Counter
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftType
 
+from d2surgery.errors import CODES
 from d2surgery.formats import open_layout, peft
 from d2surgery.layout import AdapterLayout, Layout
 
@@ -189,6 +192,15 @@ def test_a_fault_is_an_error_with_its_code_and_what_it_is_about(
     assert_conserved(layout)
 
 
+def test_every_code_of_the_format_has_a_case_here() -> None:
+    tree = ast.parse(Path(peft.__file__).read_text())
+    constants = {
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    elsewhere = {"CONFIG_DISAGREES", "UNSUPPORTED_METHOD"}
+    assert constants & set(CODES) == {code for _, _, code, *_ in [*FAULTS, *MILD]} | elsewhere
+
+
 MILD: list[tuple[Shapes, dict[str, Any], str, str, str]] = [  # (shapes, config, code, severity, part)
     (PAIR, with_(LORA, surprise=3), "UNKNOWN_CONFIG_FIELD", "warning", "surprise = 3"),
     (PAIR, with_(LORA, rank_pattern={"k": 8}), "PATTERN_UNMATCHED", "warning", "'k'"),
@@ -294,6 +306,7 @@ def test_every_spelling_of_the_keys_gives_the_same_layout(adapter: WriteAdapter,
     assert (found.module, found.kind, found.ranks, found.scaling) == ("layers.0.q", "dora", {"update": 2}, 2.0)
     assert found.slots == {slot: spelling(key) for slot, key in zip(("A", "B", "magnitude"), DORA_SHAPES, strict=True)}
     assert layout.replacements == {"score.weight": score}
+    assert peft.names(layout) == {key: spelling(key) for key in DORA_SHAPES} | {score: score}
 
 
 @pytest.mark.parametrize("infix", ["", ".modules_to_save.default", ".base_layer", ".token_adapter.base_layer"])

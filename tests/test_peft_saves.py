@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from d2surgery.formats import open_layout
+from d2surgery.formats.peft import names
 from d2surgery.layout import AdapterLayout, Layout
 
 transformers.logging.set_verbosity_error()
@@ -99,6 +100,7 @@ def assert_same_as_peft(layout: Layout, model: Any) -> None:
         assert ours.scaling == layer.scaling["default"], module
     assert sorted(layout.accounted()) == sorted(layout.header.tensors)
     assert not layout.unread
+    assert names(layout) == {key: key for key in layout.header.tensors}
 
 
 def shape_of(adapter: AdapterLayout) -> tuple[str, str, int, int]:

@@ -1,7 +1,7 @@
 """`d2surgery inspect`: what an adapter is, from its header alone unless values are asked for."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,8 +219,8 @@ def _row(group: list[AdapterLayout], per_layer: bool, numbers: Numbers | None) -
         "scaling " + _range([a.scaling for a in group]),
         f"({first.in_features} → {first.out_features})",
         first.dtype,
-        *([" ".join(special)] if special else [""]),
-        *([] if numbers is None else [_norms(group, numbers)]),
+        " ".join(special),
+        *([] if numbers is None else _norms(group, numbers)),
     ]
 
 
@@ -241,14 +241,11 @@ def _range(values: list[float | None]) -> str:
     return f"{output.number(min(known))}–{output.number(max(known))}"
 
 
-def _norms(group: list[AdapterLayout], numbers: Numbers) -> str:
+def _norms(group: list[AdapterLayout], numbers: Numbers) -> Iterator[str]:
     """The mean over the group of what the values tell of the updates."""
-    columns = {"frobenius_norm": "‖·‖F", "spectral_norm": "‖·‖2", "entropy_rank": "entropy rank"}
-    cells = []
-    for name, label in columns.items():
-        known = [v for a in group if (v := numbers.get(a.module, {}).get(name)) is not None]
-        cells.append(f"{label} {output.number(sum(known) / len(known) if known else None)}")
-    return " ".join(cells)
+    for name, label in (("frobenius_norm", "‖·‖F"), ("spectral_norm", "‖·‖2"), ("entropy_rank", "entropy rank")):
+        known = [value for a in group if (value := numbers.get(a.module, {}).get(name)) is not None]
+        yield f"{label} {output.number(sum(known) / len(known) if known else None)}"
 
 
 def _replacement_rows(layout: Layout) -> list[list[str]]:

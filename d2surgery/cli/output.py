@@ -59,12 +59,23 @@ def problem_lines(problems: Iterable[Problem]) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
-    """Aligned columns; where they do not fit the terminal, the first on a line of its own."""
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    if len(indent) + sum(widths) + 2 * (len(widths) - 1) <= columns():
-        return [(indent + "  ".join(map(str.ljust, row, widths))).rstrip() for row in rows]
-    return [line for first, *rest in rows for line in (indent + first, indent * 2 + ", ".join(filter(None, rest)))]
+    """Aligned columns, empty ones left out; where they do not fit the terminal, the first on a line of its own."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    kept = [at for at, width in enumerate(widths) if width]
+    if len(indent) + sum(widths[at] + 2 for at in kept) - 2 <= columns():
+        return [(indent + "  ".join(row[at].ljust(widths[at]) for at in kept)).rstrip() for row in cells]
+    return [line for first, *rest in cells for line in (indent + first, *_wrapped(filter(None, rest), indent * 2))]
+
+
+def _wrapped(cells: Iterable[str], indent: str) -> list[str]:
+    lines: list[str] = []
+    for cell in cells:
+        if lines and len(lines[-1]) + 2 + len(cell) <= columns():
+            lines[-1] += f", {cell}"
+        else:
+            lines.append(indent + cell)
+    return lines
 
 
 def columns() -> int:
