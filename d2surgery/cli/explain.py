@@ -17,7 +17,7 @@ def command(code: str | None, as_json: bool) -> None:
     if as_json:
         output.emit_json({"codes": [{"code": name, **CODES[name]._asdict()} for name in names]})
     elif code is None:
-        for line in output.table([(name, CODES[name].meaning) for name in names], indent=""):
+        for line in output.table([(name, CODES[name].meaning) for name in names]):
             output.emit(line)
     else:
         output.emit(f"{names[0]}: {CODES[names[0]].meaning}\n  {CODES[names[0]].remedy}")
