@@ -53,7 +53,7 @@ class Gains(NamedTuple):
     update_gain: Float64[Tensor, " vectors"]
 
 
-Kind = TypeVar("Kind", bound="Adapter")
+Some = TypeVar("Some", bound="Adapter")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,10 +109,10 @@ class Adapter(ABC):
         """The tensors by name."""
         return {name: getattr(self, name) for name in self.dimensions}
 
-    def to(self: Kind, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Kind:
+    def to(self: Some, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Some:
         return _with(self, {name: slot.to(device=device, dtype=dtype) for name, slot in self.slots().items()})
 
-    def take(self: Kind, *, out: slice = slice(None), in_: slice = slice(None)) -> Kind:
+    def take(self: Some, *, out: slice = slice(None), in_: slice = slice(None)) -> Some:
         """The adapter of the sub-matrix W0[out, in_]."""
         chosen = {"out_features": out, "in_features": in_}
         parts = {
@@ -174,7 +174,7 @@ class _Thin(Adapter):
     @torch.no_grad()
     def triple(self, base_weight: Weight, along: Axis | None = None) -> Triple:
         along = along or self.along or "out_features"
-        W, P, Q = _rows_first(base_weight, *self._factors(torch.float64), along)
+        W, P, Q = _rows_first(_at_least_float32(base_weight), *self._factors(torch.float64), along)
         triple = _triple(W, P, Q, _norms_by_qr)
         doubtful = (_sum_squares(triple) < SUSPICIOUS * (triple.base + triple.update)).nonzero()[:, 0]
         if W.dtype == torch.float64 or doubtful.numel() == 0:
@@ -183,16 +183,16 @@ class _Thin(Adapter):
         return Triple(*(sums.index_copy(0, doubtful, better) for sums, better in zip(triple, exact, strict=True)))
 
     def delta(self, base_weight: Weight, triple: Triple | None = None) -> Weight:
-        P, Q = self._factors(torch.float64)
-        if not self.normalises:
-            return _product_like(base_weight, P.to(base_weight.dtype), Q.to(base_weight.dtype))
-        if triple is None:
+        if self.normalises and triple is None:
             triple = self._training_triple(base_weight) if _learns(self) else self.triple(base_weight)
-        _refuse_zero_norms(triple, self._target(triple), self.along)
-        gains = self._gains(triple)
-        if self.along == "out_features":
-            return _combine(base_weight, P, Q, gains)
-        return _combine(base_weight.T, Q.T, P.T, gains).T
+        W, P, Q = _rows_first(base_weight, *self._factors(torch.float64), self.along or "out_features")
+        with _no_autocast(W):
+            if triple is None or not self.normalises:
+                delta = _product_like(W, P.to(W.dtype), Q.to(W.dtype))
+            else:
+                _refuse_zero_norms(triple, self._target(triple), self.along)
+                delta = _combine(W, P, Q, self._gains(triple))
+        return delta.T if self.along == "in_features" else delta
 
     def forward(
         self,
@@ -224,7 +224,8 @@ class _Thin(Adapter):
 
     def _training_triple(self, base_weight: Weight) -> Triple:
         """As `triple`, differentiable and without a look at the data."""
-        W, P, Q = _rows_first(base_weight, *self._factors(torch.float64), self.along or "out_features")
+        along = self.along or "out_features"
+        W, P, Q = _rows_first(_at_least_float32(base_weight), *self._factors(torch.float64), along)
         return _triple(W, P, Q, _norms_by_gram)
 
 
@@ -432,8 +433,9 @@ class DualLoRA(Adapter):
 
     def _delta(self, base_weight: Weight, dtype: torch.dtype, sign_dtype: torch.dtype) -> Tensor:
         B = (self.scaling * self.B.double()).to(dtype)
-        size = F.relu(_product_like(base_weight, B, self.A.to(dtype)))
-        z = _product_like(base_weight, self.D.to(sign_dtype), self.C.to(sign_dtype))
+        with _no_autocast(base_weight):
+            size = F.relu(_product_like(base_weight, B, self.A.to(dtype)))
+            z = _product_like(base_weight, self.D.to(sign_dtype), self.C.to(sign_dtype))
         if not _learns(self):
             return _signed(size, z)
         sign: Tensor = _Sign.apply(z, self.ste)  # type: ignore[no-untyped-call]
@@ -447,28 +449,18 @@ def check_shapes(adapter: Adapter) -> None:
     """Every slot has the dimensions its annotation names, equal names equal sizes; every choice is one of its words."""
     sizes: dict[str, int] = {}
     problems = []
-    for name, dims in adapter.dimensions.items():
-        dims = [_resolve(adapter, dim) for dim in dims]
+    for name, words in adapter.dimensions.items():
+        dims = [_resolve(adapter, word) for word in words]
         got = tuple(getattr(adapter, name).shape)
-        known = [str(sizes.get(dim, dim)) for dim in dims]
-        if len(got) != len(dims) or [sizes.setdefault(dim, size) for dim, size in zip(dims, got, strict=True)] != [
-            *got
-        ]:
-            problems.append(
-                Problem(
-                    code="SHAPE_UNEXPECTED",
-                    message=f"{name} does not fit.",
-                    wanted=f"({', '.join(dims)}) = ({', '.join(known)})",
-                    got=str(got),
-                )
-            )
+        wanted = f"({', '.join(dims)}) = ({', '.join(str(sizes.get(dim, dim)) for dim in dims)})"
+        if len(got) != len(dims) or [sizes.setdefault(*pair) for pair in zip(dims, got, strict=True)] != list(got):
+            message = f"{name} does not fit."
+            problems.append(Problem(code="SHAPE_UNEXPECTED", message=message, wanted=wanted, got=str(got)))
     for field in fields(adapter):
-        value = getattr(adapter, field.name)
-        if get_origin(field.type) is Literal and value not in get_args(field.type):
-            wanted = " or ".join(get_args(field.type))
-            problems.append(
-                Problem(code="BAD_CONFIG", message=f"No such {field.name}.", wanted=wanted, got=repr(value))
-            )
+        value, choices = getattr(adapter, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal and value not in choices:
+            message = f"No such {field.name}."
+            problems.append(Problem(code="BAD_CONFIG", message=message, wanted=" or ".join(choices), got=repr(value)))
     raise_errors(problems)
 
 
@@ -489,7 +481,7 @@ class _Sign(torch.autograd.Function):
         return (grad * (z.abs() <= 1) if ctx.ste == "mask" else grad), None
 
 
-def _with(adapter: Kind, slots: dict[str, Tensor]) -> Kind:
+def _with(adapter: Some, slots: dict[str, Tensor]) -> Some:
     return replace(adapter, **slots)  # type: ignore[arg-type]
 
 
@@ -515,7 +507,6 @@ def _learns(adapter: Adapter) -> bool:
 
 def _rows_first(W: Tensor, P: Tensor, Q: Tensor, along: Axis) -> tuple[Tensor, Tensor, Tensor]:
     """The same matrices with the kept axis first: what holds for rows holds for the columns of the transpose."""
-    W = _at_least_float32(W)
     return (W, P, Q) if along == "out_features" else (W.T, Q.T, P.T)
 
 
@@ -525,8 +516,9 @@ def _at_least_float32(W: Tensor) -> Tensor:
 
 def _triple(W: Tensor, P: Tensor, Q: Tensor, norms: Norms) -> Triple:
     """Per row: ‖w_i‖², <w_i,u_i> = Σ_k P_ik (Q·Wᵀ)_ki, ‖u_i‖². Products in W's dtype, sums in float64."""
-    cross = (P.T * (Q.to(W.dtype) @ W.T)).sum(0)
-    return Triple(_row_sums(W * W), cross, norms(P, Q))
+    with _no_autocast(W):
+        cross = (P.T * (Q.to(W.dtype) @ W.T)).sum(0)
+        return Triple(_row_sums(W * W), cross, norms(P, Q))
 
 
 def _norms_by_qr(P: Tensor, Q: Tensor) -> Tensor:
@@ -581,6 +573,11 @@ def _combine(W: Tensor, P: Tensor, Q: Tensor, gains: Gains) -> Tensor:
     """base_excess ⊙ W + update_gain ⊙ P·Q per row: the gain goes into the thin factor, so two passes over W."""
     result = W * gains.base_excess[:, None].to(W.dtype)
     return result.addmm_((gains.update_gain[:, None] * P).to(W.dtype), Q.to(W.dtype))
+
+
+def _no_autocast(W: Tensor) -> torch.autocast:
+    """Norms and signs keep their precision in mixed-precision training."""
+    return torch.autocast(W.device.type, enabled=False)
 
 
 def _product_like(W: Tensor, P: Tensor, Q: Tensor) -> Tensor:
