@@ -80,15 +80,13 @@ _INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_em
 # Architecture ending -> outputs that are the input embedding again unless on disk under their own name.
 _HEADS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("WhisperForConditionalGeneration", ("proj_out",)),
-    ("T5ForConditionalGeneration", ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")),
     ("T5EncoderModel", ("encoder.embed_tokens",)),
     ("T5Model", ("encoder.embed_tokens", "decoder.embed_tokens")),
-    (
-        "BartForConditionalGeneration",
-        ("model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head"),
-    ),
-    ("RobertaForMaskedLM", ("lm_head.decoder",)),
+    *((f"{family}ForMaskedLM", ("lm_head.decoder",)) for family in ("Roberta", "Camembert", "MPNet", "Esm")),
+    ("AlbertForMaskedLM", ("predictions.decoder",)),
+    ("ElectraForMaskedLM", ("generator_lm_head",)),
     ("DistilBertForMaskedLM", ("vocab_projector",)),
+    ("ModernBertForMaskedLM", ("decoder",)),
     ("BertForMaskedLM", ("cls.predictions.decoder",)),
     ("BertForPreTraining", ("cls.predictions.decoder",)),
     ("GPTNeoXForCausalLM", ("embed_out",)),
@@ -374,14 +372,23 @@ class _Finder:
             return
         if not self.aliases and touched is not None and self._head_unknown():
             self.problem("UNKNOWN_TIE", "which output is tied?", module=embedding)
-        for alias in self.aliases if touched is not None else ():
+        for alias in self.aliases:  # without the tie each side needs its own tensor
             if alias not in self.sites:
                 self.sites[alias] = Site(source=embedding, shape=self.base.tensors[embedding].shape)
+            self._untie_bias(alias)
         self.untied = bool(self.aliases) or self._tied_on_disk()
         if touched is not None and touched.patches and embedding.rpartition(".")[0].endswith("shared"):
             self.problem(
                 "NEVER_CALLED", "the merged model ignores it as the unmerged one does", "warning", module=embedding
             )
+
+    def _untie_bias(self, alias: str) -> None:
+        """The tie also holds `cls.predictions.decoder.bias` to `cls.predictions.bias`, and the like."""
+        decoder = alias.removesuffix(".weight")
+        bias, source = f"{decoder}.bias", f"{decoder.rpartition('.')[0]}.bias"
+        if source in self.base.tensors and bias not in self.base.tensors and bias not in self.sites:
+            shape = self.base.tensors[source].shape
+            self.sites[bias] = self.sites.get(source) or Site(source=source, shape=shape)
 
     def _tie_twins(self, embedding: str) -> None:
         """Keep one side of a tie that training kept: the other side's tensors must be the same numbers, transposed."""
@@ -427,6 +434,9 @@ def _tie(base: Header, config: Mapping[str, Any]) -> tuple[str | None, dict[str,
     embedding = f"{found[0]}.weight"
     names = config.get("architectures") or [""]
     outputs = _outputs(names[0]) or (("lm_head",) if not names[0] and _flag(config) else ())
+    if outputs and found[0].rpartition(".")[2] == "shared" and "Encoder" not in names[0]:
+        parts = (f"{found[0].removesuffix('shared')}{side}.embed_tokens" for side in ("encoder", "decoder"))
+        outputs = tuple(dict.fromkeys((*parts, *outputs)))
     aliases = [f"{output}.weight" for output in outputs if f"{output}.weight" not in base.tensors]
     return embedding, dict.fromkeys(aliases, embedding)
 
