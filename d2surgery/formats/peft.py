@@ -356,16 +356,17 @@ class _Reader:
             module = module.removesuffix(".base_layer")
         depth = name.count(".base_layer") - module.count(".base_layer")
         split = [target.rpartition(".") for target in self.config.get("target_parameters") or ()]
-        bare = not self._listed(module)  # a target without a dot names a parameter of any module but the targeted
+        # A target without a dot names a parameter of any module that is not itself a target.
+        bare = any(not first for first, _, _ in split) and not self._listed(module)
         short = {last for first, _, last in split if (_ends_with(module, first) if first else bare)}
         if not short:
             if ".base_layer" in name:
                 what = "MultiheadAttention, or a base_layer that target_parameters does not explain"
                 self.problem("UNSUPPORTED_VARIANT", what, module=name)
             return name, 1
-        ordered = sorted(short, key=lambda p: _PARAMETER_ORDER.index(p) if p in _PARAMETER_ORDER else -1)
+        ordered = sorted(sorted(short), key=lambda p: _PARAMETER_ORDER.index(p) if p in _PARAMETER_ORDER else -1)
         if len(short) > 1 and not short <= set(_PARAMETER_ORDER):
-            self.problem("AMBIGUOUS_PARAMETER", "cannot tell the parameters apart", module=name, got=", ".join(short))
+            self.problem("AMBIGUOUS_PARAMETER", "cannot tell the parameters apart", module=name, got=", ".join(ordered))
             return name, 1
         if depth >= len(ordered):
             self.problem("AMBIGUOUS_PARAMETER", "nested deeper than target_parameters has names", module=name)
@@ -434,7 +435,7 @@ class _Reader:
             got = "; ".join(f"{slot} {shape}" for slot, shape in shapes.items())
             self.problem("SHAPE_UNEXPECTED", "the groups differ in out or in", module=module, got=got)
         out = shapes[PAIRS[downs[0]]][0]
-        for slot in {"magnitude", "bias"} & shapes.keys():
+        for slot in sorted({"magnitude", "bias"} & shapes.keys()):
             if prod(shapes[slot]) != out:
                 got = str(shapes[slot])
                 self.problem("SHAPE_UNEXPECTED", slot, module=module, wanted=f"{out} numbers", got=got)
@@ -472,7 +473,7 @@ class _Reader:
             self.unusable.add(name)
             return {}
         good = {key: value for key, value in patterns.items() if _is_regex(key) and _is_pattern_value(name, value)}
-        for key in patterns.keys() - good.keys():
+        for key in sorted(patterns.keys() - good.keys()):
             self.problem("BAD_CONFIG", f"{name} entry {key!r}", wanted="a regular expression and a number")
             self.unusable.add(name)
         return good
@@ -506,8 +507,9 @@ class _Reader:
     def _check_patterns(self, adapters: Mapping[str, AdapterLayout]) -> None:
         for name, patterns in self.patterns.items():
             matched = {module: patterns.matching(module) for module in adapters}
-            for key in patterns.patterns.keys() - {key for found in matched.values() for key in found}:
-                if adapters:
+            used = {key for found in matched.values() for key in found}
+            for key in patterns.patterns:
+                if adapters and key not in used:
                     self.problem("PATTERN_UNMATCHED", f"{name}: {key!r}", severity="warning")
             for module, found in matched.items():
                 values = sorted({str(patterns.patterns[key]) for key in found})
