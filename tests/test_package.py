@@ -1,0 +1,233 @@
+"""The package as a whole: layers, the weight of imports, public names, metadata, codes."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import d2surgery
+from d2surgery.errors import CODES
+
+PACKAGE = Path(d2surgery.__file__).parent
+ROOT = PACKAGE.parent
+
+# A module imports only what stands above it (ARCHITECTURE: dependencies point down).
+LAYERS = (
+    "errors",
+    "header",
+    "tensors",
+    "locate",
+    "layout",
+    "pickled",
+    "formats",
+    "lowrank",
+    "adapters",
+    "checkpoint",
+    "base",
+    "sites",
+    "measures",
+    "writer",
+    "merging",
+    "cli",
+)
+HEAVY = ("torch", "numpy", "scipy", "transformers", "plotly", "peft", "safetensors", "huggingface_hub", "click")
+
+
+def source_files() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def top_module(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """The top modules of the package that a file imports, inside functions too, with the line."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from ((name.split(".")[1], node.lineno) for name in names if name.startswith("d2surgery."))
+
+
+def run(code: str, *options: str) -> str:
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def project() -> dict[str, Any]:
+    path = ROOT / "pyproject.toml"
+    if not path.exists():
+        pytest.skip("not in a checkout")
+    return tomllib.loads(path.read_text())
+
+
+# Layers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_layers_names_every_module() -> None:
+    assert {top_module(path) for path in source_files()} == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_to_lower_layers(path: Path) -> None:
+    own = LAYERS.index(top_module(path))
+    above = [f"line {line}: {name}" for name, line in imported(path) if LAYERS.index(name) > own]
+    assert above == []
+
+
+def test_the_layer_test_sees_imports_of_every_spelling(tmp_path: Path) -> None:
+    path = tmp_path / "x.py"
+    path.write_text(
+        "import d2surgery.base\nfrom d2surgery import cli\nfrom d2surgery.formats import peft\nimport os\n"
+        "def f():\n    from d2surgery.cli.output import emit\n"
+    )
+    assert sorted(imported(path)) == [("base", 1), ("cli", 2), ("cli", 6), ("formats", 3)]
+
+
+def test_measures_know_tensors_only() -> None:
+    for path in (PACKAGE / "measures").rglob("*.py"):
+        assert {name for name, _ in imported(path)} <= {"errors", "lowrank", "adapters", "tensors", "measures"}, path
+
+
+# Imports ---------------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    assert run(f"import sys, d2surgery; print(*sorted(set(sys.modules) & set({HEAVY})))").split() == []
+
+
+def test_reading_an_adapters_names_and_shapes_needs_no_torch() -> None:
+    code = f"import sys; from d2surgery import open_layout; print(*sorted(set(sys.modules) & set({HEAVY})))"
+    assert {"torch", "numpy", "transformers", "plotly", "peft"} & set(run(code).split()) == set()
+
+
+def test_no_public_name_imports_transformers_plotly_or_peft() -> None:
+    code = "import sys; from d2surgery import *; print(*{'transformers', 'plotly', 'peft'} & set(sys.modules))"
+    assert run(code).split() == []
+
+
+def test_every_public_name_imports_without_a_warning() -> None:
+    run("import d2surgery; [getattr(d2surgery, name) for name in d2surgery.__all__]", "-W", "error")
+
+
+# Public names and metadata ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", d2surgery.__all__)
+def test_public_names_resolve_and_are_documented(name: str) -> None:
+    value = getattr(d2surgery, name)
+    assert name in dir(d2surgery)
+    if callable(value):
+        assert value.__name__ == name
+        assert value.__module__.startswith("d2surgery.")
+        assert value.__doc__
+
+
+def test_public_names_are_sorted_and_once() -> None:
+    assert list(d2surgery.__all__) == sorted(set(d2surgery.__all__))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        d2surgery.nonsense  # noqa: B018
+
+
+def test_the_version_is_that_of_the_metadata_and_the_changelog_has_it_or_is_unreleased() -> None:
+    assert d2surgery.__version__ == version("d2surgery") == project()["project"]["version"]
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## [{d2surgery.__version__}]" in changelog or "## [Unreleased]" in changelog
+
+
+def test_the_console_script_is_the_main_function() -> None:
+    from d2surgery.cli import main
+
+    (script,) = entry_points(group="console_scripts", name="d2surgery")
+    assert script.load() is main
+
+
+def test_types_are_shipped() -> None:
+    assert (PACKAGE / "py.typed").exists()
+    assert project()["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["d2surgery"]}
+
+
+def test_what_is_imported_is_declared() -> None:
+    nodes = [node for path in source_files() for node in ast.walk(ast.parse(path.read_text()))]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    third_party = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"d2surgery"}
+    declared = {re.split(r"[<>=!~ ]", line)[0] for line in project()["project"]["dependencies"]}
+    assert third_party <= declared
+
+
+def test_what_was_tested_satisfies_what_is_declared() -> None:
+    from packaging.requirements import Requirement
+
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = dict(line.split("==") for line in lines)
+    declared = project()["project"]
+    for line in [*declared["dependencies"], *declared["optional-dependencies"]["test"]]:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(pins[requirement.name]), line
+    assert "+" not in "".join(lines), "a local version cannot be installed elsewhere"
+
+
+# README ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
+    found = re.findall(r"^<!-- \.ci/run: (\w+) -->\n```sh\n(.+)\n```$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    commands = dict(found)
+    assert list(commands) == ["demo", "test"]
+    assert commands["demo"].endswith("d2surgery demo")
+    assert commands["test"].endswith("pytest")
+    assert all(" -c constraints.txt " in command for command in commands.values())
+
+
+# Codes -----------------------------------------------------------------------------------------------------------
+
+REPORTERS = {"Problem", "refuse", "problem", "_skip"}
+
+
+def raised_codes(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """What stands where a code belongs in a call that reports a problem."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in REPORTERS:
+            places = [*node.args[:2], *(keyword.value for keyword in node.keywords if keyword.arg == "code")]
+            constants = (part for place in places for part in ast.walk(place) if isinstance(part, ast.Constant))
+            for part in constants:
+                if isinstance(part.value, str) and re.fullmatch(r"[A-Z]+(_[A-Z]+)+|USAGE|MEMORY|PICKLE", part.value):
+                    yield part.value, part.lineno
+
+
+def test_every_code_raised_is_one_that_explain_knows() -> None:
+    unknown = [
+        f"{path.name}:{line} {code}"
+        for path in source_files()
+        for code, line in raised_codes(ast.parse(path.read_text()))
+        if code not in CODES
+    ]
+    assert unknown == []
+
+
+def test_every_code_that_explain_knows_is_used() -> None:
+    sources = [path.read_text() for path in source_files() if path.name != "errors.py"]
+    constants = {node.value for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
+    assert set(CODES) - constants == set()
+
+
+def test_the_code_test_sees_codes() -> None:
+    code = 'refuse("NO_SUCH", "x"); self.problem("OTHER_ONE" if a else "THIRD_ONE", "y"); Problem(code="USAGE")'
+    assert [name for name, _ in raised_codes(ast.parse(code))] == ["NO_SUCH", "OTHER_ONE", "THIRD_ONE", "USAGE"]
