@@ -97,6 +97,7 @@ FAULTS: list[tuple[Shapes, dict[str, Any] | None, str, str]] = [  # (shapes, con
     (D2_SHAPES | PAIR, D2, "UNKNOWN_TENSOR", "d2lora has no slot A"),
     (PAIR, with_(LORA, target_modules=["k"]), "NOT_TARGETED", "layers.0.q"),
     (PAIR, with_(LORA, target_modules=r".*\.k"), "NOT_TARGETED", "layers.0.q"),
+    (PAIR, with_(LORA, target_modules=r"layers\.0"), "NOT_TARGETED", "layers.0.q"),
     (PAIR, with_(LORA, target_modules=["0.q"], exclude_modules=["q"]), "NOT_TARGETED", "layers.0.q"),
     (PAIR, with_(LORA, layers_to_transform=[1]), "NOT_TARGETED", "layers.0.q"),
     (PAIR | {"base_model.model.layers.0.q.bias": (4,)}, LORA, "UNEXPECTED_BIAS", "full bias"),
