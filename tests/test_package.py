@@ -196,6 +196,21 @@ def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
     assert all(" -c constraints.txt " in command for command in commands.values())
 
 
+def test_the_readmes_examples_are_true(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (python,) = re.findall(r"^```python\n(.+?)^```$", readme, re.MULTILINE | re.DOTALL)
+    shown = re.search(r"^```console\n\$ d2surgery inspect demo/dora\n(.+?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert shown is not None
+
+    def d2surgery_(*arguments: str) -> str:
+        command = [sys.executable, "-c", "from d2surgery.cli import main; raise SystemExit(main())", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    d2surgery_("demo", "--out", "demo")
+    assert d2surgery_("inspect", "demo/dora").splitlines() == shown[1].splitlines()
+    subprocess.run([sys.executable, "-W", "error", "-c", python], cwd=tmp_path, check=True)
+
+
 # Codes -----------------------------------------------------------------------------------------------------------
 
 REPORTERS = {"Problem", "refuse", "problem", "_skip"}
