@@ -175,7 +175,7 @@ def merge(
         "torch": torch.__version__,
         "recipe": {k: v for k, v in recipe.items() if k not in ("files", "adapter")},
         "base": {"tensors": dict(sorted(input_hashes.items()))},
-        "adapter": {"tensors": adapter_hashes, "base_model": job.layout.base_model},
+        "adapter": {"tensors": adapter_hashes, "base_model": _hub_id(job.layout.base_model)},
         "outputs": {"tensors": dict(sorted(output_hashes.items())), "files": extra},
         "untied": job.landing.untied,
         "problems": [asdict(problem) for problem in job.problems],
@@ -302,6 +302,8 @@ class _Job:
             site = self.landing.sites.get(name)
             info = self._source(name, site)
             stored = base[site.source].dtype if site and site.source else info.dtype if site is None else usual
+            if info.dtype not in FLOATS:  # a counter that a saved module brings along
+                stored = info.dtype
             dtype = self.dtype if self.dtype and stored in FLOATS else stored
             outputs.append(_Output(name, info, dtype, None if self.strength == 0 else site))
         return outputs
@@ -446,7 +448,7 @@ class _Job:
         result = self._rounded_into(raw, values, DTYPES[tile.output.dtype])
         if site is not None and site.rows is not None:
             self._put_rows(site, tile, result)
-        if site is not None:
+        if site is not None or tile.output.dtype != tile.output.info.dtype:
             self._check_finite(tile, values, result)
         return result
 
@@ -461,7 +463,8 @@ class _Job:
     def _rounded_into(self, raw: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Rounded once; over the bytes that were read where it fits, since nobody needs them any more."""
         if values.numel() * dtype.itemsize > raw.numel():
-            return rounded(values, dtype).cpu()
+            wider = rounded(values, dtype).cpu()
+            return wider.clone() if wider is values else wider  # the next tile needs the workspace
         once = rounded(values, dtype) if values.dtype == torch.float64 else values  # copy_ rounds float32 once
         return raw[: values.numel() * dtype.itemsize].view(dtype).copy_(once)
 
@@ -518,6 +521,8 @@ class _Job:
         if _all_finite(result):
             return
         overflow = _all_finite(values)  # the adapter is known to be finite
+        if tile.output.site is None and not overflow:
+            return  # as it was in the base
         message = f"a merged value overflows {tile.output.dtype}" if overflow else "the base holds NaN or infinity"
         raise refuse("NOT_FINITE", message, module=tile.output.name)
 
@@ -635,6 +640,11 @@ def _check_disk(partial: Partial, need: int) -> None:
     free = shutil.disk_usage(_existing(partial.out)).free
     if need - done > free:
         raise refuse("DISK_FULL", "not begun", file=str(partial.out), wanted=f"{need - done} bytes", got=f"{free}")
+
+
+def _hub_id(base_model: str | None) -> str | None:
+    """The receipt holds no paths, which differ from one machine to the next."""
+    return None if base_model is None or Path(base_model).is_absolute() else base_model
 
 
 def _existing(path: Path) -> Path:

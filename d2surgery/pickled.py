@@ -11,12 +11,12 @@ from d2surgery.tensors import NAMES
 
 
 def read_pickled_header(path: Path) -> Header:
-    """Names, dtypes and shapes. Offsets are 0: a pickle's tensors have no place of their own in the file.
+    """Names, dtypes and shapes. Each tensor begins at 0: a pickle's tensors have no place of their own in the file.
 
     Raises D2SurgeryError PICKLE, as `read_pickled` does.
     """
     tensors = {
-        name: TensorInfo(path, NAMES[tensor.dtype], tuple(tensor.shape), 0, 0)
+        name: TensorInfo(path, NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
         for name, tensor in read_pickled(path).items()
     }
     return Header((path,), tensors, {})

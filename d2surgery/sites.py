@@ -207,6 +207,9 @@ class _Finder:
             self.sites[target] = Site(source=None, shape=shape, replacement=key)
             return
         tensor = places[0].tensor
+        if tensor in self.sites:
+            self.problem("AMBIGUOUS_MODULE", "replaced twice", module=tensor, got=f"again as {target}")
+            return
         want = self._stored_shape(tensor)
         if shape != want:
             if not self._resizes(tensor, shape, want):
@@ -228,6 +231,9 @@ class _Finder:
             return
         tensor = places[0].tensor
         site = self.sites.get(tensor) or Site(source=self._source(tensor), shape=self._stored_shape(tensor))
+        if site.rows is not None:
+            self.problem("AMBIGUOUS_MODULE", "its rows are replaced twice", module=tensor, got=f"again as {target}")
+            return
         width = self.layout.header.tensors[rows.key].shape[1:]
         if max(rows.indices) >= site.shape[0] or width != site.shape[1:]:
             want, got = f"rows below {site.shape[0]} of {site.shape[1:]}", f"{max(rows.indices)} of {width}"
@@ -254,6 +260,11 @@ class _Finder:
             tensor = place.tensor
             site = self.sites.get(tensor) or Site(source=self._source(tensor), shape=self._stored_shape(tensor))
             if patches := self._patches(adapter, place, site.shape):
+                if twice := [old.module for old in site.patches if _overlap(old, patches)]:
+                    self.problem(
+                        "AMBIGUOUS_MODULE", "adapted twice", module=tensor, got=f"{adapter.module}, {twice[0]}"
+                    )
+                    return
                 self.sites[tensor] = replace(site, patches=(*site.patches, *patches))
         if "bias" in adapter.slots:
             self._add_bias(adapter)
@@ -358,13 +369,16 @@ class _Finder:
         embedding = self.embedding
         if embedding is None:
             return
-        touched = self.sites.get(embedding)
-        if self.layout.config.get("ensure_weight_tying") and touched is not None:
+        if self.layout.config.get("ensure_weight_tying") and embedding in self.sites:
             self._tie_twins(embedding)
             return
-        if touched is not None and touched == Site(source=embedding, shape=touched.shape, rows=touched.rows):
-            others = [alias for alias in self.aliases if alias in self.sites]
+        shared = self._share_replacement(embedding)
+        touched = self.sites.get(embedding)
+        if touched is not None and not touched.patches and touched.replacement == shared:
+            others = [alias for alias in self.aliases if self._changed(alias, touched)]
             if not others:
+                for alias in self.aliases:
+                    self.sites.pop(alias, None)
                 return
         if touched is None and not any(alias in self.sites for alias in self.aliases):
             return
@@ -374,13 +388,32 @@ class _Finder:
             self.problem("UNKNOWN_TIE", "which output is tied?", module=embedding)
         for alias in self.aliases:  # without the tie each side needs its own tensor
             if alias not in self.sites:
-                self.sites[alias] = Site(source=embedding, shape=self.base.tensors[embedding].shape)
+                shape = self.layout.header.tensors[shared].shape if shared else self.base.tensors[embedding].shape
+                self.sites[alias] = Site(source=embedding, shape=shape, replacement=shared)
             self._untie_bias(alias)
         self.untied = bool(self.aliases) or self._tied_on_disk()
         if touched is not None and touched.patches and embedding.rpartition(".")[0].endswith("shared"):
             self.problem(
                 "NEVER_CALLED", "the merged model ignores it as the unmerged one does", "warning", module=embedding
             )
+
+    def _share_replacement(self, embedding: str) -> str | None:
+        """A full weight that modules_to_save does not name is loaded into the parameter that both sides share."""
+        sides = [side for side in (embedding, *self.aliases) if side in self.sites]
+        keys = {key for side in sides if (key := self.sites[side].replacement)}
+        saved = self.layout.config.get("modules_to_save") or ()
+        modules = [side.removesuffix(".weight") for side in sides]
+        if len(keys) != 1 or any(f".{module}".endswith(f".{name}") for name in saved for module in modules):
+            return None
+        (key,) = keys
+        shape = self.layout.header.tensors[key].shape
+        for side in dict.fromkeys((embedding, *sides)):
+            site = self.sites.get(side) or Site(source=embedding, shape=shape)
+            self.sites[side] = replace(site, replacement=key, shape=shape)
+        return key
+
+    def _changed(self, alias: str, kept: Site) -> bool:
+        return alias in self.sites and self.sites[alias] != replace(kept, rows=None)
 
     def _untie_bias(self, alias: str) -> None:
         """The tie also holds `cls.predictions.decoder.bias` to `cls.predictions.bias`, and the like."""
@@ -412,6 +445,10 @@ class _Finder:
     def _head_unknown(self) -> bool:
         names = self.config.get("architectures") or [""]
         return bool(_flag(self.config)) and not _outputs(names[0]) and not _NO_HEAD.search(names[0])
+
+
+def _overlap(patch: Patch, others: tuple[Patch, ...]) -> bool:
+    return any(patch.start < other.stop and other.start < patch.stop for other in others)
 
 
 def _flag(config: Mapping[str, Any]) -> bool | None:

@@ -182,6 +182,10 @@ class ShardWriter:
 
     def close(self) -> dict[str, str]:
         """Returns the sha256 of each tensor, {} when not hashing."""
+        ends = {entry.name: self.shard.starts[entry.name] + entry.nbytes for entry in self.shard.entries}
+        if self._positions != ends:
+            wrong = [name for name, end in ends.items() if self._positions[name] != end]
+            raise RuntimeError(f"not written to their last byte, or beyond: {', '.join(wrong)}")
         if self._sync:
             os.fsync(self._fd)
         os.close(self._fd)
