@@ -260,9 +260,13 @@ def pipeline(
 
 
 def hash_tensors(path: Path, shard: Shard) -> dict[str, str]:
-    """The sha256 of each tensor in a finished shard, read back from disk."""
-    digests: dict[str, str] = {}
+    """The sha256 of each tensor in a finished shard, read back from disk; "" where the file is not this shard's."""
+    digests = {entry.name: "" for entry in shard.entries}
+    if not path.is_file() or path.stat().st_size != shard.nbytes:
+        return digests
     with path.open("rb") as file:
+        if file.read(len(shard.header)) != shard.header:
+            return digests
         for entry in shard.entries:
             file.seek(shard.starts[entry.name])
             digest, left = hashlib.sha256(), entry.nbytes
