@@ -482,6 +482,11 @@ def test_bytes_for_people(value: int, text: str) -> None:
     assert output.size(value) == text
 
 
+def test_nan_never_becomes_json() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        output.emit_json({"value": float("nan")})
+
+
 # Real adapters --------------------------------------------------------------------------------------------------------
 
 PUBLISHED = [  # (folder, format, base, modules, rank, scaling, replaced tensors, codes)
