@@ -16,7 +16,7 @@ from d2surgery import formats
 from d2surgery.adapters import KINDS, Adapter
 from d2surgery.errors import raise_errors, refuse
 from d2surgery.formats import peft
-from d2surgery.header import Header, TensorInfo
+from d2surgery.header import Header, TensorInfo, is_pickle
 from d2surgery.layout import RANK_GROUPS, Layout
 from d2surgery.tensors import NAMES, read_tensor
 
@@ -30,6 +30,11 @@ class Checkpoint(Mapping[str, Adapter]):
     def __init__(self, layout: Layout, tensors: Mapping[str, Tensor] | None = None) -> None:
         self.layout = layout
         self._tensors = tensors
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the tensors are held, and not read from the file when asked for."""
+        return self._tensors is not None
 
     def __getitem__(self, module: str) -> Adapter:
         experts = self.layout.adapters[module].experts
@@ -80,7 +85,7 @@ def load(adapter: str | os.PathLike[str]) -> Checkpoint:
     Misfits are in `.layout.problems`. Raises D2SurgeryError when the file cannot be read at all.
     """
     layout = formats.open_layout(adapter)
-    if layout.path.suffix == ".safetensors":
+    if not is_pickle(layout.path):
         return Checkpoint(layout)
     from d2surgery.pickled import read_pickled  # the one reader that must load everything
 

@@ -405,7 +405,7 @@ class _Job:
     def _read(self, tile: _Tile, buffer: Tensor) -> None:
         info = tile.output.info
         target = as_bytes(buffer[: tile.nbytes])
-        if info.file == self.layout.path and self.layout.path.suffix != ".safetensors":
+        if info.file == self.layout.path and self.checkpoint.in_memory:
             site = tile.output.site
             key = site.replacement if site else None
             assert key is not None

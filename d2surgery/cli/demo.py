@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -117,7 +117,7 @@ def _trained(kind: str, weights: BaseWeights) -> Checkpoint:
 
 def _moved(fresh: Adapter, generator: torch.Generator) -> Adapter:
     """As if trained: the up factors leave zero, magnitudes move by one per cent."""
-    moved = {}
+    moved: dict[str, Any] = {}
     for slot, tensor in fresh.slots().items():
         noise = torch.randn(tensor.shape, generator=generator)
         if slot == "magnitude":
