@@ -6,10 +6,13 @@ import struct
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from models import Built
 
 settings.register_profile("d2surgery", deadline=None)  # a busy machine is no failure
 settings.load_profile("d2surgery")
@@ -58,3 +61,18 @@ def published() -> Path:
     if not folder.is_dir():
         pytest.skip("the published adapters are not on this machine")
     return folder
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Built]":
+    """built(name) -> the case of that name in `models`, saved by transformers and PEFT, once per session."""
+    from models import CASES, Built  # transformers and peft, which most tests do without
+
+    made: dict[str, Built] = {}
+
+    def build(name: str) -> Built:
+        if name not in made:
+            made[name] = Built(CASES[name], tmp_path_factory.mktemp(name.replace(" ", "_")))
+        return made[name]
+
+    return build

@@ -1,8 +1,8 @@
 """Tiny models with adapters made by the real tools, and what they must become, by hand in float64.
 
 `CASES` names a base model (transformers saves it) and a LoraConfig (PEFT trains, here: randomises, and saves it).
-`effective_weights` is the formula again, written from PEFT's documentation on the model's own modules: which of them are
-Conv1D, Conv2d or Embedding is asked of transformers, not of the library under test.
+`effective_weights` is the formula again, written from PEFT's documentation on the model's own modules: which of them
+are Conv1D, Conv2d or Embedding is asked of transformers, not of the library under test.
 """
 
 import json
@@ -23,6 +23,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from d2surgery.merging import merge
 
 T.logging.set_verbosity_error()
 T.utils.logging.disable_progress_bar()
@@ -191,7 +193,8 @@ CASES: dict[str, Case] = {
         lora=_lora("query", "dense", task_type="SEQ_CLS"),
     ),
     "bert classifier dora": Case(
-        base=lambda: bert(T.BertForSequenceClassification), lora=_lora("query", "dense", task_type="SEQ_CLS", use_dora=True)
+        base=lambda: bert(T.BertForSequenceClassification),
+        lora=_lora("query", "dense", task_type="SEQ_CLS", use_dora=True),
     ),
     "bert bare on classifier base": Case(
         base=lambda: bert(T.BertForSequenceClassification), used_as=T.BertModel, lora=_lora("query", "value")
@@ -281,6 +284,12 @@ class Built:
         return output
 
     @cached_property
+    def merged(self) -> Path:
+        """What d2surgery makes of it, in float32."""
+        merge(self.base, self.adapter, self.folder / "merged")
+        return self.folder / "merged"
+
+    @cached_property
     def unmerged(self) -> Tensor:
         return self.forward(self.with_peft())
 
@@ -364,11 +373,8 @@ def experts_update(A: Array, B: Array, experts: Any) -> Array:
     """A is expert-slowest, B expert-fastest; GPT-OSS stores (E, in, out)."""
     E = experts.num_experts
     r = A.shape[0] // E
-    return np.einsum(
-        "ore,eri->eio" if getattr(experts, "is_transposed", False) else "ore,eri->eoi",
-        B.reshape(B.shape[0], r, E),
-        A.reshape(E, r, A.shape[1]),
-    )
+    axes = "ore,eri->eio" if getattr(experts, "is_transposed", False) else "ore,eri->eoi"
+    return np.asarray(np.einsum(axes, B.reshape(B.shape[0], r, E), A.reshape(E, r, A.shape[1])))
 
 
 def _adapted(module: Any, W: Array, A: Array, B: Array, m: Array | None, s: float) -> Array:
@@ -398,11 +404,10 @@ DIGITS = {"F32": (24, -149), "F16": (11, -24), "BF16": (8, -133)}  # bits of a s
 def spacing(values: Array, dtype: str) -> Array:
     """One unit in the last place at each value."""
     bits, least = DIGITS[dtype]
-    return np.exp2(np.maximum(np.frexp(values)[1] - bits, least).astype(np.float64))
+    return np.asarray(np.exp2(np.maximum(np.frexp(values)[1] - bits, least).astype(np.float64)))
 
 
 def round_to(values: Array, dtype: str) -> Array:
     """Nearest, ties to even, in one step; scaling by a power of two is exact."""
     unit = spacing(values, dtype)
-    rounded: Array = np.rint(values / unit) * unit
-    return rounded
+    return np.asarray(np.rint(values / unit) * unit)

@@ -78,7 +78,7 @@ def by_hand(adapter: Adapter, W: Array, strength: float = 1.0) -> Array:
     return W + strength * (new - W) if strength != 1 else new
 
 
-KINDS = {
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
     "dora": ("dora", {}),
     "duallora": ("duallora", {}),
@@ -251,13 +251,13 @@ def contents(directory: Path, *, without: str = "") -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != without}
 
 
-@pytest.mark.parametrize("options", [{"max_memory": 10**12}, {"max_memory": 10**6}])
+@pytest.mark.parametrize("max_memory", [10**12, 10**6])
 def test_memory_changes_no_byte(
-    several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+    several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_memory: int
 ) -> None:
     monkeypatch.setattr(d2surgery.merging, "_resident_memory", lambda: 0)
     merge(*several, tmp_path / "one")
-    merge(*several, tmp_path / "two", **options)
+    merge(*several, tmp_path / "two", max_memory=max_memory)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 

@@ -1,8 +1,8 @@
 """Merging what PEFT trained: every architecture and option, against PEFT and against the formula by hand.
 
 The oracle of outputs is PEFT's unmerged float32 forward: its own merge is wrong for tied weights (where it adds to
-both sides) and for ensure_weight_tying (twice), which is shown here. The oracle of weights is `models.effective_weights`
-in float64; where PEFT's merge is right, it too.
+both sides) and for ensure_weight_tying (twice), which is shown here. The oracle of weights is
+`models.effective_weights` in float64; where PEFT's merge is right, it too.
 """
 
 from collections.abc import Callable
@@ -25,19 +25,6 @@ SIXTEEN_BITS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
-    made: dict[str, Built] = {}
-
-    def build(name: str) -> Built:
-        if name not in made:
-            made[name] = Built(CASES[name], tmp_path_factory.mktemp(name.replace(" ", "_")))
-            merge(made[name].base, made[name].adapter, made[name].folder / "merged")
-        return made[name]
-
-    return build
-
-
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max())
 
@@ -45,7 +32,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_the_merged_model_answers_as_the_unmerged_one(built: Callable[[str], Built], name: str) -> None:
     case = built(name)
-    answer = case.forward(case.load(case.folder / "merged"))
+    answer = case.forward(case.load(case.merged))
     assert relative(answer, case.unmerged) < 1e-5
     without = case.forward(case.load(case.base))
     if name != "t5":  # with `shared` alone adapted, still q and wo change the answer
@@ -57,7 +44,7 @@ def test_float32_weights_are_the_formula_to_two_units_in_the_last_place(
     built: Callable[[str], Built], name: str
 ) -> None:
     case = built(name)
-    got = state(case.load(case.folder / "merged"))
+    got = state(case.load(case.merged))
     want = case.expected(case.base)
     assert got.keys() == want.keys()
     for key, values in want.items():
@@ -67,7 +54,7 @@ def test_float32_weights_are_the_formula_to_two_units_in_the_last_place(
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.peft_merges_wrongly])
 def test_float32_weights_are_those_of_pefts_merge(built: Callable[[str], Built], name: str) -> None:
     case = built(name)
-    got, want = state(case.load(case.folder / "merged")), state(case.with_peft().merge_and_unload())
+    got, want = state(case.load(case.merged)), state(case.with_peft().merge_and_unload())
     for key, values in want.items():
         assert float((got[key] - values).abs().max()) <= 1e-6 * float(values.abs().max()), key
 

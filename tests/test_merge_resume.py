@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import d2surgery.merging
+import d2surgery.writer
 from d2surgery.adapters import D2LoRA
 from d2surgery.checkpoint import from_adapters, save
 from d2surgery.errors import D2SurgeryError
@@ -67,7 +68,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     folder = tmp_path_factory.mktemp("scene")
     base = folder / "base"
     base.mkdir()
@@ -93,7 +94,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     )
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     assert not (folder / "out").exists()
-    yield Scene(base, folder / "adapter", contents(folder / "whole"), folder / ".out.partial")
+    return Scene(base, folder / "adapter", contents(folder / "whole"), folder / ".out.partial")
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -144,7 +145,7 @@ def test_resuming_does_not_write_finished_shards_again(
     scene: Scene, resumed: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
-    opened = d2surgery.merging.ShardWriter
+    opened = d2surgery.writer.ShardWriter
 
     def writer(path: Path, *args: Any, **options: Any) -> Any:
         written.append(path.name)
@@ -308,7 +309,7 @@ def test_writes_that_take_a_few_bytes_at_a_time_lose_none(
 def test_a_disk_too_small_is_known_before_anything_is_written(
     scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
     with pytest.raises(D2SurgeryError, match="got 5000") as error:
         merge(scene.base, scene.adapter, tmp_path / "out", shard_size=SHARD)
@@ -320,7 +321,7 @@ def test_what_is_already_written_counts_when_resuming(
     scene: Scene, resumed: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need = sum(len(data) for name, data in scene.whole.items() if name.endswith(".safetensors"))
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, need - 5000))
     assert resumed() == scene.whole
 

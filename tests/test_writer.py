@@ -3,7 +3,6 @@
 import hashlib
 import json
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ def test_a_tensor_that_was_not_written_to_its_last_byte_is_an_error(tmp_path: Pa
     writer = ShardWriter(tmp_path / shard.file, shard, hashes=False, sync=False)
     for piece in pieces:
         writer.write("a", piece)
-    with pytest.raises(RuntimeError, match="a$"):
+    with pytest.raises(RuntimeError, match=r"a$"):
         writer.close()
 
 
@@ -158,8 +157,7 @@ def test_an_error_of_the_items_themselves_is_raised() -> None:
         yield 1
         raise ValueError("no more")
 
-    stages: list[Callable[..., Any]] = [lambda i, b: None, lambda i, b: b, lambda i, r: None]
     before = threading.enumerate()
     with pytest.raises(ValueError, match="no more"):
-        pipeline(items(), *stages, buffers=[torch.zeros(1)])
+        pipeline(items(), lambda i, b: None, lambda i, b: b, lambda i, r: None, [torch.zeros(1)])
     assert threading.enumerate() == before

@@ -1,0 +1,218 @@
+"""Checkpoints: what is written reads back to the bit, for every kind and every place a tensor may have."""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Built, f64
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from d2surgery.adapters import KINDS, Adapter, D2LoRA, DoRA, DualLoRA, LoRA
+from d2surgery.base import BaseWeights
+from d2surgery.checkpoint import Checkpoint, from_adapters, load, save
+from d2surgery.errors import D2SurgeryError
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def make(kind: str, rank: int = 2, scaling: float = 0.7, dtype: torch.dtype = torch.float32, **options: Any) -> Adapter:
+    A, B, C, D = (
+        t.to(dtype) for t in (numbers(rank, 5), numbers(6, rank), numbers(rank, 5, seed=1), numbers(6, rank, seed=1))
+    )
+    if kind == "lora":
+        return LoRA(A=A, B=B, scaling=scaling)
+    if kind == "dora":
+        return DoRA(A=A, B=B, magnitude=numbers(6), scaling=scaling, **options)
+    if kind == "duallora":
+        return DualLoRA(A=A, B=B, C=C[:1], D=D[:, :1], scaling=scaling)
+    return D2LoRA(A_plus=A, B_plus=B, A_minus=C, B_minus=D, scaling=scaling, **options)
+
+
+def assert_same(got: Adapter, want: Adapter) -> None:
+    assert type(got) is type(want)
+    assert got.scaling == want.scaling
+    assert got.along == want.along
+    if isinstance(got, D2LoRA) and isinstance(want, D2LoRA):
+        assert (got.tau, got.form) == (want.tau, want.form)
+    for name, slot in want.slots().items():
+        assert got.slots()[name].dtype == slot.dtype
+        assert torch.equal(got.slots()[name], slot)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_read_back_to_the_bit(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    """Ranks and scalings differ between modules, and no alpha gives these scalings exactly."""
+    adapters = {
+        "layers.0.q": make(kind, scaling=0.1, dtype=dtype),
+        "layers.0.k": make(kind, rank=3, scaling=1 / 3, dtype=dtype),
+        "layers.1.q": make(kind, rank=3, scaling=2 / 7 * 1e-5, dtype=dtype),
+    }
+    save(from_adapters(adapters, {"base_model_name_or_path": "org/base"}), tmp_path / "a")
+    back = load(tmp_path / "a")
+    assert back.layout.problems == ()
+    assert back.layout.base_model == "org/base"
+    assert set(back) == set(adapters)
+    for module, adapter in adapters.items():
+        assert_same(back[module], adapter)
+
+
+@pytest.mark.parametrize("form", ["projected_plus_update", "projected", "update"])
+@pytest.mark.parametrize("along", ["in_features", "out_features"])
+def test_d2_keeps_its_form_axis_and_tau(tmp_path: Path, form: str, along: str) -> None:
+    adapter = make("d2lora", form=form, along=along, tau=0.123456789)
+    save(from_adapters({"q": adapter}), tmp_path / "a")
+    assert_same(load(tmp_path / "a")["q"], adapter)
+
+
+def test_a_scaling_that_no_alpha_gives_survives_in_the_header(tmp_path: Path) -> None:
+    scaling = next(s for s in (0.1 + i * 1e-3 for i in range(1000)) if s * 3 / 3 != s)
+    save(from_adapters({"q": make("lora", rank=3, scaling=scaling)}), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] / config["r"] != scaling
+    assert load(tmp_path / "a")["q"].scaling == scaling
+    assert load(tmp_path / "a" / "adapter_model.safetensors")["q"].scaling == scaling
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_alone_describes_itself(tmp_path: Path, kind: str) -> None:
+    adapter = make(kind)
+    save(from_adapters({"q": adapter}), tmp_path / "a")
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    assert_same(load(tmp_path / "a" / "adapter_model.safetensors")["q"], adapter)
+
+
+PLACES = (
+    "gpt2 mixed", "convnext dora", "bert lora_bias", "bert bias all", "tied tokens", "llama tokens of both", "mixtral",
+    "mixtral down", "llama saved modules", "llama embeddings dora", "llama dora rslora",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_file_of_pefts_reads_and_writes_back_to_the_bit(
+    built: Callable[[str], Built], tmp_path: Path, name: str
+) -> None:
+    """Embeddings, convolutions, experts, biases, rows and saved modules; PEFT warns of ours no more than of its own."""
+    case = built(name)
+    first = load(case.adapter)
+    save(first, tmp_path / "a")
+    old = load_file(case.adapter / "adapter_model.safetensors")
+    new = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[key], new[key]) and old[key].dtype == new[key].dtype for key in old)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config == case.config
+    again = load(tmp_path / "a")
+    assert again.layout.adapters == first.layout.adapters
+    with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+    loaded, said = loading(case, tmp_path / "a")
+    assert said == loading(case, case.adapter)[1]
+    assert torch.equal(case.forward(loaded), case.unmerged)
+
+
+def loading(case: Built, adapter: Path) -> tuple[Any, list[str]]:
+    """The model with the adapter by PEFT, and what PEFT and transformers warned of."""
+    model = case.load(case.base)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loaded = PeftModel.from_pretrained(model, adapter).eval()
+    return loaded, [str(warning.message) for warning in said]
+
+
+class Net(nn.Module):
+    def __init__(self, W: Tensor) -> None:
+        super().__init__()
+        self.q = nn.Linear(W.shape[1], W.shape[0], bias=False)
+        self.q.weight.data.copy_(W)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_peft_loads_what_we_make_without_a_warning_and_sees_the_same_delta(tmp_path: Path, kind: str) -> None:
+    W, adapter = numbers(6, 5, seed=3), make(kind, scaling=0.5)
+    save(from_adapters({"q": adapter}), tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = PeftModel.from_pretrained(Net(W), tmp_path / "a")
+    theirs = model.merge_and_unload().q.weight
+    assert torch.allclose(theirs, W + adapter.delta(W), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["duallora", "d2lora"])
+def test_peft_refuses_our_own_kinds_rather_than_loading_half(tmp_path: Path, kind: str) -> None:
+    save(from_adapters({"q": make(kind)}), tmp_path / "a")
+    with pytest.raises((KeyError, ValueError), match=kind.upper()):
+        PeftModel.from_pretrained(Net(numbers(6, 5)), tmp_path / "a")
+
+
+def test_one_expert_is_asked_for_by_number(built: Callable[[str], Built]) -> None:
+    checkpoint = load(built("mixtral down").adapter)
+    module = next(m for m in checkpoint if m.endswith("down_proj"))
+    with pytest.raises(D2SurgeryError, match="4 experts"):
+        checkpoint[module]
+    A, B = (f64(checkpoint.tensor(checkpoint.layout.adapters[module].slots[slot])) for slot in "AB")
+    for expert in range(4):
+        adapter = checkpoint.adapter(module, expert)
+        assert (f64(adapter.slots()["A"]) == A[3 * expert : 3 * expert + 3]).all()
+        assert (f64(adapter.slots()["B"]) == B[:, expert::4]).all()
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    save(from_adapters({"q": make("lora")}), tmp_path / "a")
+    before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(D2SurgeryError) as error:
+        save(from_adapters({"q": make("dora")}), tmp_path / "a")
+    assert [problem.code for problem in error.value.problems] == ["OUTPUT_EXISTS"]
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+COLUMNS = DoRA(A=numbers(2, 5), B=numbers(6, 2), magnitude=numbers(5), scaling=1.0, along="in_features")
+REFUSED: list[tuple[Mapping[str, Adapter], str]] = [
+    ({}, "no adapters"),
+    ({"q": make("lora"), "k": make("dora")}, "dora, lora"),
+    ({"q": make("dora", along="out_features"), "k": COLUMNS}, "one along"),
+    ({"k": COLUMNS}, "per output"),
+    ({"q": make("d2lora", tau=0.1), "k": make("d2lora", tau=0.2)}, "one tau"),
+    ({"q": make("d2lora", form="update"), "k": make("d2lora")}, "one form"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("adapters", "part"), REFUSED)
+def test_what_one_file_cannot_hold_is_refused(adapters: Mapping[str, Adapter], part: str) -> None:
+    with pytest.raises(D2SurgeryError, match=part) as error:
+        from_adapters(adapters)
+    assert [problem.code for problem in error.value.problems] == ["USAGE"]
+
+
+def test_without_a_scaling_there_is_no_adapter(built: Callable[[str], Built], tmp_path: Path) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes((built("llama").adapter / "adapter_model.safetensors").read_bytes())
+    checkpoint = load(file)
+    with pytest.raises(D2SurgeryError) as error:
+        checkpoint[next(iter(checkpoint))]
+    assert [problem.code for problem in error.value.problems] == ["MISSING_CONFIG"]
+
+
+def test_a_checkpoint_and_a_base_are_mappings(built: Callable[[str], Built]) -> None:
+    case = built("llama")
+    checkpoint, base = load(case.adapter), BaseWeights(case.base)
+    assert isinstance(checkpoint, Checkpoint)
+    assert len(checkpoint) == len(list(checkpoint)) == 14
+    stored = load_file(case.base / "model.safetensors")
+    assert base.keys() == stored.keys()
+    assert len(base) == len(stored)
+    assert all(torch.equal(base[name], stored[name]) for name in base)
+    assert base.config["model_type"] == "llama"
