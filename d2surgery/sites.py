@@ -382,10 +382,10 @@ class _Finder:
                 return
         if touched is None and not any(alias in self.sites for alias in self.aliases):
             return
-        if not self.aliases and not self._tied_on_disk():
-            return
         if not self.aliases and touched is not None and self._head_unknown():
             self.problem("UNKNOWN_TIE", "which output is tied?", module=embedding)
+        if not self.aliases and not self._tied_on_disk():
+            return
         for alias in self.aliases:  # without the tie each side needs its own tensor
             if alias not in self.sites:
                 shape = self.layout.header.tensors[shared].shape if shared else self.base.tensors[embedding].shape
@@ -443,8 +443,10 @@ class _Finder:
         return bool(_flag(self.config))
 
     def _head_unknown(self) -> bool:
+        """A config that does not say is tied: that is transformers' default."""
         names = self.config.get("architectures") or [""]
-        return bool(_flag(self.config)) and not _outputs(names[0]) and not _NO_HEAD.search(names[0])
+        tied = _flag(self.config) if not names[0] else _flag(self.config) is not False
+        return bool(tied) and not _outputs(names[0]) and not _NO_HEAD.search(names[0])
 
 
 def _overlap(patch: Patch, others: tuple[Patch, ...]) -> bool:
