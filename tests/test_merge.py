@@ -616,6 +616,18 @@ def test_an_undeclared_embedding_on_a_tied_base_reaches_both_sides_as_in_peft(tm
     assert float((got - built.unmerged).abs().max()) < 1e-5 * float(built.unmerged.abs().max())
 
 
+def test_ensured_ties_whose_two_adapters_differ_are_refused(tmp_path: Path) -> None:
+    lora = {"target_modules": ["embed_tokens", "lm_head"], "r": 2, "ensure_weight_tying": True}
+    built = Built(Case(base=lambda: llama(tied=True), lora=lora), tmp_path)
+    file = built.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.lm_head.lora_A.weight"][0, 3] += 1
+    save_file(tensors, file)
+    with pytest.raises(D2SurgeryError, match="lm_head") as error:
+        merge(built.base, built.adapter, tmp_path / "merged")
+    assert codes(error) == ["TIE_BROKEN_BY_FILE"]
+
+
 def test_buffers_of_a_saved_module_keep_their_integers(tmp_path: Path) -> None:
     """A BatchNorm counts its batches in int64; the base lacks the module."""
     base = write_base(tmp_path / "base", {f"{MODULE}.weight": numbers(6, 4).bfloat16()})

@@ -18,11 +18,7 @@ from d2surgery.merging import merge
 
 NAMES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARE = {"BF16": 1 / 1024, "F16": 2 / 1024}  # of elements that may be the neighbour of the right number
-SIXTEEN_BITS = (
-    "llama", "llama dora rslora", "llama embeddings dora", "llama saved modules", "tied both", "tied tokens", "gpt2",
-    "gpt2 dora", "bert classifier", "bert bias all", "bert lora_bias", "mixtral", "qwen3 moe", "gpt-oss",
-    "convnext dora", "wav2vec2",
-)  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -67,7 +63,7 @@ def test_pefts_own_merge_of_tied_weights_is_wrong(built: Callable[[str], Built],
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-@pytest.mark.parametrize("name", SIXTEEN_BITS)
+@pytest.mark.parametrize("name", CASES)
 def test_sixteen_bit_weights_are_rounded_once(
     built: Callable[[str], Built], tmp_path: Path, name: str, dtype: str
 ) -> None:

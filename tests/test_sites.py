@@ -21,6 +21,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 NOWHERE = Path("/nowhere")  # whoever reads data here fails
 
 
+def pair(module: str, out: int = 4, in_: int = 6) -> dict[str, tuple[int, ...]]:
+    return {f"base_model.model.{module}.lora_A.weight": (2, in_), f"base_model.model.{module}.lora_B.weight": (out, 2)}
+
+
 class Lands(NamedTuple):
     """What a test expects of one tensor."""
 
@@ -110,7 +114,8 @@ LANDINGS: dict[str, tuple[dict[str, Lands], bool]] = {  # case -> tensors of the
     "gpt2 head on bare base": (layers("h.{}.", "attn.c_attn", "mlp.c_proj", transposed=True), False),
     "gpt2 bare on head base": (layers("transformer.h.{}.", "attn.c_attn", "mlp.c_proj", transposed=True), False),
     "gpt2 classifier": (
-        layers("transformer.h.{}.", "attn.c_attn", transposed=True) | {"score.weight": Lands(None, replaced=True)}, False,
+        layers("transformer.h.{}.", "attn.c_attn", transposed=True)
+        | {"score.weight": Lands(None, replaced=True)}, False,
     ),
     "bert classifier": (
         layers("encoder.layer.{}.", *BERT_DENSE) | linear("pooler.dense")
@@ -130,7 +135,8 @@ LANDINGS: dict[str, tuple[dict[str, Lands], bool]] = {  # case -> tensors of the
     "mixtral down": (Q | experts("model.layers.{}.block_sparse_moe.experts", {"w2": (0, 16)}), False),
     "qwen3 moe": (
         Q | layers("model.layers.{}.", "mlp.gate")
-        | experts("model.layers.{}.mlp.experts", {"gate_proj": (0, 8), "up_proj": (8, 16), "down_proj": (0, 16)}), False,
+        | experts("model.layers.{}.mlp.experts", {"gate_proj": (0, 8), "up_proj": (8, 16), "down_proj": (0, 16)}),
+        False,
     ),
     "gpt-oss": (
         Q | fused("model.layers.{}.mlp.experts.gate_up_proj") | fused("model.layers.{}.mlp.experts.down_proj"), False,
@@ -182,7 +188,7 @@ def test_lora_bias_lands_on_the_bias(built: Callable[[str], Built]) -> None:
 
 # Square weights -------------------------------------------------------------------------------------------------------
 
-SQUARE = {"base_model.model.h.0.attn.c_proj.lora_A.weight": (2, 6), "base_model.model.h.0.attn.c_proj.lora_B.weight": (6, 2)}  # fmt: skip
+SQUARE = pair("h.0.attn.c_proj", 6, 6)
 GPT2_BLOCK = {"h.0.attn.c_proj.weight": (6, 6), "h.0.attn.c_proj.bias": (6,)}
 
 
@@ -222,10 +228,6 @@ def test_a_neighbour_in_another_block_says_nothing() -> None:
 # Names ----------------------------------------------------------------------------------------------------------------
 
 
-def pair(module: str, out: int = 4, in_: int = 6) -> Shapes:
-    return {f"base_model.model.{module}.lora_A.weight": (2, in_), f"base_model.model.{module}.lora_B.weight": (out, 2)}
-
-
 @pytest.mark.parametrize(
     ("module", "tensor"),
     [
@@ -256,7 +258,8 @@ EXPERT = {
 }
 DOWN = {"target_parameters": ["experts.down_proj"]}
 ROWS = {"base_model.model.embed_tokens.token_adapter.trainable_tokens_delta": (2, 6)}
-EMBEDDED = {"base_model.model.embed_tokens.lora_embedding_A": (2, 9), "base_model.model.embed_tokens.lora_embedding_B": (6, 2)}  # fmt: skip
+EMBED_ROOT = "base_model.model.embed_tokens.lora_embedding_"
+EMBEDDED = {f"{EMBED_ROOT}A": (2, 9), f"{EMBED_ROOT}B": (6, 2)}
 BIASED = {**pair("q"), "base_model.model.q.lora_B.bias": (4,)}
 CONV = {"base_model.model.c.lora_A.weight": (2, 6, 3), "base_model.model.c.lora_B.weight": (4, 2, 1)}
 ENSURED = {"ensure_weight_tying": True}

@@ -22,7 +22,8 @@ def right(values: torch.Tensor, dtype: str) -> Array:
     if dtype == "F16":
         with np.errstate(over="ignore"):
             return np.asarray(values.numpy().astype(np.float16).astype(np.float64))
-    nearest = round_to(f64(values), dtype)
+    with np.errstate(over="ignore"):
+        nearest = round_to(f64(values), dtype)
     largest = float(torch.finfo(torch.bfloat16).max)
     return np.where(np.abs(nearest) > largest, np.copysign(np.inf, nearest), nearest)
 
