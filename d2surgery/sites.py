@@ -68,7 +68,7 @@ class Landing:
 
 
 # Model families whose tensors lie on disk under other names than in the model (transformers 5's conversion tables).
-_RENAMED = ((".mlp.", ".block_sparse_moe."),)  # Mixtral, MiniMax
+_RENAMED = ((".mlp.", ".block_sparse_moe."), ("lm_head.", "embed_out."))  # Mixtral and MiniMax; GPT-NeoX
 _EXPERTS: dict[str, tuple[tuple[str, ...], ...]] = {
     # parameter in the model -> per family, the tensors on disk of one expert, whose rows follow each other
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
@@ -76,20 +76,39 @@ _EXPERTS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 # Models whose linear layers are transformers' Conv1D, stored (in, out).
 _CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
-_INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in", "tokens_embed")
-# Architecture ending -> outputs that are the input embedding again unless on disk under their own name.
+_INPUT_EMBEDDINGS = (
+    "embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in", "tokens_embed", "embeddings",
+    "word_embedding",
+)  # fmt: skip
+# A tensor of the output on disk -> the output, which is the input embedding again unless on disk under its own name.
+_HEAD_PARTS = {
+    "cls.predictions.bias": "cls.predictions.decoder",  # BERT and its kin
+    "lm_head.dense.weight": "lm_head.decoder",  # RoBERTa
+    "predictions.bias": "predictions.decoder",  # ALBERT
+    "generator_predictions.dense.weight": "generator_lm_head",  # ELECTRA
+}
+# Otherwise, architecture ending -> the same.
 _HEADS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("WhisperForConditionalGeneration", ("proj_out",)),
+    *(
+        (f"{family}For{task}", ("proj_out",))
+        for family in ("Whisper", "Moonshine", "MoonshineStreaming", "Canary", "CohereAsr")
+        for task in ("ConditionalGeneration", "CausalLM")
+    ),
+    *((f"T5Gemma{version}ForConditionalGeneration", ("lm_head.out_proj",)) for version in ("", "2")),
+    *((f"{family}ForCausalLM", ("output_projection",)) for family in ("BioGpt", "TrOCR")),
+    *((f"{family}WithLMHeadModel", ("pred_layer.proj",)) for family in ("XLM", "Flaubert")),
+    ("XLNetLMHeadModel", ("lm_loss",)),
+    ("GitForCausalLM", ("output",)),
+    ("RwkvForCausalLM", ("head",)),
+    ("ModernBertDecoderForCausalLM", ("decoder",)),
+    ("Kosmos2ForConditionalGeneration", ("text_model.lm_head",)),
+    ("MarianMTModel", ("lm_head",)),
+    *((f"{family}ForMaskedLM", ("lm_head",)) for family in ("EuroBert", "ModernVBert", "UltraVBert", "Funnel")),
     ("T5EncoderModel", ("encoder.embed_tokens",)),
     ("T5Model", ("encoder.embed_tokens", "decoder.embed_tokens")),
-    *((f"{family}ForMaskedLM", ("lm_head.decoder",)) for family in ("Roberta", "Camembert", "MPNet", "Esm")),
-    ("AlbertForMaskedLM", ("predictions.decoder",)),
-    ("ElectraForMaskedLM", ("generator_lm_head",)),
     ("DistilBertForMaskedLM", ("vocab_projector",)),
     ("ModernBertForMaskedLM", ("decoder",)),
-    ("BertForMaskedLM", ("cls.predictions.decoder",)),
-    ("BertForPreTraining", ("cls.predictions.decoder",)),
-    ("GPTNeoXForCausalLM", ("embed_out",)),
+    *((f"GPTNeoX{language}ForCausalLM", ("embed_out",)) for language in ("", "Japanese")),
     ("ForCausalLM", ("lm_head",)),
     ("LMHeadModel", ("lm_head",)),
     ("DoubleHeadsModel", ("lm_head",)),
@@ -472,7 +491,8 @@ def _tie(base: Header, config: Mapping[str, Any]) -> tuple[str | None, dict[str,
         return None, {}
     embedding = f"{found[0]}.weight"
     names = config.get("architectures") or [""]
-    outputs = _outputs(names[0]) or (("lm_head",) if not names[0] and _flag(config) else ())
+    outputs = tuple(output for part, output in _HEAD_PARTS.items() if part in base.tensors) or _outputs(names[0])
+    outputs = outputs or (("lm_head",) if not names[0] and _flag(config) else ())
     if outputs and found[0].rpartition(".")[2] == "shared" and "Encoder" not in names[0]:
         parts = (f"{found[0].removesuffix('shared')}{side}.embed_tokens" for side in ("encoder", "decoder"))
         outputs = tuple(dict.fromkeys((*parts, *outputs)))

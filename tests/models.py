@@ -82,6 +82,15 @@ def gpt_oss(**changes: Any) -> Any:
     return T.GptOssForCausalLM(T.GptOssConfig(**{**SIZES, **changes}, num_local_experts=4, head_dim=8))
 
 
+def mamba() -> Any:
+    return T.MambaForCausalLM(T.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=32))
+
+
+def gpt_neox() -> Any:
+    sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+    return T.GPTNeoXForCausalLM(T.GPTNeoXConfig(**sizes, max_position_embeddings=16, tie_word_embeddings=True))
+
+
 def convnext() -> Any:
     return T.ConvNextForImageClassification(T.ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]))
 
@@ -205,6 +214,14 @@ CASES: dict[str, Case] = {
     "bert masked embedding": Case(
         base=lambda: bert(T.BertForMaskedLM), lora=_lora("word_embeddings", "query"), peft_merges_wrongly=ONE_SIDE
     ),
+    "bert decoder embedding": Case(
+        base=lambda: bert(T.BertLMHeadModel, is_decoder=True),
+        lora=_lora("word_embeddings"),
+        peft_merges_wrongly=ONE_SIDE,
+    ),
+    "mamba": Case(base=mamba, lora=_lora("in_proj", "x_proj")),
+    "mamba embedding": Case(base=mamba, lora=_lora("embeddings"), peft_merges_wrongly=ONE_SIDE),
+    "neox head": Case(base=gpt_neox, lora=_lora("query_key_value", "lm_head"), peft_merges_wrongly=ONE_SIDE),
     "t5": Case(base=t5, inputs="seq2seq", lora=_lora("q", "wo", "shared"), peft_merges_wrongly=ONE_SIDE),
     "t5 head": Case(base=t5, inputs="seq2seq", lora=_lora("q", "lm_head"), peft_merges_wrongly=ONE_SIDE),
     "t5 encoder embedding": Case(

@@ -374,20 +374,29 @@ def test_an_untied_model_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "outputs"),
+    ("architecture", "part", "outputs"),
     [
-        ("LlamaForCausalLM", ["lm_head"]),
-        ("BertForMaskedLM", ["cls.predictions.decoder"]),
-        ("XLMRobertaForMaskedLM", ["lm_head.decoder"]),
-        ("DistilBertForMaskedLM", ["vocab_projector"]),
-        ("ModernBertForMaskedLM", ["decoder"]),
-        ("AlbertForMaskedLM", ["predictions.decoder"]),
-        ("Gemma3ForConditionalGeneration", ["lm_head"]),
-        ("LlamaForSequenceClassification", []),
-        ("BertModel", []),
+        ("LlamaForCausalLM", "norm.weight", ["lm_head"]),
+        ("BertForMaskedLM", "cls.predictions.bias", ["cls.predictions.decoder"]),
+        ("BertLMHeadModel", "cls.predictions.bias", ["cls.predictions.decoder"]),
+        ("XLMRobertaForMaskedLM", "lm_head.dense.weight", ["lm_head.decoder"]),
+        ("RobertaForCausalLM", "lm_head.dense.weight", ["lm_head.decoder"]),
+        ("ElectraForCausalLM", "generator_predictions.dense.weight", ["generator_lm_head"]),
+        ("DistilBertForMaskedLM", "vocab_layer_norm.weight", ["vocab_projector"]),
+        ("ModernBertForMaskedLM", "head.dense.weight", ["decoder"]),
+        ("AlbertForMaskedLM", "predictions.bias", ["predictions.decoder"]),
+        ("WhisperForCausalLM", "norm.weight", ["proj_out"]),
+        ("GPTNeoXForCausalLM", "norm.weight", ["embed_out"]),
+        ("Gemma3ForConditionalGeneration", "norm.weight", ["lm_head"]),
+        ("LlamaForSequenceClassification", "norm.weight", []),
+        ("BertModel", "norm.weight", []),
     ],
 )
-def test_the_other_side_of_a_tie_is_known_by_architecture(architecture: str, outputs: list[str]) -> None:
-    found = place(EMBEDDED, {"embed_tokens.weight": (9, 6)}, base_config={"architectures": [architecture]})
+def test_the_other_side_of_a_tie_is_known_by_its_parts_or_by_architecture(
+    architecture: str, part: str, outputs: list[str]
+) -> None:
+    base = {"embed_tokens.weight": (9, 6), part: (6, 6)}
+    found = place(EMBEDDED, base, base_config={"architectures": [architecture]})
     assert found.problems == ()
-    assert found.sites.keys() == {"embed_tokens.weight", *(f"{name}.weight" for name in outputs)}
+    weights = {name for name in found.sites if name.endswith(".weight")}
+    assert weights == {"embed_tokens.weight", *(f"{name}.weight" for name in outputs)}
