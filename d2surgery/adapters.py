@@ -442,6 +442,21 @@ class DualLoRA(Adapter):
         return size * sign.to(dtype)
 
 
+def gains_of(adapter: Adapter, triple: Triple) -> tuple[Gains, Tensor | None]:
+    """The gains of a kind with a thin update, and ‖w'‖ per vector where the kind itself sets it (float64).
+
+    Raises ZERO_NORM, and USAGE for Dual LoRA.
+    """
+    if not isinstance(adapter, _Thin):
+        raise refuse("USAGE", "it has no thin update", got=adapter.kind)
+    if not adapter.normalises:
+        return Gains(torch.zeros_like(triple.base), torch.ones_like(triple.base)), None
+    target = adapter._target(triple)
+    _refuse_zero_norms(triple, target, adapter.along)
+    keeps = not (isinstance(adapter, D2LoRA) and adapter.form == "projected_plus_update")
+    return adapter._gains(triple), target.abs() if keeps else None
+
+
 KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (LoRA, DoRA, DualLoRA, D2LoRA)}
 
 
