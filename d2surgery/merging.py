@@ -486,7 +486,9 @@ class _Job:
         try:
             delta = part.delta(base_weight, self.triples.get(patch))
         except D2SurgeryError as error:
-            where = f"{patch.module}, rows {tile.first} to {tile.last - 1} of {tile.output.name}"
+            rows_are_vectors = (part.along == "out_features") is not patch.transposed
+            counting = f", counting from row {tile.first} of {tile.output.name}" if rows_are_vectors else ""
+            where = f"{patch.module}{counting}"
             raise D2SurgeryError(*(replace(problem, module=where) for problem in error.problems)) from None
         return delta if self.strength == 1 else delta.mul_(self.strength)
 

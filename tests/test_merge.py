@@ -343,43 +343,43 @@ def test_trap_9_an_embedding_saved_in_full_replaces_the_base(tmp_path: Path, key
     assert torch.equal(got["e.weight"], saved)
 
 
-def zero_row(tmp_path: Path, magnitude: float, tile: int = 1 << 20) -> tuple[Path, Path]:
-    W = numbers(6, 4)
-    W[3] = 0
+def zero_row(tmp_path: Path, magnitude: float) -> tuple[Path, Path]:
+    W = numbers(12, 4)
+    W[9] = 0
     base = write_base(tmp_path / "base", {f"{MODULE}.weight": W})
-    B = numbers(6, 2)
-    B[3] = 0
-    m = torch.ones(6)
-    m[3] = magnitude
-    tensors = pair(6, 4) | {f"{MODULE}.lora_B.weight": B, f"{MODULE}.lora_magnitude_vector": m}
+    B = numbers(12, 2)
+    B[9] = 0
+    m = torch.ones(12)
+    m[9] = magnitude
+    tensors = pair(12, 4) | {f"{MODULE}.lora_B.weight": B, f"{MODULE}.lora_magnitude_vector": m}
     return base, peft_adapter(tmp_path / "a", tensors, use_dora=True)
 
 
 def test_trap_13_a_zero_row_with_magnitude_zero_stays_zero_where_pefts_formula_is_nan(tmp_path: Path) -> None:
     base, adapter = zero_row(tmp_path, 0.0)
     got = merged(base, adapter, tmp_path / "out")[f"{MODULE}.weight"]
-    assert torch.equal(got[3], torch.zeros(4))
+    assert torch.equal(got[9], torch.zeros(4))
     assert torch.isfinite(got).all()
 
     class Net(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 6, bias=False)})])
+            self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 12, bias=False)})])
 
     net = Net()
     net.load_state_dict(load_file(base / "model.safetensors"))
     theirs = PeftModel.from_pretrained(net, adapter).merge_and_unload().layers[0]["proj"].weight
-    assert torch.isnan(theirs[3]).all()
-    assert torch.allclose(theirs[:3], got[:3], atol=1e-6)
+    assert torch.isnan(theirs[9]).all()
+    assert torch.allclose(theirs[:9], got[:9], atol=1e-6)
 
 
-@pytest.mark.parametrize("tile", [1 << 20, 16])
+@pytest.mark.parametrize(("tile", "first", "row"), [(1 << 20, 0, 9), (16, 8, 1)])
 def test_trap_13_a_zero_row_with_a_magnitude_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile: int, first: int, row: int
 ) -> None:
     monkeypatch.setattr(d2surgery.merging, "TILE", tile)
     base, adapter = zero_row(tmp_path, 1.0)
-    with pytest.raises(D2SurgeryError, match=rf"ZERO_NORM {MODULE}.*along out_features: 3\b"):
+    with pytest.raises(D2SurgeryError, match=rf"ZERO_NORM {MODULE}, counting from row {first} of.*: {row}\b"):
         merge(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
