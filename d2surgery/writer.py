@@ -277,6 +277,6 @@ def hash_tensors(path: Path, shard: Shard) -> dict[str, str]:
     return digests
 
 
-def index_bytes(written: list[Shard]) -> tuple[str, bytes] | None:
-    """The index file's name and content; None for a single file, which needs none."""
-    return (INDEX, json.dumps(index_of(written), indent=2).encode()) if len(written) > 1 else None
+def index_file(written: list[Shard]) -> dict[str, bytes]:
+    """The index's name and content; nothing for a single file, which needs none."""
+    return {INDEX: json.dumps(index_of(written), indent=2).encode()} if len(written) > 1 else {}

@@ -151,7 +151,7 @@ def test_merged_is_the_formula_rounded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stored: str, dtype: str, tile: int
 ) -> None:
     """Also where the vectors that are normalised lie across tiles, and the last tile is short and joins another."""
-    monkeypatch.setattr(d2surgery.merging, "TILE", tile)
+    monkeypatch.setattr(d2surgery.tiles, "TILE", tile)
     name, options = KINDS[kind]
     out, in_ = 251, 203
     W = numbers(out, in_, scale=0.05).to(DTYPES[dtype])
@@ -160,6 +160,24 @@ def test_merged_is_the_formula_rounded_once(
     adapter = make(name, out, in_, **options)
     got = merged(base, write(tmp_path / "adapter", {MODULE: adapter}), tmp_path / "out")[f"{MODULE}.weight"]
     assert_rounded_once(got if stored == "linear" else got.T, f64(W), by_hand(adapter, f64(W)), dtype)
+
+
+@pytest.mark.parametrize("kind", ["dora", "d2lora in_features projected_plus_update"])
+def test_norms_of_one_module_are_not_those_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Also where one module's tensor is transposed and another has its shape."""
+    monkeypatch.setattr(d2surgery.tiles, "TILE", 200)
+    name, options = KINDS[kind]
+    weights = {f"layers.{i}.proj": numbers(40, 24, seed=i, scale=0.05 * (i + 1)) for i in range(3)}
+    stored = {m: W.T if m == "layers.1.proj" else W for m, W in weights.items()}
+    base = write_base(tmp_path / "base", {f"{m}.weight": W for m, W in stored.items()})
+    adapters = {m: make(name, 40, 24, **options) for m in weights}
+    got = merged(base, write(tmp_path / "adapter", adapters), tmp_path / "out")
+    for m, W in weights.items():
+        found = got[f"{m}.weight"]
+        want = by_hand(adapters[m], f64(W))
+        assert_rounded_once(found.T if m == "layers.1.proj" else found, f64(W), want, "F32")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -240,7 +258,7 @@ def test_the_merged_llama_answers_as_a_float64_forward_with_the_formula(tmp_path
 @pytest.fixture
 def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A base of many tensors and tiles with a D2 adapter, whose norms lie across tiles."""
-    monkeypatch.setattr(d2surgery.merging, "TILE", 128)
+    monkeypatch.setattr(d2surgery.tiles, "TILE", 128)
     tensors = {f"layers.{i}.proj.weight": numbers(40, 24, seed=i).bfloat16() for i in range(4)}
     base = write_base(tmp_path / "base", tensors | {"norm.weight": numbers(24), "counts": torch.arange(5)})
     adapters = {f"layers.{i}.proj": make("d2lora", 40, 24) for i in range(4)}
@@ -307,7 +325,7 @@ def test_a_sharded_base_gives_the_tensors_of_a_single_file(several: tuple[Path, 
 def test_another_dtype_is_rounded_once_for_every_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, dtype: str, tile: int
 ) -> None:
-    monkeypatch.setattr(d2surgery.merging, "TILE", tile)
+    monkeypatch.setattr(d2surgery.tiles, "TILE", tile)
     W, other = numbers(40, 24).to(DTYPES[stored]), numbers(900, seed=1).to(DTYPES[stored])
     tensors = {f"{MODULE}.weight": W, "norm.weight": other, "counts": torch.arange(3)}
     base = write_base(tmp_path / "base", tensors, dtype="float32")
@@ -377,7 +395,7 @@ def test_trap_13_a_zero_row_with_magnitude_zero_stays_zero_where_pefts_formula_i
 def test_trap_13_a_zero_row_with_a_magnitude_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile: int, first: int, row: int
 ) -> None:
-    monkeypatch.setattr(d2surgery.merging, "TILE", tile)
+    monkeypatch.setattr(d2surgery.tiles, "TILE", tile)
     base, adapter = zero_row(tmp_path, 1.0)
     with pytest.raises(D2SurgeryError, match=rf"ZERO_NORM {MODULE}, counting from row {first} of.*: {row}\b"):
         merge(base, adapter, tmp_path / "out")

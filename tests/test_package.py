@@ -35,6 +35,8 @@ LAYERS = (
     "measures",
     "survey",
     "writer",
+    "tiles",
+    "companions",
     "merging",
     "cli",
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d2surgery.header import read_checkpoint_header
 from d2surgery.tensors import NAMES
-from d2surgery.writer import Entry, Shard, ShardWriter, hash_tensors, index_bytes, pipeline, shards
+from d2surgery.writer import Entry, Shard, ShardWriter, hash_tensors, pipeline, shards
 
 TENSORS = {
     "a": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)),
@@ -51,9 +51,10 @@ def test_safetensors_reads_what_is_written(tmp_path: Path, limit: int) -> None:
     for name, tensor in TENSORS.items():
         assert read[name].dtype == tensor.dtype
         assert torch.equal(read[name], tensor)
-    if index := index_bytes(files):
-        (tmp_path / index[0]).write_bytes(index[1])
-        written = json.loads(index[1])
+    if index := index_file(files):
+        ((name, content),) = index.items()
+        (tmp_path / name).write_bytes(content)
+        written = json.loads(content)
         assert written["metadata"]["total_size"] == sum(tensor.nbytes for tensor in TENSORS.values())
         assert written["weight_map"] == {e.name: shard.file for shard in files for e in shard.entries}
     else:

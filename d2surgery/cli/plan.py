@@ -84,7 +84,8 @@ def _text(report: PlanReport, per_layer: bool) -> Iterable[str]:
         yield f"  … {len(report.survival) - len(shown)} modules that keep more (--per-layer)"
     low = [module for module, by in report.survival.items() if _gain(by[dtypes[0]]) < LOW_GAIN]
     if low:
-        yield f"{output.count(len(low), 'module')} below {LOW_GAIN} in {_SHORT[dtypes[0]]}: --dtype fp32 keeps all of it"
+        few = output.count(len(low), "module")
+        yield f"{few} below {LOW_GAIN} in {_SHORT[dtypes[0]]}: --dtype fp32 keeps all of it"
 
 
 def _gain(survival: Survival) -> float:

@@ -1,0 +1,237 @@
+"""One tensor of the merged checkpoint, tile by tile: what is read, what is computed, in which dtype.
+
+The tile grid depends on shapes alone, so the result does not depend on the memory given. Where an adapter normalises
+vectors that no single tile holds, its tiles come twice: once to sum each vector's triple, once to merge.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from math import isfinite, prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2surgery.adapters import Adapter, Triple
+from d2surgery.checkpoint import Checkpoint
+from d2surgery.errors import D2SurgeryError, refuse
+from d2surgery.header import BITS, FLOATS, TensorInfo
+from d2surgery.sites import Patch, Site
+from d2surgery.tensors import DTYPES, as_bytes, read_into, rounded
+from d2surgery.writer import Entry
+
+TILE = 1 << 20  # entries; 4 MB in float32, small enough for the cache
+_LEAST_ROWS = 4  # products of one to three rows take other code paths in the linear-algebra library
+
+
+class Output(NamedTuple):
+    """One tensor of the merged checkpoint: from which stored bytes, with which site, in which dtype."""
+
+    name: str
+    info: TensorInfo
+    dtype: str
+    site: Site | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.site.shape if self.site else self.info.shape
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(self.name, self.dtype, self.shape, prod(self.shape) * BITS[self.dtype] // 8)
+
+    @property
+    def copied(self) -> bool:
+        return self.site is None and self.dtype == self.info.dtype
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """One precision above the output: float32 for 16-bit outputs, float64 for float32 and float64 ones."""
+        wide = self.dtype in ("F32", "F64") or self.info.dtype == "F64"
+        return torch.float64 if wide else torch.float32
+
+
+class Tile(NamedTuple):
+    """A byte range of an output's source. With a patch: whole rows first..last of the stored matrix."""
+
+    output: Output
+    start: int
+    nbytes: int
+    first: int = 0
+    last: int = 0
+    patch: Patch | None = None
+    measure: bool = False  # only sum the triples
+
+
+@dataclass
+class TileMerger:
+    """Reads and merges tiles, one output after the other; keeps the adapter in use and its vectors' triples."""
+
+    checkpoint: Checkpoint
+    strength: float
+    device: torch.device
+    triples: dict[Patch, Triple] = field(default_factory=dict)
+    current: tuple[Any, Adapter] | None = None  # the adapter in use, and of what it is
+    workspace: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def tiles(self, output: Output) -> Iterator[Tile]:
+        """The tiles of an output in the order in which they must be merged."""
+        patches = output.site.patches if output.site else ()
+        return tiles(output, any(self._crosses_tiles(patch) for patch in patches))
+
+    def read(self, tile: Tile, buffer: Tensor) -> None:
+        """Fill the buffer with the tile's bytes."""
+        info = tile.output.info
+        target = as_bytes(buffer[: tile.nbytes])
+        if info.file == self.checkpoint.layout.path and self.checkpoint.in_memory:
+            site = tile.output.site
+            key = site.replacement if site else None
+            assert key is not None
+            whole = as_bytes(self.checkpoint.tensor(key).contiguous())
+            target[:] = whole[tile.start : tile.start + tile.nbytes]
+            return
+        fd = os.open(info.file, os.O_RDONLY)
+        try:
+            read_into(fd, target, info.start + tile.start)
+        finally:
+            os.close(fd)
+
+    def merge(self, tile: Tile, buffer: Tensor) -> Tensor | None:
+        """The tile's elements as they will be written; None for a tile that only measures. May overwrite the buffer."""
+        raw = buffer[: tile.nbytes]
+        if tile.output.copied:
+            return raw
+        stored = raw.view(DTYPES[tile.output.info.dtype])
+        if tile.output.info.dtype not in FLOATS:
+            return stored
+        values = self._working_copy(stored, tile.output.work_dtype)
+        site = tile.output.site
+        if tile.patch is not None:
+            base_weight, delta = self._delta(tile, tile.patch, values)
+            if delta is None:
+                return None
+            merged = delta.add_(base_weight)
+            values = (merged.T if tile.patch.transposed else merged).reshape(-1)
+        if site is not None and site.bias is not None:
+            values = values + self._bias(site.bias, tile, values)
+        result = self._rounded_into(raw, values, DTYPES[tile.output.dtype])
+        if site is not None and site.rows is not None:
+            self._put_rows(site, tile, result)
+        if site is not None or tile.output.dtype != tile.output.info.dtype:
+            self._check_finite(tile, values, result)
+        return result
+
+    def delta(self, tile: Tile, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tile's base weight as an (out_features, in_features) matrix, and strength·delta."""
+        assert tile.patch is not None
+        stored = buffer[: tile.nbytes].view(DTYPES[tile.output.info.dtype])
+        return self._delta(tile, tile.patch, self._working_copy(stored, tile.output.work_dtype))
+
+    def _crosses_tiles(self, patch: Patch) -> bool:
+        """Whether its adapter normalises vectors that lie across rows of the stored tensor."""
+        adapter = self.checkpoint.layout.adapters[patch.module]
+        normalises = adapter.kind == "dora" or (adapter.kind == "d2lora" and adapter.form != "update")
+        return normalises and (adapter.along == "out_features") == patch.transposed
+
+    def _working_copy(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tile in the dtype of the work; on a CPU always in the same memory, which costs no page faults."""
+        if self.device.type != "cpu":
+            return stored.to(self.device, dtype)
+        if self.workspace.dtype != dtype or self.workspace.numel() < stored.numel():
+            self.workspace = torch.empty(stored.numel(), dtype=dtype)
+        return self.workspace[: stored.numel()].copy_(stored)
+
+    def _rounded_into(self, raw: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rounded once; over the bytes that were read where it fits, since nobody needs them any more."""
+        if values.numel() * dtype.itemsize > raw.numel():
+            wider = rounded(values, dtype).cpu()
+            return wider.clone() if wider is values else wider  # the next tile needs the workspace
+        once = rounded(values, dtype) if values.dtype == torch.float64 else values  # copy_ rounds float32 once
+        return raw[: values.numel() * dtype.itemsize].view(dtype).copy_(once)
+
+    def _delta(self, tile: Tile, patch: Patch, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Base weight and strength·delta; None when the tile only adds to its vectors' triples."""
+        matrix = values.view(tile.last - tile.first, -1)
+        base_weight = matrix.T if patch.transposed else matrix
+        whole = self._adapter(patch)
+        rows = slice(tile.first - patch.start, tile.last - patch.start)
+        part = whole.take(in_=rows) if patch.transposed else whole.take(out=rows)
+        if tile.measure:
+            found = part.triple(base_weight)
+            self.triples[patch] = self.triples[patch].plus(found) if patch in self.triples else found
+            return base_weight, None
+        try:
+            delta = part.delta(base_weight, self.triples.get(patch))
+        except D2SurgeryError as error:
+            rows_are_vectors = (part.along == "out_features") is not patch.transposed
+            counting = f", counting from row {tile.first} of {tile.output.name}" if rows_are_vectors else ""
+            where = f"{patch.module}{counting}"
+            raise D2SurgeryError(*(replace(problem, module=where) for problem in error.problems)) from None
+        return base_weight, delta if self.strength == 1 else delta.mul_(self.strength)
+
+    def _adapter(self, patch: Patch) -> Adapter:
+        key = (patch.module, patch.expert, patch.out)
+        if self.current is None or self.current[0] != key:
+            self.triples = {p: t for p, t in self.triples.items() if p.module == patch.module}
+            adapter = self.checkpoint.adapter(patch.module, patch.expert).take(out=slice(*patch.out))
+            self.current = (key, adapter.to(self.device))
+        return self.current[1]
+
+    def _bias(self, module: str, tile: Tile, values: Tensor) -> Tensor:
+        scaling = self.checkpoint.layout.adapters[module].scaling
+        assert scaling is not None
+        first = tile.start * 8 // BITS[tile.output.info.dtype]
+        bias = self.checkpoint.bias(module).to(values.device, torch.float64) * (scaling * self.strength)
+        return bias[first : first + values.numel()].to(values.dtype)
+
+    def _put_rows(self, site: Site, tile: Tile, result: Tensor) -> None:
+        """Replace the trained rows that lie in this tile, which need not begin or end at a row."""
+        assert site.rows is not None
+        trained = self.checkpoint.tensor(site.rows.key)
+        trained = rounded(trained, result.dtype).reshape(trained.shape[0], -1)
+        first = tile.start * 8 // BITS[tile.output.info.dtype]
+        width = trained.shape[1]
+        for number, row in enumerate(site.rows.indices):
+            low, high = max(row * width, first), min((row + 1) * width, first + result.numel())
+            if low < high:
+                result[low - first : high - first] = trained[number, low - row * width : high - row * width]
+
+    def _check_finite(self, tile: Tile, values: Tensor, result: Tensor) -> None:
+        if all_finite(result):
+            return
+        overflow = all_finite(values)  # the adapter is known to be finite
+        if tile.output.site is None and not overflow:
+            return  # as it was in the base
+        message = f"a merged value overflows {tile.output.dtype}" if overflow else "the base holds NaN or infinity"
+        raise refuse("NOT_FINITE", message, module=tile.output.name)
+
+
+def tiles(output: Output, twice: bool) -> Iterator[Tile]:
+    """The grid: fixed by shapes. Patches cover whole rows; what no patch covers is cut by bytes."""
+    if output.site is None or not output.site.patches:
+        step = TILE * BITS[output.info.dtype] // 8
+        for start in range(0, output.info.nbytes, step):
+            yield Tile(output, start, min(step, output.info.nbytes - start))
+        return
+    rows, _ = output.site.matrix
+    row_bytes = output.info.nbytes // rows
+    for patch in output.site.patches:
+        cuts = list(_cuts(patch.start, patch.stop, row_bytes * 8 // BITS[output.info.dtype]))
+        for measure in (True, False) if twice and len(cuts) > 1 else (False,):
+            for first, last in cuts:
+                yield Tile(output, first * row_bytes, (last - first) * row_bytes, first, last, patch, measure)
+
+
+def _cuts(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of about TILE entries; a short last range joins its neighbour."""
+    step = max(TILE // max(width, 1), _LEAST_ROWS)
+    while start < stop:
+        last = start + step if stop - start >= 2 * step else stop if stop - start <= step * 3 // 2 else start + step
+        yield start, last
+        start = last
+
+
+def all_finite(values: Tensor) -> bool:
+    """The extremes of a tensor with NaN are NaN; looking at them is thirty times faster than at every element."""
+    return not values.numel() or all(map(isfinite, torch.aminmax(values)))
