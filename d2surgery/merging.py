@@ -28,7 +28,7 @@ from d2surgery.layout import Layout
 from d2surgery.measures.fidelity import Survival, survival
 from d2surgery.sites import Landing, Site, sites
 from d2surgery.tensors import DTYPES, as_bytes
-from d2surgery.tiles import TILE, Output, Tile, TileMerger, all_finite, tiles
+from d2surgery.tiles import Output, Tile, TileMerger, all_finite, tiles
 from d2surgery.writer import (
     Partial,
     Shard,
@@ -174,7 +174,7 @@ def plan(
     buffers = job.buffers(max_memory)
     with _one_thread():
         found = job.survival(buffers, dtypes, progress)
-    tile_bytes = TILE * 8 * 4
+    tile_bytes = job.merger.grid * 8 * 4
     return PlanReport(
         out=str(out),
         tensors=len(job.outputs),
@@ -299,7 +299,7 @@ class _Job:
             "dtype": self.dtype,
             "strength": self.strength,
             "shard_size": shard_size,
-            "tile": TILE,
+            "tile": self.merger.grid,
             "device": self.device.type,
             "verify": verify,
         }

@@ -75,6 +75,11 @@ class TileMerger:
     current: tuple[Any, Adapter] | None = None  # the adapter in use, and of what it is
     workspace: Tensor = field(default_factory=lambda: torch.empty(0))
 
+    @property
+    def grid(self) -> int:
+        """Entries per tile: with the shapes, all that decides the grid."""
+        return TILE
+
     def tiles(self, output: Output) -> Iterator[Tile]:
         """The tiles of an output in the order in which they must be merged."""
         patches = output.site.patches if output.site else ()
