@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d2surgery.header import read_checkpoint_header
 from d2surgery.tensors import NAMES
-from d2surgery.writer import Entry, Shard, ShardWriter, hash_tensors, pipeline, shards
+from d2surgery.writer import Entry, Shard, ShardWriter, hash_tensors, index_file, pipeline, shards
 
 TENSORS = {
     "a": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)),
