@@ -103,9 +103,10 @@ def spectra(
     says which. method: None chooses by kind and size, see `delta_spectrum`. cache: a directory where finished spectra
     of dense deltas are kept by the content of their inputs, so that a second run takes up where the first stopped.
 
-    Raises D2SurgeryError, naming the module: NOT_FINITE, ZERO_NORM, MISSING_CONFIG (unknown scaling), what `sites`
-    finds, and USAGE for a delta that depends on a base that is not given.
+    Raises D2SurgeryError, naming the module: NOT_FINITE, ZERO_NORM, MISSING_CONFIG (unknown scaling), what `load` and
+    `sites` found, and USAGE for a delta that depends on a base that is not given.
     """
+    raise_errors(checkpoint.layout.problems)
     where = BaseMatrices(checkpoint, base) if base is not None else None
     store = _Cache(Path(cache)) if cache is not None else None
 
@@ -166,8 +167,9 @@ def differences(
 ) -> Iterator[tuple[str, Difference]]:
     """Of every module that both checkpoints adapt; the others are left out.
 
-    Raises SHAPE_MISMATCH, naming the module, where the two have different shapes.
+    Raises SHAPE_MISMATCH, naming the module, where the two have different shapes, and what `load` found.
     """
+    raise_errors([*first.layout.problems, *second.layout.problems])
 
     def measure(place: Place) -> Difference:
         return difference(*(c.adapter(place.module, place.expert or 0) for c in (first, second)))
