@@ -184,6 +184,11 @@ CODES: dict[str, Code] = {
     ),
     "DISK_FULL": Code("There is not enough space on the disk.", "Free space and run again with --resume."),
     "MEMORY": Code("The merge needs more memory than --max-memory allows.", "Raise --max-memory."),
+    # Figures.
+    "NO_IMAGES": Code(
+        "PNG and SVG images are drawn by kaleido with Chrome or Chromium, and one of them is missing or failed.",
+        "Run `pip install 'd2surgery[images]'` and install Chromium, or give a file name that ends in .html.",
+    ),
     "USAGE": Code("The arguments do not fit together.", "See --help."),
 }
 

@@ -21,6 +21,7 @@ RANK_GROUPS: dict[str, dict[str, str]] = {
     "dora": {"update": "A"},
     "lora": {"update": "A"},
 }
+NAMES = {"lora": "LoRA", "dora": "DoRA", "duallora": "Dual LoRA", "d2lora": "D2-LoRA"}  # kind -> as people write it
 PAIRS = {"A": "B", "C": "D", "A_plus": "B_plus", "A_minus": "B_minus"}  # down factor -> up factor
 
 

@@ -38,6 +38,9 @@ LAYERS = (
     "tiles",
     "companions",
     "merging",
+    "tidy",
+    "plots",
+    "report",
     "cli",
 )
 HEAVY = ("torch", "numpy", "scipy", "transformers", "plotly", "peft", "safetensors", "huggingface_hub", "click")

@@ -35,6 +35,26 @@ VERBS = {
         "What merge would write, need and keep; writes nothing.",
         "d2surgery plan --base ./model --adapter ./my-adapter --out ./merged",
     ),
+    "spectrum": Verb(
+        "Measure",
+        "Singular values, norms and every rank of each module.",
+        "d2surgery spectrum ./my-adapter --plot ranks.html",
+    ),
+    "drift": Verb(
+        "Measure",
+        "How far each module moves the base, in length and direction.",
+        "d2surgery drift ./my-adapter --base ./model",
+    ),
+    "diff": Verb(
+        "Measure",
+        "What adapters have in common, beside what chance gives.",
+        "d2surgery diff ./one-adapter ./another",
+    ),
+    "report": Verb(
+        "Measure",
+        "One page, offline, with all of it: words, tables, figures.",
+        "d2surgery report ./one-adapter ./another --base ./model --out report.html",
+    ),
     "demo": Verb("Help", "The whole path on a small example it makes itself.", "d2surgery demo"),
     "explain": Verb("Help", "What a problem code means and what to do.", "d2surgery explain MISSING_HALF"),
 }

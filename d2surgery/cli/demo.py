@@ -1,4 +1,4 @@
-"""`d2surgery demo`: a small base, an adapter of each kind, inspect → plan → merge, checked against the formula."""
+"""`d2surgery demo`: a base, an adapter of each kind, inspect → plan → merge, checked by the formula, and a report."""
 
 import json
 import tempfile
@@ -17,8 +17,9 @@ from d2surgery.adapters import KINDS, Adapter
 from d2surgery.base import BaseWeights
 from d2surgery.checkpoint import Checkpoint, from_adapters, save
 from d2surgery.cli import output
-from d2surgery.cli.inspect import NAMES, describe
+from d2surgery.cli.inspect import describe
 from d2surgery.formats import open_layout
+from d2surgery.layout import NAMES
 from d2surgery.measures.fidelity import Survival
 from d2surgery.merging import merge, plan
 from d2surgery.tensors import rounded
@@ -57,7 +58,8 @@ class Outcome(NamedTuple):
 def command(out: Path | None) -> int:
     """Build a small Llama-shaped base and an adapter of each of the four kinds, then inspect, plan and merge each.
 
-    Every merged element is compared with the formula evaluated in float64 on whole matrices.
+    Every merged element is compared with the formula evaluated in float64 on whole matrices. At the end stands a
+    report of the four, one page to open in a browser: --out keeps it as report.html.
     """
     with ExitStack() as stack:
         work = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="d2surgery-")))
@@ -65,8 +67,11 @@ def command(out: Path | None) -> int:
         base.mkdir(parents=True)
         _make_base(base)
         outcomes = [_one(kind, base, work) for kind in KINDS]
-        for line in _summary(outcomes, out):
+        for line in _summary(outcomes):
             output.emit(line)
+        for line in _report(base, [work / kind for kind in KINDS], work / "report.html", kept=out is not None):
+            output.emit(line)
+        output.emit(f"Kept in {out}." if out else "The files are gone again; --out DIR keeps them.")
     return 0
 
 
@@ -136,7 +141,17 @@ def _wrong(checkpoint: Checkpoint, base: BaseWeights, merged: BaseWeights) -> It
         yield int((rounded(exact, torch.bfloat16) != merged[name]).sum())
 
 
-def _summary(outcomes: Sequence[Outcome], out: Path | None) -> Iterator[str]:
+def _report(base: Path, adapters: Sequence[Path], path: Path, *, kept: bool) -> Iterator[str]:
+    from d2surgery.report import report  # plotly
+
+    began = time.monotonic()
+    path.write_text(report([str(adapter) for adapter in adapters], base=base), encoding="utf-8")
+    where = f": open {path} in a browser" if kept else ""
+    yield ""
+    yield f"report of the four, {output.size(path.stat().st_size)} in {time.monotonic() - began:.1f} s{where}"
+
+
+def _summary(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield "merged in bf16, against the formula in float64:"
     rows = [["kind", "kept by rounding", "elements rounded otherwise", "seconds"]]
     for kind, survival, wrong, seconds in outcomes:
@@ -144,4 +159,3 @@ def _summary(outcomes: Sequence[Outcome], out: Path | None) -> Iterator[str]:
         rows.append([NAMES[kind], kept, f"{wrong} of {survival.elements}", f"{seconds:.1f}"])
     yield from output.table(rows)
     yield "Rounding otherwise is by one unit in the last place, where float32 and float64 fall on two sides of a tie."
-    yield f"Kept in {out}." if out else "The files are gone again; --out DIR keeps them."

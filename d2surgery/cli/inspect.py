@@ -11,10 +11,9 @@ import click
 from d2surgery.cli import output
 from d2surgery.errors import Problem
 from d2surgery.formats import open_layout
-from d2surgery.layout import AdapterLayout, Layout
+from d2surgery.layout import NAMES, AdapterLayout, Layout
 
 SEVERITIES = ("info", "warning", "error")  # from the mildest
-NAMES = {"lora": "LoRA", "dora": "DoRA", "duallora": "Dual LoRA", "d2lora": "D2-LoRA"}
 MANY = 3  # problems that differ only in their module are shown together from here
 NUMBERS = ("frobenius_norm", "spectral_norm", "entropy_rank", "stable_rank", "energy_rank_90")
 

@@ -60,14 +60,14 @@ def job_options(command: Command) -> Command:
 
 
 @contextmanager
-def progress_bar(label: str, *, show: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, only on a terminal; yields progress(done, total) in bytes."""
+def progress_bar(label: str, *, show: bool, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, only on a terminal; yields progress(done, total) in units, bytes by default."""
     if not show or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from tqdm import tqdm  # seldom needed
 
-    with tqdm(desc=label, unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
+    with tqdm(desc=label, unit=unit, unit_scale=unit == "B", leave=False, file=sys.stderr) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -1,0 +1,148 @@
+"""`d2surgery diff`: what adapters have in common, module by module, beside what unrelated ones would give."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from d2surgery.checkpoint import Checkpoint
+from d2surgery.cli import measured, output
+from d2surgery.cli.options import progress_bar
+from d2surgery.errors import refuse
+from d2surgery.measures.subspace import Similarity
+from d2surgery.survey import Difference, differences, places
+from d2surgery.tidy import Pair, Row, difference_rows, pair, phi
+
+SIDES = ("in_features", "out_features")
+
+
+class Compared(NamedTuple):
+    first: str
+    second: str
+    modules: Mapping[str, Difference]
+    only_first: list[str]
+    only_second: list[str]
+    whole: Pair
+
+
+@click.command(name="diff")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER ADAPTER...")
+@measured.output_options
+def command(adapters: tuple[str, ...], **options: Any) -> int:
+    """Cosines, shared subspaces with their principal angles, and sign agreement of every pair of adapters.
+
+    Of the updates, from their factors; of Dual LoRA's deltas, which have no factors, without the subspaces. Beside
+    each number stands what two unrelated adapters would give.
+    """
+    outputs = measured.checked_outputs(**options)
+    if len(adapters) < 2:
+        raise refuse("USAGE", "one adapter has nothing to be compared with", wanted="two or more", got="1")
+    checkpoints = [measured.open_adapter(adapter) for adapter in adapters]
+    found: list[Compared] = []
+    for i, j in combinations(range(len(adapters)), 2):
+        with progress_bar("comparing", show=outputs.show_progress, unit=" modules") as progress:
+            modules = dict(differences(checkpoints[i], checkpoints[j], progress=progress))
+        found.append(_compared((adapters[i], checkpoints[i]), (adapters[j], checkpoints[j]), modules))
+
+    def rows() -> list[Row]:
+        return [row for each in found for row in difference_rows(each.modules, f"{each.first} and {each.second}")]
+
+    measured.show(outputs, {"pairs": [_record(each) for each in found]}, _text(found, outputs.per_layer), rows)
+    if outputs.plot is not None:
+        _draw(outputs.plot, adapters, found, say=outputs.show_progress)
+    return 0
+
+
+def _compared(
+    first: tuple[str, Checkpoint], second: tuple[str, Checkpoint], modules: Mapping[str, Difference]
+) -> Compared:
+    if not modules:
+        raise refuse("USAGE", "the adapters have no module in common", wanted=first[0], got=second[0])
+    names = [[place.name for place in places(checkpoint)] for _, checkpoint in (first, second)]
+    only = [[name for name in each if name not in modules] for each in names]
+    return Compared(first[0], second[0], modules, only[0], only[1], pair(modules))
+
+
+def _draw(path: Path, adapters: Sequence[str], found: Sequence[Compared], *, say: bool) -> None:
+    from d2surgery import plots
+
+    labels = [Path(adapter).name or adapter for adapter in adapters]
+    wholes = dict(zip(combinations(range(len(adapters)), 2), (each.whole for each in found), strict=True))
+    figures = [plots.similarity_matrix(labels, wholes)]
+    for (i, j), each in zip(wholes, found, strict=True):
+        names = (labels[i], labels[j])
+        figures += [plots.similarity_by_depth(each.modules, names), plots.subspaces_by_depth(each.modules, names)]
+    for line in measured.wrote(measured.write_figures(figures, path, f"{len(adapters)} adapters compared")):
+        if say:
+            output.emit(line)
+
+
+# As JSON --------------------------------------------------------------------------------------------------------------
+
+
+def _record(compared: Compared) -> dict[str, Any]:
+    fields = compared._asdict()
+    return fields | {"modules": [{"module": m} | _module(d) for m, d in compared.modules.items()]}
+
+
+def _module(record: Difference) -> dict[str, Any]:
+    return {
+        "cosine": record.cosine.value,
+        "cosine_null_sd": record.cosine.null_sd,
+        "frobenius_norms": record.norms,
+        "sign_agreement": record.signs.share,
+        "sign_agreement_null": record.signs.null,
+        **{side: _side(getattr(record, side)) for side in SIDES},
+    }
+
+
+def _side(found: Similarity | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    similarity, null = phi(found) or (None, None)
+    return {"similarity": similarity, "null": null, "principal_angles": found.angles}
+
+
+# As text --------------------------------------------------------------------------------------------------------------
+
+
+def _text(found: Sequence[Compared], per_layer: bool) -> Iterator[str]:
+    for compared in found:
+        yield from measured.prose(f"{output.printable(compared.first)} and {output.printable(compared.second)}:")
+        yield from measured.prose(f"  {verdict(compared.whole)}")
+        yield ""
+        rows = [["", "cosine", "φ in", "φ out", "signs"], ["all modules", *_cells(compared.whole)]]
+        for name, modules in measured.groups(compared.modules, per_layer).items():
+            rows.append([name, *_cells(pair({module: compared.modules[module] for module in modules}))])
+        rows.append(["by chance", *_chance(compared.whole)])
+        yield from output.table(rows)
+        yield ""
+        yield _coverage(compared)
+    yield from measured.prose(
+        "cosine: of the updates. φ in, φ out: share of one's input or output directions that the other uses too. "
+        "signs: share of entries of equal sign; by chance is that of Gaussian entries with the same cosine."
+    )
+
+
+def verdict(whole: Pair) -> str:
+    """One sentence on how alike two adapters are."""
+    return f"{whole.likeness()}: cosine {whole.cosine:z.3f}, by chance ±{whole.cosine_null:.1g}."
+
+
+def _cells(whole: Pair) -> list[str]:
+    return [_number(value) for value in (whole.cosine, whole.in_features, whole.out_features, whole.signs)]
+
+
+def _chance(whole: Pair) -> list[str]:
+    return [f"±{whole.cosine_null:.1g}", *map(_number, (whole.in_null, whole.out_null, whole.signs_null))]
+
+
+def _number(value: float) -> str:
+    return f"{value:z.3f}" if value == value else "–"
+
+
+def _coverage(compared: Compared) -> str:
+    only = f"{len(compared.only_first)} only in the first, {len(compared.only_second)} only in the second"
+    return f"{output.count(len(compared.modules), 'module')} in both, {only}"

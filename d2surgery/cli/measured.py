@@ -1,0 +1,165 @@
+"""What spectrum, drift and diff share: where their numbers go, and how a table of modules is put together."""
+
+import csv
+import importlib.util
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import click
+from torch import Tensor
+
+from d2surgery.checkpoint import Checkpoint, load
+from d2surgery.cli import output
+from d2surgery.errors import raise_errors, refuse
+from d2surgery.layout import NAMES
+from d2surgery.tidy import COLUMNS, Row, types
+
+if TYPE_CHECKING:
+    from d2surgery.plots import Plot
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+IMAGES = (".png", ".svg")
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_OPTIONS = (
+    click.option("--per-layer", is_flag=True, help="One line per module instead of one per type of module."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else."),
+    click.option("--csv", type=_FILE, help="Write every number as a tidy table: one number a row, with its meaning."),
+    click.option("--plot", type=_FILE, help="Write figures: one .html page, or .png or .svg images."),
+    click.option("--quiet", is_flag=True, help="Print nothing; for --csv and --plot."),
+)
+
+
+class Outputs(NamedTuple):
+    """Where the numbers of a verb go."""
+
+    per_layer: bool
+    as_json: bool
+    csv: Path | None
+    plot: Path | None
+    quiet: bool
+
+    @property
+    def show_progress(self) -> bool:
+        return not (self.as_json or self.quiet)
+
+
+def output_options(command: Command) -> Command:
+    """The options that make up `Outputs`."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def checked_outputs(**options: Any) -> Outputs:
+    """Refuses before any work what could not be written after it."""
+    outputs = Outputs(**options)
+    for path in filter(None, (outputs.csv, outputs.plot)):
+        require_folder(path)
+    if outputs.plot is not None:
+        _check_figures(outputs.plot)
+    return outputs
+
+
+def require_folder(path: Path) -> None:
+    """The folder of an output file must exist."""
+    if not path.parent.is_dir():
+        raise refuse("FILE_MISSING", "there is no such folder to write to", file=str(path.parent))
+
+
+def _check_figures(path: Path) -> None:
+    if path.suffix.lower() not in (".html", *IMAGES):
+        raise refuse("USAGE", "--plot", wanted="a file name that ends in .html, .png or .svg", got=path.name)
+    if path.suffix.lower() in IMAGES and importlib.util.find_spec("kaleido") is None:
+        raise refuse("NO_IMAGES", "the Python package kaleido is not installed", file=str(path))
+
+
+def open_adapter(adapter: str) -> Checkpoint:
+    """Loaded, or refused with every error of its layout."""
+    checkpoint = load(adapter)
+    raise_errors(checkpoint.layout.problems)
+    if not len(checkpoint):
+        raise refuse("UNKNOWN_FORMAT", "there is no adapted module in it", file=str(checkpoint.layout.path))
+    return checkpoint
+
+
+def show(outputs: Outputs, document: Mapping[str, Any], text: Iterable[str], rows: Callable[[], list[Row]]) -> None:
+    """The document or the text on stdout, the rows into the CSV file. Figures are drawn by the verb."""
+    if outputs.csv is not None:
+        write_csv(rows(), outputs.csv)
+    if outputs.as_json:
+        output.emit_json(plain(document))
+    elif not outputs.quiet:
+        for line in text:
+            output.emit(line)
+
+
+def write_csv(rows: Iterable[Row], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_figures(plots: Sequence["Plot"], path: Path, title: str) -> list[Path]:
+    """One page, or an image per figure: the first has the name asked for, the others a suffix before the ending."""
+    from d2surgery import report  # plotly, and only where figures are drawn
+
+    if path.suffix.lower() not in IMAGES:
+        path.write_text(report.figures_page(plots, title), encoding="utf-8")
+        return [path]
+    files = [path, *(path.with_name(f"{path.stem}-{plot.name}{path.suffix}") for plot in plots[1:])]
+    report.write_images(plots, files)
+    return files
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: null for what is not a finite number, lists for tensors."""
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def groups(modules: Iterable[str], per_layer: bool) -> dict[str, list[str]]:
+    """`q_proj ×18` -> the modules of one type; or each module alone under its own name."""
+    if per_layer:
+        return {module: [module] for module in modules}
+    found: dict[str, list[str]] = {}
+    for module, type_ in types(modules).items():
+        found.setdefault(type_, []).append(module)
+    return {f"{type_} ×{len(members)}": members for type_, members in found.items()}
+
+
+def mean(values: Iterable[float | int | None]) -> float | None:
+    """Of the known and finite ones; None for none."""
+    known = [value for value in values if value is not None and isfinite(value)]
+    return sum(known) / len(known) if known else None
+
+
+def kinds(checkpoint: Checkpoint) -> str:
+    return " and ".join(NAMES[kind] for kind in checkpoint.layout.kinds)
+
+
+def prose(text: str) -> Iterator[str]:
+    """Wrapped at the terminal's width."""
+    yield from textwrap.wrap(text, output.columns(), break_on_hyphens=False)
+
+
+def percent(value: float | None, sign: str = "") -> str:
+    return "?" if value is None else f"{100 * value:{sign}.3g}%"
+
+
+def wrote(paths: Iterable[Path]) -> Iterator[str]:
+    for path in paths:
+        yield f"wrote {output.printable(str(path))}, {output.size(path.stat().st_size)}"

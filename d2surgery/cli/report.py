@@ -1,0 +1,55 @@
+"""`d2surgery report`: one HTML page that says what adapters do."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from d2surgery.cli import measured, output
+from d2surgery.cli.options import progress_bar
+from d2surgery.measures.spectrum import Method
+from d2surgery.report import report
+
+
+@click.command(name="report")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("--base", type=click.Path(path_type=Path), help="Model directory: adds drift and relative sizes.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .html file.")
+@click.option("--method", type=click.Choice(get_args(Method)), help="Of dense spectra. Default: by kind and size.")
+@click.option("--intruders", is_flag=True, help="With --base, also intruder dimensions: slow on large models.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+@click.option("--quiet", is_flag=True, help="Print nothing.")
+def command(
+    adapters: tuple[str, ...],
+    base: Path | None,
+    out: Path,
+    method: Method | None,
+    intruders: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Write one self-contained page about one or more adapters: what they are, what stands out, every module, figures.
+
+    Several adapters are shown side by side, with their similarity. The page works offline; about 5 MB of it is the
+    drawing library plotly.js.
+    """
+    measured.require_folder(out)
+    with ExitStack() as stack:
+
+        def progress(label: str) -> Callable[[int, int], None]:
+            bar = progress_bar(output.printable(label), show=not (as_json or quiet), unit=" modules")
+            return stack.enter_context(bar)
+
+        page = report(adapters, base=base, method=method, with_intruders=intruders, progress=progress)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(out)
+    if as_json:
+        output.emit_json({"out": str(out), "bytes": out.stat().st_size, "adapters": list(adapters)})
+    elif not quiet:
+        output.emit(f"{output.style('OK', 'green')}  {output.count(len(adapters), 'adapter')} in one page")
+        for line in measured.wrote([out]):
+            output.emit(f"  {line}")
+    return 0

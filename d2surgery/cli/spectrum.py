@@ -1,0 +1,132 @@
+"""`d2surgery spectrum`: how much of its rank each module uses."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from d2surgery.base import BaseWeights
+from d2surgery.checkpoint import Checkpoint
+from d2surgery.cli import measured, output
+from d2surgery.cli.options import progress_bar
+from d2surgery.measures.spectrum import NUMBERS, Method, Of, Spectrum
+from d2surgery.survey import places, spectra
+from d2surgery.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
+
+Found = Mapping[str, Spectrum]
+
+
+@click.command(name="spectrum")
+@click.argument("adapter")
+@click.option("--base", type=click.Path(path_type=Path), help="Model directory; DoRA's and D2-LoRA's delta needs it.")
+@click.option("--of", type=click.Choice(get_args(Of)), help="What to measure. Default: the delta where it is known.")
+@click.option("--method", type=click.Choice(get_args(Method)), help="Default: by kind and size.")
+@measured.output_options
+def command(adapter: str, base: Path | None, of: Of | None, method: Method | None, **options: Any) -> int:
+    """Singular values, norms and every rank of each module's update or delta.
+
+    The update is scaling times B times A, before any normalisation; the delta is the effective weight minus the base.
+    Of a LoRA they are the same, and exact from the factors in a moment. DoRA's and D2-LoRA's delta needs --base.
+    """
+    outputs = measured.checked_outputs(**options)
+    checkpoint = measured.open_adapter(adapter)
+    weights = BaseWeights(base) if base is not None else None
+    with progress_bar("measuring", show=outputs.show_progress, unit=" modules") as progress:
+        found = dict(spectra(checkpoint, weights, of=of, method=method, progress=progress))
+    nominal = ranks_of(checkpoint)
+
+    def rows() -> list[Any]:
+        return [*spectrum_rows(found, nominal, adapter), *singular_value_rows(found, adapter)]
+
+    measured.show(outputs, _document(checkpoint, base, found), _text(checkpoint, found, outputs.per_layer), rows)
+    if outputs.plot is not None:
+        _draw(outputs.plot, adapter, found, nominal, say=outputs.show_progress)
+    return 0
+
+
+def ranks_of(checkpoint: Checkpoint) -> dict[str, int | None]:
+    """The nominal rank of every module, by the survey's names."""
+    return {place.name: checkpoint.layout.adapters[place.module].rank for place in places(checkpoint)}
+
+
+def _draw(path: Path, adapter: str, found: Found, nominal: Mapping[str, int | None], *, say: bool) -> None:
+    from d2surgery import plots
+
+    figures = [
+        plots.rank_map(found, nominal),
+        plots.rank_lines(found, nominal),
+        plots.spectrum_fan(found, nominal),
+        plots.size_map(found),
+    ]
+    for line in measured.wrote(measured.write_figures(figures, path, f"Spectra of {Path(adapter).name}")):
+        if say:
+            output.emit(line)
+
+
+def _document(checkpoint: Checkpoint, base: Path | None, found: Found) -> dict[str, Any]:
+    entries = {place.name: checkpoint.layout.adapters[place.module] for place in places(checkpoint)}
+    return {
+        "path": str(checkpoint.layout.path),
+        "base": None if base is None else str(base),
+        "kinds": checkpoint.layout.kinds,
+        "modules": [
+            {"module": module, "kind": entries[module].kind, "rank": entries[module].rank} | _record(record)
+            for module, record in found.items()
+        ],
+    }
+
+
+def _record(record: Spectrum) -> dict[str, Any]:
+    names = ("of", "method", "singular_values", "numerical_rank", *NUMBERS, "nuclear_norm_bound", "error_bound")
+    told = {name: getattr(record, name) for name in (*names, "cancellation")}
+    return told | {"standard_errors": dict(record.standard_errors), "quality": dict(record.quality)}
+
+
+def _text(checkpoint: Checkpoint, found: Found, per_layer: bool) -> Iterator[str]:
+    nominal = ranks_of(checkpoint)
+    yield from measured.prose(f"{_verdict(checkpoint, found, nominal)}")
+    yield ""
+    rows = [["", "rank", "used", "stable", "k90", "k99", "‖·‖F"]]
+    for name, modules in measured.groups(found, per_layer).items():
+        rows.append([name, _span([nominal.get(module) for module in modules]), *_means([found[m] for m in modules])])
+    yield from output.table(rows)
+    yield ""
+    note = "" if per_layer else " Means over a line."
+    yield from measured.prose(
+        f"rank: {CONVENTIONS['nominal_rank']}. used: {CONVENTIONS['energy_entropy_rank']}. stable: σ-energy over "
+        f"that of the first, {CONVENTIONS['stable_rank']}. k90, k99: directions that hold 90, 99 % of Σσ².{note}"
+    )
+    yield _coverage(found)
+
+
+def _verdict(checkpoint: Checkpoint, found: Found, nominal: Mapping[str, int | None]) -> str:
+    used = measured.mean(record.energy_entropy_rank for record in found.values())
+    room = measured.mean(nominal[module] for module in found)
+    of = " and ".join(sorted({record.of for record in found.values()}))
+    share = f"{output.number(used)} of {room:.3g}" if of == "update" or room else output.number(used)
+    if room and used and used > room:  # a dense delta has more directions than its update has room for
+        share = f"{output.number(used)} (the update alone has room for {room:.3g})"
+    return (
+        f"{measured.kinds(checkpoint)} on {output.count(len(checkpoint), 'module')}: the {of} uses {share} "
+        "directions on average, weighted by energy."
+    )
+
+
+def _span(ranks: list[int | None]) -> str:
+    known = [rank for rank in ranks if rank is not None]
+    if not known:
+        return "–"
+    return str(known[0]) if min(known) == max(known) else f"{min(known)}–{max(known)}"
+
+
+def _means(records: list[Spectrum]) -> list[str]:
+    names = ("energy_entropy_rank", "stable_rank", "energy_rank_90", "energy_rank_99", "frobenius_norm")
+    return [f"{measured.mean([getattr(r, name) for r in records]) or 0:.3g}" for name in names]
+
+
+def _coverage(found: Found) -> str:
+    methods = sorted({record.method for record in found.values()})
+    counts = ", ".join(f"{sum(r.method == m for r in found.values())} {m}" for m in methods)
+    estimate = "; head-tail numbers are estimates, --json has standard errors" if "head-tail" in methods else ""
+    return f"{output.count(len(found), 'module')} measured: {counts}{estimate}"

@@ -1,0 +1,255 @@
+"""Tidy tables: measured records as rows of one number each, which CSV files and figures are made of.
+
+Every row says what its number is: of the update or the delta, by which method, along which axis, exact or estimated,
+and by which convention, since most of these names mean several things elsewhere.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import isfinite, nan, sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2surgery.measures.drift import Drift
+from d2surgery.measures.spectrum import NUMBERS, Spectrum
+from d2surgery.measures.subspace import Similarity
+from d2surgery.survey import Difference
+
+Row = dict[str, str | int | float | None]
+SIDES = ("in_features", "out_features")
+
+COLUMNS = (
+    "adapter", "module", "layer", "type", "metric", "index", "value", "null", "standard_error", "quality", "method",
+    "of", "axis", "dtype", "convention",
+)  # fmt: skip
+"""The keys of every row. None where a column does not apply, and for what is undefined (never NaN)."""
+
+CONVENTIONS = {
+    "nominal_rank": "what the factors have room for: r; 2r for D2-LoRA; none for Dual LoRA",
+    "numerical_rank": "number of σ above σ₁·max(m, n)·eps64",
+    "entropy_rank": "exp of the entropy of σ/Σσ (Roy and Vetterli 2007)",
+    "energy_entropy_rank": "exp of the entropy of σ²/Σσ²",
+    "stable_rank": "Σσ²/σ₁²",
+    "participation_ratio": "(Σσ²)²/Σσ⁴",
+    **{f"energy_rank_{f}": f"least k whose leading σ² make up {f} % of Σσ² (not of Σσ)" for f in (90, 95, 99)},
+    "frobenius_norm": "√Σσ²",
+    "spectral_norm": "σ₁",
+    "nuclear_norm": "Σσ",
+    "singular_value": "σᵢ",
+    "relative_singular_value": "σᵢ/σ₁",
+    "relative_update": "‖delta‖F/‖W0‖F",
+    "drift": "‖w′‖/‖w‖ − 1 per vector, signed",
+    "delta_magnitude": "ΔM: mean of abs(‖w′‖ − ‖w‖) over vectors (DoRA, arXiv:2402.09353)",
+    "delta_direction": "ΔD: mean of 1 − cos(w′, w) over vectors (DoRA, arXiv:2402.09353)",
+    "cosine": "<M, N>/(‖M‖‖N‖); null: one standard deviation of unrelated matrices, 1/√(mn)",
+    "subspace_similarity": "φ(r, r) = ‖U₁ᵀU₂‖²F/r (LoRA, section 7.2); null: r/n",
+    "sign_agreement": "share of entries with equal sign; null: 1 − arccos(cosine)/π",
+    "intruder_cosine": "largest abs cosine with any left singular vector of W0 (arXiv:2410.21228)",
+}
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+_CONTAINERS = frozenset((
+    "model", "base_model", "transformer", "layers", "layer", "h", "block", "blocks", "language_model", "text_model",
+    "experts",
+))  # fmt: skip
+"""Parts of names that say where, not what; a type keeps them only where nothing else is left."""
+
+
+class Address(NamedTuple):
+    """Where a module is: its layer, counted from 0, None outside the numbered layers, and the words of its type."""
+
+    layer: int | None
+    words: tuple[str, ...]
+
+
+def address(module: str) -> Address:
+    """From the name: `model.layers.3.self_attn.q_proj` is layer 3, self_attn.q_proj; GPT-2's `h.0`, T5's `block.0`.
+
+    The first number is the layer; later ones count experts and sub-blocks. kohya's names have no dots but underscores.
+    """
+    module = re.sub(r"\[\d+\]$", "", module)  # an expert of a survey
+    parts = module.split(".") if "." in module else re.split(r"_(?=\d+(?:_|$))|(?<=\d)_", module)
+    layer = next((int(part) for part in parts[:-1] if _is_number(part)), None)
+    named = [part for part in parts if not _is_number(part)]
+    words = tuple(part for part in named if part not in _CONTAINERS)
+    return Address(layer, words or (named[-1] if named else module,))
+
+
+def types(modules: Iterable[str]) -> dict[str, str]:
+    """The type of each module: as few last words as tell it from the others, `q_proj`, but `attn.c_proj`."""
+    words = {module: address(module).words for module in modules}
+    known = set(words.values())
+    return {module: _shortest(mine, known) for module, mine in words.items()}
+
+
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdigit() and len(part) < 7
+
+
+def _shortest(mine: tuple[str, ...], known: set[tuple[str, ...]]) -> str:
+    for count in range(1, len(mine)):
+        if not any(other[-count:] == mine[-count:] for other in known if other != mine):
+            return ".".join(mine[-count:])
+    return ".".join(mine)
+
+
+# Two adapters together ------------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """What two adapters have in common over the modules both have."""
+
+    cosine: float
+    """Of all modules together: Σ<M, N>/√(Σ‖M‖² Σ‖N‖²)."""
+    cosine_null: float
+    """One standard deviation of unrelated updates with these norms."""
+    in_features: float
+    """φ(r, r), mean over modules; and its null."""
+    in_null: float
+    out_features: float
+    out_null: float
+    signs: float
+    signs_null: float
+    modules: int
+
+    def likeness(self) -> str:
+        """In words. Beyond chance: more than four standard deviations of unrelated updates."""
+        if self.cosine != self.cosine:
+            return "not comparable, one of the updates is zero"
+        if abs(self.cosine) <= 4 * self.cosine_null:
+            return "unrelated"
+        words = ((0.95, "nearly the same"), (0.5, "much alike"), (0.1, "somewhat alike"), (0.0, "faintly alike"))
+        word = next(word for least, word in words if abs(self.cosine) >= least)
+        return word if self.cosine > 0 else f"opposed ({word} but for the sign)"
+
+
+def pair(differences: Mapping[str, Difference]) -> Pair:
+    """nan where there is nothing to compare."""
+    records = list(differences.values())
+    inner = sum(d.cosine.value * d.norms[0] * d.norms[1] for d in records if d.norms[0] and d.norms[1])
+    norms = sqrt(sum(d.norms[0] ** 2 for d in records) * sum(d.norms[1] ** 2 for d in records))
+    spread = sqrt(sum((d.cosine.null_sd * d.norms[0] * d.norms[1]) ** 2 for d in records))
+    inside, outside = ([phi(getattr(d, side)) for d in records] for side in SIDES)
+    return Pair(
+        inner / norms if norms else nan,
+        spread / norms if norms else nan,
+        *_means(inside),
+        *_means(outside),
+        *_means([(d.signs.share, d.signs.null) for d in records]),
+        len(records),
+    )
+
+
+def phi(found: Similarity | None) -> tuple[float, float] | None:
+    """φ(r, r) of the whole subspaces and its null; None where one of them is empty or unknown."""
+    if found is None or not found.phi.numel():
+        return None
+    return float(found.phi[-1, -1]), float(found.null[-1, -1])
+
+
+def _means(values: Sequence[tuple[float, float] | None]) -> tuple[float, float]:
+    known = [value for value in values if value is not None and value[0] == value[0]]
+    if not known:
+        return nan, nan
+    return sum(v[0] for v in known) / len(known), sum(v[1] for v in known) / len(known)
+
+
+# Records to rows ------------------------------------------------------------------------------------------------------
+
+
+def spectrum_rows(spectra: Mapping[str, Spectrum], nominal: Mapping[str, int | None], adapter: str = "") -> list[Row]:
+    """Per module the nominal rank, and every number of the record."""
+    rows = []
+    for module, type_ in types(spectra).items():
+        record = spectra[module]
+        common = {"adapter": adapter, "module": module, "layer": address(module).layer, "type": type_}
+        told = {"method": record.method, "of": record.of, "dtype": "float64"}
+        rank = nominal.get(module)
+        if rank is not None:
+            rows.append(row(**common, metric="nominal_rank", value=rank, quality="exact"))
+        for name in ("numerical_rank", *NUMBERS):
+            if (value := getattr(record, name)) is not None:
+                error, quality = record.standard_errors.get(name), record.quality.get(name, "exact")
+                rows.append(row(**common, **told, metric=name, value=value, standard_error=error, quality=quality))
+    return rows
+
+
+def singular_value_rows(spectra: Mapping[str, Spectrum], adapter: str = "") -> list[Row]:
+    """Per module every singular value, with its index from 1."""
+    return [
+        row(
+            adapter=adapter, module=module, layer=address(module).layer, type=type_, metric="singular_value",
+            index=index, value=value, quality="exact", method=spectra[module].method, of=spectra[module].of,
+            dtype="float64",
+        )
+        for module, type_ in types(spectra).items()
+        for index, value in enumerate(spectra[module].singular_values.tolist(), 1)
+    ]  # fmt: skip
+
+
+def drift_rows(drifts: Mapping[str, Drift], adapter: str = "") -> list[Row]:
+    """Per module the means of the record, and the distribution of its signed drift over vectors."""
+    rows = []
+    for module, type_ in types(drifts).items():
+        record = drifts[module]
+        common: Row = {"adapter": adapter, "module": module, "layer": address(module).layer, "type": type_}
+        common |= {"axis": record.along, "quality": "exact", "method": "structural", "of": "delta"}
+        common |= {"dtype": "float32 products, float64 sums"}
+        for name in ("relative_update", "delta_magnitude", "delta_direction", "frobenius_norm"):
+            rows.append(row(**common, metric=name, value=getattr(record, name)))
+        values = {"mean": record.mean_drift} | dict(zip(QUANTILES, quantiles(record.drift), strict=True))
+        for index, value in values.items():
+            convention = f"{CONVENTIONS['drift']}; {index} over vectors"
+            rows.append(row(**common | {"metric": "drift", "index": index, "value": value, "convention": convention}))
+    return rows
+
+
+def difference_rows(differences: Mapping[str, Difference], adapters: str = "") -> list[Row]:
+    """Per module cosine, subspace similarity of both sides and sign agreement, each beside its null."""
+    rows = []
+    for module, type_ in types(differences).items():
+        record = differences[module]
+        common: Row = {"adapter": adapters, "module": module, "layer": address(module).layer, "type": type_}
+        common |= {"quality": "exact", "method": "structural", "of": "update", "dtype": "float64"}
+        signs = record.signs
+        rows.append(row(**common, metric="cosine", value=record.cosine.value, null=record.cosine.null_sd))
+        rows.append(row(**common, metric="sign_agreement", value=signs.share, null=signs.null))
+        for side in SIDES:
+            if (found := phi(getattr(record, side))) is not None:
+                rows.append(row(**common, metric="subspace_similarity", axis=side, value=found[0], null=found[1]))
+    return rows
+
+
+QUANTILES = {"min": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "max": 1.0}
+
+
+def quantiles(values: Tensor, shares: Sequence[float] = tuple(QUANTILES.values())) -> list[float | None]:
+    """Quantiles (linear between order statistics) of what is not NaN; None where nothing is left."""
+    known = values[~values.isnan()].double().sort().values
+    if not len(known):
+        return [None] * len(shares)
+    at = torch.tensor(shares, dtype=torch.float64) * (len(known) - 1)
+    low, high = known[at.floor().long()], known[at.ceil().long()]
+    between: list[float | None] = (low + (at - at.floor()) * (high - low)).tolist()
+    return between
+
+
+def row(**cells: str | int | float | None) -> Row:
+    """All COLUMNS, the convention looked up by the metric."""
+    convention = CONVENTIONS.get(str(cells["metric"]))
+    return {name: _finite(cells.get(name, convention if name == "convention" else None)) for name in COLUMNS}
+
+
+def _finite(cell: str | int | float | None) -> str | int | float | None:
+    return None if isinstance(cell, float) and not isfinite(cell) else cell
+
+
+def picked(rows: Iterable[Row], metric: str, index: str | int | None = None) -> Iterator[Row]:
+    """The rows of one metric that have a value."""
+    return (
+        r for r in rows if r["metric"] == metric and r["value"] is not None and (index is None or r["index"] == index)
+    )
