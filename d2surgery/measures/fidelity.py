@@ -1,7 +1,8 @@
 """How much of a delta outlives rounding to the output dtype."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import nan, sqrt
+from operator import add
 
 import torch
 from torch import Tensor
@@ -20,15 +21,10 @@ class Survival:
     delta_squared: float = 0.0  # ‖delta‖²
     applied_squared: float = 0.0  # ‖applied‖²
     inner: float = 0.0  # <applied, delta>
+    error_squared: float = 0.0  # ‖applied − delta‖², summed by itself: the difference of sums would cancel
 
     def __add__(self, other: "Survival") -> "Survival":
-        return Survival(
-            self.elements + other.elements,
-            self.changed + other.changed,
-            self.delta_squared + other.delta_squared,
-            self.applied_squared + other.applied_squared,
-            self.inner + other.inner,
-        )
+        return Survival(*map(add, astuple(self), astuple(other)))
 
     @property
     def gain(self) -> float:
@@ -38,9 +34,7 @@ class Survival:
     @property
     def relative_error(self) -> float:
         """‖applied − delta‖/‖delta‖; nan for a zero delta."""
-        if not self.delta_squared:
-            return nan
-        return sqrt(max(self.applied_squared - 2 * self.inner + self.delta_squared, 0.0) / self.delta_squared)
+        return sqrt(self.error_squared / self.delta_squared) if self.delta_squared else nan
 
     @property
     def cosine(self) -> float:
@@ -63,6 +57,7 @@ def survival(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Survival:
         delta_squared=_dot(delta, delta),
         applied_squared=_dot(applied, applied),
         inner=_dot(applied, delta),
+        error_squared=_dot(error := applied - delta, error),
     )
 
 
