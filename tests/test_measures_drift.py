@@ -12,6 +12,7 @@ from torch import Tensor
 
 from d2surgery.adapters import Adapter, Axis, D2LoRA, DoRA, LoRA
 from d2surgery.errors import D2SurgeryError
+from d2surgery.measures import drift as module
 from d2surgery.measures import spectrum as tiling
 from d2surgery.measures.drift import Drift, correlation, drift, entries, thin_triple
 
@@ -219,6 +220,7 @@ def test_a_negative_magnitude_turns_the_vector_round() -> None:
     found, straight = drift(turned, W), drift(adapter, W)
     torch.testing.assert_close(found.drift, straight.drift)
     torch.testing.assert_close(found.one_minus_cosine, 2 - straight.one_minus_cosine)
+    torch.testing.assert_close(found.angle, pi - straight.angle)
 
 
 @pytest.mark.parametrize("along", AXES)
@@ -267,6 +269,15 @@ def test_the_correlation_of_random_updates_is_that_of_the_null() -> None:
     assert null.null_sd == pytest.approx(np.std(measured), rel=0.5)
     assert abs(null.null_mean) > 0.1  # it is not zero
     assert (null.modules, null.draws) == (12, 400)
+
+
+def test_the_null_moves_as_far_as_random_updates_do() -> None:
+    draws = torch.Generator().manual_seed(0)
+    real = gaussian(1, 0.05)
+    null = np.mean([module._random_point(real, draws) for _ in range(50)], 0)
+    several = [gaussian(1, 0.05, draw) for draw in range(50)]
+    assert null[0] == pytest.approx(np.mean([d.delta_magnitude for d in several]), rel=0.1)
+    assert null[1] == pytest.approx(np.mean([d.delta_direction for d in several]), rel=0.05)
 
 
 def test_the_correlation_is_numpys() -> None:

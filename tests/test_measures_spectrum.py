@@ -61,6 +61,11 @@ def test_the_numbers_are_those_of_their_definitions() -> None:
         assert found[name] == pytest.approx(value, rel=1e-14), name
 
 
+def test_an_energy_that_is_just_reached_is_reached() -> None:
+    found = ranks(torch.ones(10))
+    assert [found[f"energy_rank_{share}"] for share in (90, 95, 99)] == [9, 10, 10]
+
+
 def test_a_value_that_stands_for_several_is_as_if_they_were_written_out() -> None:
     few = ranks(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 4.0]))
     many = ranks(torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0]))
@@ -96,6 +101,8 @@ def test_the_numerical_rank_is_numpys() -> None:
     M = normal(20, 3, seed=0) @ normal(3, 30, seed=1)
     assert numerical_rank(torch.linalg.svdvals(M), (20, 30)) == np.linalg.matrix_rank(M.numpy()) == 3
     assert numerical_rank(torch.linalg.svdvals(M.float()), (20, 30)) == 3
+    between = torch.tensor([1, 1.5e-13], dtype=torch.float64)  # 2 eps < 1.5e-13 < 1000 eps
+    assert numerical_rank(between, (2, 1000)) == 1
     assert numerical_rank(torch.zeros(3), (3, 3)) == numerical_rank(torch.zeros(0), (3, 0)) == 0
 
 
@@ -220,6 +227,7 @@ def test_the_exact_spectrum_is_that_of_the_effective_weight_minus_the_base(
     kind: str, axis: Axis, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_TILE", 7 * 24)  # several tiles
+    monkeypatch.setattr(module, "_BLOCK", 10)
     W = normal(*shape, seed=5)
     adapter = make(kind, W, axis, gain=0.02)
     true = true_singular_values(adapter, W)
@@ -323,6 +331,21 @@ def test_head_and_tail_of_a_low_rank_matrix_is_its_rank() -> None:
     true = ranks(torch.linalg.svdvals(M.double())[:6])
     for name in NUMBERS:
         assert getattr(found, name) == pytest.approx(true[name], rel=1e-3), name
+
+
+def test_a_tail_whose_energy_is_known_has_it() -> None:
+    theta, nodes = torch.tensor([3.0, 2.0]), normal(4, 5, seed=0).abs()
+    tail = module._Tail(theta, nodes, torch.full((4, 5), 2.0), energy=7.0)
+    assert tail.ranks(range(4))["frobenius_norm"] == pytest.approx(sqrt(9 + 4 + 7))
+    assert tail.ranks([2])["frobenius_norm"] == pytest.approx(sqrt(9 + 4 + 7))
+    free = module._Tail(theta, nodes, torch.full((4, 5), 2.0), energy=None)
+    assert free.ranks([2])["frobenius_norm"] == pytest.approx(sqrt(13 + 2 * float(nodes[2].square().sum())))
+
+
+def test_what_follows_an_unconverged_value_is_not_counted_as_converged() -> None:
+    theta, residual = torch.tensor([3.0, 2.0, 1.0, 1e-7]), torch.tensor([1e-4, 0.5, 0.0, 0.0])
+    assert module._Head(theta, torch.eye(4), residual).converged() == 1
+    assert module._Head(theta, torch.eye(4), 0 * residual).converged() == 3  # the last is float32's rounding
 
 
 def test_head_and_tail_is_the_same_twice_and_another_with_another_seed() -> None:

@@ -192,6 +192,7 @@ def test_intruder_cosines_are_those_of_two_dense_svds(
     kind: str, axis: Axis, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiling, "_TILE", 9 * 40)
+    monkeypatch.setattr(tiling, "_BLOCK", 16)
     W = normal(*shape, seed=0)
     adapter = make(kind, W, axis, size=0.5)
     found = intruders(adapter, W, k=6)

@@ -133,7 +133,8 @@ def _position(triple: Triple, base_excess: Tensor, update_gain: Tensor) -> _Posi
 
 def _formed(delta: Delta, along: Axis) -> _Position:
     """From the delta itself: w' = w + δ."""
-    sums = [torch.zeros(delta.shape[0 if along == "out_features" else 1], dtype=torch.float64)] * 3
+    vectors = delta.shape[0 if along == "out_features" else 1]
+    sums = [torch.zeros(vectors, dtype=torch.float64, device=delta.base.device)] * 3
     for cut in cuts(*delta.shape):
         W, D = delta.base[cut].double(), delta.tile(out=cut)
         products = (W * W, W * D, D * D)
@@ -148,7 +149,8 @@ def _formed(delta: Delta, along: Axis) -> _Position:
 
 
 def _record(position: _Position, along: Axis, length: int) -> Drift:
-    change, across, base, norms = position
+    change, across, base = position.change.cpu(), position.across.cpu(), position.base.cpu()
+    norms = None if position.norms is None else position.norms.cpu()
     ahead = base + change  # <w', w>/‖w‖
     norm = torch.hypot(ahead, across) if norms is None else norms
     difference = (change * (base + ahead) + across.square()) / (norm + base) if norms is None else norms - base

@@ -34,6 +34,7 @@ SINGLE_FLOOR = 1e-6
 CALIBRATE = 1e-3
 """The tail's energy is known by subtraction if it is at least this share of the whole."""
 _TILE = 1 << 20  # entries
+_BLOCK = 512
 
 NUMBERS = (
     "entropy_rank",
@@ -282,14 +283,7 @@ def gram_spectrum(tiles: Iterator[Tensor], shape: tuple[int, int], cancellation:
 
     An error of eps64·σ₁² in σ² is one of GRAM_FLOOR·σ₁ in a small σ and far less in a large one. Raises NOT_FINITE.
     """
-    gram: Tensor | None = None
-    for tile in tiles:
-        rows = tile.double().T if shape[0] >= shape[1] else tile.double()
-        largest = rows.abs().max() if rows.numel() else rows.sum()
-        _check_finite(largest)
-        gram = rows.new_zeros(min(shape), min(shape)) if gram is None else gram
-        gram.addmm_(rows, rows.T)
-    sigma = torch.zeros(0, dtype=torch.float64) if gram is None else _roots(gram)
+    sigma = _roots(lower_gram(tiles, shape))
     return _record(
         of="delta",
         method="exact",
@@ -301,11 +295,28 @@ def gram_spectrum(tiles: Iterator[Tensor], shape: tuple[int, int], cancellation:
     )
 
 
+def lower_gram(tiles: Iterator[Tensor], shape: tuple[int, int]) -> Tensor:
+    """Σ TᵀT (tall) or Σ TTᵀ (wide) in float64; of the half above the diagonal only what the blocks hold.
+
+    Raises NOT_FINITE.
+    """
+    side = min(shape)
+    gram = torch.zeros(side, side, dtype=torch.float64)
+    for tile in tiles:
+        rows = (tile.double().T if shape[0] >= shape[1] else tile.double()).contiguous()
+        gram = gram.to(rows.device)
+        for start in range(0, side, _BLOCK):
+            stop = start + _BLOCK
+            gram[start:stop, :stop].addmm_(rows[start:stop], rows[:stop].T)
+    _check_finite(gram.diagonal())  # a sum of squares: no NaN or infinity can hide
+    return gram
+
+
 def _roots(gram: Tensor) -> Tensor:
     scale = float(gram.diagonal().max()) if gram.numel() else 0.0
     if scale == 0:
         return torch.zeros(gram.shape[0], dtype=torch.float64)
-    values: Tensor = torch.linalg.eigvalsh(gram / scale)
+    values: Tensor = torch.linalg.eigvalsh(gram / scale, UPLO="L")
     return values.clamp(min=0).sqrt().flip(0).cpu() * sqrt(scale)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from d2surgery.adapters import Adapter, Axis
 from d2surgery.errors import refuse
 from d2surgery.lowrank import LowRank
-from d2surgery.measures.spectrum import Delta, cuts
+from d2surgery.measures.spectrum import Delta, cuts, lower_gram
 
 RELIABLE = 1e-6
 """Relative to σ₁: singular vectors of a float64 Gram matrix below it are not to be trusted."""
@@ -206,14 +206,9 @@ def _left_vectors(delta: Delta, count: int, *, with_delta: bool) -> _Left:
         W = delta.base[cut.get("out", slice(None)), cut.get("in_", slice(None))].double()
         return W + delta.tile(**cut) if with_delta else W
 
-    wide = out <= in_
-    gram = torch.zeros(min(out, in_), min(out, in_), dtype=torch.float64, device=delta.base.device)
-    for cut in cuts(max(out, in_), min(out, in_)):
-        part = tile(in_=cut) if wide else tile(out=cut).T
-        gram.addmm_(part, part.T)
-    if not bool(gram.isfinite().all()):
-        raise refuse("NOT_FINITE", "The base weight or the adapter holds NaN or infinity.")
-    values, vectors = torch.linalg.eigh(gram)
+    wide = out < in_
+    tiles = (tile(in_=cut) if wide else tile(out=cut) for cut in cuts(max(out, in_), min(out, in_)))
+    values, vectors = torch.linalg.eigh(lower_gram(tiles, delta.shape), UPLO="L")
     sigma, vectors = values.clamp(min=0).sqrt().flip(0), vectors.flip(1)
     if wide:
         return _Left(sigma, vectors[:, :count])
