@@ -97,16 +97,16 @@ def thin_triple(update: LowRank, base_weight: Tensor, along: Axis) -> Triple:
     P_, Q_ = P.to(wide), Q.to(wide)
     rows = along == "out_features"
     base = P.new_zeros(base_weight.shape[0 if rows else 1])
-    images = P.new_zeros(P.shape if rows else Q.shape)  # W0·Qᵀ or Pᵀ·W0
+    images = P_.new_zeros(P.shape if rows else Q.shape)  # W0·Qᵀ or Pᵀ·W0
     for cut in cuts(*base_weight.shape):
         tile = base_weight[cut].to(wide)
         squares = tile.double().square()
         if rows:
             base[cut] = squares.sum(1)
-            images[cut] = (tile @ Q_.T).double()
+            images[cut] = tile @ Q_.T
         else:
             base += squares.sum(0)
-            images += (P_[cut].T @ tile).double()
+            images.addmm_(P_[cut].T, tile)
     if not bool(base.isfinite().all()):
         raise refuse("NOT_FINITE", "The base weight holds NaN or infinity.")
     if rows:
