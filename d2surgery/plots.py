@@ -180,7 +180,7 @@ def relative_update_map(drifts: Mapping[str, Drift], top: float | None = None) -
 
 def drift_by_depth(drifts: Mapping[str, Drift]) -> Plot:
     """Signed drift of the norms, a panel per type: mean, 5 to 95 % of the vectors, and the extremes."""
-    rows = [*_shown(drift_rows(drifts), "drift")]
+    rows = [r for r in _shown(drift_rows(drifts), "drift") if r["index"] != "median"]
     groups = _by_type(drifts)
     figure, places = _panels(list(groups), shared_y=True)
     layers = [layer for m in drifts if (layer := address(m).layer) is not None]

@@ -178,8 +178,7 @@ def write_images(shown: Sequence[Plot], paths: Sequence[Path]) -> None:
         picture["layout"]["height"] += 40
         pictures.append(picture)
     try:
-        for picture, path in zip(pictures, paths, strict=True):
-            plotly.io.write_image(picture, path, width=1100, scale=1.5, validate=False)
+        plotly.io.write_images(pictures, list(paths), width=1100, scale=1.5, validate=False)
     except Exception as error:  # kaleido and the browser it starts fail in many ways, and all mean this
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise refuse("NO_IMAGES", reason, file=str(paths[0])) from error
@@ -296,7 +295,8 @@ def _about_rank(m: Measured) -> Iterator[str]:
     advice = " Half the rank would keep most of it there." if len(half) > len(room) / 2 else ""
     yield (
         f"<b>Rank</b>: {average:.3g} of {nominal:.3g} directions are used on average, weighted by energy. In "
-        f"{len(half) or 'none'} of {_count(len(room), 'module')} half of the rank or less holds 90 % of the energy.{advice}"
+        f"{len(half) or 'none'} of {_count(len(room), 'module')} half of the rank or less holds 90 % of the "
+        f"energy.{advice}"
     )
 
 

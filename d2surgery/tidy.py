@@ -73,7 +73,7 @@ def address(module: str) -> Address:
     """
     module = re.sub(r"\[\d+\]$", "", module)  # an expert of a survey
     parts = module.split(".") if "." in module else re.split(r"_(?=\d+(?:_|$))|(?<=\d)_", module)
-    layer = next((int(part) for part in parts[:-1] if _is_number(part)), None)
+    layer = next((int(part) for part in parts[:-1] if _is_number(part) and len(part) < 7), None)
     named = [part for part in parts if not _is_number(part)]
     words = tuple(part for part in named if part not in _CONTAINERS)
     return Address(layer, words or (named[-1] if named else module,))
@@ -87,7 +87,7 @@ def types(modules: Iterable[str]) -> dict[str, str]:
 
 
 def _is_number(part: str) -> bool:
-    return part.isascii() and part.isdigit() and len(part) < 7
+    return part.isascii() and part.isdigit()
 
 
 def _shortest(mine: tuple[str, ...], known: set[tuple[str, ...]]) -> str:

@@ -119,7 +119,7 @@ def _text(found: Sequence[Compared], per_layer: bool) -> Iterator[str]:
         rows.append(["by chance", *_chance(compared.whole)])
         yield from output.table(rows)
         yield ""
-        yield _coverage(compared)
+        yield from measured.prose(_coverage(compared))
     yield from measured.prose(
         "cosine: of the updates. φ in, φ out: share of one's input or output directions that the other uses too. "
         "signs: share of entries of equal sign; by chance is that of Gaussian entries with the same cosine."

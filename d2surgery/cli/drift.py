@@ -95,7 +95,7 @@ def _text(checkpoint: Checkpoint, found: Found, related: Correlation, per_layer:
         f"1 − cos: mean change of direction.{'' if per_layer else ' Means over a line.'}"
     )
     yield from _correlation(related)
-    yield _coverage(found)
+    yield from measured.prose(_coverage(found))
 
 
 def _verdict(checkpoint: Checkpoint, found: Found) -> str:

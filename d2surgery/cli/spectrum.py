@@ -97,7 +97,7 @@ def _text(checkpoint: Checkpoint, found: Found, per_layer: bool) -> Iterator[str
         f"rank: {CONVENTIONS['nominal_rank']}. used: {CONVENTIONS['energy_entropy_rank']}. stable: σ-energy over "
         f"that of the first, {CONVENTIONS['stable_rank']}. k90, k99: directions that hold 90, 99 % of Σσ².{note}"
     )
-    yield _coverage(found)
+    yield from measured.prose(_coverage(found))
 
 
 def _verdict(checkpoint: Checkpoint, found: Found, nominal: Mapping[str, int | None]) -> str:
