@@ -11,6 +11,7 @@ _PUBLIC = {  # name -> the module that defines it
     **dict.fromkeys(("Adapter", "LoRA", "DoRA", "DualLoRA", "D2LoRA", "KINDS"), "adapters"),
     **dict.fromkeys(("Checkpoint", "load", "save", "from_adapters"), "checkpoint"),
     "BaseWeights": "base",
+    **dict.fromkeys(("Spectrum", "delta_spectrum", "update_spectrum"), "measures.spectrum"),
     **dict.fromkeys(("merge", "plan", "MergeReport", "PlanReport"), "merging"),
 }
 __all__ = sorted(_PUBLIC)

@@ -63,6 +63,8 @@ def command(out: Path | None) -> int:
     """
     with ExitStack() as stack:
         work = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="d2surgery-")))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # matrices of this size are too small for more: several times slower on a busy machine
         base = work / "base"
         base.mkdir(parents=True)
         _make_base(base)
