@@ -176,7 +176,7 @@ class _Thin(Adapter):
         along = along or self.along or "out_features"
         W, P, Q = _rows_first(_at_least_float32(base_weight), *self._factors(torch.float64), along)
         triple = _triple(W, P, Q, _norms_by_qr)
-        doubtful = (_sum_squares(triple) < SUSPICIOUS * (triple.base + triple.update)).nonzero()[:, 0]
+        doubtful = _doubtful(triple)
         if W.dtype == torch.float64 or doubtful.numel() == 0:
             return triple
         exact = _triple(W[doubtful].double(), P[doubtful], Q, _norms_by_qr)
@@ -457,6 +457,79 @@ def gains_of(adapter: Adapter, triple: Triple) -> tuple[Gains, Tensor | None]:
     return adapter._gains(triple), target.abs() if keeps else None
 
 
+class Streamed:
+    """A kind that `normalises`, over the tiles of one base weight: what `take(tile).delta(tile, triple)` gives, with
+    all that the tiles share computed once: the factors in the tiles' dtype, ‖u‖², the gains.
+
+    A tile is a range of one axis and the whole of the other. Where it holds whole vectors, `delta` may come at once;
+    otherwise after every tile has been added. Not differentiable.
+    """
+
+    def __init__(self, adapter: Adapter, dtype: torch.dtype) -> None:
+        if not isinstance(adapter, _Thin) or adapter.along is None:
+            raise refuse("USAGE", "it has no thin update along an axis", got=adapter.kind)
+        self.adapter = adapter
+        P, Q = adapter._factors(torch.float64)
+        self.P, self.Q = (P, Q) if adapter.along == "out_features" else (Q.T, P.T)
+        self.Q_low = self.Q.to(dtype)
+        self.norms = _norms_by_qr(self.P, self.Q)
+        self.base = torch.zeros_like(self.norms)
+        self.products = torch.zeros_like(self.P.T)  # Q·Wᵀ, summed over tiles
+        self.added = False
+        self.gains: tuple[Tensor, Tensor] | None = None  # of all vectors: the base's excess, and the gained P
+
+    def add(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> None:
+        """Add a tile to the sums of its vectors."""
+        W, vectors, others = self._rows_first(tile, out, in_)
+        self.base[vectors] += _row_sums(W * W)
+        self.products[:, vectors] += self.Q_low[:, others] @ W.T
+        self.added = True
+
+    def doubtful(self) -> Tensor:
+        """The vectors whose norm nearly cancels: sums of float32 products do not hold it."""
+        return _doubtful(self._triple(slice(None)))
+
+    def forget(self, vectors: Tensor) -> None:
+        """Begin their sums again."""
+        self.base[vectors] = 0
+        self.products[:, vectors] = 0
+
+    def add_exactly(self, tile: Weight, vectors: Tensor, *, out: slice = slice(None), in_: slice = slice(None)) -> None:
+        """Add a tile to the sums of some vectors that it crosses, in float64."""
+        W, _, others = self._rows_first(tile, out, in_)
+        W = W[vectors].double()
+        self.base[vectors] += (W * W).sum(1)
+        self.products[:, vectors] += self.Q[:, others] @ W.T
+
+    def delta(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> Weight:
+        """The tile's delta, laid out as the tile. Raises ZERO_NORM, counting vectors within the tile."""
+        W, vectors, others = self._rows_first(tile, out, in_)
+        if self.added:
+            self.gains = self.gains or self._gained(self.adapter, slice(None), W.dtype)
+            excess, P = (gain[vectors] for gain in self.gains)
+        else:
+            self.base[vectors] = _row_sums(W * W)
+            self.products[:, vectors] = self.Q_low @ W.T
+            bad = _doubtful(self._triple(vectors))
+            exact = W[bad].double()
+            self.base[vectors].index_copy_(0, bad, (exact * exact).sum(1))  # a view: it writes through
+            self.products[:, vectors].index_copy_(1, bad, self.Q @ exact.T)
+            excess, P = self._gained(self.adapter.take(out=out, in_=in_), vectors, W.dtype)
+        delta = (W * excess[:, None]).addmm_(P, self.Q_low[:, others])
+        return delta.T if self.adapter.along == "in_features" else delta
+
+    def _rows_first(self, tile: Tensor, out: slice, in_: slice) -> tuple[Tensor, slice, slice]:
+        return (tile, out, in_) if self.adapter.along == "out_features" else (tile.T, in_, out)
+
+    def _triple(self, vectors: slice) -> Triple:
+        cross = (self.P[vectors].T * self.products[:, vectors]).sum(0)
+        return Triple(self.base[vectors], cross, self.norms[vectors])
+
+    def _gained(self, adapter: Adapter, vectors: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        gains, _ = gains_of(adapter, self._triple(vectors))
+        return gains.base_excess.to(dtype), (gains.update_gain[:, None] * self.P[vectors]).to(dtype)
+
+
 KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (LoRA, DoRA, DualLoRA, D2LoRA)}
 
 
@@ -578,6 +651,10 @@ def _sum_norm(triple: Triple) -> Tensor:
 
 def _is_zero(triple: Triple) -> Tensor:
     return _sum_squares(triple) <= CANCELLED * (triple.base + triple.update)
+
+
+def _doubtful(triple: Triple) -> Tensor:
+    return (_sum_squares(triple) < SUSPICIOUS * (triple.base + triple.update)).nonzero()[:, 0]
 
 
 def _refuse_zero_norms(triple: Triple, target: Tensor, along: Axis | None) -> None:

@@ -8,12 +8,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import isfinite, prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, Triple
+from d2surgery.adapters import Adapter, Streamed
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, refuse
 from d2surgery.header import BITS, FLOATS, TensorInfo
@@ -66,13 +66,12 @@ class Tile(NamedTuple):
 
 @dataclass
 class TileMerger:
-    """Reads and merges tiles, one output after the other; keeps the adapter in use and its vectors' triples."""
+    """Reads and merges tiles, one output after the other; keeps the adapter in use."""
 
     checkpoint: Checkpoint
     strength: float
     device: torch.device
-    triples: dict[Patch, Triple] = field(default_factory=dict)
-    current: tuple[Any, Adapter] | None = None  # the adapter in use, and of what it is
+    current: tuple[Patch, Adapter, Streamed | None] | None = None  # the adapter in use, and where
     workspace: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
@@ -159,29 +158,50 @@ class TileMerger:
         """Base weight and strength·delta; None when the tile only adds to its vectors' triples."""
         matrix = values.view(tile.last - tile.first, -1)
         base_weight = matrix.T if patch.transposed else matrix
-        whole = self._adapter(patch)
+        adapter, streamed = self._adapter(tile, patch)
         rows = slice(tile.first - patch.start, tile.last - patch.start)
-        part = whole.take(in_=rows) if patch.transposed else whole.take(out=rows)
+        part = {"in_": rows} if patch.transposed else {"out": rows}
         if tile.measure:
-            found = part.triple(base_weight)
-            self.triples[patch] = self.triples[patch].plus(found) if patch in self.triples else found
+            assert streamed is not None
+            streamed.add(base_weight, **part)
             return base_weight, None
         try:
-            delta = part.delta(base_weight, self.triples.get(patch))
+            if streamed is not None:
+                self._settle(tile, patch, streamed)
+                delta = streamed.delta(base_weight, **part)
+            else:
+                delta = adapter.take(**part).delta(base_weight)
         except D2SurgeryError as error:
-            rows_are_vectors = (part.along == "out_features") is not patch.transposed
+            rows_are_vectors = (adapter.along == "out_features") is not patch.transposed
             counting = f", counting from row {tile.first} of {tile.output.name}" if rows_are_vectors else ""
             where = f"{patch.module}{counting}"
             raise D2SurgeryError(*(replace(problem, module=where) for problem in error.problems)) from None
         return base_weight, delta if self.strength == 1 else delta.mul_(self.strength)
 
-    def _adapter(self, patch: Patch) -> Adapter:
-        key = (patch.module, patch.expert, patch.out)
-        if self.current is None or self.current[0] != key:
-            self.triples = {p: t for p, t in self.triples.items() if p.module == patch.module}
-            adapter = self.checkpoint.adapter(patch.module, patch.expert).take(out=slice(*patch.out))
-            self.current = (key, adapter.to(self.device))
-        return self.current[1]
+    def _adapter(self, tile: Tile, patch: Patch) -> tuple[Adapter, Streamed | None]:
+        if self.current is None or self.current[0] != patch:
+            adapter = self.checkpoint.adapter(patch.module, patch.expert).take(out=slice(*patch.out)).to(self.device)
+            streamed = Streamed(adapter, tile.output.work_dtype) if adapter.normalises else None
+            self.current = (patch, adapter, streamed)
+        return self.current[1:]
+
+    def _settle(self, tile: Tile, patch: Patch, streamed: Streamed) -> None:
+        """Before the first delta after measuring: add the vectors whose norm nearly cancels again, in float64."""
+        if not streamed.added or streamed.gains is not None:
+            return
+        doubtful = streamed.doubtful()
+        streamed.forget(doubtful)
+        for other in self.tiles(tile.output) if len(doubtful) else ():
+            if other.patch == patch and other.measure:
+                buffer = torch.empty(other.nbytes, dtype=torch.uint8)
+                self.read(other, buffer)
+                values = buffer.view(DTYPES[other.output.info.dtype]).to(self.device, torch.float64)
+                matrix = values.view(other.last - other.first, -1)
+                rows = slice(other.first - patch.start, other.last - patch.start)
+                if patch.transposed:
+                    streamed.add_exactly(matrix.T, doubtful, in_=rows)
+                else:
+                    streamed.add_exactly(matrix, doubtful, out=rows)
 
     def _bias(self, module: str, tile: Tile, values: Tensor) -> Tensor:
         scaling = self.checkpoint.layout.adapters[module].scaling

@@ -22,6 +22,7 @@ from d2surgery.header import BITS, INDEX
 from d2surgery.tensors import as_bytes
 
 JOURNAL = "journal.jsonl"
+FLUSH = 1 << 28  # bytes written before the disk is asked to begin
 Item = TypeVar("Item")
 
 
@@ -170,6 +171,9 @@ class ShardWriter:
         self.hashes: dict[str, Any] = {e.name: hashlib.sha256() for e in shard.entries} if hashes else {}
         self._positions = dict(shard.starts)
         self._sync = sync
+        self._unsynced = 0
+        self._flusher = threading.Thread()  # one that never ran
+        self._failure: OSError | None = None
         self._fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
         self._write(shard.header, 0)
 
@@ -179,6 +183,11 @@ class ShardWriter:
             self.hashes[name].update(data)
         self._write(data, self._positions[name])
         self._positions[name] += len(data)
+        self._unsynced += len(data)
+        if self._sync and self._unsynced >= FLUSH and not self._flusher.is_alive():
+            self._unsynced = 0  # the disk works while the tiles are computed, so that close has little to wait for
+            self._flusher = threading.Thread(target=self._flush)
+            self._flusher.start()
 
     def close(self) -> dict[str, str]:
         """Returns the sha256 of each tensor, {} when not hashing."""
@@ -188,11 +197,22 @@ class ShardWriter:
             raise RuntimeError(f"not written to their last byte, or beyond: {', '.join(wrong)}")
         if self._sync:
             os.fsync(self._fd)
-        os.close(self._fd)
+        self.abandon()
+        if self._failure is not None:
+            raise self._failure
         return {name: digest.hexdigest() for name, digest in self.hashes.items()}
 
     def abandon(self) -> None:
+        """Close the file as it stands."""
+        if self._flusher.ident is not None:
+            self._flusher.join()
         os.close(self._fd)
+
+    def _flush(self) -> None:
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:  # the kernel reports a lost write once, and here is where it was told
+            self._failure = error
 
     def _write(self, data: bytes | memoryview, position: int) -> None:
         view = memoryview(data)

@@ -19,7 +19,7 @@ from torch import Tensor
 from d2surgery.errors import D2SurgeryError
 
 with install_import_hook(["d2surgery.adapters", "d2surgery.lowrank"], "beartype.beartype"):
-    from d2surgery.adapters import KINDS, Adapter, D2LoRA, DoRA, DualLoRA, LoRA, Triple
+    from d2surgery.adapters import KINDS, Adapter, D2LoRA, DoRA, DualLoRA, LoRA, Streamed, Triple
 
 Slots = dict[str, np.ndarray[Any, np.dtype[np.float64]]]
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -756,3 +756,57 @@ def test_branches_that_nearly_cancel_keep_their_singular_values(epsilon: float) 
     assert exact[0] < 100 * epsilon
     squares = adapter.triple(base(10, 12)).update.sum()
     assert float(squares) == pytest.approx(sum(value**2 for value in exact), rel=1e-8, abs=0)
+
+
+# Streamed ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("along", ["out_features", "in_features"])
+@pytest.mark.parametrize("cut", ["out", "in_"])
+@pytest.mark.parametrize("kind", ["dora", "d2lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_streamed_tiles_are_the_deltas_of_the_parts(kind: str, along: str, cut: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    W = torch.randn(70, 90, generator=generator).to(dtype)
+    slots = KINDS[kind].init(W.float(), rank=4, scaling=0.7, generator=generator).slots()
+    slots = {s: t if t.any() else 0.1 * torch.randn(t.shape, generator=generator) for s, t in slots.items()}
+    if kind == "dora":
+        slots["magnitude"] = 1 + torch.rand(70 if along == "out_features" else 90, generator=generator)
+    adapter = KINDS[kind](scaling=0.7, along=along, **slots)  # type: ignore[call-arg]
+    parts = [{cut: slice(0, 33)}, {cut: slice(33, 64)}, {cut: slice(64, None)}]
+    tiles = [W[part.get("out", slice(None)), part.get("in_", slice(None))] for part in parts]
+    whole_vectors = (cut == "out") == (along == "out_features")
+    streamed = Streamed(adapter, dtype)
+    if not whole_vectors:
+        for tile, part in zip(tiles, parts, strict=True):
+            streamed.add(tile, **part)
+    triple = None if whole_vectors else adapter.triple(W)
+    for tile, part in zip(tiles, parts, strict=True):
+        wanted = adapter.take(**part).delta(tile, triple)
+        found = streamed.delta(tile, **part)
+        torch.testing.assert_close(found, wanted, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-7)
+
+
+@pytest.mark.parametrize("whole_vectors", [True, False])
+def test_streamed_norms_that_nearly_cancel_are_summed_in_float64(whole_vectors: bool) -> None:
+    """W0 + s·BA = 1e-4·(something) for every vector: float32 products alone would lose the norm."""
+    generator = torch.Generator().manual_seed(4)
+    B, A = torch.randn(64, 4, generator=generator), torch.randn(4, 96, generator=generator)
+    rest = 1e-4 * torch.randn(64, 96, generator=generator)
+    W = rest - B @ A
+    adapter = DoRA(A=A, B=B, magnitude=torch.ones(64), scaling=1.0)
+    streamed = Streamed(adapter, torch.float32)
+    if not whole_vectors:
+        parts = [slice(0, 40), slice(40, 96)]
+        for part in parts:
+            streamed.add(W[:, part], in_=part)
+        bad = streamed.doubtful()
+        assert len(bad) == 64
+        streamed.forget(bad)
+        for part in parts:
+            streamed.add_exactly(W[:, part].double(), bad, in_=part)
+    found = streamed.delta(W) if whole_vectors else torch.cat([streamed.delta(W[:, p], in_=p) for p in parts], 1)
+    norms = (W.double() + B.double() @ A.double()).square().sum(1).sqrt()
+    squares = streamed.base + 2 * (streamed.P.T * streamed.products).sum(0) + streamed.norms
+    torch.testing.assert_close(squares, norms**2, rtol=1e-6, atol=0)
+    assert torch.isfinite(found).all()

@@ -1,10 +1,13 @@
 """The streaming writer: files that safetensors reads, tensors whole, stages in order, errors that stop all of them."""
 
+import errno
 import hashlib
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -162,3 +165,14 @@ def test_an_error_of_the_items_themselves_is_raised() -> None:
     with pytest.raises(ValueError, match="no more"):
         pipeline(items(), lambda i, b: None, lambda i, b: b, lambda i, r: None, [torch.zeros(1)])
     assert threading.enumerate() == before
+
+
+def test_a_write_that_the_disk_lost_meanwhile_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shard,) = shards([Entry("a", "U8", (64,), 64)], 10**9)
+    monkeypatch.setattr("d2surgery.writer.FLUSH", 1)
+    monkeypatch.setattr(os, "fdatasync", fail := Mock(side_effect=OSError(errno.EIO, "lost")))
+    writer = ShardWriter(tmp_path / shard.file, shard, hashes=False, sync=True)
+    writer.write("a", torch.zeros(64, dtype=torch.uint8))
+    with pytest.raises(OSError, match="lost"):
+        writer.close()
+    assert fail.call_count == 1
