@@ -391,7 +391,7 @@ def _same_start(whole: Pair) -> str:
     if not inside > 0.9:
         return ""
     if outside > 0.9:
-        return " They share both their input and their output directions, as adapters with a common training history do."
+        return " They share their input and their output directions, as adapters with a common training history do."
     return " They share their input directions but not their output ones, as when only the start of A is the same."
 
 
