@@ -12,6 +12,8 @@ _PUBLIC = {  # name -> the module that defines it
     **dict.fromkeys(("Checkpoint", "load", "save", "from_adapters"), "checkpoint"),
     "BaseWeights": "base",
     **dict.fromkeys(("Spectrum", "delta_spectrum", "update_spectrum"), "measures.spectrum"),
+    **dict.fromkeys(("Drift", "drift"), "measures.drift"),
+    **dict.fromkeys(("spectra", "drifts", "differences"), "survey"),
     **dict.fromkeys(("merge", "plan", "MergeReport", "PlanReport"), "merging"),
 }
 __all__ = sorted(_PUBLIC)

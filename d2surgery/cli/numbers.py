@@ -9,6 +9,7 @@ from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import Problem
 from d2surgery.header import is_pickle
 from d2surgery.layout import AdapterLayout, Layout
+from d2surgery.measures.spectrum import ranks
 from d2surgery.pickled import read_pickled
 
 Numbers = dict[str, float | int | None]
@@ -38,31 +39,16 @@ def read_numbers(layout: Layout) -> tuple[dict[str, Numbers], list[Problem]]:
     return numbers, problems
 
 
-def spectrum_numbers(sigma: Tensor) -> Numbers:
-    """‖·‖F, σ₁, exp of the entropy of σ/Σσ, ‖·‖F²/σ₁², and the least k with 90 % of Σσ²; the ranks of zero are 0."""
-    sigma = sigma.sort(descending=True).values
-    energy = sigma.square()
-    total, share = energy.sum(), sigma / sigma.sum()
-    if not sigma.numel() or not total > 0:
-        zero: Numbers = {"frobenius_norm": 0.0, "spectral_norm": 0.0, "entropy_rank": 0.0, "stable_rank": 0.0}
-        return zero | {"energy_rank_90": 0}
-    return {
-        "frobenius_norm": float(total.sqrt()),
-        "spectral_norm": float(sigma[0]),
-        "entropy_rank": float(torch.special.entr(share).sum().exp()),
-        "stable_rank": float(total / energy[0]),
-        "energy_rank_90": int((energy.cumsum(0) < 0.9 * total).sum()) + 1,
-    }
-
-
 def _numbers(checkpoint: Checkpoint, entry: AdapterLayout) -> Numbers:
     """Of all experts together, as one block-diagonal matrix."""
     updates = [checkpoint.adapter(entry.module, expert).update() for expert in range(entry.experts)]
     spectra = [update.singular_values() for update in updates if update is not None]
     if len(spectra) < len(updates):
         return {}
-    numbers = spectrum_numbers(torch.cat(spectra))
-    return numbers if entry.scaling is not None else numbers | {"frobenius_norm": None, "spectral_norm": None}
+    found = ranks(torch.cat(spectra))
+    numbers: Numbers = {name: int(x) if name.startswith("energy_rank_") else x for name, x in found.items()}
+    unscaled: Numbers = {name: None for name in numbers if name.endswith("_norm") and entry.scaling is None}
+    return numbers | unscaled
 
 
 def _is_finite(tensor: Tensor) -> bool:
