@@ -27,7 +27,7 @@ from d2surgery.header import FLOATS, TensorInfo
 from d2surgery.layout import Layout
 from d2surgery.measures.fidelity import Survival, survival
 from d2surgery.sites import Landing, Site, sites
-from d2surgery.tensors import DTYPES, as_bytes
+from d2surgery.tensors import DTYPES, as_bytes, find_device
 from d2surgery.tiles import Output, Tile, TileMerger, all_finite, tiles
 from d2surgery.writer import (
     Partial,
@@ -209,7 +209,7 @@ def _prepare(
     raise_errors(problems)
     if strength == 0:  # the base, bit for bit
         landing = replace(landing, sites={}, untied=False)
-    return _Job(checkpoint, weights, landing, tuple(problems), dtype, strength, _device(device))
+    return _Job(checkpoint, weights, landing, tuple(problems), dtype, strength, find_device(device))
 
 
 def _unconsumed(layout: Layout, landing: Landing) -> Iterator[Problem]:
@@ -223,13 +223,6 @@ def _unconsumed(layout: Layout, landing: Landing) -> Iterator[Problem]:
     if not any(problem.severity == "error" for problem in (*layout.problems, *landing.problems)):
         for key in sorted(layout.header.tensors.keys() - used):
             yield Problem(code="UNKNOWN_TENSOR", message="no place in the base takes it", module=key)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise refuse("USAGE", f"no such device here: {str(error).splitlines()[0]}", got=name) from None
 
 
 @dataclass

@@ -75,12 +75,14 @@ def report(
     base: str | Path | None = None,
     method: Method | None = None,
     with_intruders: bool = False,
+    cache: str | Path | None = None,
     progress: Callable[[str], Progress] = lambda label: lambda done, total: None,
 ) -> str:
     """The page for one or more adapters; with a base also how far each moves it.
 
-    with_intruders: all singular vectors of every base weight, slow on large models. progress(label) gives the
-    function that is told done and total. Raises what the adapters and the base are refused for.
+    with_intruders: all singular vectors of every base weight, slow on large models. cache: see `spectra`.
+    progress(label) gives the function that is told done and total. Raises what the adapters and the base are refused
+    for.
     """
     weights = BaseWeights(base) if base is not None else None
     checkpoints = [load(adapter) for adapter in adapters]
@@ -88,7 +90,7 @@ def report(
     if not all(map(len, checkpoints)):
         raise refuse("UNKNOWN_FORMAT", "an adapter without adapted modules", got=", ".join(adapters))
     measured = [
-        measure(given, label, checkpoint, weights, method, with_intruders, progress)
+        measure(given, label, checkpoint, weights, method, with_intruders, cache, progress)
         for given, label, checkpoint in zip(adapters, labels(adapters), checkpoints, strict=True)
     ]
     shared = {
@@ -105,6 +107,7 @@ def measure(
     base: BaseWeights | None,
     method: Method | None,
     with_intruders: bool,
+    cache: str | Path | None,
     progress: Callable[[str], Progress],
 ) -> Measured:
     """Everything about one adapter that a report shows."""
@@ -119,7 +122,7 @@ def measure(
         layout=checkpoint.layout,
         kinds={at.name: checkpoint.layout.adapters[at.module].kind for at in places(checkpoint)},
         nominal={at.name: checkpoint.layout.adapters[at.module].rank for at in places(checkpoint)},
-        spectra=dict(spectra(checkpoint, base, method=method, progress=progress(f"spectra of {label}"))),
+        spectra=dict(spectra(checkpoint, base, method=method, cache=cache, progress=progress(f"spectra of {label}"))),
         drifts=dict(drifts(checkpoint, base, progress=progress(f"drift of {label}"))) if base is not None else {},
         intruders=found,
     )

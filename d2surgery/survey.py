@@ -27,7 +27,7 @@ from d2surgery.measures.drift import Drift, drift
 from d2surgery.measures.spectrum import Delta, Method, Of, Spectrum, delta_spectrum, update_spectrum
 from d2surgery.measures.subspace import Cosine, SignAgreement, Similarity, agreement, cosine, similarity
 from d2surgery.sites import Patch, Site, sites
-from d2surgery.tensors import as_bytes, read_tensor
+from d2surgery.tensors import as_bytes, find_device, read_tensor
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
@@ -107,11 +107,12 @@ def spectra(
     `sites` found, and USAGE for a delta that depends on a base that is not given.
     """
     raise_errors(checkpoint.layout.problems)
+    target = find_device(device)
     where = BaseMatrices(checkpoint, base) if base is not None else None
     store = _Cache(Path(cache)) if cache is not None else None
 
     def measure(place: Place) -> Spectrum:
-        adapter = checkpoint.adapter(place.module, place.expert or 0).to(device)
+        adapter = checkpoint.adapter(place.module, place.expert or 0).to(target)
         wanted = of or ("update" if adapter.normalises and where is None else "delta")
         if wanted == "update":
             return update_spectrum(adapter)
@@ -122,13 +123,13 @@ def spectra(
         weight = where[place] if where is not None and adapter.normalises else None
 
         def compute() -> Spectrum:
-            return delta_spectrum(adapter, None if weight is None else weight.to(device), method)
+            return delta_spectrum(adapter, None if weight is None else weight.to(target), method)
 
         return store.get(adapter, weight, method, compute) if store else compute()
 
     kinds = {entry.kind for entry in checkpoint.layout.adapters.values()}
     thin = of == "update" or kinds == {"lora"} or (where is None and "duallora" not in kinds)
-    yield from _each(places(checkpoint), measure, progress, threads=_cores() if thin and device == "cpu" else 1)
+    yield from _each(places(checkpoint), measure, progress, threads=_cores() if thin and target.type == "cpu" else 1)
 
 
 def drifts(
@@ -140,11 +141,12 @@ def drifts(
     progress: Progress = lambda done, total: None,
 ) -> Iterator[tuple[str, Drift]]:
     """The drift of every module along an axis; None is each adapter's own, else "out_features"."""
+    target = find_device(device)
     where = BaseMatrices(checkpoint, base)
 
     def measure(place: Place) -> Drift:
-        adapter = checkpoint.adapter(place.module, place.expert or 0).to(device)
-        return drift(adapter, where[place].to(device), along)
+        adapter = checkpoint.adapter(place.module, place.expert or 0).to(target)
+        return drift(adapter, where[place].to(target), along)
 
     yield from _each(places(checkpoint), measure, progress)
 

@@ -60,3 +60,11 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     toward = torch.copysign(torch.full_like(near, torch.inf), error.float())
     odd = torch.where((error != 0) & even & near.isfinite(), torch.nextafter(near, toward), near)
     return odd.to(dtype)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name. Raises D2SurgeryError USAGE when torch cannot use it here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise refuse("USAGE", f"no such device here: {str(error).splitlines()[0]}", got=name) from None

@@ -10,7 +10,7 @@ from d2surgery.adapters import Axis
 from d2surgery.base import BaseWeights
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import progress_bar
+from d2surgery.cli.options import device_option, progress_bar
 from d2surgery.measures.drift import Correlation, Drift, correlation
 from d2surgery.survey import drifts
 from d2surgery.tidy import QUANTILES, drift_rows, quantiles
@@ -22,8 +22,9 @@ Found = Mapping[str, Drift]
 @click.argument("adapter")
 @click.option("--base", type=click.Path(path_type=Path), required=True, help="Model directory with safetensors.")
 @click.option("--along", type=click.Choice(get_args(Axis)), help="The axis that is kept. Default: the adapter's own.")
+@device_option
 @measured.output_options
-def command(adapter: str, base: Path, along: Axis | None, **options: Any) -> int:
+def command(adapter: str, base: Path, along: Axis | None, device: str, **options: Any) -> int:
     """Norm ratios, directional change and relative size of each module's delta, vector by vector.
 
     --along out_features: a vector is a row of the (out, in) weight; in_features: a column. Without it DoRA and D2-LoRA
@@ -32,7 +33,7 @@ def command(adapter: str, base: Path, along: Axis | None, **options: Any) -> int
     outputs = measured.checked_outputs(**options)
     checkpoint = measured.open_adapter(adapter)
     with progress_bar("measuring", show=outputs.show_progress, unit=" modules") as progress:
-        found = dict(drifts(checkpoint, BaseWeights(base), along=along, progress=progress))
+        found = dict(drifts(checkpoint, BaseWeights(base), along=along, device=device, progress=progress))
     related = correlation(list(found.values()))
 
     measured.show(

@@ -40,6 +40,10 @@ class Dtype(click.Choice[str]):
 
 
 _DIRECTORY = click.Path(path_type=Path)
+device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")
+cache_option = click.option(
+    "--cache", type=_DIRECTORY, help="Keep finished dense spectra here: a second run takes up where one stopped."
+)
 _OPTIONS = (
     click.option("--base", type=_DIRECTORY, required=True, help="Model directory with safetensors weights."),
     click.option("--adapter", required=True, help="File, directory or hub id org/name[@revision]."),
@@ -48,7 +52,7 @@ _OPTIONS = (
     click.option("--strength", type=float, default=1.0, show_default=True, help="λ in W0 + λ·delta; 0 is the base."),
     click.option("--max-memory", type=Bytes(), help="Resident memory that may be used, such as 400MB."),
     click.option("--shard-size", type=Bytes(), default="5GB", show_default=True, help="Largest output file."),
-    click.option("--device", default="cpu", show_default=True, help="Where tiles are computed: cpu, cuda, cuda:1 …"),
+    device_option,
 )
 
 

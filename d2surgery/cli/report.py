@@ -8,7 +8,7 @@ from typing import get_args
 import click
 
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import progress_bar
+from d2surgery.cli.options import cache_option, progress_bar
 from d2surgery.measures.spectrum import Method
 from d2surgery.report import report
 
@@ -18,6 +18,7 @@ from d2surgery.report import report
 @click.option("--base", type=click.Path(path_type=Path), help="Model directory: adds drift and relative sizes.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .html file.")
 @click.option("--method", type=click.Choice(get_args(Method)), help="Of dense spectra. Default: by kind and size.")
+@cache_option
 @click.option("--intruders", is_flag=True, help="With --base, also intruder dimensions: slow on large models.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print nothing.")
@@ -26,6 +27,7 @@ def command(
     base: Path | None,
     out: Path,
     method: Method | None,
+    cache: Path | None,
     intruders: bool,
     as_json: bool,
     quiet: bool,
@@ -42,7 +44,7 @@ def command(
             bar = progress_bar(output.printable(label), show=not (as_json or quiet), unit=" modules")
             return stack.enter_context(bar)
 
-        page = report(adapters, base=base, method=method, with_intruders=intruders, progress=progress)
+        page = report(adapters, base=base, method=method, with_intruders=intruders, cache=cache, progress=progress)
     partial = out.with_name(f".{out.name}.partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(out)

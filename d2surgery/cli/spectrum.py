@@ -9,7 +9,7 @@ import click
 from d2surgery.base import BaseWeights
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import progress_bar
+from d2surgery.cli.options import cache_option, device_option, progress_bar
 from d2surgery.measures.spectrum import NUMBERS, Method, Of, Spectrum
 from d2surgery.survey import places, spectra
 from d2surgery.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
@@ -22,8 +22,18 @@ Found = Mapping[str, Spectrum]
 @click.option("--base", type=click.Path(path_type=Path), help="Model directory; DoRA's and D2-LoRA's delta needs it.")
 @click.option("--of", type=click.Choice(get_args(Of)), help="What to measure. Default: the delta where it is known.")
 @click.option("--method", type=click.Choice(get_args(Method)), help="Default: by kind and size.")
+@device_option
+@cache_option
 @measured.output_options
-def command(adapter: str, base: Path | None, of: Of | None, method: Method | None, **options: Any) -> int:
+def command(
+    adapter: str,
+    base: Path | None,
+    of: Of | None,
+    method: Method | None,
+    device: str,
+    cache: Path | None,
+    **options: Any,
+) -> int:
     """Singular values, norms and every rank of each module's update or delta.
 
     The update is scaling times B times A, before any normalisation; the delta is the effective weight minus the base.
@@ -33,7 +43,7 @@ def command(adapter: str, base: Path | None, of: Of | None, method: Method | Non
     checkpoint = measured.open_adapter(adapter)
     weights = BaseWeights(base) if base is not None else None
     with progress_bar("measuring", show=outputs.show_progress, unit=" modules") as progress:
-        found = dict(spectra(checkpoint, weights, of=of, method=method, progress=progress))
+        found = dict(spectra(checkpoint, weights, of=of, method=method, device=device, cache=cache, progress=progress))
     nominal = ranks_of(checkpoint)
 
     def rows() -> list[Any]:
