@@ -275,8 +275,8 @@ def small_delta(case: int) -> Tensor:
 
 
 def test_twice_the_standard_error_covers_the_truth_in_95_of_100_cases() -> None:
-    """300 matrices; the share that is covered is checked per number, its own standard deviation being 1.3 %."""
-    cases = 300
+    """A thousand matrices; the share that is covered is checked per number, its own standard deviation being 0.7 %."""
+    cases = 1000
     inside = dict.fromkeys(NUMBERS, 0)
     far = dict.fromkeys(NUMBERS, 0)
     with single_thread():
@@ -294,8 +294,8 @@ def test_twice_the_standard_error_covers_the_truth_in_95_of_100_cases() -> None:
             assert (head - true.singular_values[: len(head)]).abs().max() <= found.error_bound * head[0]
     assert found.standard_errors.keys() == {name for name in NUMBERS if found.quality[name] == "estimate"}
     for name in NUMBERS:
-        assert inside[name] / cases > 0.91, (name, inside[name] / cases)
-        assert far[name] <= 2, name
+        assert inside[name] / cases > 0.93, (name, inside[name] / cases)
+        assert far[name] <= 3, name
     assert inside["nuclear_norm"] / cases < 0.99  # not so wide that it says nothing
 
 
