@@ -252,7 +252,7 @@ def _cuts(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
     """Row ranges of about TILE entries; a short last range joins its neighbour."""
     step = max(TILE // max(width, 1), _LEAST_ROWS)
     while start < stop:
-        last = start + step if stop - start >= 2 * step else stop if stop - start <= step * 3 // 2 else start + step
+        last = stop if stop - start <= step * 3 // 2 else start + step
         yield start, last
         start = last
 
