@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from d2surgery.errors import Problem, Severity
 from d2surgery.header import FLOATS, Header
 from d2surgery.layout import AdapterLayout, Layout, Rows
+from d2surgery.ties import find_tie
 
 
 class Patch(NamedTuple):
@@ -76,45 +77,6 @@ _EXPERTS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 # Models whose linear layers are transformers' Conv1D, stored (in, out).
 _CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
-_INPUT_EMBEDDINGS = (
-    "embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in", "tokens_embed", "embeddings",
-    "word_embedding",
-)  # fmt: skip
-# A tensor of the output on disk -> the output, which is the input embedding again unless on disk under its own name.
-_HEAD_PARTS = {
-    "cls.predictions.bias": "cls.predictions.decoder",  # BERT and its kin
-    "lm_head.dense.weight": "lm_head.decoder",  # RoBERTa
-    "predictions.bias": "predictions.decoder",  # ALBERT
-    "generator_predictions.dense.weight": "generator_lm_head",  # ELECTRA
-}
-# Otherwise, architecture ending -> the same.
-_HEADS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    *(
-        (f"{family}For{task}", ("proj_out",))
-        for family in ("Whisper", "Moonshine", "MoonshineStreaming", "Canary", "CohereAsr")
-        for task in ("ConditionalGeneration", "CausalLM")
-    ),
-    *((f"T5Gemma{version}ForConditionalGeneration", ("lm_head.out_proj",)) for version in ("", "2")),
-    *((f"{family}ForCausalLM", ("output_projection",)) for family in ("BioGpt", "TrOCR")),
-    *((f"{family}WithLMHeadModel", ("pred_layer.proj",)) for family in ("XLM", "Flaubert")),
-    ("XLNetLMHeadModel", ("lm_loss",)),
-    ("GitForCausalLM", ("output",)),
-    ("RwkvForCausalLM", ("head",)),
-    ("ModernBertDecoderForCausalLM", ("decoder",)),
-    ("Kosmos2ForConditionalGeneration", ("text_model.lm_head",)),
-    ("MarianMTModel", ("lm_head",)),
-    *((f"{family}ForMaskedLM", ("lm_head",)) for family in ("EuroBert", "ModernVBert", "UltraVBert", "Funnel")),
-    ("T5EncoderModel", ("encoder.embed_tokens",)),
-    ("T5Model", ("encoder.embed_tokens", "decoder.embed_tokens")),
-    ("DistilBertForMaskedLM", ("vocab_projector",)),
-    ("ModernBertForMaskedLM", ("decoder",)),
-    *((f"GPTNeoX{language}ForCausalLM", ("embed_out",)) for language in ("", "Japanese")),
-    ("ForCausalLM", ("lm_head",)),
-    ("LMHeadModel", ("lm_head",)),
-    ("DoubleHeadsModel", ("lm_head",)),
-    ("ForConditionalGeneration", ("lm_head",)),
-)
-_NO_HEAD = re.compile(r"(Model|Classification|QuestionAnswering|MultipleChoice|RewardModel|Encoder)$")
 
 
 def sites(layout: Layout, base: Header, base_config: Mapping[str, Any]) -> Landing:
@@ -151,7 +113,7 @@ class _Finder:
 
     def __post_init__(self) -> None:
         self.prefixes = sorted({name.partition(".")[0] for name in self.base.tensors})
-        self.embedding, self.aliases = _tie(self.base, self.config)
+        self.tie = find_tie(self.base, self.config)
 
     def problem(self, code: str, message: str, severity: Severity = "error", **details: str) -> None:
         self.problems.append(Problem(code=code, message=message, severity=severity, **details))
@@ -186,7 +148,7 @@ class _Finder:
 
     def _spelled(self, name: str) -> list[_Place]:
         for spelling in (name, *(name.replace(old, new) for old, new in _RENAMED if old in name)):
-            if spelling in self.base.tensors or spelling in self.aliases:
+            if spelling in self.base.tensors or spelling in self.tie.aliases:
                 return [_Place(spelling, (0, None), 0)]
             if places := self._experts(spelling):
                 return places
@@ -240,7 +202,9 @@ class _Finder:
     def _resizes(self, tensor: str, shape: tuple[int, ...], want: tuple[int, ...]) -> bool:
         """An embedding, its tied output or an output's bias may have another number of tokens."""
         module = tensor.rpartition(".")[0]
-        is_vocabulary = tensor == self.embedding or tensor in self.aliases or module.endswith(("lm_head", "embed_out"))
+        is_vocabulary = (
+            tensor == self.tie.embedding or tensor in self.tie.aliases or module.endswith(("lm_head", "embed_out"))
+        )
         return is_vocabulary and len(shape) == len(want) and shape[1:] == want[1:]
 
     def _replace_rows(self, target: str, rows: Rows) -> None:
@@ -375,7 +339,7 @@ class _Finder:
     # Ties --------------------------------------------------------------------------------------------------------
 
     def _source(self, tensor: str) -> str:
-        return tensor if tensor in self.base.tensors else self.aliases[tensor]
+        return tensor if tensor in self.base.tensors else self.tie.aliases[tensor]
 
     def _stored_shape(self, tensor: str) -> tuple[int, ...]:
         return self.base.tensors[self._source(tensor)].shape
@@ -385,7 +349,7 @@ class _Finder:
 
         Trained token rows belong to both sides; ensure_weight_tying makes the two sides' adapters one.
         """
-        embedding = self.embedding
+        embedding = self.tie.embedding
         if embedding is None:
             return
         if self.layout.config.get("ensure_weight_tying") and embedding in self.sites:
@@ -394,23 +358,23 @@ class _Finder:
         shared = self._share_replacement(embedding)
         touched = self.sites.get(embedding)
         if touched is not None and not touched.patches and touched.replacement == shared:
-            others = [alias for alias in self.aliases if self._changed(alias, touched)]
+            others = [alias for alias in self.tie.aliases if self._changed(alias, touched)]
             if not others:
-                for alias in self.aliases:
+                for alias in self.tie.aliases:
                     self.sites.pop(alias, None)
                 return
-        if touched is None and not any(alias in self.sites for alias in self.aliases):
+        if touched is None and not any(alias in self.sites for alias in self.tie.aliases):
             return
-        if not self.aliases and touched is not None and self._head_unknown():
+        if not self.tie.aliases and touched is not None and self.tie.unknown_output:
             self.problem("UNKNOWN_TIE", "which output is tied?", module=embedding)
-        if not self.aliases and not self._tied_on_disk():
+        if not self.tie.aliases and not self.tie.flagged:
             return
-        for alias in self.aliases:  # without the tie each side needs its own tensor
+        for alias in self.tie.aliases:  # without the tie each side needs its own tensor
             if alias not in self.sites:
                 shape = self.layout.header.tensors[shared].shape if shared else self.base.tensors[embedding].shape
                 self.sites[alias] = Site(source=embedding, shape=shape, replacement=shared)
             self._untie_bias(alias)
-        self.untied = bool(self.aliases) or self._tied_on_disk()
+        self.untied = bool(self.tie.aliases) or self.tie.flagged
         if touched is not None and touched.patches and embedding.rpartition(".")[0].endswith("shared"):
             self.problem(
                 "NEVER_CALLED", "the merged model ignores it as the unmerged one does", "warning", module=embedding
@@ -418,7 +382,7 @@ class _Finder:
 
     def _share_replacement(self, embedding: str) -> str | None:
         """A full weight that modules_to_save does not name is loaded into the parameter that both sides share."""
-        sides = [side for side in (embedding, *self.aliases) if side in self.sites]
+        sides = [side for side in (embedding, *self.tie.aliases) if side in self.sites]
         keys = {key for side in sides if (key := self.sites[side].replacement)}
         saved = self.layout.config.get("modules_to_save") or ()
         modules = [side.removesuffix(".weight") for side in sides]
@@ -445,7 +409,7 @@ class _Finder:
     def _tie_twins(self, embedding: str) -> None:
         """Keep one side of a tie that training kept: the other side's tensors must be the same numbers, transposed."""
         kept = self.sites[embedding]
-        for alias in self.aliases:
+        for alias in self.tie.aliases:
             site = self.sites.pop(alias, None)
             if site is None:
                 continue
@@ -458,46 +422,9 @@ class _Finder:
                 first, second = (self.layout.adapters[s.patches[0].module].slots for s in (kept, site))
                 self.twins += [(first["A"], second["B"]), (first["B"], second["A"])]
 
-    def _tied_on_disk(self) -> bool:
-        return bool(_flag(self.config))
-
-    def _head_unknown(self) -> bool:
-        """A config that does not say is tied: that is transformers' default."""
-        names = self.config.get("architectures") or [""]
-        tied = _flag(self.config) if not names[0] else _flag(self.config) is not False
-        return bool(tied) and not _outputs(names[0]) and not _NO_HEAD.search(names[0])
-
 
 def _overlap(patch: Patch, others: tuple[Patch, ...]) -> bool:
     return any(patch.start < other.stop and other.start < patch.stop for other in others)
-
-
-def _flag(config: Mapping[str, Any]) -> bool | None:
-    """tie_word_embeddings, of the model or of its text part; None when the config does not say."""
-    text = config.get("text_config")
-    flags = (config.get("tie_word_embeddings"), text.get("tie_word_embeddings") if isinstance(text, Mapping) else None)
-    return next((flag for flag in flags if flag is not None), None)
-
-
-def _outputs(architecture: str) -> tuple[str, ...]:
-    return next((heads for ending, heads in _HEADS if architecture.endswith(ending)), ())
-
-
-def _tie(base: Header, config: Mapping[str, Any]) -> tuple[str | None, dict[str, str]]:
-    """The input embedding's tensor, and the outputs that are it again: {alias not on disk: embedding}."""
-    modules = [name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")]
-    found = [m for last in _INPUT_EMBEDDINGS for m in modules if m.rpartition(".")[2] == last]
-    if not found:
-        return None, {}
-    embedding = f"{found[0]}.weight"
-    names = config.get("architectures") or [""]
-    outputs = tuple(output for part, output in _HEAD_PARTS.items() if part in base.tensors) or _outputs(names[0])
-    outputs = outputs or (("lm_head",) if not names[0] and _flag(config) else ())
-    if outputs and found[0].rpartition(".")[2] == "shared" and "Encoder" not in names[0]:
-        parts = (f"{found[0].removesuffix('shared')}{side}.embed_tokens" for side in ("encoder", "decoder"))
-        outputs = tuple(dict.fromkeys((*parts, *outputs)))
-    aliases = [f"{output}.weight" for output in outputs if f"{output}.weight" not in base.tensors]
-    return embedding, dict.fromkeys(aliases, embedding)
 
 
 def _orientation(base: Header, name: str) -> bool | None:

@@ -31,6 +31,7 @@ LAYERS = (
     "adapters",
     "checkpoint",
     "base",
+    "ties",
     "sites",
     "measures",
     "survey",
