@@ -37,7 +37,7 @@ class Patch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """All that happens to one tensor: replaced by `replacement`, then patched, rows replaced, bias added."""
+    """All that happens to one tensor: replaced by `replacement`, rows replaced, then patched, bias added."""
 
     source: str | None  # the base tensor; None when the adapter brings a tensor that the base lacks
     shape: tuple[int, ...]  # of the result
@@ -373,6 +373,8 @@ class _Finder:
             if alias not in self.sites:
                 shape = self.layout.header.tensors[shared].shape if shared else self.base.tensors[embedding].shape
                 self.sites[alias] = Site(source=embedding, shape=shape, replacement=shared)
+            if touched is not None and self.sites[alias].replacement == touched.replacement:
+                self.sites[alias] = replace(self.sites[alias], rows=self.sites[alias].rows or touched.rows)
             self._untie_bias(alias)
         self.untied = bool(self.tie.aliases) or self.tie.flagged
         if touched is not None and touched.patches and embedding.rpartition(".")[0].endswith("shared"):

@@ -109,7 +109,7 @@ class TileMerger:
         stored = raw.view(DTYPES[tile.output.info.dtype])
         if tile.output.info.dtype not in FLOATS:
             return stored
-        values = self._working_copy(stored, tile.output.work_dtype)
+        values = self._with_rows(tile, self._working_copy(stored, tile.output.work_dtype))
         site = tile.output.site
         if tile.patch is not None:
             base_weight, delta = self._delta(tile, tile.patch, values)
@@ -120,8 +120,6 @@ class TileMerger:
         if site is not None and site.bias is not None:
             values = values + self._bias(site.bias, tile, values)
         result = self._rounded_into(raw, values, DTYPES[tile.output.dtype])
-        if site is not None and site.rows is not None:
-            self._put_rows(site, tile, result)
         if site is not None or tile.output.dtype != tile.output.info.dtype:
             self._check_finite(tile, values, result)
         return result
@@ -130,7 +128,7 @@ class TileMerger:
         """The tile's base weight as an (out_features, in_features) matrix, and strength·delta."""
         assert tile.patch is not None
         stored = buffer[: tile.nbytes].view(DTYPES[tile.output.info.dtype])
-        return self._delta(tile, tile.patch, self._working_copy(stored, tile.output.work_dtype))
+        return self._delta(tile, tile.patch, self._with_rows(tile, self._working_copy(stored, tile.output.work_dtype)))
 
     def _crosses_tiles(self, patch: Patch) -> bool:
         """Whether its adapter normalises vectors that lie across rows of the stored tensor."""
@@ -196,6 +194,7 @@ class TileMerger:
                 buffer = torch.empty(other.nbytes, dtype=torch.uint8)
                 self.read(other, buffer)
                 values = buffer.view(DTYPES[other.output.info.dtype]).to(self.device, torch.float64)
+                values = self._with_rows(other, values)
                 matrix = values.view(other.last - other.first, -1)
                 rows = slice(other.first - patch.start, other.last - patch.start)
                 if patch.transposed:
@@ -210,17 +209,19 @@ class TileMerger:
         bias = self.checkpoint.bias(module).to(values.device, torch.float64) * (scaling * self.strength)
         return bias[first : first + values.numel()].to(values.dtype)
 
-    def _put_rows(self, site: Site, tile: Tile, result: Tensor) -> None:
-        """Replace the trained rows that lie in this tile, which need not begin or end at a row."""
-        assert site.rows is not None
-        trained = self.checkpoint.tensor(site.rows.key)
-        trained = rounded(trained, result.dtype).reshape(trained.shape[0], -1)
+    def _with_rows(self, tile: Tile, values: Tensor) -> Tensor:
+        """What adapters see as the base: trained rows put in; a tile need not begin or end at a row."""
+        rows = tile.output.site.rows if tile.output.site else None
+        if rows is None:
+            return values
+        trained = self.checkpoint.tensor(rows.key).to(values.device, values.dtype).flatten(1)
         first = tile.start * 8 // BITS[tile.output.info.dtype]
         width = trained.shape[1]
-        for number, row in enumerate(site.rows.indices):
-            low, high = max(row * width, first), min((row + 1) * width, first + result.numel())
+        for number, row in enumerate(rows.indices):
+            low, high = max(row * width, first), min((row + 1) * width, first + values.numel())
             if low < high:
-                result[low - first : high - first] = trained[number, low - row * width : high - row * width]
+                values[low - first : high - first] = trained[number, low - row * width : high - row * width]
+        return values
 
     def _check_finite(self, tile: Tile, values: Tensor, result: Tensor) -> None:
         if all_finite(result):

@@ -180,6 +180,9 @@ CASES: dict[str, Case] = {
         base=_tied, lora=_lora("q_proj", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     ),
     "tied tokens": Case(base=_tied, lora=_lora("q_proj", trainable_token_indices=[1, 3])),
+    "tied tokens and head": Case(
+        base=_tied, lora=_lora("lm_head", trainable_token_indices=[1, 3]), peft_merges_wrongly=ONE_SIDE
+    ),
     "gpt2": Case(
         base=gpt2, lora=_lora("c_attn", "c_proj", "wte", fan_in_fan_out=True), peft_merges_wrongly=ONE_SIDE
     ),
@@ -357,6 +360,9 @@ def effective_weights(
     for name, value in files.items():
         if "lora_" not in name and "trainable_tokens" not in name:
             result[name.replace(".base_layer.", ".")] = value
+    for name, rows in files.items():
+        if name.endswith(".token_adapter.trainable_tokens_delta"):
+            _replace_rows(model, result, name.removesuffix(".token_adapter.trainable_tokens_delta"), rows, config)
     for name, A in files.items():
         if not name.endswith((".lora_A.weight", ".lora_embedding_A")):
             continue
@@ -372,9 +378,6 @@ def effective_weights(
         result[f"{module}.weight"] = _adapted(modules[module], W, A, B, m, s)
         if f"{module}.lora_B.bias" in files:
             result[f"{module}.bias"] = result[f"{module}.bias"] + s * files[f"{module}.lora_B.bias"]
-    for name, rows in files.items():
-        if name.endswith(".token_adapter.trainable_tokens_delta"):
-            _replace_rows(model, result, name.removesuffix(".token_adapter.trainable_tokens_delta"), rows, config)
     return result
 
 
