@@ -184,6 +184,12 @@ CODES: dict[str, Code] = {
     ),
     "DISK_FULL": Code("There is not enough space on the disk.", "Free space and run again with --resume."),
     "MEMORY": Code("The merge needs more memory than --max-memory allows.", "Raise --max-memory."),
+    # Questions, answers and prompts.
+    "BAD_DATA": Code(
+        "A file of items or prompts is empty, damaged, or holds items that cannot be used.",
+        'Give {"instruction", "output", "answer"} or {"question", "answer", "choices"} objects, as a JSON list or one '
+        "per line.",
+    ),
     # Figures.
     "NO_IMAGES": Code(
         "PNG and SVG images are drawn by kaleido with Chrome or Chromium, and one of them is missing or failed.",

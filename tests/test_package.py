@@ -22,6 +22,7 @@ ROOT = PACKAGE.parent
 LAYERS = (
     "errors",
     "header",
+    "items",
     "tensors",
     "locate",
     "layout",
