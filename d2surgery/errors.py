@@ -151,6 +151,10 @@ CODES: dict[str, Code] = {
     "SHAPE_MISMATCH": Code(
         "The adapter's shape does not fit the base tensor.", "Is this the base the adapter was trained on?"
     ),
+    "VOCABULARY_SPLIT": Code(
+        "The file holds one side of a resized vocabulary, input embedding or output, and not the other.",
+        "Save the adapter again with save_embedding_layers=True, or with both in modules_to_save.",
+    ),
     "AMBIGUOUS_ORIENTATION": Code(
         "A square weight, and nothing tells whether the base stores it (out, in) or (in, out).",
         "Give the base with a config.json that names its model_type.",

@@ -78,6 +78,8 @@ _EXPERTS: dict[str, tuple[tuple[str, ...], ...]] = {
 # Models whose linear layers are transformers' Conv1D, stored (in, out).
 _CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
 
+_OUTPUTS = ("lm_head", "embed_out")  # their rows are tokens, also where they are not tied
+
 
 def sites(layout: Layout, base: Header, base_config: Mapping[str, Any]) -> Landing:
     """Find every tensor that the adapter touches. Problems are returned, not raised: the caller decides."""
@@ -129,6 +131,7 @@ class _Finder:
         for target, rows in self.layout.rows.items():
             self._replace_rows(target, rows)
         self._settle_ties()
+        self._check_vocabulary()
 
     # Names -------------------------------------------------------------------------------------------------------
 
@@ -202,9 +205,7 @@ class _Finder:
     def _resizes(self, tensor: str, shape: tuple[int, ...], want: tuple[int, ...]) -> bool:
         """An embedding, its tied output or an output's bias may have another number of tokens."""
         module = tensor.rpartition(".")[0]
-        is_vocabulary = (
-            tensor == self.tie.embedding or tensor in self.tie.aliases or module.endswith(("lm_head", "embed_out"))
-        )
+        is_vocabulary = tensor == self.tie.embedding or tensor in self.tie.aliases or module.endswith(_OUTPUTS)
         return is_vocabulary and len(shape) == len(want) and shape[1:] == want[1:]
 
     def _replace_rows(self, target: str, rows: Rows) -> None:
@@ -381,6 +382,18 @@ class _Finder:
             self.problem(
                 "NEVER_CALLED", "the merged model ignores it as the unmerged one does", "warning", module=embedding
             )
+
+    def _check_vocabulary(self) -> None:
+        """A file with the embedding of a resized vocabulary, but not the output's: the new tokens' scores are lost."""
+        if self.vocab_size is None or self.tie.embedding is None:
+            return
+        on_disk = (name for name in self.base.tensors if name.removesuffix(".weight").endswith(_OUTPUTS))
+        for name in dict.fromkeys((self.tie.embedding, *on_disk, *(self.sites.keys() & self.tie.aliases.keys()))):
+            rows = self.sites[name].shape[0] if name in self.sites else self.base.tensors[name].shape[0]
+            if rows != self.vocab_size:
+                self.problem(
+                    "VOCABULARY_SPLIT", "not resized", module=name, wanted=f"{self.vocab_size} tokens", got=str(rows)
+                )
 
     def _share_replacement(self, embedding: str) -> str | None:
         """A full weight that modules_to_save does not name is loaded into the parameter that both sides share."""

@@ -599,6 +599,23 @@ def test_a_resized_vocabulary_brings_its_size_and_tokenizer(tmp_path: Path, tied
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "kept"
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_one_side_of_a_resized_vocabulary_is_refused(tmp_path: Path, saved: str, tied: bool) -> None:
+    """PEFT saves what modules_to_save names; a model with 40 tokens in and 32 out would not even load."""
+    llama(tied).save_pretrained(tmp_path / "base")
+    model = T.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(40, mean_resizing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = get_peft_model(model, LoraConfig(**_q(modules_to_save=[saved])))
+        peft.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    with pytest.raises(D2SurgeryError) as caught:
+        merge(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    assert [(p.code, p.wanted, p.got) for p in caught.value.problems] == [("VOCABULARY_SPLIT", "40 tokens", "32")]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("labels", [2, 5])
 def test_a_new_head_loads_with_its_number_of_labels(tmp_path: Path, labels: int) -> None:
     case = Case(
