@@ -15,6 +15,7 @@ _PUBLIC = {  # name -> the module that defines it
     **dict.fromkeys(("Drift", "drift"), "measures.drift"),
     **dict.fromkeys(("spectra", "drifts", "differences"), "survey"),
     **dict.fromkeys(("merge", "plan", "MergeReport", "PlanReport"), "merging"),
+    **dict.fromkeys(("AdaptedLinear", "initial", "adapted", "detach", "snapshot", "set_warmup"), "attach"),
 }
 __all__ = sorted(_PUBLIC)
 

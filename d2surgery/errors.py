@@ -177,6 +177,19 @@ CODES: dict[str, Code] = {
         "ensure_weight_tying is set, but the two tied adapters in the file differ.",
         "Correct ensure_weight_tying, or save the adapter again.",
     ),
+    # Attaching and training.
+    "TARGETS_UNMATCHED": Code(
+        "A target names no module of the model, or one that is not a linear layer.",
+        "Correct the targets; the layers there are stand beside it.",
+    ),
+    "RANK_TOO_HIGH": Code(
+        "The rank is larger than the smaller side of a layer's weight, so part of it could learn nothing.",
+        "Choose a lower rank, or leave the layer out of the targets.",
+    ),
+    "UNATTACHABLE": Code(
+        "The file holds more than adapters of linear layers, and a live model would go on without it.",
+        "Merge it into the base instead.",
+    ),
     # Merging.
     "STRENGTH": Code(
         "Replaced weights and rows have no strength between 0 and 1.", "Merge with --strength 1, or without them."

@@ -40,6 +40,7 @@ LAYERS = (
     "tiles",
     "companions",
     "merging",
+    "attach",
     "tidy",
     "plots",
     "report",
