@@ -14,6 +14,8 @@ _PUBLIC = {  # name -> the module that defines it
     **dict.fromkeys(("Spectrum", "delta_spectrum", "update_spectrum"), "measures.spectrum"),
     **dict.fromkeys(("Drift", "drift"), "measures.drift"),
     **dict.fromkeys(("spectra", "drifts", "differences"), "survey"),
+    "audit": "auditing",
+    **dict.fromkeys(("Audit", "ModuleAudit", "TensorAudit", "Thresholds"), "findings"),
     **dict.fromkeys(("merge", "plan", "MergeReport", "PlanReport"), "merging"),
     **dict.fromkeys(("AdaptedLinear", "initial", "adapted", "detach", "snapshot", "set_warmup"), "attach"),
 }

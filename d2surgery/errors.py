@@ -207,6 +207,53 @@ CODES: dict[str, Code] = {
         'Give {"instruction", "output", "answer"} or {"question", "answer", "choices"} objects, as a JSON list or one '
         "per line.",
     ),
+    # Audit.
+    "BAD_MERGED": Code(
+        "The directory given as merged does not hold a merged checkpoint.", "Give the directory that merging wrote."
+    ),
+    "DELTA_NOT_APPLIED": Code(
+        "Adapted weights are those of the base: the adapter was not merged there.",
+        "Merge again; see that the merger loads the adapter and activates it.",
+    ),
+    "PARTIAL_MERGE": Code(
+        "Some adapted modules were merged and others were left as in the base.",
+        "Merge again, and compare the merger's list of modules with the adapter's.",
+    ),
+    "DELTA_APPLIED_TWICE": Code(
+        "The adapter was added two times.", "Merge once, onto the base as it was before any merge."
+    ),
+    "SIGN_FLIPPED": Code("The delta was subtracted.", "Add it."),
+    "WRONG_STRENGTH": Code(
+        "The delta was applied with another factor than the adapter's scaling.",
+        "See how the merger gets its scaling: alpha/r, or alpha/√r with use_rslora, per module with patterns.",
+    ),
+    "STRENGTH_UNCERTAIN": Code(
+        "The strength can neither be confirmed nor refuted: its deviation is small or its standard error large.",
+        "Merge again with a known merger, or compare outputs (--level logits).",
+    ),
+    "TENSOR_CHANGED": Code(
+        "A tensor that the adapter leaves alone differs from the base.",
+        "Find out what wrote it; a merge copies such tensors bit for bit.",
+    ),
+    "TENSOR_MISSING": Code("A tensor of the base is not in the merged checkpoint.", "Save the merged model again."),
+    "TENSOR_EXTRA": Code(
+        "The merged checkpoint holds a tensor that neither base nor adapter explains.", "Find out what wrote it."
+    ),
+    "TENSOR_RESIZED": Code(
+        "A tensor has another shape than base and adapter give it.", "See whether the vocabulary was resized."
+    ),
+    "REQUANTIZED": Code(
+        "The merged weights lie on a coarser grid than their dtype: they were quantised.",
+        "Audit the unquantised merge, and quantise it once afterwards.",
+    ),
+    "OTHER_ROUNDING": Code(
+        "Merged elsewhere: no known recipe gives every bit, and the differences are within rounding.",
+        "Nothing to do.",
+    ),
+    "LOW_SURVIVAL": Code(
+        "A right merge, but rounding to this dtype lost part of a small delta.",
+        "Store the merged checkpoint in float32 if that part matters, or serve the adapter unmerged.",
+    ),
     # Figures.
     "NO_IMAGES": Code(
         "PNG and SVG images are drawn by kaleido with Chrome or Chromium, and one of them is missing or failed.",

@@ -101,7 +101,7 @@ def merge(
     NOT_FINITE, STRENGTH, OUTPUT_EXISTS, RESUME_MISMATCH, DISK_FULL, MEMORY; while merging ZERO_NORM and NOT_FINITE.
     """
     began = time.monotonic()
-    job = _prepare(base, adapter, dtype, strength, device)
+    job = prepare(base, adapter, dtype, strength, device)
     files = shards((output.entry for output in job.outputs), shard_size)
     partial = Partial(Path(out), sync=verify)
     adapter_hashes = job.check_adapter(hashes=verify)
@@ -113,7 +113,7 @@ def merge(
     written = 0
     input_hashes: dict[str, str] = {}
     output_hashes: dict[str, str] = {}
-    with _one_thread():
+    with one_thread():
         for shard in files:
             line = partial.finished.get(shard.file)
             if line is None or hash_tensors(partial.path / shard.file, shard) != line["outputs"]:
@@ -145,7 +145,7 @@ def merge(
         bytes_written=total,
         modules_merged=len(job.layout.adapters),
         seconds=time.monotonic() - began,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak_memory(),
         receipt=str(Path(out) / RECEIPT),
         problems=job.problems,
     )
@@ -168,11 +168,11 @@ def plan(
 
     Reads the adapted tensors once or twice, writes nothing. Raises what merge raises before it writes.
     """
-    job = _prepare(base, adapter, dtype, strength, device)
+    job = prepare(base, adapter, dtype, strength, device)
     job.check_adapter(hashes=False)
     files = shards((output.entry for output in job.outputs), shard_size)
     buffers = job.buffers(max_memory)
-    with _one_thread():
+    with one_thread():
         found = job.survival(buffers, dtypes, progress)
     tile_bytes = job.merger.grid * 8 * 4
     return PlanReport(
@@ -180,7 +180,7 @@ def plan(
         tensors=len(job.outputs),
         bytes=sum(shard.nbytes for shard in files),
         disk_free_bytes=shutil.disk_usage(_existing(Path(out))).free,
-        peak_memory_bytes=max(_peak_memory(), _resident_memory() + tile_bytes),
+        peak_memory_bytes=max(peak_memory(), _resident_memory() + tile_bytes),
         shards=len(files),
         modules=len(job.layout.adapters),
         untied=job.landing.untied,
@@ -189,13 +189,13 @@ def plan(
     )
 
 
-def _prepare(
+def prepare(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
     dtype: str | None,
     strength: float,
     device: str,
-) -> "_Job":
+) -> "Job":
     checkpoint = load(adapter)
     weights = BaseWeights(base)
     landing = sites(checkpoint.layout, weights.header, weights.config)
@@ -209,7 +209,7 @@ def _prepare(
     raise_errors(problems)
     if strength == 0:  # the base, bit for bit
         landing = replace(landing, sites={}, untied=False)
-    return _Job(checkpoint, weights, landing, tuple(problems), dtype, strength, find_device(device))
+    return Job(checkpoint, weights, landing, tuple(problems), dtype, strength, find_device(device))
 
 
 def _unconsumed(layout: Layout, landing: Landing) -> Iterator[Problem]:
@@ -226,7 +226,7 @@ def _unconsumed(layout: Layout, landing: Landing) -> Iterator[Problem]:
 
 
 @dataclass
-class _Job:
+class Job:
     """One merge: what to do, and the tensors at hand while it is done."""
 
     checkpoint: Checkpoint
@@ -392,16 +392,16 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _resident_memory() -> int:
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else _peak_memory()
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_memory()
 
 
-class _one_thread:
+class one_thread:
     """One intra-op thread while reading and writing have threads of their own: more would fight over the cores."""
 
     def __enter__(self) -> None:

@@ -82,7 +82,7 @@ class TileMerger:
     def tiles(self, output: Output) -> Iterator[Tile]:
         """The tiles of an output in the order in which they must be merged."""
         patches = output.site.patches if output.site else ()
-        return tiles(output, any(self._crosses_tiles(patch) for patch in patches))
+        return tiles(output, any(self.crosses_tiles(patch) for patch in patches))
 
     def read(self, tile: Tile, buffer: Tensor) -> None:
         """Fill the buffer with the tile's bytes."""
@@ -110,16 +110,19 @@ class TileMerger:
         if tile.output.info.dtype not in FLOATS:
             return stored
         values = self._with_rows(tile, self._working_copy(stored, tile.output.work_dtype))
+        if tile.patch is None:
+            return self.finish(tile, values, raw)
+        base_weight, delta = self._delta(tile, tile.patch, values)
+        return None if delta is None else self.finish(tile, delta.add_(base_weight), raw)
+
+    def finish(self, tile: Tile, effective: Tensor, buffer: Tensor) -> Tensor:
+        """The effective weight as it will be written: its bias added, rounded once. May overwrite the buffer."""
+        transposed = tile.patch is not None and tile.patch.transposed
+        values = (effective.T if transposed else effective).reshape(-1)
         site = tile.output.site
-        if tile.patch is not None:
-            base_weight, delta = self._delta(tile, tile.patch, values)
-            if delta is None:
-                return None
-            merged = delta.add_(base_weight)
-            values = (merged.T if tile.patch.transposed else merged).reshape(-1)
         if site is not None and site.bias is not None:
             values = values + self._bias(site.bias, tile, values)
-        result = self._rounded_into(raw, values, DTYPES[tile.output.dtype])
+        result = self._rounded_into(buffer[: tile.nbytes], values, DTYPES[tile.output.dtype])
         if site is not None or tile.output.dtype != tile.output.info.dtype:
             self._check_finite(tile, values, result)
         return result
@@ -130,7 +133,7 @@ class TileMerger:
         stored = buffer[: tile.nbytes].view(DTYPES[tile.output.info.dtype])
         return self._delta(tile, tile.patch, self._with_rows(tile, self._working_copy(stored, tile.output.work_dtype)))
 
-    def _crosses_tiles(self, patch: Patch) -> bool:
+    def crosses_tiles(self, patch: Patch) -> bool:
         """Whether its adapter normalises vectors that lie across rows of the stored tensor."""
         adapter = self.checkpoint.layout.adapters[patch.module]
         normalises = adapter.kind == "dora" or (adapter.kind == "d2lora" and adapter.form != "update")

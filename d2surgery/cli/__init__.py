@@ -35,6 +35,11 @@ VERBS = {
         "What merge would write, need and keep; writes nothing.",
         "d2surgery plan --base ./model --adapter ./my-adapter --out ./merged",
     ),
+    "audit": Verb(
+        "Operate",
+        "Is a merged checkpoint the base with the adapter?",
+        "d2surgery audit --base ./model --adapter ./my-adapter --merged ./merged",
+    ),
     "spectrum": Verb(
         "Measure",
         "Singular values, norms and every rank of each module.",

@@ -1,8 +1,9 @@
-"""How much of a delta outlives rounding to the output dtype."""
+"""How much of a delta outlives rounding, and how a merged weight compares with the one that was wanted."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from math import nan, sqrt
 from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,113 @@ def survival(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Survival:
         inner=_dot(applied, delta),
         error_squared=_dot(error := applied - delta, error),
     )
+
+
+def measured(base: Tensor, delta: Tensor, merged: Tensor) -> Survival:
+    """As `survival`, of a merged weight that exists: base, delta and merged in the dtype of the computation."""
+    applied = merged - base
+    return Survival(
+        elements=base.numel(),
+        changed=int(torch.count_nonzero(applied)),
+        delta_squared=_dot(delta, delta),
+        applied_squared=_dot(applied, applied),
+        inner=_dot(applied, delta),
+        error_squared=_dot(error := applied.sub_(delta), error),
+    )
+
+
+ULPS = (1, 2, 4, 16)  # upper ends of the bins of Comparison.ulps; the last bin has no end
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Sums over entries, additive over tiles: a merged weight M beside the wanted one E = round(W0 + delta).
+
+    e = E − W0, d = M − E. M = W0 + λ·e + noise gives d = (λ − 1)·e + noise, and with delta as the instrument
+    λ̂ = 1 + <d, delta>/<e, delta>: exactly 1 for a right merge, whatever rounding leaves of a small delta.
+    """
+
+    elements: int = 0
+    mismatched: int = 0  # entries whose bits differ from the wanted ones
+    ulps: tuple[int, ...] = (0,) * (len(ULPS) + 1)  # mismatched entries by distance in units in the last place
+    e_delta: float = 0.0  # <e, delta>
+    d_delta: float = 0.0  # <d, delta>
+    ee: float = 0.0  # ‖e‖²
+    de: float = 0.0  # <d, e>
+    dd: float = 0.0  # ‖d‖²
+    ee_delta2: float = 0.0  # Σ e²·delta², for the standard error
+    de_delta2: float = 0.0
+    dd_delta2: float = 0.0
+
+    def __add__(self, other: "Comparison") -> "Comparison":
+        sums: dict[str, Any] = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return Comparison(**sums | {"ulps": tuple(map(add, self.ulps, other.ulps))})
+
+    @property
+    def strength(self) -> float:
+        """λ̂; nan where nothing of the delta is left that could be measured."""
+        return 1 + self.d_delta / self.e_delta if self.e_delta else nan
+
+    @property
+    def strength_error(self) -> float:
+        """Standard error of λ̂ with entries of unequal noise (White): √Σ(d − (λ̂−1)e)²·delta² / <e, delta>."""
+        if not self.e_delta:
+            return nan
+        x = self.d_delta / self.e_delta
+        return sqrt(max(self.dd_delta2 - 2 * x * self.de_delta2 + x * x * self.ee_delta2, 0)) / abs(self.e_delta)
+
+    @property
+    def residual(self) -> float:
+        """‖M − W0 − λ̂·e‖/‖e‖: what no strength explains, as a share of the update; nan for a zero update."""
+        if not self.ee or not self.e_delta:
+            return nan
+        x = self.d_delta / self.e_delta
+        return sqrt(max(self.dd - 2 * x * self.de + x * x * self.ee, 0) / self.ee)
+
+
+def compare(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comparison:
+    """Of one tile. `base` and `delta` in the dtype of the computation; `wanted` and `merged` as stored, one dtype."""
+    different = bits(wanted) != bits(merged)
+    mismatched = int(torch.count_nonzero(different))
+    e = wanted.to(base.dtype).sub_(base)
+    both = Comparison(elements=base.numel(), e_delta=_dot(e, delta), ee=_dot(e, e))
+    if not mismatched:
+        return both
+    d = merged.to(base.dtype) - wanted.to(base.dtype)
+    e_delta, d_delta = e * delta, d * delta
+    return both + Comparison(
+        mismatched=mismatched,
+        ulps=_histogram(ulps(wanted[different], merged[different])),
+        d_delta=_dot(d, delta),
+        de=_dot(d, e),
+        dd=_dot(d, d),
+        ee_delta2=_dot(e_delta, e_delta),
+        de_delta2=_dot(d_delta, e_delta),
+        dd_delta2=_dot(d_delta, d_delta),
+    )
+
+
+def bits(values: Tensor) -> Tensor:
+    """The stored bits as integers of the same size: NaN equals itself, and 0 differs from −0."""
+    return values.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize])
+
+
+def ulps(a: Tensor, b: Tensor) -> Tensor:
+    """How many floating-point numbers lie between two of one dtype, each entry; 0 between 0 and −0."""
+    return (_ordinal(a) - _ordinal(b)).abs()
+
+
+def _ordinal(values: Tensor) -> Tensor:
+    """Integers in the order of the floats they stand for."""
+    stored = bits(values).to(torch.int64)
+    lowest = -(1 << (8 * values.itemsize - 1))
+    return torch.where(stored < 0, lowest - stored, stored)
+
+
+def _histogram(distances: Tensor) -> tuple[int, ...]:
+    edges = torch.tensor(ULPS, device=distances.device)
+    counts = torch.bincount(torch.bucketize(distances, edges), minlength=len(ULPS) + 1)
+    return tuple(counts.tolist())
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
