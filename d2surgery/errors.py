@@ -254,6 +254,11 @@ CODES: dict[str, Code] = {
         "A right merge, but rounding to this dtype lost part of a small delta.",
         "Store the merged checkpoint in float32 if that part matters, or serve the adapter unmerged.",
     ),
+    # What models say.
+    "NOT_RUNNABLE": Code(
+        "transformers cannot build, fill or run this model here.",
+        "Check that the directory is whole and that this version of transformers knows the architecture.",
+    ),
     # Figures.
     "NO_IMAGES": Code(
         "PNG and SVG images are drawn by kaleido with Chrome or Chromium, and one of them is missing or failed.",

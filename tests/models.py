@@ -104,6 +104,22 @@ def wav2vec2(**changes: Any) -> Any:
     return T.Wav2Vec2Model(T.Wav2Vec2Config(**sizes, **changes))
 
 
+def byte_tokenizer(chat: bool = False) -> Any:
+    """A token per byte, and <s>, </s>: 258 in all."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: at for at, character in enumerate((*alphabet, "<s>", "</s>"))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    fast = T.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    if chat:
+        fast.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    return fast
+
+
 def _inputs(name: str) -> dict[str, Tensor]:
     tokens = torch.tensor([[1, 2, 3, 4, 5, 9]])
     numbers = torch.Generator().manual_seed(1)
