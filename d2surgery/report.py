@@ -1,25 +1,16 @@
 """The report: adapters in, one HTML page out that says in words, tables and figures what they do to their base.
 
-The page needs no network: style, script and plotly.js (about 5 MB) are inside it, and its content security policy
-forbids anything from outside. The same inputs give the same bytes: no times, and no paths but those that were given.
+The same inputs give the same bytes: no times, and no paths but those that were given.
 """
 
-import base64
-import csv
-import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from importlib.resources import files
 from itertools import combinations
 from math import isfinite, sqrt
 from pathlib import Path
 from statistics import median
-
-import plotly.io
-from plotly.offline import get_plotlyjs
 
 from d2surgery import plots
 from d2surgery.base import BaseWeights
@@ -29,12 +20,12 @@ from d2surgery.layout import NAMES, Layout
 from d2surgery.measures.drift import Drift
 from d2surgery.measures.spectrum import Method, Spectrum
 from d2surgery.measures.subspace import Intruders, intruders
+from d2surgery.page import Figures, counted, joined, monospace, number_cell, safe, table, text_cell, whole_page
 from d2surgery.plots import Plot
 from d2surgery.survey import BaseMatrices, Difference, Progress, differences, drifts, places, spectra
-from d2surgery.tidy import COLUMNS, Pair, address, pair, types
+from d2surgery.tidy import Pair, address, pair, types
 
 OUTLIER = 3.5  # robust standard deviations (MAD) from the median; Iglewicz and Hoaglin's threshold
-MOST_ROWS = 5000  # of a figure's table inside the page
 TOP = 3
 
 
@@ -144,10 +135,10 @@ def labels(adapters: Sequence[str]) -> list[str]:
 def page(measured: Sequence[Measured], shared: Shared, base: str | None) -> str:
     """The whole report."""
     pairs = {key: pair(found) for key, found in shared.items()}
-    figures = _Figures()
+    figures = Figures()
     title = " and ".join(m.label for m in measured) if len(measured) < 3 else f"{_number_word(len(measured))} adapters"
     parts = [
-        f"<h1>What {_safe(title)} {'does' if len(measured) == 1 else 'do'}</h1>",
+        f"<h1>What {safe(title)} {'does' if len(measured) == 1 else 'do'}</h1>",
         f"<p>{_what(measured, base)}</p>",
         _facts(measured),
         "<h2>What stands out</h2>",
@@ -161,71 +152,7 @@ def page(measured: Sequence[Measured], shared: Shared, base: str | None) -> str:
         "<h2>How this was measured</h2>",
         _method(measured),
     ]
-    return _page(f"Report: {title}", parts)
-
-
-def figures_page(shown: Sequence[Plot], title: str) -> str:
-    """A page of figures alone."""
-    figures = _Figures()
-    return _page(title, [f"<h1>{_safe(title)}</h1>", *(figures.add(plot, heading="h2") for plot in shown)])
-
-
-def write_images(shown: Sequence[Plot], paths: Sequence[Path]) -> None:
-    """PNG or SVG, by the ending. Raises NO_IMAGES where kaleido or its browser is missing or fails."""
-    pictures = []
-    for plot in shown:
-        picture = plot.figure.to_dict()
-        top = {"t": 90 if plot.figure.layout.legend.orientation else 70}
-        picture["layout"]["title"] = {"text": plot.title, "x": 0.02, "y": 0.98, "yanchor": "top", "font": {"size": 17}}
-        picture["layout"]["margin"] = {**picture["layout"]["margin"], **top}
-        picture["layout"]["height"] += 40
-        pictures.append(picture)
-    try:
-        plotly.io.write_images(pictures, list(paths), width=1100, scale=1.5, validate=False)
-    except Exception as error:  # kaleido and the browser it starts fail in many ways, and all mean this
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise refuse("NO_IMAGES", reason, file=str(paths[0])) from error
-
-
-def _page(title: str, parts: Iterable[str]) -> str:
-    """The template filled in one pass, so that nothing filled in is looked at again."""
-    filling = {"title": _safe(title), "body": "\n".join(parts), "plotly": get_plotlyjs()}
-    template = files("d2surgery").joinpath("report.html").read_text(encoding="utf-8")
-    return re.sub("<!--(title|body|plotly)-->", lambda found: filling[found[1]], template)
-
-
-class _Figures:
-    """Figures of one page, each with its own id."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, plot: Plot, subtitle: str = "", heading: str = "", *, caption: bool = True) -> str:
-        """Without its caption where one caption above serves several figures."""
-        self.count += 1
-        name = f"figure{self.count}"
-        many = any(key.startswith("xaxis") and key != "xaxis" for key in plot.figure.to_dict()["layout"])
-        top = f"<{heading}>{_safe(plot.title)}</{heading}>" if heading else ""
-        top += f"<h4>{_safe(subtitle)}</h4>" if subtitle else ""
-        data = plot.figure.to_json().replace("<", "\\u003c")
-        return (
-            f'<figure class="{"panels wide" if many else "single"}">{top}'
-            f'<div class="pan"><div class="canvas" id="{name}" role="img" aria-label="{_safe(plot.title)}" '
-            f'style="height:{plot.figure.layout.height}px"></div></div>'
-            f"<figcaption>{_safe(plot.caption) if caption else ''} {_download(plot)}</figcaption>"
-            f'<script type="application/json" id="{name}-data">{data}</script></figure>'
-        )
-
-
-def _download(plot: Plot) -> str:
-    if len(plot.rows) > MOST_ROWS:
-        return f"({len(plot.rows)} numbers: --csv writes them.)"
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(plot.rows)
-    data = base64.b64encode(text.getvalue().encode()).decode()
-    return f'<a class="csv" download="{plot.name}.csv" href="data:text/csv;base64,{data}">Numbers as CSV</a>'
+    return whole_page(f"Report: {title}", parts)
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
@@ -233,13 +160,13 @@ def _download(plot: Plot) -> str:
 
 def _what(measured: Sequence[Measured], base: str | None) -> str:
     kinds = Counter(" and ".join(NAMES[kind] for kind in m.layout.kinds) for m in measured)
-    what = _and([f"{_number_word(count)} {kind} adapter{'s' * (count > 1)}" for kind, count in kinds.items()])
+    what = joined([f"{_number_word(count)} {kind} adapter{'s' * (count > 1)}" for kind, count in kinds.items()])
     bases = sorted({m.layout.base_model for m in measured if m.layout.base_model})
-    for_ = f" for {_safe(_and(bases))}" if bases else ""
+    for_ = f" for {safe(joined(bases))}" if bases else ""
     if base is None:
         against = "No base model was given, so sizes are absolute and drift is not shown (<code>--base</code>)."
     else:
-        against = f"Measured against the base in <code>{_safe(base)}</code>."
+        against = f"Measured against the base in <code>{safe(base)}</code>."
     return (
         f"{what[0].upper()}{what[1:]}{for_}. An adapter changes a model's weights by a small amount, its "
         "<em>delta</em>; this page shows how large that is, how much of the adapter's rank it uses, and where. "
@@ -255,7 +182,7 @@ def _standing_out(m: Measured, *, several: bool) -> str:
     findings = [*_about_size(m), *_about_rank(m), *_about_layers(m), *_about_drift(m), *_about_intruders(m)]
     findings += [*_about_file(m)]
     items = "".join(f"<li>{finding}</li>" for finding in findings)
-    return f"{f'<h3>{_safe(m.label)}</h3>' if several else ''}<ul>{items}</ul>"
+    return f"{f'<h3>{safe(m.label)}</h3>' if several else ''}<ul>{items}</ul>"
 
 
 def _about_size(m: Measured) -> Iterator[str]:
@@ -265,10 +192,11 @@ def _about_size(m: Measured) -> Iterator[str]:
         yield "<b>It does nothing</b>: the delta of every module is zero."
         return
     if zero:
-        yield f"{_count(len(zero), 'module')} of {len(m.spectra)} do nothing (zero delta), {_code(zero[0])} the first."
+        some = counted(len(zero), "module")
+        yield f"{some} of {len(m.spectra)} do nothing (zero delta), {monospace(zero[0])} the first."
     middle = median(sizes.values())
     top = sorted(sizes, key=lambda module: sizes[module], reverse=True)[:TOP]
-    shown = ", ".join(f"{_code(module)} ({_size(m, sizes[module])})" for module in top)
+    shown = ", ".join(f"{monospace(module)} ({_size(m, sizes[module])})" for module in top)
     unit = "of the base weight's norm" if m.drifts else "in Frobenius norm, not relative to a base"
     ratio = f"; the first is {sizes[top[0]] / middle:.1f} times the median" if sizes[top[0]] > 1.15 * middle > 0 else ""
     yield f"<b>Size</b>: a typical module changes by {_size(m, middle)} {unit}. Strongest: {shown}{ratio}."
@@ -298,7 +226,7 @@ def _about_rank(m: Measured) -> Iterator[str]:
     advice = " Half the rank would keep most of it there." if len(half) > len(room) / 2 else ""
     yield (
         f"<b>Rank</b>: {average:.3g} of {nominal:.3g} directions are used on average, weighted by energy. In "
-        f"{len(half) or 'none'} of {_count(len(room), 'module')} half of the rank or less holds 90 % of the "
+        f"{len(half) or 'none'} of {counted(len(room), 'module')} half of the rank or less holds 90 % of the "
         f"energy.{advice}"
     )
 
@@ -324,7 +252,7 @@ def _about_layers(m: Measured) -> Iterator[str]:
         f"layer {layer} ({size / middle:.2g} times the median)" for layer, size in sorted(odd.items())[:6]
     )
     more = f" and {len(odd) - 6} more" if len(odd) > 6 else ""
-    yield f"<b>Depth</b>: {_count(len(odd), 'layer')} of {len(sizes)} stand out in size: {shown}{more}."
+    yield f"<b>Depth</b>: {counted(len(odd), 'layer')} of {len(sizes)} stand out in size: {shown}{more}."
 
 
 def _about_drift(m: Measured) -> Iterator[str]:
@@ -342,7 +270,7 @@ def _about_drift(m: Measured) -> Iterator[str]:
     vector = "row" if m.drifts[module].along == "out_features" else "column"
     yield (
         f"<b>Length</b>: a weight {vector} changes its length by {100 * mean:+.2g}\u00a0% on average; the "
-        f"largest change of any is {100 * extremes[module]:+.3g}\u00a0%, in {_code(module)}."
+        f"largest change of any is {100 * extremes[module]:+.3g}\u00a0%, in {monospace(module)}."
     )
 
 
@@ -355,31 +283,31 @@ def _about_intruders(m: Measured) -> Iterator[str]:
 
 def _about_file(m: Measured) -> Iterator[str]:
     total, accounted = len(m.layout.header.tensors), len(list(m.layout.accounted()))
-    replaced = f", {_count(len(m.layout.replacements), 'tensor')} replaced whole" if m.layout.replacements else ""
+    replaced = f", {counted(len(m.layout.replacements), 'tensor')} replaced whole" if m.layout.replacements else ""
     rows = f", token rows in {len(m.layout.rows)}" if m.layout.rows else ""
     yield (
-        f"<b>Coverage</b>: {_count(total, 'tensor')} in the file, {accounted} accounted for in "
-        f"{_count(len(m.layout.adapters), 'adapted module')}{replaced}{rows}. What is replaced is not measured here."
+        f"<b>Coverage</b>: {counted(total, 'tensor')} in the file, {accounted} accounted for in "
+        f"{counted(len(m.layout.adapters), 'adapted module')}{replaced}{rows}. What is replaced is not measured here."
         if replaced or rows
-        else f"<b>Coverage</b>: {_count(total, 'tensor')} in the file, {accounted} accounted for in "
-        f"{_count(len(m.layout.adapters), 'adapted module')}."
+        else f"<b>Coverage</b>: {counted(total, 'tensor')} in the file, {accounted} accounted for in "
+        f"{counted(len(m.layout.adapters), 'adapted module')}."
     )
     counts = Counter((p.severity, p.code, p.message) for p in m.layout.problems)
     for (severity, code, message), count in counts.items():
         times = f", {count} times" if count > 1 else ""
-        yield f"<b>{_safe(severity.capitalize())} {_safe(code)}</b>: {_safe(message)}{times}."
+        yield f"<b>{safe(severity.capitalize())} {safe(code)}</b>: {safe(message)}{times}."
 
 
 def _likeness(measured: Sequence[Measured], pairs: Mapping[tuple[int, int], Pair]) -> str:
     items = []
     for (i, j), whole in sorted(pairs.items(), key=lambda item: -_or_zero(item[1].cosine)):
-        names = f"<b>{_safe(measured[i].label)}</b> and <b>{_safe(measured[j].label)}</b>"
+        names = f"<b>{safe(measured[i].label)}</b> and <b>{safe(measured[j].label)}</b>"
         if not whole.modules:
             items.append(f"<li>{names} have no module in common.</li>")
             continue
         items.append(
             f"<li>{names} are {whole.likeness()}: cosine {whole.cosine:z.3f} (unrelated adapters: "
-            f"±{whole.cosine_null:.1g}) over {_count(whole.modules, 'module')}.{_same_start(whole)}</li>"
+            f"±{whole.cosine_null:.1g}) over {counted(whole.modules, 'module')}.{_same_start(whole)}</li>"
         )
     return f"<h3>To each other</h3><ul>{''.join(items)}</ul>"
 
@@ -403,12 +331,12 @@ def _same_start(whole: Pair) -> str:
 
 def _facts(measured: Sequence[Measured]) -> str:
     heads = ["adapter", "kind", "modules", "rank", "scaling", "stored as", "file", "mean rank used", "‖delta‖F, total"]
-    lines = [[_text_cell(m.label, m.given), *map(_text_cell, _file_facts(m)), *_size_facts(m)] for m in measured]
+    lines = [[text_cell(m.label, m.given), *map(text_cell, _file_facts(m)), *_size_facts(m)] for m in measured]
     if any(m.drifts for m in measured):
         heads.append("‖delta‖/‖W0‖, total")
     if measured[0].of != "delta":
         heads[-1] = heads[-1].replace("delta", measured[0].of)
-    return _table(heads, lines, words=7)
+    return table(heads, lines, words=7)
 
 
 def _file_facts(m: Measured) -> list[str]:
@@ -429,11 +357,11 @@ def _file_facts(m: Measured) -> list[str]:
 def _size_facts(m: Measured) -> list[str]:
     used = [record.energy_entropy_rank for record in m.spectra.values()]
     total = sqrt(sum(record.frobenius_norm**2 for record in m.spectra.values()))
-    cells = [_number_cell(sum(used) / len(used)), _number_cell(total)]
+    cells = [number_cell(sum(used) / len(used)), number_cell(total)]
     if m.drifts:
         energy = sum(record.frobenius_norm**2 for record in m.drifts.values())
         base = sum(record.base_frobenius_norm**2 for record in m.drifts.values())
-        cells.append(_number_cell(sqrt(energy / base) if base else None, percent=True))
+        cells.append(number_cell(sqrt(energy / base) if base else None, percent=True))
     return cells
 
 
@@ -448,64 +376,38 @@ def _module_table(measured: Sequence[Measured]) -> str:
     for m in measured:
         named = types(m.spectra)
         for module in m.spectra:
-            words = [_text_cell(module), *([_text_cell(m.label)] if several else []), _text_cell(named[module])]
-            line = [*words, _text_cell(NAMES[m.kinds[module]]), *_spectrum_cells(m, module)]
+            words = [text_cell(module), *([text_cell(m.label)] if several else []), text_cell(named[module])]
+            line = [*words, text_cell(NAMES[m.kinds[module]]), *_spectrum_cells(m, module)]
             line += _drift_cells(m.drifts.get(module)) if drifted else []
-            line += [_number_cell(m.intruders[module].count if module in m.intruders else None)] if intruded else []
+            line += [number_cell(m.intruders[module].count if module in m.intruders else None)] if intruded else []
             lines.append(line)
     note = (
         "Press a heading to sort by it, again for the other direction. used: the number of directions weighted by "
         "energy; k90, k99: how many hold 90 and 99 % of it; drift: change of a weight vector's length."
     )
-    return f'<p class="soft">{note}</p>{_table(heads, lines, words=4 if several else 3, sortable=True)}'
+    return f'<p class="soft">{note}</p>{table(heads, lines, words=4 if several else 3, sortable=True)}'
 
 
 def _spectrum_cells(m: Measured, module: str) -> list[str]:
     record = m.spectra[module]
     names = ("energy_entropy_rank", "entropy_rank", "stable_rank", "energy_rank_90", "energy_rank_99")
     numbers = [address(module).layer, m.nominal[module], *(getattr(record, name) for name in names)]
-    return [*map(_number_cell, numbers), _number_cell(record.frobenius_norm), _number_cell(record.spectral_norm)]
+    return [*map(number_cell, numbers), number_cell(record.frobenius_norm), number_cell(record.spectral_norm)]
 
 
 def _drift_cells(record: Drift | None) -> list[str]:
     if record is None:
-        return [_number_cell(None)] * 5
+        return [number_cell(None)] * 5
     ratio = record.norm_ratio
     shares = (record.relative_update, record.mean_drift, ratio.min - 1, ratio.max - 1)
-    return [*(_number_cell(share, percent=True) for share in shares), _number_cell(record.delta_direction)]
-
-
-def _table(heads: Sequence[str], lines: Sequence[Sequence[str]], *, words: int, sortable: bool = False) -> str:
-    """`words` columns are text; the others are numbers."""
-    inside = [f"<button>{_safe(head)}</button>" if sortable else _safe(head) for head in heads]
-    top = "".join(f'<th scope="col"{_TEXT * (at < words)}>{head}</th>' for at, head in enumerate(inside))
-    body = "".join(f"<tr>{''.join(line)}</tr>\n" for line in lines)
-    kind = 'class="scroll tall"' if sortable else 'class="scroll"'
-    return (
-        f'<div {kind} tabindex="0" role="region" aria-label="table"><table><thead><tr>{top}</tr></thead>'
-        f"<tbody>\n{body}</tbody></table></div>"
-    )
-
-
-_TEXT = ' class="text"'
-
-
-def _text_cell(text: str, hint: str = "") -> str:
-    return f'<td class="text"{f" title={chr(34)}{_safe(hint)}{chr(34)}" if hint else ""}>{_safe(text)}</td>'
-
-
-def _number_cell(value: float | int | None, *, percent: bool = False) -> str:
-    if value is None or not isfinite(value):
-        return "<td>–</td>"
-    shown = f"{100 * value:.3g} %" if percent else f"{value:.3g}" if isinstance(value, float) else str(value)
-    return f'<td data-v="{value!r}">{shown}</td>'
+    return [*(number_cell(share, percent=True) for share in shares), number_cell(record.delta_direction)]
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
 
 
 def _together(
-    measured: Sequence[Measured], shared: Shared, pairs: Mapping[tuple[int, int], Pair], figures: _Figures
+    measured: Sequence[Measured], shared: Shared, pairs: Mapping[tuple[int, int], Pair], figures: Figures
 ) -> str:
     parts = ["<h2>How alike the adapters are</h2>"]
     parts.append(figures.add(plots.similarity_matrix([m.label for m in measured], pairs)))
@@ -514,13 +416,13 @@ def _together(
         if found:
             names = (measured[i].label, measured[j].label)
             plot = plots.similarity_by_depth(found, names)
-            captions.append(f'<p class="soft">{_safe(plot.caption)}</p>')
+            captions.append(f'<p class="soft">{safe(plot.caption)}</p>')
             by_depth.append(figures.add(plot, " and ".join(names), caption=False))
     grid = f'<div class="grid">{"".join(by_depth)}</div>'
     return "".join([*parts, "<h3>Similarity against depth</h3>", *dict.fromkeys(captions), grid])
 
 
-def _by_measure(measured: Sequence[Measured], figures: _Figures) -> Iterator[str]:
+def _by_measure(measured: Sequence[Measured], figures: Figures) -> Iterator[str]:
     """A section per figure, the adapters side by side on one scale."""
     ranks = [rank for m in measured for rank in m.nominal.values() if rank is not None]
     used = [record.energy_entropy_rank for m in measured for record in m.spectra.values()]
@@ -545,8 +447,8 @@ def _by_measure(measured: Sequence[Measured], figures: _Figures) -> Iterator[str
         drawn = [(m, draw(m)) for m in shown]
         if drawn:
             inside = "".join(figures.add(p, m.label if len(measured) > 1 else "", caption=False) for m, p in drawn)
-            captions = "".join(f'<p class="soft">{_safe(c)}</p>' for c in dict.fromkeys(p.caption for _, p in drawn))
-            yield f'<h2>{_safe(drawn[0][1].title)}</h2>{captions}<div class="grid">{inside}</div>'
+            captions = "".join(f'<p class="soft">{safe(c)}</p>' for c in dict.fromkeys(p.caption for _, p in drawn))
+            yield f'<h2>{safe(drawn[0][1].title)}</h2>{captions}<div class="grid">{inside}</div>'
 
 
 def _method(measured: Sequence[Measured]) -> str:
@@ -558,29 +460,8 @@ def _method(measured: Sequence[Measured]) -> str:
     }
     how = "; ".join(f"{name}: {explained[name]}" for name in methods)
     return (
-        f"<p>Spectra are of the {_safe(measured[0].of)}, {_safe(how)}. The delta is the effective weight minus the "
+        f"<p>Spectra are of the {safe(measured[0].of)}, {safe(how)}. The delta is the effective weight minus the "
         "base weight, never the difference of rounded checkpoints. Rank used is the exponential of the entropy of "
         "σ²/Σσ²; other tools use the same words for other numbers, so the CSV beside each figure names the convention "
         "of every number. Grey marks and “chance” show what matrices without any relation would give.</p>"
     )
-
-
-# Small things ---------------------------------------------------------------------------------------------------------
-
-
-def _safe(text: str) -> str:
-    """For HTML, in text and in attributes; control characters spelled out."""
-    plain = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
-    return escape(plain)
-
-
-def _and(words: Sequence[str]) -> str:
-    return " and ".join([*([", ".join(words[:-1])] if len(words) > 1 else []), *words[-1:]])
-
-
-def _code(module: str) -> str:
-    return f"<code>{_safe(module)}</code>"
-
-
-def _count(amount: int, noun: str) -> str:
-    return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"

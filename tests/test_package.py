@@ -49,6 +49,7 @@ LAYERS = (
     "auditing",
     "tidy",
     "plots",
+    "page",
     "report",
     "cli",
 )

@@ -105,13 +105,13 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
 
 def write_figures(plots: Sequence["Plot"], path: Path, title: str) -> list[Path]:
     """One page, or an image per figure: the first has the name asked for, the others a suffix before the ending."""
-    from d2surgery import report  # plotly, and only where figures are drawn
+    from d2surgery import page  # plotly, and only where figures are drawn
 
     if path.suffix.lower() not in IMAGES:
-        path.write_text(report.figures_page(plots, title), encoding="utf-8")
+        path.write_text(page.figures_page(plots, title), encoding="utf-8")
         return [path]
     files = [path, *(path.with_name(f"{path.stem}-{plot.name}{path.suffix}") for plot in plots[1:])]
-    report.write_images(plots, files)
+    page.write_images(plots, files)
     return files
 
 
