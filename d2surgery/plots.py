@@ -162,7 +162,7 @@ def _fan_line(rows: list[Row], module: str, deepest: int) -> go.Scatter:
         line={"width": 1.3, "color": _depth_colour(layer, deepest)},
         marker={"size": 3},
         showlegend=False,
-        customdata=[_text(module)] * len(rows),
+        customdata=[plain_name(module)] * len(rows),
         hovertemplate="%{customdata}<br>σ%{x} / σ1 = %{y:.3g}<extra></extra>",
     )
 
@@ -190,7 +190,7 @@ def drift_by_depth(drifts: Mapping[str, Drift]) -> Plot:
         for trace in _ribbon(mine, scale, OKABE_ITO[number % len(OKABE_ITO)], first=number == 0):
             figure.add_trace(trace, **at)
     figure.add_hline(y=0, line={"color": NULL, "width": 1})
-    figure.update_xaxes(title_text="layer", **_layer_ticks(layers, any(address(m).layer is None for m in drifts), 5))
+    figure.update_xaxes(title_text="layer", **layer_ticks(layers, any(address(m).layer is None for m in drifts), 5))
     figure.update_yaxes(**scale.axis())
     figure.update_yaxes(title_text="‖w′‖ / ‖w‖ − 1", col=1)
     _legend_above(figure, panels=True)
@@ -270,7 +270,7 @@ def drift_distribution(drifts: Mapping[str, Drift]) -> Plot:
                 x=[None if value is None else scale(value) for value in values],
                 y=shares,
                 mode="lines",
-                name=_text(type_),
+                name=plain_name(type_),
                 line=_style(number),
                 customdata=values,
                 hovertemplate="%{y:.1%} of the vectors are below %{customdata:.3~%}<extra>%{fullData.name}</extra>",
@@ -284,7 +284,7 @@ def drift_distribution(drifts: Mapping[str, Drift]) -> Plot:
         f"Every {_vector(drifts)} counts once. A steep line at zero: lengths stay; a long end left or right: a few "
         f"channels change much. Each line runs from its smallest to its largest value. {scale.note()}"
     )
-    return Plot("drift_distribution", "Norm drift, distribution by module type", caption, _sized(figure, 380), rows)
+    return Plot("drift_distribution", "Norm drift, distribution by module type", caption, sized(figure, 380), rows)
 
 
 def magnitude_direction(drifts: Mapping[str, Drift]) -> Plot:
@@ -305,7 +305,7 @@ def magnitude_direction(drifts: Mapping[str, Drift]) -> Plot:
         colours = [_depth_colour(_layer(x[i]), deepest) for i in mine]
         figure.add_trace(
             go.Scatter(x=[x[i]["value"] for i in mine], y=[y[i]["value"] for i in mine], mode="markers",
-                       name=_text(name), customdata=[_text(str(x[i]["module"])) for i in mine],
+                       name=plain_name(name), customdata=[plain_name(str(x[i]["module"])) for i in mine],
                        marker={"color": colours, "symbol": MARKERS[number % len(MARKERS)], "size": 8},
                        hovertemplate="%{customdata}<br>ΔD %{x:.3g}, ΔM %{y:.3g}<extra></extra>")
         )  # fmt: skip
@@ -318,7 +318,7 @@ def magnitude_direction(drifts: Mapping[str, Drift]) -> Plot:
         "more move more in both, so only the distance from the grey says something: above it, lengths change more "
         "than chance."
     )
-    return Plot("magnitude_direction", "Change of length against change of direction", caption, _sized(figure), rows)
+    return Plot("magnitude_direction", "Change of length against change of direction", caption, sized(figure), rows)
 
 
 def random_point(of: Drift) -> tuple[float, float]:
@@ -380,7 +380,7 @@ def _profile_line(module: str, record: Intruders, deepest: int) -> go.Scatter:
         marker={"size": 3},
         line={"width": 1.3, "color": _depth_colour(address(module).layer, deepest)},
         showlegend=False,
-        customdata=[_text(module)] * len(record.cosines),
+        customdata=[plain_name(module)] * len(record.cosines),
         hovertemplate="%{customdata}<br>vector %{x}: %{y:.3f}<extra></extra>",
     )
 
@@ -397,7 +397,7 @@ def similarity_matrix(names: Sequence[str], pairs: Mapping[tuple[int, int], Pair
     }
     figure = make_subplots(1, 3, subplot_titles=[title for title, *_ in panels.values()], horizontal_spacing=0.04)
     rows: list[Row] = []
-    labels = [_text(name) for name in _distinct(names)]
+    labels = [plain_name(name) for name in _distinct(names)]
     for column, (side, (_, value, null, _scale, bottom)) in enumerate(panels.items(), 1):
         table = [[_entry(pairs, i, j, value) for j in range(len(names))] for i in range(len(names))]
         nulls = [[_entry(pairs, i, j, null) for j in range(len(names))] for i in range(len(names))]
@@ -415,7 +415,7 @@ def similarity_matrix(names: Sequence[str], pairs: Mapping[tuple[int, int], Pair
         "Cosine: 1 is the same update, 0 none in common, −1 the opposite; over all modules together. φ: share of one's "
         "directions that the other uses too, mean over modules. Under each: what unrelated adapters would give."
     )
-    return Plot("similarity_matrix", "Similarity of the adapters", caption, _sized(figure, 250 + 45 * len(names)), rows)
+    return Plot("similarity_matrix", "Similarity of the adapters", caption, sized(figure, 250 + 45 * len(names)), rows)
 
 
 def _entry(pairs: Mapping[tuple[int, int], Pair], i: int, j: int, field: str) -> float | None:
@@ -470,7 +470,7 @@ def subspaces_by_depth(differences: Mapping[str, Difference], names: Sequence[st
         for null in {nulls[0], nulls[-1]} if nulls else ():
             figure.add_hline(y=null, line={"dash": "dash", "color": NULL}, **at)
     layers = [layer for m in differences if (layer := address(m).layer) is not None]
-    figure.update_xaxes(title_text="layer", **_layer_ticks(layers, any(address(m).layer is None for m in differences)))
+    figure.update_xaxes(title_text="layer", **layer_ticks(layers, any(address(m).layer is None for m in differences)))
     figure.update_yaxes(range=[0, 1.05])
     figure.update_yaxes(title_text="φ(r, r)", col=1)
     _legend_above(figure, panels=True)
@@ -496,15 +496,15 @@ def _heat(rows: list[Row], title: str, *, bottom: float | None, top: float | Non
     style = ".2~%" if percent else ".3~g"
     figure = go.Figure(
         go.Heatmap(
-            x=layers, y=[_text(name) for name in names], z=z, colorscale="Viridis", zmin=bottom,
+            x=layers, y=[plain_name(name) for name in names], z=z, colorscale="Viridis", zmin=bottom,
             zmax=max(top or 0, largest) or 1, xgap=1, ygap=1, hoverongaps=False,
             colorbar={"title": {"text": title, "side": "right"}, "tickformat": style, "thickness": 14},
             hovertemplate=f"%{{y}}, layer %{{x}}: %{{z:{style}}}<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_xaxes(title_text="layer", showgrid=False, **_layer_ticks(layers, -1 in layers))
+    figure.update_xaxes(title_text="layer", showgrid=False, **layer_ticks(layers, -1 in layers))
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    return _sized(figure, MARGIN + 28 * max(len(names), 4))
+    return sized(figure, MARGIN + 28 * max(len(names), 4))
 
 
 def _lines(rows: list[Row], title: str) -> go.Figure:
@@ -514,15 +514,15 @@ def _lines(rows: list[Row], title: str) -> go.Figure:
         series = _by_layer(r for r in rows if r["type"] == name)
         marker = {"symbol": MARKERS[number % len(MARKERS)], "size": 5 if len(series) < 60 else 3}
         figure.add_trace(
-            go.Scatter(x=list(series), y=list(series.values()), mode="lines+markers", name=_text(name),
+            go.Scatter(x=list(series), y=list(series.values()), mode="lines+markers", name=plain_name(name),
                        line=_style(number), marker=marker,
                        hovertemplate="%{fullData.name}, layer %{x}: %{y:.3g}<extra></extra>")
         )  # fmt: skip
     layers = sorted({_layer(r) for r in rows})
-    figure.update_xaxes(title_text="layer", **_layer_ticks(layers, -1 in layers))
+    figure.update_xaxes(title_text="layer", **layer_ticks(layers, -1 in layers))
     figure.update_yaxes(title_text=title)
     _legend_above(figure)
-    return _sized(figure, 360)
+    return sized(figure, 360)
 
 
 def _panels(titles: list[str], *, shared_y: bool = False) -> tuple[go.Figure, list[dict[str, int]]]:
@@ -533,16 +533,16 @@ def _panels(titles: list[str], *, shared_y: bool = False) -> tuple[go.Figure, li
     figure = make_subplots(
         lines,
         columns,
-        subplot_titles=[_text(title) for title in titles],
+        subplot_titles=[plain_name(title) for title in titles],
         horizontal_spacing=0.05,
         vertical_spacing=GAP / inner,
         shared_yaxes="all" if shared_y else False,
     )
     places = [{"row": number // columns + 1, "col": number % columns + 1} for number in range(len(titles))]
-    return _sized(figure, MARGIN + inner), places
+    return sized(figure, MARGIN + inner), places
 
 
-def _sized(figure: go.Figure, height: int = 420) -> go.Figure:
+def sized(figure: go.Figure, height: int = 420) -> go.Figure:
     figure.update_layout(
         template="none",
         height=height,
@@ -569,7 +569,7 @@ def _legend_above(figure: go.Figure, *, panels: bool = False) -> None:
 def _depth_bar(figure: go.Figure, deepest: int) -> None:
     """A colour bar for lines coloured by depth."""
     if deepest:
-        bar = {"title": {"text": "layer", "side": "right"}, "thickness": 14} | _layer_ticks([deepest], False)
+        bar = {"title": {"text": "layer", "side": "right"}, "thickness": 14} | layer_ticks([deepest], False)
         marker = {"color": [0], "cmin": 0, "cmax": deepest, "colorscale": DEPTH, "showscale": True, "colorbar": bar}
         figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False))
 
@@ -581,7 +581,7 @@ def _depth_colour(layer: int | None, deepest: int) -> str:
     return colour
 
 
-def _layer_ticks(layers: Iterable[int], some_outside: bool, most: int = 13) -> dict[str, Any]:
+def layer_ticks(layers: Iterable[int], some_outside: bool, most: int = 13) -> dict[str, Any]:
     """Whole numbers, about `most` at most; −1 stands for modules outside the numbered layers."""
     inside = [layer for layer in layers if layer >= 0]
     step = _step(max(inside, default=0), most)
@@ -615,11 +615,11 @@ def _faded(colour: str) -> str:
     return f"rgba({red},{green},{blue},0.22)"
 
 
-def _text(name: str) -> str:
+def plain_name(name: str, longest: int = LONGEST) -> str:
     """A stranger's name as plotly may show it: no markup, no control characters, no template, of bounded length."""
     plain = name if name.isprintable() else name.encode("unicode_escape").decode("ascii")
-    if len(plain) > LONGEST:
-        plain = f"{plain[: LONGEST // 3]}…{plain[-LONGEST * 2 // 3 :]}"
+    if len(plain) > longest:
+        plain = f"{plain[: longest // 3]}…{plain[-longest * 2 // 3 :]}"
     return escape(plain, quote=False).replace("%{", "%\u200b{")
 
 

@@ -13,9 +13,12 @@ from pathlib import Path
 from statistics import median
 
 from d2surgery import plots
+from d2surgery.audit_page import audit_section
+from d2surgery.auditing import audit
 from d2surgery.base import BaseWeights
 from d2surgery.checkpoint import Checkpoint, load
 from d2surgery.errors import raise_errors, refuse
+from d2surgery.findings import Audit
 from d2surgery.layout import NAMES, Layout
 from d2surgery.measures.drift import Drift
 from d2surgery.measures.spectrum import Method, Spectrum
@@ -64,17 +67,20 @@ def report(
     adapters: Sequence[str],
     *,
     base: str | Path | None = None,
+    merged: str | Path | None = None,
     method: Method | None = None,
     with_intruders: bool = False,
     cache: str | Path | None = None,
     progress: Callable[[str], Progress] = lambda label: lambda done, total: None,
 ) -> str:
-    """The page for one or more adapters; with a base also how far each moves it.
+    """The page for one or more adapters; with a base also how far each moves it, with a merged checkpoint its audit.
 
     with_intruders: all singular vectors of every base weight, slow on large models. cache: see `spectra`.
     progress(label) gives the function that is told done and total. Raises what the adapters and the base are refused
     for.
     """
+    if merged is not None and (base is None or len(adapters) != 1):
+        raise refuse("USAGE", "an audit needs the base and one adapter", wanted="--base, --merged and one ADAPTER")
     weights = BaseWeights(base) if base is not None else None
     checkpoints = [load(adapter) for adapter in adapters]
     raise_errors(problem for checkpoint in checkpoints for problem in checkpoint.layout.problems)
@@ -88,7 +94,10 @@ def report(
         (i, j): dict(differences(checkpoints[i], checkpoints[j], progress=progress(f"{i + 1} and {j + 1}")))
         for i, j in combinations(range(len(adapters)), 2)
     }
-    return page(measured, shared, None if base is None else str(base))
+    found = None
+    if base is not None and merged is not None:
+        found = audit(base, adapters[0], merged, progress=progress("audit"))
+    return page(measured, shared, None if base is None else str(base), found)
 
 
 def measure(
@@ -132,7 +141,7 @@ def labels(adapters: Sequence[str]) -> list[str]:
 # Pages ----------------------------------------------------------------------------------------------------------------
 
 
-def page(measured: Sequence[Measured], shared: Shared, base: str | None) -> str:
+def page(measured: Sequence[Measured], shared: Shared, base: str | None, found: Audit | None = None) -> str:
     """The whole report."""
     pairs = {key: pair(found) for key, found in shared.items()}
     figures = Figures()
@@ -144,7 +153,7 @@ def page(measured: Sequence[Measured], shared: Shared, base: str | None) -> str:
         "<h2>What stands out</h2>",
         *([_likeness(measured, pairs)] if pairs else []),
         *(_standing_out(m, several=len(measured) > 1) for m in measured),
-        # The verdict and evidence of an audit of a merged checkpoint belong here, before the details.
+        *([audit_section(found, figures)] if found is not None else []),
         *([_together(measured, shared, pairs, figures)] if pairs else []),
         *_by_measure(measured, figures),
         "<h2>Every module</h2>",

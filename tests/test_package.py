@@ -47,9 +47,12 @@ LAYERS = (
     "recipes",
     "findings",
     "auditing",
+    "audit_files",
     "tidy",
     "plots",
     "page",
+    "audit_plots",
+    "audit_page",
     "report",
     "cli",
 )

@@ -69,6 +69,13 @@ def require_folder(path: Path) -> None:
         raise refuse("FILE_MISSING", "there is no such folder to write to", file=str(path.parent))
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Nothing half-written stands at the path."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def _check_figures(path: Path) -> None:
     if path.suffix.lower() not in (".html", *IMAGES):
         raise refuse("USAGE", "--plot", wanted="a file name that ends in .html, .png or .svg", got=path.name)

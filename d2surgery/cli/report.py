@@ -16,6 +16,7 @@ from d2surgery.report import report
 @click.command(name="report")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--base", type=click.Path(path_type=Path), help="Model directory: adds drift and relative sizes.")
+@click.option("--merged", type=click.Path(path_type=Path), help="With --base and one adapter, adds the merge's audit.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .html file.")
 @click.option("--method", type=click.Choice(get_args(Method)), help="Of dense spectra. Default: by kind and size.")
 @cache_option
@@ -25,6 +26,7 @@ from d2surgery.report import report
 def command(
     adapters: tuple[str, ...],
     base: Path | None,
+    merged: Path | None,
     out: Path,
     method: Method | None,
     cache: Path | None,
@@ -44,10 +46,10 @@ def command(
             bar = progress_bar(output.printable(label), show=not (as_json or quiet), unit=" modules")
             return stack.enter_context(bar)
 
-        page = report(adapters, base=base, method=method, with_intruders=intruders, cache=cache, progress=progress)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(out)
+        page = report(
+            adapters, base=base, merged=merged, method=method, with_intruders=intruders, cache=cache, progress=progress
+        )
+    measured.write_whole(out, page)
     if as_json:
         output.emit_json({"out": str(out), "bytes": out.stat().st_size, "adapters": list(adapters)})
     elif not quiet:
