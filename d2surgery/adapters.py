@@ -458,30 +458,35 @@ def gains_of(adapter: Adapter, triple: Triple) -> tuple[Gains, Tensor | None]:
 
 
 class Streamed:
-    """A kind that `normalises`, over the tiles of one base weight: what `take(tile).delta(tile, triple)` gives, with
-    all that the tiles share computed once: the factors in the tiles' dtype, ‖u‖², the gains.
+    """A kind with a thin update, over the tiles of one base weight: strength times what `take(tile).delta(tile, triple)`
+    gives, with all that the tiles share computed once: the factors in the tiles' dtype, ‖u‖², the gains.
 
-    A tile is a range of one axis and the whole of the other. Where it holds whole vectors, `delta` may come at once;
-    otherwise after every tile has been added. Not differentiable.
+    A tile is a range of one axis and the whole of the other. Where it holds whole vectors, or the kind normalises none,
+    `delta` and `merged` may come at once; otherwise after every tile has been added. Not differentiable.
     """
 
-    def __init__(self, adapter: Adapter, dtype: torch.dtype) -> None:
-        if not isinstance(adapter, _Thin) or adapter.along is None:
-            raise refuse("USAGE", "it has no thin update along an axis", got=adapter.kind)
+    def __init__(self, adapter: Adapter, dtype: torch.dtype, strength: float = 1.0) -> None:
+        if not isinstance(adapter, _Thin):
+            raise refuse("USAGE", "it has no thin update", got=adapter.kind)
         self.adapter = adapter
+        self.dtype = dtype
+        self.strength = strength
         P, Q = adapter._factors(torch.float64)
-        self.P, self.Q = (P, Q) if adapter.along == "out_features" else (Q.T, P.T)
+        self.P, self.Q = (P, Q) if adapter.along != "in_features" else (Q.T, P.T)
         self.Q_low = self.Q.to(dtype)
-        self.norms = _norms_by_qr(self.P, self.Q)
-        self.base = torch.zeros_like(self.norms)
-        self.products = torch.zeros_like(self.P.T)  # Q·Wᵀ, summed over tiles
         self.added = False
-        self.gains: tuple[Tensor, Tensor] | None = None  # of all vectors: the base's excess, and the gained P
+        self.gains: _Gained | None = None  # of all vectors
+        if adapter.normalises:
+            self.norms = _norms_by_qr(self.P, self.Q)
+            self.base = torch.zeros_like(self.norms)
+            self.products = torch.zeros_like(self.P.T)  # Q·Wᵀ, summed over tiles
+        else:
+            self.gains = _Gained(None, None, (strength * self.P).to(dtype))
 
     def add(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> None:
         """Add a tile to the sums of its vectors."""
         W, vectors, others = self._rows_first(tile, out, in_)
-        self.base[vectors] += _row_sums(W * W)
+        self.base[vectors] += _row_squares(W)
         self.products[:, vectors] += self.Q_low[:, others] @ W.T
         self.added = True
 
@@ -502,32 +507,59 @@ class Streamed:
         self.products[:, vectors] += self.Q[:, others] @ W.T
 
     def delta(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> Weight:
-        """The tile's delta, laid out as the tile. Raises ZERO_NORM, counting vectors within the tile."""
+        """The tile's strength·delta, laid out as the tile. Raises ZERO_NORM, counting vectors within the tile."""
         W, vectors, others = self._rows_first(tile, out, in_)
-        if self.added:
-            self.gains = self.gains or self._gained(self.adapter, slice(None), W.dtype)
-            excess, P = (gain[vectors] for gain in self.gains)
+        excess, _, P = self._gains(W, vectors, out, in_)
+        if excess is None:
+            delta = _product_like(W, P, self.Q_low[:, others])
         else:
-            self.base[vectors] = _row_sums(W * W)
-            self.products[:, vectors] = self.Q_low @ W.T
-            bad = _doubtful(self._triple(vectors))
-            exact = W[bad].double()
-            self.base[vectors].index_copy_(0, bad, (exact * exact).sum(1))  # a view: it writes through
-            self.products[:, vectors].index_copy_(1, bad, self.Q @ exact.T)
-            excess, P = self._gained(self.adapter.take(out=out, in_=in_), vectors, W.dtype)
-        delta = (W * excess[:, None]).addmm_(P, self.Q_low[:, others])
+            delta = (W * excess[:, None]).addmm_(P, self.Q_low[:, others])
         return delta.T if self.adapter.along == "in_features" else delta
 
+    def merged(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> Weight:
+        """The tile + strength·delta, written over the tile."""
+        W, vectors, others = self._rows_first(tile, out, in_)
+        _, scale, P = self._gains(W, vectors, out, in_)
+        if scale is None:
+            W += _product_like(W, P, self.Q_low[:, others])  # not addmm_: a product that is rounded, as PEFT's
+        else:
+            W.mul_(scale[:, None]).addmm_(P, self.Q_low[:, others])
+        return tile
+
     def _rows_first(self, tile: Tensor, out: slice, in_: slice) -> tuple[Tensor, slice, slice]:
-        return (tile, out, in_) if self.adapter.along == "out_features" else (tile.T, in_, out)
+        return (tile, out, in_) if self.adapter.along != "in_features" else (tile.T, in_, out)
 
     def _triple(self, vectors: slice) -> Triple:
         cross = (self.P[vectors].T * self.products[:, vectors]).sum(0)
         return Triple(self.base[vectors], cross, self.norms[vectors])
 
-    def _gained(self, adapter: Adapter, vectors: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _gains(self, W: Tensor, vectors: slice, out: slice, in_: slice) -> "_Gained":
+        """Those of the tile's vectors, whose sums are taken now if no tile was added."""
+        if self.added:
+            self.gains = self.gains or self._gained(self.adapter, slice(None))
+        if self.gains is not None:
+            return _Gained(*(None if gain is None else gain[vectors] for gain in self.gains))
+        self.base[vectors] = _row_squares(W)
+        self.products[:, vectors] = self.Q_low @ W.T
+        bad = _doubtful(self._triple(vectors))
+        exact = W[bad].double()
+        self.base[vectors].index_copy_(0, bad, (exact * exact).sum(1))  # a view: it writes through
+        self.products[:, vectors].index_copy_(1, bad, self.Q @ exact.T)
+        return self._gained(self.adapter.take(out=out, in_=in_), vectors)
+
+    def _gained(self, adapter: Adapter, vectors: slice) -> "_Gained":
         gains, _ = gains_of(adapter, self._triple(vectors))
-        return gains.base_excess.to(dtype), (gains.update_gain[:, None] * self.P[vectors]).to(dtype)
+        excess = self.strength * gains.base_excess
+        P = self.strength * gains.update_gain[:, None] * self.P[vectors]
+        return _Gained(excess.to(self.dtype), (1 + excess).to(self.dtype), P.to(self.dtype))
+
+
+class _Gained(NamedTuple):
+    """W' = scale ⊙ W + P·Q per vector, scale = 1 + excess; None for a kind that does not rescale."""
+
+    excess: Tensor | None
+    scale: Tensor | None
+    P: Tensor
 
 
 KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (LoRA, DoRA, DualLoRA, D2LoRA)}
@@ -630,6 +662,15 @@ def _row_sums(values: Tensor) -> Tensor:
     if _is_transposed(values):  # summing its rows as columns is 20 times faster
         return _blocked_sums(values.T, 0)
     return _blocked_sums(values, 1)
+
+
+def _row_squares(W: Tensor) -> Tensor:
+    """‖w‖² per row in float64, as `_row_sums(W * W)`: where rows are contiguous, in one pass and without the squares."""
+    if W.dtype == torch.float64 or _is_transposed(W):
+        return _row_sums(W * W)
+    body, tail = torch.split(W, [W.shape[1] // BLOCK * BLOCK, W.shape[1] % BLOCK], 1)
+    norms = torch.linalg.vector_norm(body.unflatten(1, (-1, BLOCK)), dim=2)
+    return norms.double().square().sum(1) + tail.double().square().sum(1)
 
 
 def _blocked_sums(values: Tensor, dim: int) -> Tensor:

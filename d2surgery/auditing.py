@@ -258,7 +258,9 @@ class _Look:
         base_weight, delta = merger.delta(tile, buffer)
         assert delta is not None
         base_weight = base_weight.clone()  # the merger's workspace
-        wanted = merger.finish(tile, base_weight + delta, torch.empty(tile.nbytes, dtype=torch.uint8))
+        effective = merger.effective(tile, base_weight.clone())
+        assert effective is not None
+        wanted = merger.finish(tile, effective, torch.empty(tile.nbytes, dtype=torch.uint8))
         self._compare_adapted(pair, tile, base_weight, delta, wanted.reshape(-1), merged)
 
     def _compare_adapted(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, Streamed
+from d2surgery.adapters import Adapter, DualLoRA, Streamed
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, refuse
 from d2surgery.header import BITS, FLOATS, TensorInfo
@@ -112,8 +112,8 @@ class TileMerger:
         values = self._with_rows(tile, self._working_copy(stored, tile.output.work_dtype))
         if tile.patch is None:
             return self.finish(tile, values, raw)
-        base_weight, delta = self._delta(tile, tile.patch, values)
-        return None if delta is None else self.finish(tile, delta.add_(base_weight), raw)
+        effective = self.effective(tile, self._base_weight(tile, values))
+        return None if effective is None else self.finish(tile, effective, raw)
 
     def finish(self, tile: Tile, effective: Tensor, buffer: Tensor) -> Tensor:
         """The effective weight as it will be written: its bias added, rounded once. May overwrite the buffer."""
@@ -129,9 +129,14 @@ class TileMerger:
 
     def delta(self, tile: Tile, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tile's base weight as an (out_features, in_features) matrix, and strength·delta."""
-        assert tile.patch is not None
         stored = buffer[: tile.nbytes].view(DTYPES[tile.output.info.dtype])
-        return self._delta(tile, tile.patch, self._with_rows(tile, self._working_copy(stored, tile.output.work_dtype)))
+        values = self._with_rows(tile, self._working_copy(stored, tile.output.work_dtype))
+        base_weight = self._base_weight(tile, values)
+        return base_weight, self._patched(tile, base_weight, over=False)
+
+    def effective(self, tile: Tile, base_weight: Tensor) -> Tensor | None:
+        """W0 + strength·delta before rounding, written over the base weight; None for a tile that only measures."""
+        return self._patched(tile, base_weight, over=True)
 
     def crosses_tiles(self, patch: Patch) -> bool:
         """Whether its adapter normalises vectors that lie across rows of the stored tensor."""
@@ -155,34 +160,39 @@ class TileMerger:
         once = rounded(values, dtype) if values.dtype == torch.float64 else values  # copy_ rounds float32 once
         return raw[: values.numel() * dtype.itemsize].view(dtype).copy_(once)
 
-    def _delta(self, tile: Tile, patch: Patch, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Base weight and strength·delta; None when the tile only adds to its vectors' triples."""
+    def _base_weight(self, tile: Tile, values: Tensor) -> Tensor:
+        assert tile.patch is not None
         matrix = values.view(tile.last - tile.first, -1)
-        base_weight = matrix.T if patch.transposed else matrix
+        return matrix.T if tile.patch.transposed else matrix
+
+    def _patched(self, tile: Tile, base_weight: Tensor, *, over: bool) -> Tensor | None:
+        """strength·delta or, over the base weight, their sum; None when the tile only adds to its vectors' triples."""
+        patch = tile.patch
+        assert patch is not None
         adapter, streamed = self._adapter(tile, patch)
         rows = slice(tile.first - patch.start, tile.last - patch.start)
         part = {"in_": rows} if patch.transposed else {"out": rows}
+        if streamed is None:
+            delta = adapter.take(**part).delta(base_weight)
+            delta = delta if self.strength == 1 else delta.mul_(self.strength)
+            return delta.add_(base_weight) if over else delta
         if tile.measure:
-            assert streamed is not None
             streamed.add(base_weight, **part)
-            return base_weight, None
+            return None
         try:
-            if streamed is not None:
-                self._settle(tile, patch, streamed)
-                delta = streamed.delta(base_weight, **part)
-            else:
-                delta = adapter.take(**part).delta(base_weight)
+            self._settle(tile, patch, streamed)
+            return streamed.merged(base_weight, **part) if over else streamed.delta(base_weight, **part)
         except D2SurgeryError as error:
             rows_are_vectors = (adapter.along == "out_features") is not patch.transposed
             counting = f", counting from row {tile.first} of {tile.output.name}" if rows_are_vectors else ""
             where = f"{patch.module}{counting}"
             raise D2SurgeryError(*(replace(problem, module=where) for problem in error.problems)) from None
-        return base_weight, delta if self.strength == 1 else delta.mul_(self.strength)
 
     def _adapter(self, tile: Tile, patch: Patch) -> tuple[Adapter, Streamed | None]:
         if self.current is None or self.current[0] != patch:
             adapter = self.checkpoint.adapter(patch.module, patch.expert).take(out=slice(*patch.out)).to(self.device)
-            streamed = Streamed(adapter, tile.output.work_dtype) if adapter.normalises else None
+            formed = isinstance(adapter, DualLoRA)  # it has no thin update to stream
+            streamed = None if formed else Streamed(adapter, tile.output.work_dtype, self.strength)
             self.current = (patch, adapter, streamed)
         return self.current[1:]
 
