@@ -458,8 +458,8 @@ def gains_of(adapter: Adapter, triple: Triple) -> tuple[Gains, Tensor | None]:
 
 
 class Streamed:
-    """A kind with a thin update, over the tiles of one base weight: strength times what `take(tile).delta(tile, triple)`
-    gives, with all that the tiles share computed once: the factors in the tiles' dtype, ‖u‖², the gains.
+    """A kind with a thin update, over the tiles of one base weight: strength times what `take(tile).delta(tile, triple)` gives,
+    with all that the tiles share computed once: the factors in the tiles' dtype, ‖u‖², the gains.
 
     A tile is a range of one axis and the whole of the other. Where it holds whole vectors, or the kind normalises none,
     `delta` and `merged` may come at once; otherwise after every tile has been added. Not differentiable.
@@ -665,11 +665,11 @@ def _row_sums(values: Tensor) -> Tensor:
 
 
 def _row_squares(W: Tensor) -> Tensor:
-    """‖w‖² per row in float64, as `_row_sums(W * W)`: where rows are contiguous, in one pass and without the squares."""
+    """‖w‖² per row in float64, as `_row_sums(W * W)`: of contiguous rows in one pass, without the squares."""
     if W.dtype == torch.float64 or _is_transposed(W):
         return _row_sums(W * W)
     body, tail = torch.split(W, [W.shape[1] // BLOCK * BLOCK, W.shape[1] % BLOCK], 1)
-    norms = torch.linalg.vector_norm(body.unflatten(1, (-1, BLOCK)), dim=2)
+    norms: Tensor = torch.linalg.vector_norm(torch.unflatten(body, 1, (-1, BLOCK)), dim=2)
     return norms.double().square().sum(1) + tail.double().square().sum(1)
 
 
