@@ -458,7 +458,7 @@ def gains_of(adapter: Adapter, triple: Triple) -> tuple[Gains, Tensor | None]:
 
 
 class Streamed:
-    """A kind with a thin update, over the tiles of one base weight: strength times what `take(tile).delta(tile, triple)` gives,
+    """A kind with a thin update, over the tiles of one base weight: `strength` times `take(tile).delta(tile, triple)`,
     with all that the tiles share computed once: the factors in the tiles' dtype, ‖u‖², the gains.
 
     A tile is a range of one axis and the whole of the other. Where it holds whole vectors, or the kind normalises none,
