@@ -13,15 +13,24 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Float64
 from torch import Generator, Tensor
 
 from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.forwards import (
+    Axis as Axis,  # one word for the axis, here for those who know adapters only
+)
+from d2surgery.forwards import (
+    Straight,
+    at_least_float32,
+    cross,
+    no_autocast,
+    signed,
+    signed_linear,
+    straight_through,
+    thin_linear,
+)
 from d2surgery.lowrank import LowRank
-
-Axis = Literal["out_features", "in_features"]
-"""The axis that is kept: "out_features" is one number per row of (out_features, in_features)."""
 
 Weight = Float[Tensor, "out_features in_features"]
 
@@ -147,10 +156,13 @@ class Adapter(ABC):
         base_weight: Weight,
         bias: Float[Tensor, " out_features"] | None = None,
         update_input: Float[Tensor, "*batch in_features"] | None = None,
+        base_squares: Float64[Tensor, " vectors"] | None = None,
     ) -> Float[Tensor, "*batch out_features"]:
-        """F.linear(x, W0 + delta, bias). `update_input` (dropout) is what the update sees instead of x.
+        """F.linear(x, W0 + delta, bias), W0 a constant to the gradient. Products run in the dtype of x, or autocast's.
 
-        W0 always sees x; in PEFT's DoRA the dropped-out input also reaches W0, through its rescaling.
+        `update_input` (dropout) is what the update sees instead of x: W0 always sees x, where in PEFT's DoRA the
+        dropped-out input also reaches W0, through its rescaling. `base_squares` is `squared_norms` of W0 along the
+        adapter's axis, which never change.
         """
 
 
@@ -160,6 +172,11 @@ class _Thin(Adapter):
     @abstractmethod
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(P, Q) with ΔW = P·Q, the scaling folded in."""
+
+    @property
+    def _norm_learns(self) -> bool:
+        """Whether the gradient goes through the norm of w + u."""
+        return False
 
     def _target(self, triple: Triple) -> Tensor:
         """The norm each vector w + u is brought to."""
@@ -174,7 +191,7 @@ class _Thin(Adapter):
     @torch.no_grad()
     def triple(self, base_weight: Weight, along: Axis | None = None) -> Triple:
         along = along or self.along or "out_features"
-        W, P, Q = _rows_first(_at_least_float32(base_weight), *self._factors(torch.float64), along)
+        W, P, Q = _rows_first(at_least_float32(base_weight), *self._factors(torch.float64), along)
         triple = _triple(W, P, Q, _norms_by_qr)
         doubtful = _doubtful(triple)
         if W.dtype == torch.float64 or doubtful.numel() == 0:
@@ -186,7 +203,7 @@ class _Thin(Adapter):
         if self.normalises and triple is None:
             triple = self._training_triple(base_weight) if _learns(self) else self.triple(base_weight)
         W, P, Q = _rows_first(base_weight, *self._factors(torch.float64), self.along or "out_features")
-        with _no_autocast(W):
+        with no_autocast(W):
             if triple is None or not self.normalises:
                 delta = _product_like(W, P.to(W.dtype), Q.to(W.dtype))
             else:
@@ -200,33 +217,30 @@ class _Thin(Adapter):
         base_weight: Weight,
         bias: Float[Tensor, " out_features"] | None = None,
         update_input: Float[Tensor, "*batch in_features"] | None = None,
+        base_squares: Float64[Tensor, " vectors"] | None = None,
     ) -> Float[Tensor, "*batch out_features"]:
         """Thin: out axis y = a⊙(W0·x) + b⊙P(Q·u), in axis y = W0(a⊙x) + P(Q(b⊙u)), u the update's input.
 
-        The update runs in the wider dtype of x and the slots; the result has the dtype of W0·x. A vector without
-        length stays zero here: whether it should have had one is asked when merging, not in each step.
+        A vector without length stays zero here: whether it should have had one is asked when merging, not in each
+        step.
         """
-        wide = torch.promote_types(x.dtype, next(iter(self.slots().values())).dtype)
-        u = (x if update_input is None else update_input).to(wide)
-        P, Q = self._factors(wide)
+        P, Q = self._factors(torch.promote_types(x.dtype, torch.float32))
         if not self.normalises:
-            y = F.linear(x, base_weight, bias)
-            return y + F.linear(F.linear(u, Q), P).to(y.dtype)
-        gains = self._gains(self._training_triple(base_weight))
-        a, b = (1 + gains.base_excess).to(wide), gains.update_gain.to(wide)
-        if self.along == "out_features":
-            y = F.linear(x, base_weight)
-            y = (a * y + b * F.linear(F.linear(u, Q), P)).to(y.dtype)
+            y = thin_linear(x, base_weight, P, Q, update_input=update_input)
         else:
-            y = F.linear((a * x).to(x.dtype), base_weight)
-            y = y + F.linear(F.linear(b * u, Q), P).to(y.dtype)
-        return y if bias is None else y + bias
+            gains = self._gains(self._training_triple(base_weight, base_squares))
+            a, b = (1 + gains.base_excess).to(P.dtype), gains.update_gain.to(P.dtype)
+            P, Q = (b[:, None] * P, Q) if self.along == "out_features" else (P, b * Q)
+            y = thin_linear(x, base_weight, P, Q, gain=a, along=self.along or "out_features", update_input=update_input)
+        return y if bias is None else y + bias.to(y.dtype)
 
-    def _training_triple(self, base_weight: Weight) -> Triple:
-        """As `triple`, differentiable and without a look at the data."""
+    def _training_triple(self, base_weight: Weight, base_squares: Tensor | None = None) -> Triple:
+        """As `triple`, without a look at the data, and differentiable where the kind's norm is."""
         along = self.along or "out_features"
-        W, P, Q = _rows_first(_at_least_float32(base_weight), *self._factors(torch.float64), along)
-        return _triple(W, P, Q, _norms_by_gram)
+        squares = squared_norms(base_weight, along) if base_squares is None else base_squares
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._norm_learns):
+            W, P, Q = _rows_first(base_weight, *self._factors(torch.float64), along)
+            return Triple(squares, cross(W, P, Q), _norms_by_gram(P, Q))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -289,7 +303,7 @@ class DoRA(_Pair):
         return cls(
             A=_kaiming(base_weight, rank, dtype, generator),
             B=_zeros(base_weight, rank, dtype),
-            magnitude=_row_sums(_at_least_float32(rows).square()).sqrt().to(dtype),
+            magnitude=_row_sums(at_least_float32(rows).square()).sqrt().to(dtype),
             scaling=scaling,
             along=along,
         )
@@ -303,7 +317,7 @@ class DoRA(_Pair):
 
     def _gains(self, triple: Triple) -> Gains:
         """g = m/‖V‖ for both."""
-        gain = self._target(triple) / _sum_norm(triple).detach()
+        gain = self._target(triple) / _sum_norm(triple)
         return Gains(gain - 1, gain)
 
 
@@ -353,6 +367,10 @@ class D2LoRA(_Thin):
     def normalises(self) -> bool:
         return self.form != "update"
 
+    @property
+    def _norm_learns(self) -> bool:
+        return not self.detach_norm
+
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         P = torch.cat([self.scaling * self.B_plus.to(dtype), -self.scaling * self.tau * self.B_minus.to(dtype)], 1)
         return P, torch.cat([self.A_plus.to(dtype), self.A_minus.to(dtype)], 0)
@@ -364,11 +382,7 @@ class D2LoRA(_Thin):
         """c − 1 = (‖w‖² − ‖w+u‖²)/(‖w+u‖(‖w+u‖ + ‖w‖)), without cancellation since the numerator is −2<w,u> − ‖u‖²."""
         norm = _sum_norm(triple)
         excess = -(2 * triple.cross + triple.update) / (norm * (norm + self._target(triple)))
-        excess = excess.detach() if self.detach_norm else excess
         return Gains(excess, excess + (2 if self.form == "projected_plus_update" else 1))
-
-
-Straight = Literal["clip", "mask", "identity"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -409,13 +423,20 @@ class DualLoRA(Adapter):
 
     @torch.no_grad()
     def triple(self, base_weight: Weight, along: Axis | None = None) -> Triple:
-        W, U = _at_least_float32(base_weight), self.delta(_at_least_float32(base_weight))
+        W, U = at_least_float32(base_weight), self.delta(at_least_float32(base_weight))
         W, U = (W, U) if along != "in_features" else (W.T, U.T)
         return Triple(_row_sums(W * W), _row_sums(W * U), _row_sums(U * U))
 
     def delta(self, base_weight: Weight, triple: Triple | None = None) -> Weight:
         """As every delta. D·C is formed in float64: a sign that flips is not a rounding error."""
-        return self._delta(base_weight, base_weight.dtype, torch.float64)
+        B = (self.scaling * self.B.double()).to(base_weight.dtype)
+        with no_autocast(base_weight):
+            size = _product_like(base_weight, B, self.A.to(base_weight.dtype)).relu_()
+            z = _product_like(base_weight, self.D.double(), self.C.double())
+        if not _learns(self):
+            return signed(size, z)
+        sign: Tensor = _Sign.apply(z, self.ste)  # type: ignore[no-untyped-call]
+        return size * sign.to(size.dtype)
 
     def forward(
         self,
@@ -423,23 +444,13 @@ class DualLoRA(Adapter):
         base_weight: Weight,
         bias: Float[Tensor, " out_features"] | None = None,
         update_input: Float[Tensor, "*batch in_features"] | None = None,
+        base_squares: Float64[Tensor, " vectors"] | None = None,
     ) -> Float[Tensor, "*batch out_features"]:
-        """Forms W': there is no thin form."""
-        wide = torch.promote_types(base_weight.dtype, self.A.dtype)
-        delta = self._delta(base_weight, wide, wide)
-        if update_input is None:
-            return F.linear(x, (base_weight + delta).to(base_weight.dtype), bias)
-        return F.linear(x, base_weight, bias) + F.linear(update_input, delta.to(update_input.dtype))
-
-    def _delta(self, base_weight: Weight, dtype: torch.dtype, sign_dtype: torch.dtype) -> Tensor:
-        B = (self.scaling * self.B.double()).to(dtype)
-        with _no_autocast(base_weight):
-            size = _product_like(base_weight, B, self.A.to(dtype)).relu_()
-            z = _product_like(base_weight, self.D.to(sign_dtype), self.C.to(sign_dtype))
-        if not _learns(self):
-            return _signed(size, z)
-        sign: Tensor = _Sign.apply(z, self.ste)  # type: ignore[no-untyped-call]
-        return size * sign.to(dtype)
+        """Forms W' tile by tile: there is no thin form. Signs are those of float32 products of float32 slots."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        B, A, D, C = (slot.to(wide) for slot in (self.scaling * self.B.double(), self.A, self.D, self.C))
+        y = signed_linear(x, base_weight, B, A, D, C, straight=self.ste, update_input=update_input)
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 def gains_of(adapter: Adapter, triple: Triple) -> tuple[Gains, Tensor | None]:
@@ -562,6 +573,11 @@ class _Gained(NamedTuple):
     P: Tensor
 
 
+def squared_norms(base_weight: Weight, along: Axis) -> Float64[Tensor, " vectors"]:
+    """‖w‖² of every vector along the axis."""
+    return _row_sums(at_least_float32(base_weight if along == "out_features" else base_weight.T).square())
+
+
 KINDS: dict[str, type[Adapter]] = {kind.kind: kind for kind in (LoRA, DoRA, DualLoRA, D2LoRA)}
 
 
@@ -591,27 +607,16 @@ class _Sign(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, ste: Straight) -> Tensor:
         ctx.ste = ste
         ctx.save_for_backward(z)
-        return _signed(torch.ones_like(z), z.clone())
+        return signed(torch.ones_like(z), z.clone())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (z,), (grad,) = ctx.saved_tensors, grads
-        if ctx.ste == "clip":
-            return grad.clamp(-1, 1), None
-        return (grad * (z.abs() <= 1) if ctx.ste == "mask" else grad), None
+        return straight_through(grad, z, ctx.ste), None
 
 
 def _with(adapter: Some, slots: dict[str, Tensor]) -> Some:
     return replace(adapter, **slots)  # type: ignore[arg-type]
-
-
-def _signed(size: Tensor, z: Tensor) -> Tensor:
-    """size where z > 0, else −size; both are overwritten, since fresh memory costs more here than the arithmetic.
-
-    The least normal number is taken off z, so that a zero of either sign counts as negative. `torch.where` on random
-    signs is five times slower.
-    """
-    return size.copysign_(z.sub_(torch.finfo(z.dtype).tiny).to(size.dtype))
 
 
 def _resolve(adapter: Adapter, dim: str) -> str:
@@ -633,13 +638,9 @@ def _rows_first(W: Tensor, P: Tensor, Q: Tensor, along: Axis) -> tuple[Tensor, T
     return (W, P, Q) if along == "out_features" else (W.T, Q.T, P.T)
 
 
-def _at_least_float32(W: Tensor) -> Tensor:
-    return W.to(torch.promote_types(W.dtype, torch.float32))
-
-
 def _triple(W: Tensor, P: Tensor, Q: Tensor, norms: Norms) -> Triple:
     """Per row: ‖w_i‖², <w_i,u_i> = Σ_k P_ik (Q·Wᵀ)_ki, ‖u_i‖². Products in W's dtype, sums in float64."""
-    with _no_autocast(W):
+    with no_autocast(W):
         cross = (P.T * (Q.to(W.dtype) @ W.T)).sum(0)
         return Triple(_row_sums(W * W), cross, norms(P, Q))
 
@@ -709,11 +710,6 @@ def _combine(W: Tensor, P: Tensor, Q: Tensor, gains: Gains) -> Tensor:
     """base_excess ⊙ W + update_gain ⊙ P·Q per row: the gain goes into the thin factor, so two passes over W."""
     result = W * gains.base_excess[:, None].to(W.dtype)
     return result.addmm_((gains.update_gain[:, None] * P).to(W.dtype), Q.to(W.dtype))
-
-
-def _no_autocast(W: Tensor) -> torch.autocast:
-    """Norms and signs keep their precision in mixed-precision training."""
-    return torch.autocast(W.device.type, enabled=False)
 
 
 def _product_like(W: Tensor, P: Tensor, Q: Tensor) -> Tensor:

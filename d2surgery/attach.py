@@ -10,7 +10,8 @@ lower.
 import difflib
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from d2surgery.adapters import KINDS, Adapter, Weight
+from d2surgery.adapters import KINDS, Adapter, Weight, squared_norms
 from d2surgery.checkpoint import Checkpoint, from_adapters
 from d2surgery.errors import Problem, raise_errors, refuse
 
@@ -45,6 +47,8 @@ class AdaptedLinear(nn.Module):
         self.warmup = 1.0
         self._kind = type(adapter)
         self._fields = {f.name: getattr(adapter, f.name) for f in fields(adapter) if f.name not in self.slots}
+        self._remember_squares()
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
         self.train(base_layer.training)
 
     @property
@@ -69,7 +73,19 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
         update_input = F.dropout(x, self.dropout) if self.dropout and self.training else None
-        return self.adapter.forward(x, self.base_weight, self.bias, update_input)
+        W0 = self.base_weight
+        with _made_again(W0, self.base_layer) if _is_quantized(self.base_layer) else nullcontext():
+            return self.adapter.forward(x, W0, self.bias, update_input, self.base_squares)
+
+    def _remember_squares(self) -> None:
+        """What the norms need of W0, once and not in each step."""
+        along = self.adapter.along if self.adapter.normalises else None
+        self.base_squares = squared_norms(self.base_weight.detach(), along) if along else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedLinear":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._remember_squares()  # the weight may have another dtype or device now
+        return self
 
     def extra_repr(self) -> str:
         return f"kind={self._kind.kind}, dropout={self.dropout}"
@@ -197,6 +213,27 @@ def base_weight(layer: nn.Module) -> Weight:
         scale: Tensor = weight.SCB if state.SCB is None else state.SCB  # type: ignore[attr-defined]
         return weight.data.float() * (scale.float() / 127)[:, None]
     return weight
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    return _is(layer, "bitsandbytes", "Linear4bit") or _is(layer, "bitsandbytes", "Linear8bitLt")
+
+
+def _made_again(W0: Tensor, layer: nn.Module) -> saved_tensors_hooks:
+    """Keep no dequantised weight for the backward pass: the layer gives it again there."""
+    address = W0.data_ptr()
+
+    def pack(tensor: Tensor) -> Any:
+        return (tensor.shape, tensor.stride()) if tensor.data_ptr() == address else tensor
+
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else base_weight(layer).as_strided(*kept)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def _after_loading(layer: AdaptedLinear, _: Any) -> None:
+    layer._remember_squares()
 
 
 def _is(module: nn.Module, package: str, name: str) -> bool:

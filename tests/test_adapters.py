@@ -18,7 +18,7 @@ from torch import Tensor
 
 from d2surgery.errors import D2SurgeryError
 
-with install_import_hook(["d2surgery.adapters", "d2surgery.lowrank"], "beartype.beartype"):
+with install_import_hook(["d2surgery.adapters", "d2surgery.forwards", "d2surgery.lowrank"], "beartype.beartype"):
     from d2surgery.adapters import KINDS, Adapter, D2LoRA, DoRA, DualLoRA, LoRA, Streamed, Triple
 
 Slots = dict[str, np.ndarray[Any, np.dtype[np.float64]]]

@@ -29,6 +29,7 @@ LAYERS = (
     "pickled",
     "formats",
     "lowrank",
+    "forwards",
     "adapters",
     "checkpoint",
     "base",
