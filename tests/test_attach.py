@@ -2,6 +2,8 @@
 
 import copy
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -238,20 +240,31 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, use_reentrant: bo
         torch.testing.assert_close(found[name], grad)
 
 
-@every_kind
-def test_a_model_with_adapters_compiles_into_one_graph(kind: str) -> None:
+COMPILING = """
+import torch
+from test_attach import IDS, KINDS, attached, gradients, set_warmup
+
+for kind in KINDS:
     model = attached(kind)
     wanted = gradients(model)
-    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
-    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for w in (0.0, 0.3, 0.6, 1.0):  # the factor is no reason to compile for each value
         set_warmup(model, w)
         model.zero_grad()
-        compiled(IDS, labels=IDS).loss.backward()
+        with torch._dynamo.config.patch(error_on_recompile=w > 0.3):
+            compiled(IDS, labels=IDS).loss.backward()
     for name, parameter in model.named_parameters():
         if name in wanted:
-            assert parameter.grad is not None
             torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-6)
+    print(kind)
+"""
+
+
+def test_a_model_with_adapters_compiles_into_one_graph_and_warms_up_in_it() -> None:
+    """In its own process: the checks of test_adapters' import hook cannot be traced."""
+    here = Path(__file__).parent
+    run = subprocess.run([sys.executable, "-c", COMPILING], cwd=here, capture_output=True, text=True, check=False)
+    assert run.stdout.split() == list(KINDS), run.stderr
 
 
 # ---- targets --------------------------------------------------------------------------------------------------------
@@ -316,8 +329,6 @@ def test_options_are_those_of_the_kind() -> None:
     assert initial(model, "dora", ["q_proj"], rank=2, scaling=1.0, along="in_features")[ATTENTION[0]].along
     with pytest.raises(D2SurgeryError, match=r"BAD_CONFIG.*lora has no such option.*wanted none; got sigma, tau"):
         initial(model, "lora", ["q_proj"], rank=2, scaling=1.0, tau=0.5, sigma=0.1)
-    with pytest.raises(D2SurgeryError, match=r"BAD_CONFIG.*wanted out_features or in_features"):
-        initial(model, "d2lora", ["q_proj"], rank=2, scaling=1.0, along="rows")
     with pytest.raises(D2SurgeryError, match=r"BAD_CONFIG.*No such kind.*got 'vera'"):
         initial(model, "vera", ["q_proj"], rank=2, scaling=1.0)
 
