@@ -259,6 +259,60 @@ CODES: dict[str, Code] = {
         "transformers cannot build, fill or run this model here.",
         "Check that the directory is whole and that this version of transformers knows the architecture.",
     ),
+    "ELEMENTS_DIFFER": Code(
+        "A few elements differ from a merge that all else replays bit for bit, by no more than rounding.",
+        "Harmless in size, but something touched the file; --exact makes it a failure.",
+    ),
+    "ROUNDING_EXCESS": Code(
+        "The delta is there at the right strength, with more noise than rounding once makes.",
+        "Merge in float32 and round once; norms and magnitudes in 16 bits cost most.",
+    ),
+    "WRONG_BASE": Code(
+        "The merged checkpoint was made from another base: also tensors without an adapter differ, or what is left has "
+        "full rank.",
+        "Give the base that was merged into, in its own revision.",
+    ),
+    "DELTA_TRANSPOSED": Code("The update was added transposed.", "See fan_in_fan_out, and the order of the factors."),
+    "MAGNITUDE_DROPPED": Code(
+        "DoRA was merged without its magnitude or its norm.", "Use a merger that knows DoRA (use_dora)."
+    ),
+    "WRONG_AXIS": Code(
+        "Norms were taken along the other axis.", "See `along`; PEFT's DoRA keeps out_features (norm over dim 1)."
+    ),
+    "BRANCH_MISSING": Code("Part of the adapter was left out.", "Merge again with every factor of the adapter."),
+    "PROJECTION_MISSING": Code(
+        "D2-LoRA was merged in another form: without the directional projection, or without the update after it.",
+        "The form stands in the adapter's config; Ŵ = W* + ΔW by default.",
+    ),
+    "DIRECTION_MISSING": Code(
+        "Dual LoRA was merged without its direction group, or with another sign at zero.",
+        "W' = W0 + s·ReLU(BA) ⊙ sign(DC), sign +1 for positive values and −1 otherwise.",
+    ),
+    "HEADS_PERMUTED": Code(
+        "Rows of a query or key weight are in another order within each head: the two layouts of rotary embeddings.",
+        "Convert base and adapter by the same permutation, or neither.",
+    ),
+    "DELTA_UNEXPLAINED": Code(
+        "An adapted tensor differs from the right merge and no known fault explains how.",
+        "Merge again; check that base, adapter and merged belong together.",
+    ),
+    "BIAS_FORGOTTEN": Code("A trained bias was not merged.", "Merge with the biases of the adapter file."),
+    "REPLACEMENT_FORGOTTEN": Code(
+        "A saved module or trained token rows are still those of the base.",
+        "Merge with modules_to_save and trainable_token_indices.",
+    ),
+    "TIE_DOUBLED": Code(
+        "Two tied sides share one tensor in the merged checkpoint although the adapter makes them differ: it was "
+        "patched on behalf of both, or one side's update reached the other.",
+        "Untie: write both sides and set tie_word_embeddings to false.",
+    ),
+    "CONFIG_CHANGED": Code(
+        "A config beside the merged weights differs from what merging writes.", "Copy the base's file, or see why."
+    ),
+    "TOKENIZER_CHANGED": Code(
+        "The tokenizer differs from the one that belongs to the base or adapter, or is missing.",
+        "Copy its files into the merged directory.",
+    ),
     # Figures.
     "NO_IMAGES": Code(
         "PNG and SVG images are drawn by kaleido with Chrome or Chromium, and one of them is missing or failed.",

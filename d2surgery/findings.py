@@ -10,6 +10,7 @@ from d2surgery.measures.fidelity import Survival
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 Status = Literal["adapted", "unchanged", "replaced", "tied", "resized", "changed", "missing", "extra"]
+ModuleStatus = Literal["replayed", "rounding", "wrong", "uncertain"]
 STATUSES: tuple[Status, ...] = (
     "adapted", "unchanged", "replaced", "tied", "resized", "changed", "missing", "extra"
 )  # fmt: skip
@@ -54,7 +55,7 @@ class ModuleAudit:
 
     module: str
     kind: str
-    status: Literal["replayed", "rounding", "wrong", "uncertain"]
+    status: ModuleStatus
     verdict: Verdict
     tensors: tuple[str, ...]
     elements: int

@@ -61,7 +61,7 @@ class Tie:
 def find_tie(base: Header, config: Mapping[str, Any]) -> Tie:
     """The ties of a base; none of its outputs is on disk under a name of its own."""
     architecture = (config.get("architectures") or [""])[0]
-    flag = _flag(config)
+    flag = tie_flag(config)
     modules = [name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")]
     found = next((m for last in _INPUT_EMBEDDINGS for m in modules if m.rpartition(".")[2] == last), None)
     outputs = _outputs(base, architecture, found, flag) if found else ()
@@ -72,7 +72,7 @@ def find_tie(base: Header, config: Mapping[str, Any]) -> Tie:
     return Tie(embedding, dict.fromkeys(aliases, f"{found}.weight"), bool(flag), unknown)
 
 
-def _flag(config: Mapping[str, Any]) -> bool | None:
+def tie_flag(config: Mapping[str, Any]) -> bool | None:
     """tie_word_embeddings, of the model or of its text part; None when the config does not say."""
     text = config.get("text_config")
     flags = (config.get("tie_word_embeddings"), text.get("tie_word_embeddings") if isinstance(text, Mapping) else None)

@@ -109,10 +109,9 @@ class TileMerger:
         stored = raw.view(DTYPES[tile.output.info.dtype])
         if tile.output.info.dtype not in FLOATS:
             return stored
-        values = self._with_rows(tile, self._working_copy(stored, tile.output.work_dtype))
         if tile.patch is None:
-            return self.finish(tile, values, raw)
-        effective = self.effective(tile, self._base_weight(tile, values))
+            return self.finish(tile, self._values(tile, raw), raw)
+        effective = self.effective(tile, self.base_weight(tile, raw))
         return None if effective is None else self.finish(tile, effective, raw)
 
     def finish(self, tile: Tile, effective: Tensor, buffer: Tensor) -> Tensor:
@@ -129,14 +128,27 @@ class TileMerger:
 
     def delta(self, tile: Tile, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tile's base weight as an (out_features, in_features) matrix, and strength·delta."""
-        stored = buffer[: tile.nbytes].view(DTYPES[tile.output.info.dtype])
-        values = self._with_rows(tile, self._working_copy(stored, tile.output.work_dtype))
-        base_weight = self._base_weight(tile, values)
+        base_weight = self.base_weight(tile, buffer)
         return base_weight, self._patched(tile, base_weight, over=False)
+
+    def base_weight(self, tile: Tile, buffer: Tensor) -> Tensor:
+        """The tile as an (out_features, in_features) matrix in the dtype of the work; the next one lies over it."""
+        assert tile.patch is not None
+        matrix = self._values(tile, buffer).view(tile.last - tile.first, -1)
+        return matrix.T if tile.patch.transposed else matrix
 
     def effective(self, tile: Tile, base_weight: Tensor) -> Tensor | None:
         """W0 + strength·delta before rounding, written over the base weight; None for a tile that only measures."""
         return self._patched(tile, base_weight, over=True)
+
+    def adapter(self, tile: Tile) -> Adapter:
+        """The adapter of the whole patch that the tile is part of."""
+        assert tile.patch is not None
+        return self._adapter(tile, tile.patch)[0]
+
+    def begin(self) -> None:
+        """Forget the sums of the output in use: its tiles are about to come again."""
+        self.current = None
 
     def crosses_tiles(self, patch: Patch) -> bool:
         """Whether its adapter normalises vectors that lie across rows of the stored tensor."""
@@ -160,10 +172,9 @@ class TileMerger:
         once = rounded(values, dtype) if values.dtype == torch.float64 else values  # copy_ rounds float32 once
         return raw[: values.numel() * dtype.itemsize].view(dtype).copy_(once)
 
-    def _base_weight(self, tile: Tile, values: Tensor) -> Tensor:
-        assert tile.patch is not None
-        matrix = values.view(tile.last - tile.first, -1)
-        return matrix.T if tile.patch.transposed else matrix
+    def _values(self, tile: Tile, buffer: Tensor) -> Tensor:
+        stored = buffer[: tile.nbytes].view(DTYPES[tile.output.info.dtype])
+        return self._with_rows(tile, self._working_copy(stored, tile.output.work_dtype))
 
     def _patched(self, tile: Tile, base_weight: Tensor, *, over: bool) -> Tensor | None:
         """strength·delta or, over the base weight, their sum; None when the tile only adds to its vectors' triples."""
@@ -260,6 +271,12 @@ def tiles(output: Output, twice: bool) -> Iterator[Tile]:
         for measure in (True, False) if twice and len(cuts) > 1 else (False,):
             for first, last in cuts:
                 yield Tile(output, first * row_bytes, (last - first) * row_bytes, first, last, patch, measure)
+
+
+def part_of(output: Output, patch: Patch, first: int, last: int) -> Tile:
+    """Whole rows of a patch as one tile."""
+    row_bytes = output.info.nbytes // (output.site.matrix[0] if output.site else 1)
+    return Tile(output, first * row_bytes, (last - first) * row_bytes, first, last, patch)
 
 
 def _cuts(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:

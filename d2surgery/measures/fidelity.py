@@ -89,6 +89,7 @@ class Comparison:
     elements: int = 0
     mismatched: int = 0  # entries whose bits differ from the wanted ones
     ulps: tuple[int, ...] = (0,) * (len(ULPS) + 1)  # mismatched entries by distance in units in the last place
+    beyond: int = 0  # entries whose difference is more than rounding and sloppy products make
     e_delta: float = 0.0  # <e, delta>
     d_delta: float = 0.0  # <d, delta>
     ee: float = 0.0  # ‖e‖²
@@ -137,6 +138,7 @@ def compare(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comp
     return both + Comparison(
         mismatched=mismatched,
         ulps=_histogram(ulps(wanted[different], merged[different])),
+        beyond=_beyond(base[different], delta[different], wanted[different], d[different]),
         d_delta=_dot(d, delta),
         de=_dot(d, e),
         dd=_dot(d, d),
@@ -144,6 +146,13 @@ def compare(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comp
         de_delta2=_dot(d_delta, e_delta),
         dd_delta2=_dot(d_delta, d_delta),
     )
+
+
+def _beyond(base: Tensor, delta: Tensor, wanted: Tensor, d: Tensor) -> int:
+    """Entries off by more than 4 units in the last place of the larger of W0 and E, and 1/64 of delta: NaN too."""
+    largest = torch.maximum(base.abs(), wanted.abs().to(base.dtype)).clamp(min=torch.finfo(wanted.dtype).tiny)
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent) * torch.finfo(wanted.dtype).eps / 2
+    return int(torch.count_nonzero(~(d.abs() <= 4 * unit + delta.abs() / 64)))
 
 
 def bits(values: Tensor) -> Tensor:

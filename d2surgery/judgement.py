@@ -1,0 +1,249 @@
+"""From sums and diagnoses to verdicts: the rules of an audit, without reading anything."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from math import isnan, prod, sqrt
+from typing import NamedTuple
+
+from d2surgery.diagnosis import EXCESS, SIGNIFICANT, Diagnosis
+from d2surgery.errors import Problem, Severity
+from d2surgery.findings import ModuleAudit, ModuleStatus, TensorAudit, Thresholds, Verdict
+from d2surgery.measures.fidelity import LOW_GAIN, ULPS, Comparison, Survival
+from d2surgery.pairing import Pair
+from d2surgery.replay import Replay, Tally
+
+FEW = 16  # differing elements that are a change, not another library's rounding, when all else is replayed
+NOISY = 2.5  # times the noise of rounding once: no merger known here makes more
+
+_OPEN_OR_BETTER: dict[str, Severity] = {  # every other code is an error
+    "OTHER_ROUNDING": "info",
+    "LOW_SURVIVAL": "warning",
+    "STRENGTH_UNCERTAIN": "warning",
+    "ROUNDING_EXCESS": "warning",
+}
+
+
+class _Ruling(NamedTuple):
+    status: ModuleStatus
+    code: str = ""
+    message: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        return {"wrong": "fail", "uncertain": "inconclusive"}.get(self.status, "pass")  # type: ignore[return-value]
+
+
+# Modules ---------------------------------------------------------------------------------------------------------
+
+
+def judge_module(
+    module: str,
+    kind: str,
+    tensors: tuple[str, ...],
+    dtype: str,
+    tally: Tally,
+    diagnosis: Diagnosis | None,
+    limits: Thresholds,
+) -> ModuleAudit:
+    """`diagnosis` of a module whose bits differ from every recipe's."""
+    sums = tally.comparison
+    ruling = _rule(tally, dtype, diagnosis, limits)
+    names = [f"{low + 1}-{high}" if high > low + 1 else str(high) for low, high in zip((0, *ULPS), ULPS, strict=False)]
+    first = tally.first
+    return ModuleAudit(
+        module=module,
+        kind=kind,
+        status=ruling.status,
+        verdict=ruling.verdict,
+        tensors=tensors,
+        elements=sums.elements,
+        mismatched_elements=sums.mismatched,
+        recipe=tally.nearest.name if tally.nearest else min(tally.recipes, default=None),
+        strength=sums.strength,
+        strength_error=sums.strength_error,
+        residual=sums.residual,
+        survival=tally.survival,
+        ulps=dict(zip([*names, f">{ULPS[-1]}"], sums.ulps, strict=True)) if sums.mismatched else {},
+        first_mismatch=index_of(first[2], first[0].output.shape) if first else None,
+        residual_rank=diagnosis.residual_rank if diagnosis else None,
+        code=ruling.code,
+        message=ruling.message,
+    )
+
+
+def _rule(tally: Tally, dtype: str, diagnosis: Diagnosis | None, limits: Thresholds) -> _Ruling:
+    sums = tally.comparison
+    if not tally.finite:
+        return _Ruling("wrong", "NOT_FINITE", "the merged weight holds NaN or infinity")
+    if not sums.mismatched:
+        return _Ruling("replayed")
+    assert diagnosis is not None
+    said = "" if isnan(sums.strength) else f"strength {sums.strength:.5g} ± {max(sums.strength_error, 1e-9):.1g}"
+    if diagnosis.code and diagnosis.code != "WRONG_STRENGTH":
+        return _Ruling("wrong", diagnosis.code, diagnosis.what if diagnosis.exact else f"{diagnosis.what}; {said}")
+    ruling = _strength(sums, dtype, diagnosis, limits, said)
+    if ruling is not None:
+        return ruling
+    if limits.exact:
+        return _Ruling("wrong", "TENSOR_CHANGED", f"{_count(sums)} differ from every recipe (--exact)")
+    if sums.beyond:
+        return _Ruling("wrong", "TENSOR_CHANGED", f"{sums.beyond} of {_count(sums)} differ by more than rounding")
+    excess = noise(sums, tally.survival)
+    if excess > NOISY and sums.residual > 1e-3:
+        return _Ruling("wrong", "ROUNDING_EXCESS", f"{excess:.1f} times the noise of rounding once; {said}")
+    if excess > EXCESS:
+        return _Ruling("rounding", "ROUNDING_EXCESS", f"{excess:.1f} times the noise of rounding once; {said}")
+    return _Ruling("rounding", "OTHER_ROUNDING", f"{_count(sums)} differ, by rounding; {said}")
+
+
+def _strength(sums: Comparison, dtype: str, diagnosis: Diagnosis, limits: Thresholds, said: str) -> _Ruling | None:
+    """A ruling where the strength is wrong or uncertain."""
+    if isnan(sums.strength):
+        return _Ruling("uncertain", "STRENGTH_UNCERTAIN", "rounding leaves nothing of the delta to measure")
+    right, wrong = limits.strength_pass, limits.strength_fail
+    if dtype in ("F32", "F64"):
+        right = min(right, 1e-5 + sums.residual)
+        wrong = min(wrong, 2 * right)
+    off, error = abs(sums.strength - 1), sums.strength_error
+    if diagnosis.exact or (off > wrong and off > SIGNIFICANT * error):
+        what = f"{diagnosis.what}; {said}" if diagnosis.what else said
+        return _Ruling("wrong", diagnosis.code or "WRONG_STRENGTH", what)
+    if off > right or SIGNIFICANT * error > max(wrong, limits.strength_fail):
+        return _Ruling("uncertain", "STRENGTH_UNCERTAIN", said)
+    return None
+
+
+def noise(sums: Comparison, survival: Survival) -> float:
+    """‖merged − W0 − delta‖ in units of what the right rounding leaves of it."""
+    more = 2 * (sums.de - sums.d_delta) + sums.dd
+    once = max(survival.error_squared - more, 1e-14 * survival.delta_squared, 1e-300)
+    return sqrt(survival.error_squared / once)
+
+
+def _count(sums: Comparison) -> str:
+    noun = "element" if sums.mismatched == 1 else "elements"
+    return f"{sums.mismatched} of {sums.elements} {noun}"
+
+
+def isolated(modules: Mapping[str, ModuleAudit]) -> dict[str, ModuleAudit]:
+    """A few differing elements beside modules that one recipe replays are changes: no library rounds so seldom."""
+    replayed = {module.recipe for module in modules.values() if module.status == "replayed"}
+    settled = {}
+    for name, module in modules.items():
+        few = module.code == "OTHER_ROUNDING" and module.mismatched_elements <= FEW
+        if few and module.recipe in replayed:
+            one = module.mismatched_elements == 1
+            what = f"{module.mismatched_elements} of {module.elements} elements {'differs' if one else 'differ'}"
+            place = f"{'at' if one else 'the first at'} {list(module.first_mismatch or ())}"
+            size = max((label for label, count in module.ulps.items() if count), key=len)
+            message = f"{what}, {place}, by {size} unit in the last place; all else is as {module.recipe} gives it"
+            module = replace(module, code="ELEMENTS_DIFFER", message=message)
+        settled[name] = module
+    return settled
+
+
+# Tensors ---------------------------------------------------------------------------------------------------------
+
+
+def judge_tensor(
+    pair: Pair, replay: Replay, modules: Mapping[str, ModuleAudit], forgotten: Mapping[str, bool]
+) -> TensorAudit:
+    """`forgotten`: of tensors that differ, whether they are still the base's."""
+    bad = replay.mismatched[pair.name]
+    code = ""
+    wrong = [modules[name].code for name in pair.modules if name in modules and modules[name].verdict == "fail"]
+    patched = pair.output.site is not None and bool(pair.output.site.patches)
+    if pair.status == "tied":
+        code = "TIE_DOUBLED" if bad else ""
+    elif patched:
+        code = wrong[0] if wrong and bad else ""
+    elif bad and not replay.finite[pair.name]:
+        code = "NOT_FINITE"
+    elif bad:
+        code = "TENSOR_CHANGED"
+        if pair.status != "unchanged" and forgotten.get(pair.name):
+            code = "BIAS_FORGOTTEN" if pair.name.endswith("bias") else "REPLACEMENT_FORGOTTEN"
+    return TensorAudit(
+        name=pair.name,
+        status="changed" if code else pair.status,
+        dtype=pair.info.dtype,
+        shape=pair.output.shape,
+        elements=prod(pair.output.shape),
+        mismatched_elements=bad,
+        first_mismatch=index_of(replay.first[pair.name], pair.output.shape) if bad else None,
+        modules=pair.modules,
+        code=code,
+    )
+
+
+def index_of(element: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major position of an element."""
+    index: list[int] = []
+    for size in reversed(shape):
+        element, at = divmod(element, size)
+        index.append(at)
+    return tuple(reversed(index))
+
+
+# The whole -------------------------------------------------------------------------------------------------------
+
+
+def wrong_base(modules: Mapping[str, ModuleAudit], tensors: Iterable[TensorAudit]) -> dict[str, ModuleAudit]:
+    """Where untouched tensors changed too, what no fault explains in the modules is another base."""
+    plain = [t for t in tensors if not t.modules and t.status in ("unchanged", "changed")]
+    changed = [t for t in plain if t.code == "TENSOR_CHANGED"]
+    strange = {name for name, m in modules.items() if m.code in ("DELTA_UNEXPLAINED", "ROUNDING_EXCESS")}
+    everywhere = len(changed) > 0.5 * len(plain) if plain else False
+    full = [name for name in strange if (modules[name].residual_rank or 0) > 16]
+    if not strange or not (everywhere or len(full) == len(modules)):
+        return dict(modules)
+    return {
+        name: replace(m, code="WRONG_BASE", status="wrong", verdict="fail") if name in strange else m
+        for name, m in modules.items()
+    }
+
+
+def reasons_of(modules: Mapping[str, ModuleAudit], tensors: Iterable[TensorAudit]) -> Iterator[Problem]:
+    """One problem per code and message, naming the first modules or tensors."""
+    groups: dict[tuple[str, str], list[ModuleAudit]] = {}
+    for module in modules.values():
+        if module.code:
+            groups.setdefault((module.code, module.verdict), []).append(module)
+    for (code, verdict), group in groups.items():
+        severity = "error" if verdict == "fail" else _OPEN_OR_BETTER.get(code, "warning")
+        yield Problem(code=code, severity=severity, message=_worst(group).message, module=_several(group))
+    low = [m for m in modules.values() if m.verdict == "pass" and m.survival.gain < LOW_GAIN]
+    if low:
+        least = min(low, key=lambda m: m.survival.gain)
+        text = f"rounding to the file's dtype left {least.survival.gain:.0%} of the delta in {least.module}"
+        yield Problem(code="LOW_SURVIVAL", severity="warning", message=text, module=_several(low))
+    missed = [m for m in modules.values() if m.code == "DELTA_NOT_APPLIED"]
+    if missed and len(missed) < len(modules):
+        text = f"{len(missed)} of {len(modules)} modules are as in the base"
+        yield Problem(code="PARTIAL_MERGE", message=text, module=_several(missed))
+    by_code: dict[str, list[TensorAudit]] = {}
+    for tensor in tensors:
+        patched = any(name in modules for name in tensor.modules)
+        if tensor.code and (
+            not patched or tensor.code not in {modules[n].code for n in tensor.modules if n in modules}
+        ):
+            by_code.setdefault(tensor.code, []).append(tensor)
+    for code, found in by_code.items():
+        yield Problem(code=code, message=_tensors(found), module=_several(found))
+
+
+def _worst(group: list[ModuleAudit]) -> ModuleAudit:
+    return max(group, key=lambda m: m.mismatched_elements)
+
+
+def _tensors(found: list[TensorAudit]) -> str:
+    total = sum(t.elements for t in found)
+    bad = sum(t.mismatched_elements for t in found)
+    tensors = "1 tensor" if len(found) == 1 else f"{len(found)} tensors"
+    return f"{tensors}, {bad} of {total} elements" if bad else f"{tensors} of shape {list(found[0].shape)}"
+
+
+def _several(found: list[ModuleAudit] | list[TensorAudit]) -> str:
+    names = [item.module if isinstance(item, ModuleAudit) else item.name for item in found]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

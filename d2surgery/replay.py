@@ -1,0 +1,251 @@
+"""One pass over base and merged side by side: the merge again, tile by tile, by the recipe that gives the file's bits.
+
+The recipe that fitted last is tried first, so a file made by one merger costs one merge and one comparison. Where no
+recipe gives every bit, the one with the fewest differences is what the file is measured against.
+"""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from d2surgery.header import BITS
+from d2surgery.measures.fidelity import Comparison, Survival, bits, compare, measured
+from d2surgery.pairing import Pair
+from d2surgery.recipes import OURS, RECIPES, Operands, Recipe
+from d2surgery.sites import Patch
+from d2surgery.tensors import DTYPES, as_bytes, read_into
+from d2surgery.tiles import Tile, TileMerger, all_finite, part_of
+from d2surgery.writer import pipeline
+
+WHOLE = 1 << 24  # entries: the largest weight held whole, for recipes that normalise across tiles
+_SAMPLE = 64  # rows on which recipes are told apart
+_BUFFERS = 3
+_ALIGNED = 64
+
+
+@dataclass
+class Tally:
+    """Sums of one module so far."""
+
+    survival: Survival = field(default_factory=Survival)
+    comparison: Comparison = field(default_factory=Comparison)
+    recipes: set[str] = field(default_factory=set)  # that its tiles were compared with
+    nearest: Recipe | None = None  # when no recipe gave every bit of a tile
+    first: tuple[Pair, Patch, int] | None = None  # the first mismatched element
+    finite: bool = True
+
+
+@dataclass
+class Replay:
+    """What a pass over pairs found."""
+
+    merger: TileMerger
+    kinds: dict[str, str]  # module -> kind
+    recipes: tuple[Recipe, ...] = RECIPES
+    modules: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
+    mismatched: Counter[str] = field(default_factory=Counter)  # tensor -> elements
+    first: dict[str, int] = field(default_factory=dict)  # tensor -> element
+    finite: defaultdict[str, bool] = field(default_factory=lambda: defaultdict(lambda: True))
+    favourite: Recipe | None = None
+    current: Pair | None = None
+    whole: tuple[Patch, str, Tensor] | None = None  # what a recipe made of a whole patch
+    spaces: list[Tensor] = field(default_factory=lambda: [torch.empty(0), torch.empty(0)])
+
+    def run(self, pairs: Iterable[Pair], progress: Callable[[int, int], None]) -> None:
+        """Compare every pair; progress(done, total) in bytes of the merged file."""
+        queue = [(pair, tile) for pair in pairs for tile in self.merger.tiles(pair.output)]
+        total = sum(_share(pair, tile)[1] for pair, tile in queue if not tile.measure)
+        largest = max((_aligned(tile.nbytes) + _share(pair, tile)[1] for pair, tile in queue), default=0)
+        done = 0
+
+        def compute(step: tuple[Pair, Tile], buffer: Tensor) -> None:
+            nonlocal done
+            pair, tile = step
+            if pair is not self.current:
+                self.current, self.whole = pair, None
+                self.merger.begin()
+            if tile.measure:
+                self.merger.merge(tile, buffer)
+                return
+            self._compare(pair, tile, buffer)
+            done += _share(pair, tile)[1]
+            progress(done, total)
+
+        buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(_BUFFERS)]
+        pipeline(queue, self._read, compute, lambda step, piece: None, buffers)
+
+    def _read(self, step: tuple[Pair, Tile], buffer: Tensor) -> None:
+        pair, tile = step
+        self.merger.read(tile, buffer)
+        if not tile.measure:
+            start, nbytes = _share(pair, tile)
+            at = _aligned(tile.nbytes)
+            read_part(pair, start, as_bytes(buffer[at : at + nbytes]))
+
+    def _compare(self, pair: Pair, tile: Tile, buffer: Tensor) -> None:
+        at = _aligned(tile.nbytes)
+        merged = buffer[at : at + _share(pair, tile)[1]].view(DTYPES[pair.info.dtype])
+        patch = tile.patch
+        if patch is None:
+            made = self.merger.merge(tile, buffer[: tile.nbytes])
+            assert made is not None
+            self._note(pair, tile, made.reshape(-1).view(merged.dtype), merged)
+            return
+        working = self.merger.base_weight(tile, buffer)
+        base_weight = self._space(0, working).copy_(working)
+        effective = self.merger.effective(tile, working)
+        assert effective is not None
+        delta = torch.sub(effective, base_weight, out=self._space(1, base_weight))
+        ours = self.merger.finish(tile, effective, buffer[: tile.nbytes]).reshape(-1)
+        tally = self.modules[patch.module] if pair.status != "tied" else Tally()
+        wanted = self._wanted(tally, pair, tile, base_weight, ours, merged)
+        if pair.status != "tied":
+            base, change = (base_weight.T, delta.T) if patch.transposed else (base_weight, delta)
+            made = merged.view(base.shape)
+            survival = measured(base, change, made)
+            tally.survival += survival
+            if wanted is merged:
+                tally.comparison += Comparison(
+                    elements=survival.elements, e_delta=survival.inner, ee=survival.applied_squared
+                )
+                return
+            tally.comparison += compare(base, change, wanted.view(base.shape), made)
+            tally.finite &= all_finite(merged)
+        if self._note(pair, tile, wanted, merged) and tally.first is None:
+            tally.first = (pair, patch, self.first[pair.name])
+
+    def _space(self, which: int, like: Tensor) -> Tensor:
+        """Memory of the shape and layout of another matrix, the same at every call."""
+        space = self.spaces[which]
+        if space.dtype != like.dtype or space.numel() < like.numel():
+            space = self.spaces[which] = torch.empty(like.numel(), dtype=like.dtype)
+        flat = space[: like.numel()]
+        return flat.view(like.T.shape).T if like.stride(0) < like.stride(1) else flat.view(like.shape)
+
+    # Recipes -----------------------------------------------------------------------------------------------------
+
+    def _wanted(
+        self, tally: Tally, pair: Pair, tile: Tile, base_weight: Tensor, ours: Tensor, merged: Tensor
+    ) -> Tensor:
+        """What the right recipe makes of the tile: `merged` itself where one gives every bit, else the nearest's."""
+        patch = tile.patch
+        assert patch is not None
+        if tally.nearest is None:
+            bank = self._bank(patch)
+            for recipe in bank:
+                if self._same(recipe, pair, tile, base_weight, ours, merged):
+                    self.favourite = recipe
+                    tally.recipes.add(recipe.name)
+                    return merged
+            tally.nearest = min(bank, key=lambda r: self._distance(r, pair, tile, base_weight, ours, merged))
+        tally.recipes.add(tally.nearest.name)
+        made = self._made(tally.nearest, pair, tile, base_weight, ours, tile.last - tile.first)
+        return ours if made is None else made
+
+    def _bank(self, patch: Patch) -> list[Recipe]:
+        """The recipes of this kind, the one that fitted last first."""
+        fitting = [recipe for recipe in self.recipes if self.kinds[patch.module] in recipe.kinds]
+        if self.merger.strength != 1:
+            fitting = [recipe for recipe in fitting if recipe.name == OURS]
+        return sorted(fitting, key=lambda recipe: recipe is not self.favourite)
+
+    def _same(self, recipe: Recipe, pair: Pair, tile: Tile, base_weight: Tensor, ours: Tensor, merged: Tensor) -> bool:
+        """Whether the recipe gives these bits: on a few rows, then on all."""
+        rows = tile.last - tile.first
+        for count in (min(_SAMPLE, rows), rows):
+            made = self._made(recipe, pair, tile, base_weight, ours, count)
+            if made is None or not _equal(made, merged[: made.numel()]):
+                return False
+        return True
+
+    def _distance(
+        self, recipe: Recipe, pair: Pair, tile: Tile, base_weight: Tensor, ours: Tensor, merged: Tensor
+    ) -> float:
+        made = self._made(recipe, pair, tile, base_weight, ours, min(_SAMPLE, tile.last - tile.first))
+        if made is None:
+            return float("inf")
+        return float(torch.count_nonzero(bits(made) != bits(merged[: made.numel()])))
+
+    def _made(
+        self, recipe: Recipe, pair: Pair, tile: Tile, base_weight: Tensor, ours: Tensor, count: int
+    ) -> Tensor | None:
+        """The first `count` stored rows of the tile, flat; None where the recipe cannot be had tile by tile."""
+        patch = tile.patch
+        assert patch is not None
+        if recipe.name == OURS:
+            width = ours.numel() // (tile.last - tile.first)
+            return ours[: count * width]
+        first = tile.first - patch.start
+        if self.merger.crosses_tiles(patch):
+            whole = self._made_whole(recipe, pair, tile)
+            return None if whole is None else whole[first : first + count].reshape(-1)
+        part = slice(first, first + count)
+        adapter = self.merger.adapter(tile).take(**{"in_" if patch.transposed else "out": part})
+        base = base_weight[:, :count] if patch.transposed else base_weight[:count]
+        made = recipe.merge(Operands(base.to(DTYPES[pair.output.info.dtype]), adapter, DTYPES[pair.info.dtype]))
+        return (made.T if patch.transposed else made).reshape(-1)
+
+    def _made_whole(self, recipe: Recipe, pair: Pair, tile: Tile) -> Tensor | None:
+        """What the recipe makes of the whole patch, as stored; kept while its tiles pass by."""
+        patch = tile.patch
+        assert patch is not None
+        every = part_of(pair.output, patch, patch.start, patch.stop)
+        if every.nbytes * 8 // BITS[pair.output.info.dtype] > WHOLE:
+            return None
+        if self.whole is None or self.whole[:2] != (patch, recipe.name):
+            base = self.merger.base_weight(every, read_tile(self.merger, every)).to(DTYPES[pair.output.info.dtype])
+            made = recipe.merge(Operands(base, self.merger.adapter(tile), DTYPES[pair.info.dtype]))
+            self.whole = (patch, recipe.name, (made.T if patch.transposed else made).contiguous())
+        return self.whole[2]
+
+    def _note(self, pair: Pair, tile: Tile, wanted: Tensor, merged: Tensor) -> int:
+        """Count mismatched elements; remember the first."""
+        if _equal(wanted, merged):
+            return 0
+        different = bits(wanted) != bits(merged)
+        count = int(torch.count_nonzero(different))
+        if count and pair.name not in self.first:
+            at = int(different.to(torch.uint8).argmax())
+            self.first[pair.name] = tile.start * 8 // BITS[pair.output.info.dtype] + at
+        self.mismatched[pair.name] += count
+        if merged.is_floating_point():
+            self.finite[pair.name] &= all_finite(merged)
+        return count
+
+
+def read_tile(merger: TileMerger, tile: Tile) -> Tensor:
+    """The tile's bytes in memory of their own."""
+    buffer = torch.empty(tile.nbytes, dtype=torch.uint8)
+    merger.read(tile, buffer)
+    return buffer
+
+
+def read_part(pair: Pair, start: int, target: memoryview) -> None:
+    """Bytes of the merged tensor from a position within it."""
+    fd = os.open(pair.info.file, os.O_RDONLY)
+    try:
+        read_into(fd, target, pair.info.start + start)
+    finally:
+        os.close(fd)
+
+
+def _share(pair: Pair, tile: Tile) -> tuple[int, int]:
+    """Where the tile's elements are in the merged tensor: first byte and number of bytes."""
+    source, own = BITS[pair.output.info.dtype], BITS[pair.info.dtype]
+    return tile.start * own // source, tile.nbytes * own // source
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNED) * _ALIGNED
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """The same bytes; compared as large integers where they lie so, which is faster."""
+    first, second = (values.reshape(-1).view(torch.uint8) for values in (a, b))
+    if first.numel() % 8 == first.storage_offset() % 8 == second.storage_offset() % 8 == 0:
+        first, second = first.view(torch.int64), second.view(torch.int64)
+    return torch.equal(first, second)

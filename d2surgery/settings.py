@@ -1,0 +1,218 @@
+"""Config, generation config and tokenizer of a merged checkpoint beside those that merging would have written.
+
+Compared by meaning, not by bytes: saving again with another transformers adds defaults, moves fields and writes
+tokenizer.json anew, and none of that changes the model.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from d2surgery.base import BaseWeights
+from d2surgery.errors import Problem, Severity
+from d2surgery.ties import tie_flag
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
+
+# Fields that say who wrote the config, or how it is used, not what the model computes.
+_COSMETIC = frozenset((
+    "_name_or_path", "transformers_version", "architectures", "auto_map", "torchscript", "use_cache", "use_bfloat16",
+    "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type", "use_mems",
+    "task_specific_params", "initializer_range", "attention_dropout", "hidden_dropout", "dropout", "resid_pdrop",
+    "embd_pdrop", "attn_pdrop", "pretraining_tp", "unsloth_version", "_attn_implementation", "attn_implementation",
+    "gradient_checkpointing", "unsloth_fixed", "chunk_size_feed_forward", "is_llama_config", "transformers.js_config",
+    "finetuning_task", "prefix",
+))  # fmt: skip
+_TOKENS = frozenset(("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"))
+# A missing field has transformers' default, which is the base's value unless it is one of these.
+_NEEDED = frozenset((
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "rope_theta", "rope_scaling", "quantization_config", "sliding_window",
+))  # fmt: skip
+
+
+def compare_settings(expected: Mapping[str, bytes], merged: BaseWeights, *, tied: bool) -> list[Problem]:
+    """All files beside the weights. `expected`: name -> content; tied: the file leaves an output to its tie."""
+    want, got = _json(expected.get("config.json")), merged.config
+    path = merged.directory / "generation_config.json"
+    generation = _json(path.read_bytes() if path.is_file() else None)
+    if want and not got:
+        missing = Problem(code="CONFIG_CHANGED", message="there is none", file="config.json")
+        return [missing, *compare_tokenizers(expected, merged.directory)]
+    return [
+        *(compare_config(want, got) if want else ()),
+        *(_tie(want, got, tied) if want else ()),
+        *(compare_generation(_json(expected.get(path.name)), generation) if path.is_file() else ()),
+        *compare_tokenizers(expected, merged.directory),
+    ]
+
+
+def _json(content: bytes | None) -> dict[str, Any]:
+    try:
+        value = json.loads(content) if content else {}
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _tie(expected: Mapping[str, Any], merged: Mapping[str, Any], tied: bool) -> Iterator[Problem]:
+    """A flag that makes transformers tie what is on disk apart, or leaves an output without weights."""
+    want, got = tie_flag(expected), tie_flag(merged)
+    if want is False and got:
+        yield _changed("config.json", "tie_word_embeddings", want, got, "error")
+    elif want and got is not True and tied:
+        yield _changed("config.json", "tie_word_embeddings", want, got, "error" if got is False else "warning")
+    elif want is not None and got is not None and want != got:
+        yield _changed("config.json", "tie_word_embeddings", want, got, "info")
+
+
+def compare_config(expected: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[Problem]:
+    """Every field that matters and differs; cosmetic ones as one note."""
+    want, got = _normal(expected), _normal(merged)
+    notes = []
+    for key in sorted(want.keys() | got.keys()):
+        before, after = want.get(key), got.get(key)
+        if before == after or key.rpartition(".")[2] == "tie_word_embeddings":
+            continue
+        severity = _severity(key, key in want, key in got)
+        if severity == "info":
+            notes.append(key)
+        else:
+            yield _changed("config.json", key, before, after, severity)
+    if notes:
+        yield Problem(code="CONFIG_CHANGED", severity="info", file="config.json", message=f"also {', '.join(notes)}")
+
+
+def compare_generation(expected: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[Problem]:
+    """Sampling defaults and special tokens: they change answers, not the model."""
+    for key in sorted(expected.keys() | merged.keys()):
+        if key in ("transformers_version", "_from_model_config") or expected.get(key) == merged.get(key):
+            continue
+        severity: Severity = "warning" if key in expected else "info"
+        yield _changed("generation_config.json", key, expected.get(key), merged.get(key), severity)
+
+
+def compare_tokenizers(expected: Mapping[str, bytes], merged: Path) -> Iterator[Problem]:
+    """By vocabulary, merges and added tokens where the files differ; a missing tokenizer is an error."""
+    wanted = [name for name in TOKENIZERS if name in expected]
+    there = [name for name in wanted if (merged / name).is_file()]
+    if wanted and not any((merged / name).is_file() for name in TOKENIZERS):
+        got = "none of its files"
+        yield Problem(code="TOKENIZER_CHANGED", message="there is no tokenizer", wanted=wanted[0], got=got)
+    for name in there:
+        content = (merged / name).read_bytes()
+        if content != expected[name]:
+            yield from _tokenizer(name, expected[name], content)
+    yield from _templates(expected, merged)
+
+
+def _normal(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flat, without nulls, with the names of transformers 5 where older ones mean the same."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = {"torch_dtype": "dtype"}.get(key, key)
+        if isinstance(value, Mapping) and key not in ("id2label", "label2id"):
+            inside = _normal(value, f"{prefix}{name}.")
+            flat |= {k: v for k, v in inside.items() if v is not None}
+        elif value is not None:
+            flat[f"{prefix}{name}"] = value
+    for key in [key for key in flat if ".rope_theta" in key or key == "rope_theta" or ".rope_type" in key]:
+        if key.startswith("rope_parameters."):
+            flat[key.removeprefix("rope_parameters.")] = flat.pop(key)
+    for key in [key for key in flat if key.startswith("rope_parameters.")]:
+        flat[f"rope_scaling.{key.removeprefix('rope_parameters.')}"] = flat.pop(key)
+    if flat.get("rope_type") == "default":
+        del flat["rope_type"]
+    return flat
+
+
+def _severity(key: str, before: bool, after: bool) -> Severity:
+    name = key.rpartition(".")[2]
+    root = key.partition(".")[0]
+    if name in _COSMETIC or root in _COSMETIC:
+        return "info"
+    if name in _TOKENS or name == "dtype":
+        return "warning" if before else "info"
+    if before and after:
+        return "error"
+    if {name, root} & _NEEDED or root.startswith("rope"):
+        return "error" if before or root in ("quantization_config", "rope_scaling") else "info"
+    return "info"
+
+
+def _tokenizer(name: str, expected: bytes, content: bytes) -> Iterator[Problem]:
+    if not name.endswith(".json"):
+        yield Problem(code="TOKENIZER_CHANGED", message="another vocabulary", file=name)
+        return
+    try:
+        want, got = json.loads(expected), json.loads(content)
+    except ValueError:
+        yield Problem(code="TOKENIZER_CHANGED", message="not JSON", file=name)
+        return
+    if name == "vocab.json":
+        if want != got:
+            yield Problem(code="TOKENIZER_CHANGED", message="another vocabulary", file=name)
+        return
+    for part, severity in _PARTS.items():
+        before, after = _part(want, part), _part(got, part)
+        if before != after:
+            sizes = [str(len(x)) if isinstance(x, dict | list) else "" for x in (before, after)]
+            yield Problem(
+                code="TOKENIZER_CHANGED", message=f"another {part}", file=name, severity=severity, wanted=sizes[0],
+                got=sizes[1],
+            )  # fmt: skip
+
+
+_PARTS: dict[str, Severity] = {
+    "vocab": "error",
+    "merges": "error",
+    "added_tokens": "error",
+    "normalizer": "warning",
+    "pre_tokenizer": "warning",
+    "post_processor": "warning",
+    "decoder": "warning",
+}
+
+
+def _part(tokenizer: Any, part: str) -> Any:
+    """A part of tokenizer.json in one spelling: merges as pairs, added tokens as id and text."""
+    if not isinstance(tokenizer, dict):
+        return None
+    if part == "added_tokens":
+        return {t.get("id"): t.get("content") for t in tokenizer.get(part) or () if isinstance(t, dict)}
+    if part not in ("vocab", "merges"):
+        return tokenizer.get(part)
+    value = (tokenizer.get("model") or {}).get(part)
+    if part == "merges" and value:
+        return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in value]
+    return value
+
+
+def _templates(expected: Mapping[str, bytes], merged: Path) -> Iterator[Problem]:
+    """The chat template, wherever it is kept."""
+    there = {
+        path.name: path.read_bytes()
+        for path in (merged / "chat_template.jinja", merged / "tokenizer_config.json")
+        if path.is_file()
+    }
+    want, got = _template(expected), _template(there)
+    if "tokenizer_config.json" in there and want != got:
+        yield Problem(code="TOKENIZER_CHANGED", message="another chat template", severity="warning")
+
+
+def _template(files: Mapping[str, bytes]) -> str | None:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode(errors="replace").strip()
+    try:
+        template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
+    except (ValueError, AttributeError):
+        return None
+    return template.strip() if isinstance(template, str) else None
+
+
+def _changed(file: str, key: str, before: Any, after: Any, severity: Severity) -> Problem:
+    shown = ["missing" if value is None else json.dumps(value, default=str)[:60] for value in (before, after)]
+    return Problem(
+        code="CONFIG_CHANGED", severity=severity, file=file, message=key, wanted=shown[0], got=shown[1]
+    )  # fmt: skip
