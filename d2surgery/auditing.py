@@ -29,7 +29,7 @@ from d2surgery.errors import refuse
 from d2surgery.faults import Case
 from d2surgery.findings import Audit, ModuleAudit, Thresholds, verdict_of
 from d2surgery.header import BITS, FLOATS
-from d2surgery.judgement import isolated, judge_module, judge_tensor, reasons_of, wrong_base
+from d2surgery.judgement import FEW, isolated, judge_module, judge_tensor, reasons_of, wrong_base
 from d2surgery.merging import Job, one_thread, peak_memory, prepare
 from d2surgery.pairing import Pair, pair_up
 from d2surgery.recipes import RECIPES
@@ -167,7 +167,7 @@ def _judged(job: Job, replay: Replay, pairs: tuple[Pair, ...], limits: Threshold
 def _commonest(modules: Mapping[str, ModuleAudit]) -> str | None:
     count: Counter[str] = Counter()
     for module in modules.values():
-        if module.recipe and module.verdict == "pass" and module.code in ("", "ELEMENTS_DIFFER"):
+        if module.recipe and module.verdict == "pass" and (not module.code or module.mismatched_elements <= FEW):
             count[module.recipe] += module.elements
     return count.most_common(1)[0][0] if count else None
 

@@ -247,8 +247,9 @@ CODES: dict[str, Code] = {
         "Audit the unquantised merge, and quantise it once afterwards.",
     ),
     "OTHER_ROUNDING": Code(
-        "Merged elsewhere: no known recipe gives every bit, and the differences are within rounding.",
-        "Nothing to do.",
+        "No known recipe gives every bit, and the differences are within rounding: merged with another library, or, "
+        "where it is a few elements and all else is replayed, touched afterwards.",
+        "Nothing to do, unless every bit matters: --exact makes it a failure.",
     ),
     "LOW_SURVIVAL": Code(
         "A right merge, but rounding to this dtype lost part of a small delta.",
@@ -258,10 +259,6 @@ CODES: dict[str, Code] = {
     "NOT_RUNNABLE": Code(
         "transformers cannot build, fill or run this model here.",
         "Check that the directory is whole and that this version of transformers knows the architecture.",
-    ),
-    "ELEMENTS_DIFFER": Code(
-        "A few elements differ from a merge that all else replays bit for bit, by no more than rounding.",
-        "Harmless in size, but something touched the file; --exact makes it a failure.",
     ),
     "ROUNDING_EXCESS": Code(
         "The delta is there at the right strength, with more noise than rounding once makes.",

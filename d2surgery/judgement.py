@@ -137,7 +137,7 @@ def isolated(modules: Mapping[str, ModuleAudit]) -> dict[str, ModuleAudit]:
             place = f"{'at' if one else 'the first at'} {list(module.first_mismatch or ())}"
             size = max((label for label, count in module.ulps.items() if count), key=len)
             message = f"{what}, {place}, by {size} unit in the last place; all else is as {module.recipe} gives it"
-            module = replace(module, code="ELEMENTS_DIFFER", message=message)
+            module = replace(module, message=message)
         settled[name] = module
     return settled
 
@@ -205,12 +205,13 @@ def wrong_base(modules: Mapping[str, ModuleAudit], tensors: Iterable[TensorAudit
 
 def reasons_of(modules: Mapping[str, ModuleAudit], tensors: Iterable[TensorAudit]) -> Iterator[Problem]:
     """One problem per code and message, naming the first modules or tensors."""
-    groups: dict[tuple[str, str], list[ModuleAudit]] = {}
+    groups: dict[tuple[str, str, str], list[ModuleAudit]] = {}
     for module in modules.values():
         if module.code:
-            groups.setdefault((module.code, module.verdict), []).append(module)
-    for (code, verdict), group in groups.items():
-        severity = "error" if verdict == "fail" else _OPEN_OR_BETTER.get(code, "warning")
+            alone = module.module if module.code == "OTHER_ROUNDING" and "all else" in module.message else ""
+            groups.setdefault((module.code, module.verdict, alone), []).append(module)
+    for (code, verdict, alone), group in groups.items():
+        severity = "error" if verdict == "fail" else "warning" if alone else _OPEN_OR_BETTER.get(code, "warning")
         yield Problem(code=code, severity=severity, message=_worst(group).message, module=_several(group))
     low = [m for m in modules.values() if m.verdict == "pass" and m.survival.gain < LOW_GAIN]
     if low:
