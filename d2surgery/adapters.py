@@ -549,7 +549,7 @@ class Streamed:
         if self.added:
             self.gains = self.gains or self._gained(self.adapter, slice(None))
         if self.gains is not None:
-            return _Gained(*(None if gain is None else gain[vectors] for gain in self.gains))
+            return self.gains.take(vectors)
         self.base[vectors] = _row_squares(W)
         self.products[:, vectors] = self.Q_low @ W.T
         bad = _doubtful(self._triple(vectors))
@@ -571,6 +571,10 @@ class _Gained(NamedTuple):
     excess: Tensor | None
     scale: Tensor | None
     P: Tensor
+
+    def take(self, vectors: slice) -> "_Gained":
+        excess, scale = (None if gain is None else gain[vectors] for gain in (self.excess, self.scale))
+        return _Gained(excess, scale, self.P[vectors])
 
 
 def squared_norms(base_weight: Weight, along: Axis) -> Float64[Tensor, " vectors"]:

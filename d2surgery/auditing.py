@@ -29,8 +29,8 @@ from d2surgery.errors import refuse
 from d2surgery.faults import Case
 from d2surgery.findings import Audit, ModuleAudit, Thresholds, verdict_of
 from d2surgery.header import BITS, FLOATS
+from d2surgery.job import Job, one_thread, peak_memory, prepare
 from d2surgery.judgement import FEW, isolated, judge_module, judge_tensor, reasons_of, wrong_base
-from d2surgery.merging import Job, one_thread, peak_memory, prepare
 from d2surgery.pairing import Pair, pair_up
 from d2surgery.recipes import RECIPES
 from d2surgery.replay import WHOLE, Replay, Tally, read_part, read_tile

@@ -84,7 +84,11 @@ def load(adapter: str | os.PathLike[str]) -> Checkpoint:
 
     Misfits are in `.layout.problems`. Raises D2SurgeryError when the file cannot be read at all.
     """
-    layout = formats.open_layout(adapter)
+    return opened(formats.open_layout(adapter))
+
+
+def opened(layout: Layout) -> Checkpoint:
+    """The checkpoint of a layout that was read from a file."""
     if not is_pickle(layout.path):
         return Checkpoint(layout)
     from d2surgery.pickled import read_pickled  # the one reader that must load everything

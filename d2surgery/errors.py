@@ -199,6 +199,10 @@ CODES: dict[str, Code] = {
         "The unfinished merge at this path was made from other inputs, options or versions.",
         "Remove the .partial directory and merge again.",
     ),
+    "BASE_CHANGED": Code(
+        "A weight file of the base was changed while it was merged.",
+        "Remove the .partial directory and merge again when nothing writes to the base.",
+    ),
     "DISK_FULL": Code("There is not enough space on the disk.", "Free space and run again with --resume."),
     "MEMORY": Code("The merge needs more memory than --max-memory allows.", "Raise --max-memory."),
     # Questions, answers and prompts.

@@ -8,7 +8,7 @@ from math import prod
 from d2surgery.base import BaseWeights
 from d2surgery.findings import Status, TensorAudit
 from d2surgery.header import FLOATS, TensorInfo
-from d2surgery.merging import Job
+from d2surgery.job import Job
 from d2surgery.ties import find_tie
 from d2surgery.tiles import Output
 

@@ -9,9 +9,11 @@ test_peft_format; NaN here.
 
 import hashlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import d2surgery.merging
+import d2surgery.job
 from d2surgery.adapters import Adapter, D2LoRA, DoRA, DualLoRA, LoRA
+from d2surgery.ahead import HashAhead
 from d2surgery.checkpoint import from_adapters, save
 from d2surgery.errors import D2SurgeryError
-from d2surgery.merging import RECEIPT, merge, plan
+from d2surgery.job import RECEIPT
+from d2surgery.merging import merge, plan
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 SHARE = {"BF16": 1 / 1024, "F16": 2 / 1024, "F32": 1.0}
@@ -273,7 +277,7 @@ def contents(directory: Path, *, without: str = "") -> dict[str, bytes]:
 def test_memory_changes_no_byte(
     several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_memory: int
 ) -> None:
-    monkeypatch.setattr(d2surgery.merging, "_resident_memory", lambda: 0)
+    monkeypatch.setattr(d2surgery.job, "resident_memory", lambda: 0)
     merge(*several, tmp_path / "one")
     merge(*several, tmp_path / "two", max_memory=max_memory)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -284,7 +288,7 @@ def test_the_number_of_buffers_changes_no_byte(
     several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffers: int
 ) -> None:
     merge(*several, tmp_path / "one")
-    monkeypatch.setattr(d2surgery.merging, "_BUFFERS", buffers)
+    monkeypatch.setattr(d2surgery.job, "_BUFFERS", buffers)
     merge(*several, tmp_path / "two")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
@@ -300,6 +304,36 @@ def test_without_hashes_the_weights_are_the_same(several: tuple[Path, Path], tmp
     merge(*several, tmp_path / "one")
     merge(*several, tmp_path / "two", verify=False)
     assert contents(tmp_path / "one", without=RECEIPT) == contents(tmp_path / "two", without=RECEIPT)
+
+
+def test_hashes_taken_ahead_are_those_taken_from_the_tiles(
+    several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tensors of the adapter known before the first tile, or none of them: the receipt is the same."""
+    stop = HashAhead.stop
+    known: list[int] = []
+
+    def stopped(self: HashAhead, count: int) -> dict[str, str]:
+        self._thread.join()
+        found = stop(self)
+        known.append(len(found))
+        return dict(list(found.items())[:count])
+
+    for count in (0, 2, 4):
+        monkeypatch.setattr(HashAhead, "stop", partialmethod(stopped, count))
+        merge(*several, tmp_path / str(count))
+    assert known == [4, 4, 4]
+    assert contents(tmp_path / "0") == contents(tmp_path / "2") == contents(tmp_path / "4")
+
+
+@pytest.mark.parametrize("change", [lambda file: os.utime(file, ns=(1, 1)), lambda file: file.open("ab").write(b"x")])
+def test_a_base_that_changes_while_it_is_merged_is_refused(
+    several: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], Any]
+) -> None:
+    with pytest.raises(D2SurgeryError) as error:
+        merge(*several, tmp_path / "out", progress=lambda done, total: change(several[0] / "model.safetensors"))
+    assert codes(error) == ["BASE_CHANGED"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sharded_base_gives_the_tensors_of_a_single_file(several: tuple[Path, Path], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import d2surgery.merging
+import d2surgery.job
 import d2surgery.writer
 from d2surgery.adapters import D2LoRA
 from d2surgery.checkpoint import from_adapters, save
@@ -33,7 +33,7 @@ SHARDS = 5
 KILLED = f"""
 import os, signal, sys
 from pathlib import Path
-import d2surgery.merging
+import d2surgery.merging, d2surgery.tiles
 
 d2surgery.tiles.TILE = {TILE}
 base, adapter, out = map(Path, sys.argv[1:])
@@ -151,7 +151,7 @@ def test_resuming_does_not_write_finished_shards_again(
         written.append(path.name)
         return opened(path, *args, **options)
 
-    monkeypatch.setattr(d2surgery.merging, "ShardWriter", writer)
+    monkeypatch.setattr(d2surgery.job, "ShardWriter", writer)
     assert resumed() == scene.whole
     assert written == [shard(3), shard(4), shard(5)]
 

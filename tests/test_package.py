@@ -22,6 +22,7 @@ ROOT = PACKAGE.parent
 LAYERS = (
     "errors",
     "header",
+    "ahead",
     "items",
     "tensors",
     "locate",
@@ -35,11 +36,13 @@ LAYERS = (
     "base",
     "ties",
     "sites",
+    "fit",
     "measures",
     "survey",
     "writer",
     "tiles",
     "companions",
+    "job",
     "merging",
     "attach",
     "models",
@@ -139,6 +142,18 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_reading_an_adapters_names_and_shapes_needs_no_torch() -> None:
     code = f"import sys; from d2surgery import open_layout; print(*sorted(set(sys.modules) & set({HEAVY})))"
     assert {"torch", "numpy", "transformers", "plotly", "peft"} & set(run(code).split()) == set()
+
+
+def test_a_merge_that_does_not_fit_is_refused_without_torch(tmp_path: Path) -> None:
+    """Names and shapes come first: torch is imported while the base is being hashed."""
+    code = f"""
+import sys, d2surgery
+try:
+    d2surgery.merge({str(tmp_path / "base")!r}, {str(tmp_path / "adapter")!r}, "out")
+except d2surgery.D2SurgeryError:
+    print(*sorted(set(sys.modules) & set({HEAVY})))
+"""
+    assert set(run(code).split()) <= {"huggingface_hub"}
 
 
 def test_no_public_name_imports_transformers_plotly_or_peft() -> None:

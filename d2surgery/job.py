@@ -1,0 +1,326 @@
+"""One merge at work: outputs in order, tiles through the pipeline, shards, the receipt."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2surgery.base import BaseWeights
+from d2surgery.checkpoint import Checkpoint, opened
+from d2surgery.companions import companions
+from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.fit import Fit, fit
+from d2surgery.header import FLOATS, TensorInfo
+from d2surgery.layout import Layout
+from d2surgery.measures.fidelity import Survival, survival
+from d2surgery.sites import Landing, Site
+from d2surgery.tensors import DTYPES, as_bytes, find_device
+from d2surgery.tiles import Output, Tile, TileMerger, all_finite, tiles
+from d2surgery.writer import (
+    Partial,
+    Shard,
+    ShardWriter,
+    hash_tensors,
+    index_file,
+    pipeline,
+    shards,
+)
+
+RECEIPT = "d2surgery_merge.json"
+_BUFFERS = 4
+
+
+def prepare(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    dtype: str | None,
+    strength: float,
+    device: str,
+) -> "Job":
+    """The job of an adapter that fits its base. Raises D2SurgeryError with every misfit at once."""
+    return Job.of(fit(base, adapter, strength), dtype, device)
+
+
+@dataclass
+class Job:
+    """One merge: what to do, and the tensors at hand while it is done."""
+
+    checkpoint: Checkpoint
+    base: BaseWeights
+    landing: Landing
+    problems: tuple[Problem, ...]
+    dtype: str | None
+    strength: float
+    device: torch.device
+
+    @classmethod
+    def of(cls, fitted: Fit, dtype: str | None, device: str) -> "Job":
+        """`dtype`: of every floating-point output, None to keep the base's."""
+        checkpoint = opened(fitted.layout)
+        return cls(
+            checkpoint, fitted.base, fitted.landing, fitted.problems, dtype, fitted.strength, find_device(device)
+        )
+
+    def __post_init__(self) -> None:
+        self.layout: Layout = self.checkpoint.layout
+        self.merger = TileMerger(self.checkpoint, self.strength, self.device)
+        self.outputs = self._outputs()
+
+    def _outputs(self) -> list[Output]:
+        base = self.base.header.tensors
+        floats = Counter(info.dtype for info in base.values() if info.dtype in FLOATS)
+        usual = floats.most_common(1)[0][0] if floats else "F32"
+        order = sorted(base, key=lambda name: (base[name].file, base[name].start))
+        outputs = []
+        for name in [*order, *(name for name in self.landing.sites if name not in base)]:
+            site = self.landing.sites.get(name)
+            info = self._source(name, site)
+            stored = base[site.source].dtype if site and site.source else info.dtype if site is None else usual
+            if info.dtype not in FLOATS:  # a counter that a saved module brings along
+                stored = info.dtype
+            dtype = self.dtype if self.dtype and stored in FLOATS else stored
+            outputs.append(Output(name, info, dtype, site))
+        return outputs
+
+    def _source(self, name: str, site: Site | None) -> TensorInfo:
+        if site is not None and site.replacement:
+            return self.layout.header.tensors[site.replacement]
+        return self.base.header.tensors[site.source if site and site.source else name]
+
+    # Before writing ----------------------------------------------------------------------------------------------
+
+    def check_adapter(self, *, hashes: bool) -> dict[str, str]:
+        """Read every adapter tensor once: all finite, tied twins equal. Returns their sha256."""
+        problems: list[Problem] = []
+        digests: dict[str, str] = {}
+        for key in sorted(self.layout.header.tensors):
+            tensor = self.checkpoint.tensor(key)
+            if hashes:
+                digests[key] = hashlib.sha256(as_bytes(tensor)).hexdigest()
+            if not all_finite(tensor):
+                problems.append(Problem(code="NOT_FINITE", message="NaN or infinity", module=key))
+        for first, second in self.landing.twins:
+            a, b = self.checkpoint.tensor(first), self.checkpoint.tensor(second)
+            if not (torch.equal(a, b) or torch.equal(a.T, b)):
+                problems.append(Problem(code="TIE_BROKEN_BY_FILE", message=f"differs from {first}", module=second))
+        raise_errors(problems)
+        return digests
+
+    def recipe(self, shard_size: int, verify: bool, adapter_hashes: Mapping[str, str]) -> dict[str, Any]:
+        """All that decides the bytes written. The files' times stand in the journal, not in the receipt."""
+        return {
+            "files": self.base.opened,
+            "adapter": hashlib.sha256(json.dumps([adapter_hashes, dict(self.layout.config)]).encode()).hexdigest(),
+            "versions": [version("d2surgery"), torch.__version__],
+            "dtype": self.dtype,
+            "strength": self.strength,
+            "shard_size": shard_size,
+            "tile": self.merger.grid,
+            "device": self.device.type,
+            "verify": verify,
+        }
+
+    def buffers(self, max_memory: int | None) -> list[Tensor]:
+        """Read buffers, as many as the memory allows, between 2 and 4."""
+        largest = max((tile.nbytes for output in self.outputs for tile in tiles(output, False)), default=0)
+        count = _BUFFERS
+        if max_memory is not None:
+            work = 4 * largest * (2 if any(o.info.dtype in ("F32", "F64") for o in self.outputs) else 4)
+            need = resident_memory() + work
+            count = min(_BUFFERS, (max_memory - need) // max(2 * largest, 1))
+            if count < 2:
+                want = f"at least {-(-(need + 4 * largest) // 1_000_000)} MB"
+                raise refuse("MEMORY", "too little for two tiles", wanted=want, got=f"{max_memory // 1_000_000} MB")
+        return [torch.empty(largest, dtype=torch.uint8) for _ in range(count)]
+
+    # Writing -----------------------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        out: Path,
+        hashed_ahead: Callable[[], Mapping[str, str]],
+        *,
+        max_memory: int | None,
+        shard_size: int,
+        resume: bool,
+        verify: bool,
+        progress: Callable[[int, int], None],
+    ) -> int:
+        """Write and publish the merged checkpoint at `out`; returns the bytes of its weights.
+
+        hashed_ahead() gives the sha256 of those tensors of the base for which they are known when tiles begin.
+        """
+        files = shards((output.entry for output in self.outputs), shard_size)
+        total = sum(shard.nbytes for shard in files)
+        partial = Partial(out, sync=verify)
+        with one_thread():
+            adapter_hashes = self.check_adapter(hashes=verify)
+            recipe = self.recipe(shard_size, verify, adapter_hashes)
+            buffers = self.buffers(max_memory)
+            _check_disk(partial, total)
+            partial.open(recipe, resume)
+            known = hashed_ahead()
+            written = 0
+            inputs: dict[str, str] = {}
+            outputs: dict[str, str] = {}
+
+            def advance(done: int) -> None:
+                progress(written + done, total)
+
+            for shard in files:
+                line = partial.finished.get(shard.file)
+                if line is None or hash_tensors(partial.path / shard.file, shard) != line["outputs"]:
+                    line = self.write_shard(partial, shard, buffers, known, verify, advance)
+                inputs |= line["inputs"]
+                outputs |= line["outputs"]
+                written += shard.nbytes
+                progress(written, total)
+        self.base.refuse_changes()
+        beside = companions(self.base, self.layout, self.landing, self.dtype) | index_file(files)
+        for name, content in beside.items():
+            partial.write(name, content)
+        receipt = self.receipt(recipe, adapter_hashes, inputs, outputs, beside)
+        partial.write(RECEIPT, json.dumps(receipt, indent=1).encode())
+        partial.publish()
+        return total
+
+    def receipt(
+        self,
+        recipe: Mapping[str, Any],
+        adapter: Mapping[str, str],
+        inputs: Mapping[str, str],
+        outputs: Mapping[str, str],
+        beside: Mapping[str, bytes],
+    ) -> dict[str, Any]:
+        """What was merged from what, by sha256; no path and no time, which differ from one machine to the next."""
+        base_model = self.layout.base_model
+        return {
+            "schema_version": 1,
+            "d2surgery": version("d2surgery"),
+            "torch": torch.__version__,
+            "recipe": {k: v for k, v in recipe.items() if k not in ("files", "adapter")},
+            "base": {"tensors": dict(sorted(inputs.items()))},
+            "adapter": {"tensors": adapter, "base_model": None if _is_path(base_model) else base_model},
+            "outputs": {
+                "tensors": dict(sorted(outputs.items())),
+                "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(beside.items())},
+            },
+            "untied": self.landing.untied,
+            "problems": [asdict(problem) for problem in self.problems],
+        }
+
+    def write_shard(
+        self,
+        partial: Partial,
+        shard: Shard,
+        buffers: list[Tensor],
+        known: Mapping[str, str],
+        verify: bool,
+        progress: Callable[[int], None],
+    ) -> dict[str, Any]:
+        """Fill one shard and put its line in the journal. `known` are sha256 of tensors of the base."""
+        names = {entry.name for entry in shard.entries}
+        ordered = {output.name: output for output in self.outputs if output.name in names}
+        inputs: dict[str, Any] = {}
+        writer = ShardWriter(partial.path / shard.file, shard, hashes=verify, sync=verify)
+        done = 0
+
+        def read(tile: Tile, buffer: Tensor) -> None:
+            self.merger.read(tile, buffer)
+            hashed = tile.output.name in known or tile.output.copied or tile.measure
+            if verify and not hashed and self._from_base(tile.output):
+                digest = inputs.setdefault(tile.output.name, hashlib.sha256())
+                digest.update(as_bytes(buffer[: tile.nbytes]))
+
+        def write(tile: Tile, piece: Tensor) -> None:
+            nonlocal done
+            writer.write(tile.output.name, piece)
+            done += piece.nbytes
+            progress(done)
+
+        queue = (tile for entry in shard.entries for tile in self.merger.tiles(ordered[entry.name]))
+        try:
+            pipeline(queue, read, self.merger.merge, write, buffers)
+        except BaseException:
+            writer.abandon()
+            raise
+        outputs = writer.close()
+        hashed = {name: digest.hexdigest() for name, digest in inputs.items()}
+        hashed |= {name: known[name] for name in ordered if name in known}
+        copied = {name: outputs[name] for name, output in ordered.items() if output.copied and name in outputs}
+        line = {"file": shard.file, "inputs": hashed | copied, "outputs": outputs}
+        partial.append(json.dumps(line))
+        return line
+
+    def _from_base(self, output: Output) -> bool:
+        return output.site is None or (output.site.replacement is None and output.site.source == output.name)
+
+    # Forecast ----------------------------------------------------------------------------------------------------
+
+    def survival(
+        self, buffers: list[Tensor], dtypes: tuple[str, ...], progress: Callable[[int, int], None]
+    ) -> dict[str, dict[str, Survival]]:
+        """Per module and output dtype, from the deltas themselves."""
+        found: dict[str, dict[str, Survival]] = {}
+        adapted = [output for output in self.outputs if output.site and output.site.patches]
+        total = sum(output.entry.nbytes for output in adapted)
+        done = 0
+
+        def compute(tile: Tile, buffer: Tensor) -> None:
+            nonlocal done
+            base_weight, delta = self.merger.delta(tile, buffer)
+            if tile.patch is not None and delta is not None:
+                sums = found.setdefault(tile.patch.module, dict.fromkeys(dtypes, Survival()))
+                for dtype in dtypes:
+                    sums[dtype] += survival(base_weight, delta, DTYPES[dtype])
+                done += tile.nbytes
+                progress(done, total)
+
+        queue = (tile for output in adapted for tile in self.merger.tiles(output))
+        pipeline(queue, self.merger.read, compute, lambda tile, piece: None, buffers)
+        return found
+
+
+def _check_disk(partial: Partial, need: int) -> None:
+    done = sum(path.stat().st_size for path in partial.path.iterdir()) if partial.path.exists() else 0
+    free = shutil.disk_usage(existing(partial.out)).free
+    if need - done > free:
+        raise refuse("DISK_FULL", "not begun", file=str(partial.out), wanted=f"{need - done} bytes", got=f"{free}")
+
+
+def _is_path(base_model: str | None) -> bool:
+    return base_model is not None and Path(base_model).is_absolute()
+
+
+def existing(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_memory() -> int:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_memory()
+
+
+class one_thread:
+    """One intra-op thread while reading and writing have threads of their own: more would fight over the cores."""
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
