@@ -30,7 +30,16 @@ from d2surgery.faults import Case
 from d2surgery.findings import Audit, ModuleAudit, Thresholds, verdict_of
 from d2surgery.header import BITS, FLOATS
 from d2surgery.job import Job, one_thread, peak_memory, prepare
-from d2surgery.judgement import FEW, isolated, judge_module, judge_tensor, reasons_of, wrong_base
+from d2surgery.judgement import (
+    FEW,
+    isolated,
+    judge_module,
+    judge_tensor,
+    pooled,
+    reasons_of,
+    shared_twice,
+    wrong_base,
+)
 from d2surgery.pairing import Pair, pair_up
 from d2surgery.recipes import RECIPES
 from d2surgery.replay import WHOLE, Replay, Tally, read_part, read_tile
@@ -71,9 +80,10 @@ def audit(
         _settle_recipes(replay, pairing.pairs)
         modules = dict(_judged(job, replay, pairing.pairs, thresholds))
         forgotten = {pair.name: _is_base(job, pair) for pair in pairing.pairs if replay.mismatched[pair.name]}
+    modules = isolated(pooled(modules, replay.modules, thresholds, _usual_dtype(found) or ""))
+    modules = shared_twice(wrong_base(modules, pairing.pairs, replay), pairing.shared)
     tensors = {pair.name: judge_tensor(pair, replay, modules, forgotten) for pair in pairing.pairs}
     tensors |= pairing.others
-    modules = wrong_base(isolated(modules), tensors.values())
     reasons = [*reasons_of(modules, tensors.values())]
     unread = [f"{name}: its tensor is not in the merged checkpoint" for name in kinds if name not in modules]
     if files:

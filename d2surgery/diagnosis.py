@@ -1,13 +1,14 @@
 """What happened to one weight that no recipe replays: every usual fault is tried, and the one that fits is named."""
 
 from dataclasses import dataclass
-from math import isnan, sqrt
+from math import inf, isnan, sqrt
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from d2surgery.faults import Case, Named, hypotheses, scalings
-from d2surgery.measures.fidelity import Comparison, compare
+from d2surgery.faults import Case, Named, head_size, hypotheses, scalings
+from d2surgery.measures.fidelity import Comparison, bits, compare
 from d2surgery.tensors import rounded
 
 SIGNIFICANT = 5.0  # standard errors
@@ -22,16 +23,21 @@ class Diagnosis:
     code: str
     what: str
     exact: bool = False  # every bit is as this fault gives it
-    strength: float | None = None  # fitted, where no named fault fits
-    residual_rank: int | None = None
-    explained: bool = True  # what is left is rounding
+    residual_rank: int | None = None  # of what nothing explains
 
 
 @dataclass(frozen=True)
 class _Trial:
     named: Named
     against: Comparison  # strength: 0 for the right merge, 1 for this fault
-    noise: float  # ‖merged − effective‖ over that of rounding it once
+    noise: float  # ‖merged − effective‖ over that of rounding once
+
+    def explains(self, own: float, fitted: float) -> bool:
+        """Bit for bit, or with what a right merge (`own` noise) and a fitted strength leave far behind."""
+        if not self.against.mismatched:
+            return True
+        plain_strength = fitted <= min(EXCESS, 0.9 * self.noise)
+        return not plain_strength and (self.noise <= EXCESS or self.noise < 0.5 * min(own, fitted))
 
 
 def diagnose(case: Case, merged: Tensor) -> Diagnosis:
@@ -41,49 +47,105 @@ def diagnose(case: Case, merged: Tensor) -> Diagnosis:
     fault is believed when at least half of the move is there, significantly, and nothing else leaves less unexplained.
     """
     right = case.with_(case.adapter)
-    stored = rounded(right, merged.dtype)
-    trials = [_try(named, right, stored, merged) for named in hypotheses(case)]
-    believed = [t for t in trials if t is not None and _believed(t)]
-    believed.sort(key=lambda trial: (trial.against.mismatched > 0, trial.against.dd))
-    own = noise(right, merged)
-    fitted = _fit(case, right, stored, merged)
-    best = believed[0] if believed else None
-    if best is not None and best.against.mismatched and fitted[2] < 0.9 * best.noise and fitted[2] <= EXCESS:
-        best = None  # a plain strength fits better
-    if best is not None and (best.noise <= EXCESS or best.noise < 0.5 * min(own, fitted[2])):
-        explained = best.against.mismatched == 0 or best.noise <= EXCESS
-        return Diagnosis(best.named.code, best.named.what, best.against.mismatched == 0, explained=explained)
-    strength, error, left = fitted
-    if left <= EXCESS or left < 0.5 * own:
-        if abs(strength - 1) > SIGNIFICANT * error:
-            return Diagnosis(
-                "WRONG_STRENGTH", _factor(case, strength, error), strength=strength, explained=left <= EXCESS
-            )
-        return Diagnosis("", "")
-    if own <= EXCESS:
-        return Diagnosis("", "")
-    if grid := _grid(case.base, merged):
+    look = _Look(case, merged, right, rounded(right, merged.dtype), _unit(right, merged.dtype))
+    own = look.noise(right)
+    strength, error, left = look.fit()
+    fault = look.best_fault()
+    if fault is not None and fault.explains(own, left):
+        return Diagnosis(fault.named.code, fault.named.what, not fault.against.mismatched)
+    if own > EXCESS and (grid := _grid(look.stored, merged)):
         return Diagnosis("REQUANTIZED", grid)
-    rank, side = _residual_rank(case, merged, strength)
-    full = f"what is left has rank {rank} of {side} above rounding noise"
+    if what := look.base_rows():
+        return Diagnosis("DELTA_UNEXPLAINED", what)
+    if left <= EXCESS or left < 0.5 * own:
+        off = abs(strength - 1) > SIGNIFICANT * error
+        return Diagnosis("WRONG_STRENGTH", _factor(case, strength, error)) if off else Diagnosis("", "")
+    if own <= EXCESS or look.sloppy():
+        return Diagnosis("", "")
+    if look.rows_moved():
+        heads = head_size(case) is not None
+        return Diagnosis("HEADS_PERMUTED" if heads else "DELTA_UNEXPLAINED", "its rows are in another order")
+    rank, side = look.residual_rank(strength)
     origin = "another base, or noise" if rank > side // 4 else "another adapter, or a change of low rank"
-    return Diagnosis("DELTA_UNEXPLAINED", f"{full}: {origin}", residual_rank=rank, explained=False)
+    what = f"what is left has rank {rank} of {side} above rounding noise: {origin}"
+    return Diagnosis("DELTA_UNEXPLAINED", what, residual_rank=rank)
 
 
-def noise(effective: Tensor, merged: Tensor) -> float:
-    """‖merged − effective‖ in units of the noise of rounding `effective` once to merged's dtype."""
-    once = rounded(effective, merged.dtype).to(effective.dtype) - effective
-    floor = _norm(once) + 1e-7 * _norm(effective) * (merged.dtype == torch.float32)
-    return _norm(merged.to(effective.dtype) - effective) / floor if floor else 0.0
+@dataclass(frozen=True)
+class _Look:
+    """The block, the weight that a right merge makes of it, and the noise of rounding that once."""
+
+    case: Case
+    merged: Tensor
+    right: Tensor
+    stored: Tensor
+    unit: float
+
+    def noise(self, effective: Tensor) -> float:
+        """‖merged − effective‖ in units of the noise of rounding once."""
+        return _norm(self.merged.to(effective.dtype) - effective) / self.unit
+
+    def best_fault(self) -> _Trial | None:
+        trials = (self._try(named) for named in hypotheses(self.case))
+        believed = [trial for trial in trials if trial is not None and _believed(trial)]
+        return min(believed, key=lambda trial: (trial.against.mismatched > 0, trial.against.dd), default=None)
+
+    def _try(self, named: Named) -> _Trial | None:
+        weight = named.weight()
+        if weight.shape != self.right.shape or not bool(torch.isfinite(weight).all()):
+            return None
+        wanted = rounded(weight, self.merged.dtype)
+        against = compare(self.stored.to(self.right.dtype), weight - self.right, wanted, self.merged)
+        return _Trial(named, against, self.noise(weight))
+
+    def fit(self) -> tuple[float, float, float]:
+        """λ̂, its standard error, and the noise that W0 + λ̂·delta leaves."""
+        base, delta = self.case.base, self.right - self.case.base
+        sums = compare(base, delta, self.stored, self.merged)
+        if isnan(sums.strength):
+            return 1.0, inf, self.noise(self.right)
+        return sums.strength, sums.strength_error, self.noise(base + sums.strength * delta)
+
+    def base_rows(self) -> str:
+        """Whether some rows, and not all, are still the base's."""
+        base = self.case.base.to(self.merged.dtype)
+        there, kept, wanted = bits(self.merged), bits(base), bits(self.stored)
+        for dim, noun in ((1, "rows"), (0, "columns")):
+            moved = (wanted != kept).sum(dim) > 4
+            left = (there == kept).all(dim) & moved
+            if 0 < (count := int(left.sum())) < int(moved.sum()):
+                return f"{count} of {len(moved)} {noun} are as in the base"
+        return ""
+
+    def sloppy(self) -> bool:
+        """Whether what is left is what products in 16 bits or TF32 leave of a delta."""
+        delta = self.right - self.case.base
+        return _norm(self.merged.to(delta.dtype) - self.right) <= _norm(delta) / 256 + EXCESS * self.unit
+
+    def rows_moved(self) -> bool:
+        """Whether the rows are the right ones in another order."""
+        right, there = (F.normalize(x.to(self.right.dtype), dim=1) for x in (self.right, self.merged))
+        order = (there @ right.T).argmax(1)
+        moved = bool((order.sort().values == torch.arange(len(order))).all())
+        return moved and self.noise(self.right[order]) <= EXCESS
+
+    def residual_rank(self, strength: float) -> tuple[int, int]:
+        """How many singular values of merged − W0 − λ̂·delta stand out of rounding noise, and of how many, in a leading
+        block (Marchenko–Pastur edge)."""
+        block = (slice(_RANK_SIDE), slice(_RANK_SIDE))
+        base, right = self.case.base[block].double(), self.right[block].double()
+        left = self.merged[block].double() - base - strength * (right - base)
+        noise = self.unit / sqrt(self.right.numel())
+        edge = 1.05 * noise * (sqrt(left.shape[0]) + sqrt(left.shape[1]))
+        values = torch.linalg.svdvals(left)
+        return int((values > max(edge, 1e-3 * float(values[0]))).sum()), min(left.shape)
 
 
-def _try(named: Named, right: Tensor, stored: Tensor, merged: Tensor) -> _Trial | None:
-    weight = named.weight()
-    if weight.shape != right.shape or not bool(torch.isfinite(weight).all()):
-        return None
-    wanted = rounded(weight, merged.dtype)
-    against = compare(stored.to(right.dtype), weight - right, wanted, merged)
-    return _Trial(named, against, noise(weight, merged))
+def _unit(effective: Tensor, dtype: torch.dtype) -> float:
+    """‖round(effective) − effective‖; in float32 also what sums in float32 cost."""
+    once = rounded(effective, dtype).to(effective.dtype) - effective
+    arithmetic = 1e-7 * _norm(effective) if dtype in (torch.float32, torch.float64) else 0.0
+    return max(_norm(once) + arithmetic, 1e-300)
 
 
 def _believed(trial: _Trial) -> bool:
@@ -91,14 +153,6 @@ def _believed(trial: _Trial) -> bool:
     if isnan(sums.strength) or not sums.e_delta:
         return False  # the file's dtype cannot tell this fault from a right merge
     return sums.strength >= 0.5 and sums.strength > SIGNIFICANT * sums.strength_error
-
-
-def _fit(case: Case, right: Tensor, stored: Tensor, merged: Tensor) -> tuple[float, float, float]:
-    """λ̂, its standard error, and the noise that W0 + λ̂·delta leaves."""
-    sums = compare(case.base, right - case.base, stored, merged)
-    if isnan(sums.strength):
-        return 1.0, float("inf"), noise(right, merged)
-    return sums.strength, sums.strength_error, noise(case.base + sums.strength * (right - case.base), merged)
 
 
 def _factor(case: Case, strength: float, error: float) -> str:
@@ -110,43 +164,32 @@ def _factor(case: Case, strength: float, error: float) -> str:
     return "a factor of its own"
 
 
-def _grid(base: Tensor, merged: Tensor) -> str:
-    """Which coarser grid the merged values lie on, "" for none: fewer mantissa bits, or few levels per group."""
-    values = merged.to(torch.float32)
-    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float8", torch.float8_e4m3fn)):
-        narrower = dtype.itemsize < merged.dtype.itemsize
-        if narrower and torch.equal(values.to(dtype).to(torch.float32), values):
-            coarse = not torch.equal(base.to(torch.float32).to(dtype).to(torch.float32), base.to(torch.float32))
-            return f"every value is a {name}" if coarse or dtype.itemsize == 1 else ""
-    for size in (values.shape[1], 128, 64, 32):
-        if values.shape[1] % size == 0 and size >= 16:
-            groups = values.reshape(-1, size)
-            levels, plain = _levels(groups), _levels(base.to(merged.dtype).reshape(-1, size))
-            if levels <= min(16, size // 2) and plain > 1.5 * levels:
+def _grid(right: Tensor, merged: Tensor) -> str:
+    """Which coarser grid the merged values lie on, "" for none or the one where a right merge's values lie too."""
+    values, wanted = merged.to(torch.float32), right.to(torch.float32)
+    for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("float8", torch.float8_e4m3fn)):
+        if dtype.itemsize < merged.dtype.itemsize and _holds(dtype, values) and not _holds(dtype, wanted):
+            return f"every value is a {name}"
+    for size in (values.shape[1], 128, 64, 32, 16):
+        if values.shape[1] % size == 0:
+            levels, usual = _levels(values.reshape(-1, size)), _levels(wanted.reshape(-1, size))
+            if levels <= 16 and usual > 1.5 * levels:
                 return f"at most {levels} levels per group of {size}: 4 bits"
-    steps = values.abs().amax(1, keepdim=True) / 127
-    small = (values / steps)[values.abs() < 16 * steps]
-    if small.numel() > 64 and float(((small - small.round()).abs() < 0.1).float().mean()) > 0.97:
-        return "multiples of 1/127 of each row's largest: 8 bits"
+    for what, group in (("row", values), ("tensor", values.reshape(1, -1))):
+        steps = (group.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+        small = (group / steps)[(group.abs() < 16 * steps) & (group != 0)]
+        if small.numel() > 64 and float(((small - small.round()).abs() < 0.1).float().mean()) > 0.97:
+            return f"multiples of 1/127 of the largest of each {what}: 8 bits"
     return ""
+
+
+def _holds(dtype: torch.dtype, values: Tensor) -> bool:
+    return torch.equal(values.to(dtype).to(torch.float32), values)
 
 
 def _levels(groups: Tensor) -> int:
     """The median number of distinct values in a group, of some groups."""
     return int(torch.tensor([len(torch.unique(group)) for group in groups[:: max(len(groups) // 32, 1)]]).median())
-
-
-def _residual_rank(case: Case, merged: Tensor, strength: float) -> tuple[int, int]:
-    """How many singular values of merged − W0 − λ̂·delta stand out of rounding noise, and of how many, in a leading
-    block of the weight (Marchenko–Pastur edge).
-    """
-    block = (slice(_RANK_SIDE), slice(_RANK_SIDE))
-    effective = (case.base + strength * (case.with_(case.adapter) - case.base))[block].double()
-    left = merged[block].double() - effective
-    once = rounded(effective, merged.dtype).double() - effective
-    edge = 1.05 * (_norm(once) / sqrt(once.numel())) * (sqrt(left.shape[0]) + sqrt(left.shape[1]))
-    edge = max(edge, 1e-3 * float(torch.linalg.matrix_norm(left, 2)))
-    return int((torch.linalg.svdvals(left) > edge).sum()), min(left.shape)
 
 
 def _norm(values: Tensor) -> float:

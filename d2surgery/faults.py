@@ -91,8 +91,11 @@ def _scaling(case: Case) -> Iterator[Named]:
 
 def _scaled_again(case: Case) -> Iterator[Named]:
     """The kinds that are not linear in their scaling."""
-    for what, factor in (("scaled by −1", -1.0), ("scaled by 2", 2.0)):
-        code = "SIGN_FLIPPED" if factor < 0 else "DELTA_APPLIED_TWICE"
+    for code, what, factor in (
+        ("SIGN_FLIPPED", "negated", -1.0),
+        ("DELTA_APPLIED_TWICE", "doubled", 2.0),
+        ("WRONG_STRENGTH", "halved", 0.5),
+    ):
         other = replace(case.adapter, scaling=case.adapter.scaling * factor)
         yield Named(code, f"the update was {what}", lambda other=other: case.with_(other))  # type: ignore[misc]
 
@@ -207,7 +210,7 @@ def _unclipped(case: Case, dual: DualLoRA) -> Tensor:
 
 def _heads(case: Case) -> Iterator[Named]:
     """Rotary embeddings in halves (transformers) or interleaved (the original Llama): rows of q and k, per head."""
-    size = _head_size(case)
+    size = head_size(case)
     if size is None or case.base.shape[0] % size or size % 2:
         return
     rows = torch.arange(case.base.shape[0])
@@ -224,7 +227,8 @@ def _heads(case: Case) -> Iterator[Named]:
         )  # fmt: skip
 
 
-def _head_size(case: Case) -> int | None:
+def head_size(case: Case) -> int | None:
+    """Rows per attention head of a query or key weight; None for another module."""
     if not case.module.endswith(("q_proj", "k_proj", "query", "key", ".q", ".k", "wq", "wk")):
         return None
     text = case.base_config.get("text_config")

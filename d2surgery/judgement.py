@@ -13,6 +13,7 @@ from d2surgery.pairing import Pair
 from d2surgery.replay import Replay, Tally
 
 FEW = 16  # differing elements that are a change, not another library's rounding, when all else is replayed
+COARSE = 0.05  # a strength known no better than this is not known
 NOISY = 2.5  # times the noise of rounding once: no merger known here makes more
 
 _OPEN_OR_BETTER: dict[str, Severity] = {  # every other code is an error
@@ -87,7 +88,7 @@ def _rule(tally: Tally, dtype: str, diagnosis: Diagnosis | None, limits: Thresho
     if limits.exact:
         return _Ruling("wrong", "TENSOR_CHANGED", f"{_count(sums)} differ from every recipe (--exact)")
     if sums.beyond:
-        return _Ruling("wrong", "TENSOR_CHANGED", f"{sums.beyond} of {_count(sums)} differ by more than rounding")
+        return _Ruling("wrong", "DELTA_UNEXPLAINED", f"{_count(sums)} differ, {sums.beyond} by more than rounding")
     excess = noise(sums, tally.survival)
     if excess > NOISY and sums.residual > 1e-3:
         return _Ruling("wrong", "ROUNDING_EXCESS", f"{excess:.1f} times the noise of rounding once; {said}")
@@ -108,9 +109,32 @@ def _strength(sums: Comparison, dtype: str, diagnosis: Diagnosis, limits: Thresh
     if diagnosis.exact or (off > wrong and off > SIGNIFICANT * error):
         what = f"{diagnosis.what}; {said}" if diagnosis.what else said
         return _Ruling("wrong", diagnosis.code or "WRONG_STRENGTH", what)
-    if off > right or SIGNIFICANT * error > max(wrong, limits.strength_fail):
+    if off > max(right, 3 * error) or SIGNIFICANT * error > COARSE:
         return _Ruling("uncertain", "STRENGTH_UNCERTAIN", said)
     return None
+
+
+def pooled(
+    found: Mapping[str, ModuleAudit], tallies: Mapping[str, Tally], limits: Thresholds, dtype: str
+) -> dict[str, ModuleAudit]:
+    """One merger treats all modules alike: what is too small to tell by itself is judged with all that only rounding
+    tells from a recipe."""
+    alike = [name for name, m in found.items() if m.code in ("OTHER_ROUNDING", "ROUNDING_EXCESS", "STRENGTH_UNCERTAIN")]
+    alike = [name for name in alike if found[name].verdict != "fail" and not isnan(found[name].strength)]
+    sums = sum((tallies[name].comparison for name in alike), Comparison())
+    if len(alike) < 2 or not sums.mismatched:
+        return dict(found)
+    said = f"strength of {len(alike)} modules together {sums.strength:.5g} ± {max(sums.strength_error, 1e-9):.1g}"
+    ruling = _strength(sums, dtype, Diagnosis("", ""), limits, said)
+    settled = dict(found)
+    for name in alike:
+        module = found[name]
+        off = abs(module.strength - sums.strength) > SIGNIFICANT * module.strength_error
+        if ruling is not None and ruling.status == "wrong":
+            settled[name] = replace(module, status="wrong", verdict="fail", code=ruling.code, message=said)
+        elif ruling is None and module.code == "STRENGTH_UNCERTAIN" and not off:
+            settled[name] = replace(module, status="rounding", verdict="pass", code="OTHER_ROUNDING", message=said)
+    return settled
 
 
 def noise(sums: Comparison, survival: Survival) -> float:
@@ -145,6 +169,16 @@ def isolated(modules: Mapping[str, ModuleAudit]) -> dict[str, ModuleAudit]:
 # Tensors ---------------------------------------------------------------------------------------------------------
 
 
+def shared_twice(modules: Mapping[str, ModuleAudit], shared: frozenset[str]) -> dict[str, ModuleAudit]:
+    """A delta that counts twice in a tensor that two tied sides share was added once for each."""
+    return {
+        name: replace(m, code="TIE_DOUBLED", message=f"added once for each tied side; {m.message}")
+        if m.code == "DELTA_APPLIED_TWICE" and shared & set(m.tensors)
+        else m
+        for name, m in modules.items()
+    }
+
+
 def judge_tensor(
     pair: Pair, replay: Replay, modules: Mapping[str, ModuleAudit], forgotten: Mapping[str, bool]
 ) -> TensorAudit:
@@ -154,7 +188,7 @@ def judge_tensor(
     wrong = [modules[name].code for name in pair.modules if name in modules and modules[name].verdict == "fail"]
     patched = pair.output.site is not None and bool(pair.output.site.patches)
     if pair.status == "tied":
-        code = "TIE_DOUBLED" if bad else ""
+        code = pair.otherwise if bad else ""
     elif patched:
         code = wrong[0] if wrong and bad else ""
     elif bad and not replay.finite[pair.name]:
@@ -188,14 +222,14 @@ def index_of(element: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 # The whole -------------------------------------------------------------------------------------------------------
 
 
-def wrong_base(modules: Mapping[str, ModuleAudit], tensors: Iterable[TensorAudit]) -> dict[str, ModuleAudit]:
+def wrong_base(modules: Mapping[str, ModuleAudit], pairs: Iterable[Pair], replay: Replay) -> dict[str, ModuleAudit]:
     """Where untouched tensors changed too, what no fault explains in the modules is another base."""
-    plain = [t for t in tensors if not t.modules and t.status in ("unchanged", "changed")]
-    changed = [t for t in plain if t.code == "TENSOR_CHANGED"]
+    plain = [pair for pair in pairs if pair.status == "unchanged"]
+    changed = [pair for pair in plain if replay.mismatched[pair.name]]
     strange = {name for name, m in modules.items() if m.code in ("DELTA_UNEXPLAINED", "ROUNDING_EXCESS")}
-    everywhere = len(changed) > 0.5 * len(plain) if plain else False
     full = [name for name in strange if (modules[name].residual_rank or 0) > 16]
-    if not strange or not (everywhere or len(full) == len(modules)):
+    everywhere = len(changed) > 0.5 * len(plain) if plain else len(full) == len(modules)
+    if not everywhere:
         return dict(modules)
     return {
         name: replace(m, code="WRONG_BASE", status="wrong", verdict="fail") if name in strange else m

@@ -9,7 +9,7 @@ from d2surgery.base import BaseWeights
 from d2surgery.findings import Status, TensorAudit
 from d2surgery.header import FLOATS, TensorInfo
 from d2surgery.job import Job
-from d2surgery.ties import find_tie
+from d2surgery.ties import find_tie, tie_flag
 from d2surgery.tiles import Output
 
 
@@ -21,6 +21,7 @@ class Pair:
     output: Output
     info: TensorInfo
     status: Status  # when it is right
+    otherwise: str = "TENSOR_CHANGED"  # the code when it is not, of a tied one
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -33,6 +34,7 @@ class Pairing:
 
     pairs: tuple[Pair, ...]
     others: Mapping[str, TensorAudit]
+    shared: frozenset[str]  # tensors in the file that a tie makes two
     tied: bool  # an output that the merge ties, or should write, is left to the tie in the file
 
 
@@ -45,10 +47,11 @@ def pair_up(job: Job, merged: BaseWeights) -> Pairing:
     pairs: list[Pair] = []
     others: dict[str, TensorAudit] = {}
     for name, output in expected.items():
-        status = right_status(output)
+        status, otherwise = right_status(output), "TENSOR_CHANGED"
         found = names.get(name)
-        if found is None and ties.aliases.get(name) in there:
+        if found is None and ties.aliases.get(name) in there and tie_flag(merged.config) is not False:
             found, status = ties.aliases[name], "tied"
+            otherwise = "TIE_DOUBLED" if job.landing.untied else "TENSOR_MISSING"
         if found is None:
             others[name] = _lacking(output, name, "missing", "TENSOR_MISSING")
         elif there[found].shape != output.shape:
@@ -59,7 +62,7 @@ def pair_up(job: Job, merged: BaseWeights) -> Pairing:
             others[found] = _lacking(output, found, "changed", "TENSOR_CHANGED", there[found])
         else:
             written = output._replace(dtype=there[found].dtype)
-            pairs.append(Pair(name if status == "tied" else found, written, there[found], status))
+            pairs.append(Pair(name if status == "tied" else found, written, there[found], status, otherwise))
     own_ties = find_tie(job.base.header, job.base.config).aliases
     for name in sorted(there.keys() - set(names.values())):
         info, source = there[name], expected.get(own_ties.get(name, ""))
@@ -70,7 +73,8 @@ def pair_up(job: Job, merged: BaseWeights) -> Pairing:
                 name=name, status="extra", dtype=info.dtype, shape=info.shape, elements=prod(info.shape),
                 code="TENSOR_EXTRA",
             )  # fmt: skip
-    return Pairing(tuple(pairs), others, tied=any(name not in names for name in ties.aliases))
+    left = [name for name in ties.aliases if name not in there]
+    return Pairing(tuple(pairs), others, frozenset(ties.aliases[name] for name in left), tied=bool(left))
 
 
 def modules_of(output: Output) -> tuple[str, ...]:
