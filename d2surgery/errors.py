@@ -260,6 +260,14 @@ CODES: dict[str, Code] = {
         "Store the merged checkpoint in float32 if that part matters, or serve the adapter unmerged.",
     ),
     # What models say.
+    "LAYER_DIFFERS": Code(
+        "The output of a module differs from that of base and adapter by more than rounding explains.",
+        "Look at this module's weights: the audit of weights says what is wrong with them.",
+    ),
+    "LOGITS_DIFFER": Code(
+        "The merged model's next-token distributions differ from those of base and adapter by more than noise.",
+        "Look at the first module that differs, and at the audit of weights.",
+    ),
     "NOT_RUNNABLE": Code(
         "transformers cannot build, fill or run this model here.",
         "Check that the directory is whole and that this version of transformers knows the architecture.",
@@ -313,6 +321,10 @@ CODES: dict[str, Code] = {
     "TOKENIZER_CHANGED": Code(
         "The tokenizer differs from the one that belongs to the base or adapter, or is missing.",
         "Copy its files into the merged directory.",
+    ),
+    "TASK_GAP": Code(
+        "Base with adapter and the merged model answer questions with different accuracy, or too few were asked.",
+        "Look at the first module that differs; ask more questions where the note says how many.",
     ),
     # Figures.
     "NO_IMAGES": Code(

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import takewhile
 from math import isnan
 from pathlib import Path
@@ -49,6 +49,7 @@ class Score:
     by: By
     gold: tuple[int, ...]
     picked: tuple[int | None, ...]
+    chance: float  # the accuracy of guessing, 0 to 1
     log_likelihoods: tuple[tuple[float, ...], ...] = ()  # of each choice, in nats
     texts: tuple[str, ...] = ()  # what was generated
 
@@ -102,6 +103,8 @@ def score(
     D2SurgeryError BAD_DATA for items longer than the model's context, NOT_RUNNABLE for tokens it does not have.
     """
     gold = tuple(item.choices.index(item.answer) for item in task.items)
+    chance = sum(1 / len(item.choices) for item in task.items) / len(task.items)
+    same: dict[str, Any] = {"task": task.name, "gold": gold, "chance": chance}
     prompts = [encode(item.prompt, tokenizer, template) for item in task.items]
     choices = [[_tokens(tokenizer, choice) for choice in item.choices] for item in task.items]
     _check(model, task, prompts, choices)
@@ -117,13 +120,35 @@ def score(
             if way in by:
                 picked = tuple(map(_largest, numbers))
                 kept = tuple(map(tuple, values))
-                found[way] = Score(task=task.name, by=way, gold=gold, picked=picked, log_likelihoods=kept)
+                found[way] = Score(by=way, picked=picked, log_likelihoods=kept, **same)
     if "generation" in by:
         before = total - len(task.items)
         texts = generate(model, tokenizer, prompts, batch_tokens, lambda done: progress(before + done, total))
         named = tuple(named_choice(text, item.choices) for text, item in zip(texts, task.items, strict=True))
-        found["generation"] = Score(task=task.name, by="generation", gold=gold, picked=named, texts=tuple(texts))
+        found["generation"] = Score(by="generation", picked=named, texts=tuple(texts), **same)
     return {way: found[way] for way in by}
+
+
+def score_all(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[Task],
+    *,
+    by: Sequence[By] = ("likelihood",),
+    template: Template = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress = _silent,
+) -> list[Score]:
+    """The scores of several tasks, task by task, way by way."""
+    total = sum(len(task.items) for task in tasks) * (("generation" in by) + bool({*by} - {"generation"}))
+    scores: list[Score] = []
+    before = 0
+    for task in tasks:
+        told = partial(_shifted, progress, before, total)
+        found = score(model, tokenizer, task, by=by, template=template, batch_tokens=batch_tokens, progress=told)
+        scores += found.values()
+        before += total * len(task.items) // max(sum(len(task.items) for task in tasks), 1)
+    return scores
 
 
 def log_likelihoods(
@@ -257,6 +282,10 @@ def _logits(model: nn.Module, batch: Sequence[_Row]) -> list[Tensor]:
     spans = [torch.tensor([place[at] for at in range(row.first, len(row.tokens))], device=device) for row in batch]
     wide = torch.promote_types(logits.dtype, torch.float32)
     return [logits[at, span].to(wide) for at, span in enumerate(spans)]
+
+
+def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

@@ -314,9 +314,12 @@ class Built:
             warnings.simplefilter("ignore")
             return PeftModel.from_pretrained(self.load(self.base), self.adapter).eval()
 
+    def inputs(self) -> dict[str, Tensor]:
+        return _inputs(self.case.inputs)
+
     def forward(self, model: Any) -> Tensor:
         with torch.no_grad():
-            output: Tensor = model(**_inputs(self.case.inputs))[0]
+            output: Tensor = model(**self.inputs())[0]
         return output
 
     @cached_property

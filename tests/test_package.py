@@ -47,6 +47,8 @@ LAYERS = (
     "attach",
     "models",
     "tasks",
+    "prompts",
+    "traces",
     "behaviour",
     "recipes",
     "faults",

@@ -57,6 +57,11 @@ VERBS = {
         "What adapters have in common, beside what chance gives.",
         "d2surgery diff ./one-adapter ./another",
     ),
+    "eval": Verb(
+        "Measure",
+        "Multiple-choice accuracy, unmerged or merged, or the gap between.",
+        "d2surgery eval --base ./model --adapter ./my-adapter --tasks questions.jsonl",
+    ),
     "report": Verb(
         "Measure",
         "One page, offline, with all of it: words, tables, figures.",

@@ -69,6 +69,12 @@ def mean_gap(gaps: Iterable[Gap], *, seed: int = 0) -> tuple[float, Interval]:
     return float(np.mean([gap.gap_pp for gap in gaps])), quantiles(np.mean(draws, axis=0), 0.95)
 
 
+def mean_accuracy(correct: Sequence[int], items: Sequence[int], *, seed: int = 0) -> tuple[float, Interval]:
+    """The mean accuracy over tasks, 0 to 1, and its 95 % bootstrap interval; tasks are fixed, their items drawn."""
+    draws = [bootstrap(0, c, n, seed=seed + at) / 100 for at, (c, n) in enumerate(zip(correct, items, strict=True))]
+    return float(np.mean(np.divide(correct, items))), quantiles(np.mean(draws, axis=0), 0.95)
+
+
 def bootstrap(lost: int, gained: int, items: int, *, seed: int, draws: int = DRAWS) -> npt.NDArray[np.float64]:
     """Gaps of resampled items, in percentage points. Drawing n of n items with replacement draws their outcomes
     −1, 0, +1 from a multinomial, so no item need be drawn."""

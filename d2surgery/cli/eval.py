@@ -1,0 +1,215 @@
+"""`d2surgery eval`: multiple-choice accuracy of a base, of it with an adapter live or merged, or the gap of the two."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import nn
+
+from d2surgery.base import BaseWeights
+from d2surgery.behaviour import as_json, compare_scores
+from d2surgery.checkpoint import load
+from d2surgery.cli import measured, output
+from d2surgery.cli.options import DTYPES, device_option, progress_bar
+from d2surgery.errors import refuse
+from d2surgery.items import TEMPLATES, Template
+from d2surgery.measures.paired import mean_accuracy
+from d2surgery.models import load_model, stored_dtype, tokenizer_of, unmerged
+from d2surgery.tasks import WAYS, By, Score, Task, read_task, score_all
+from d2surgery.tensors import DTYPES as TORCH_DTYPES
+from d2surgery.tensors import find_device
+
+_PATH = click.Path(path_type=Path)
+
+
+class Ways(click.ParamType[tuple[By, ...]]):
+    """`likelihood,generation`."""
+
+    name = "ways"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[By, ...]:
+        asked = [part.strip() for part in str(value).split(",")]
+        if unknown := [way for way in asked if way not in WAYS]:
+            self.fail(f"{', '.join(map(repr, unknown))}: the ways are {', '.join(WAYS)}", param, ctx)
+        return tuple(way for way in WAYS if way in asked)
+
+
+@click.command(name="eval")
+@click.option("--base", type=_PATH, required=True, help="Model directory with safetensors weights.")
+@click.option("--adapter", help="File, directory or hub id org/name[@revision]; live in the base, not merged.")
+@click.option("--merged", type=_PATH, help="Merged model directory. With --adapter: the gap between the two.")
+@click.option("--tasks", "files", type=_PATH, multiple=True, required=True, help="JSON or JSONL items; repeatable.")
+@click.argument("more", type=_PATH, nargs=-1, metavar="[FILE]...")
+@click.option("--by", "by", type=Ways(), default="likelihood", show_default=True, help=f"Of {', '.join(WAYS)}.")
+@click.option("--limit", type=click.IntRange(min=1), help="Items per task, taken evenly.")
+@click.option("--template", type=click.Choice(TEMPLATES), default="auto", show_default=True, help="Of the prompt.")
+@click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="To compute in. Default: fp32 on a CPU, else stored.")
+@click.option("--items", "items_file", type=_PATH, help="Write every item's answers here, one JSON object a line.")
+@device_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+@click.option("--quiet", is_flag=True, help="Print warnings only.")
+def command(
+    base: Path, adapter: str | None, merged: Path | None, files: tuple[Path, ...], more: tuple[Path, ...],
+    by: tuple[By, ...], limit: int | None, template: Template, dtype: str | None, items_file: Path | None,
+    device: str, as_json: bool, quiet: bool,
+) -> int:  # fmt: skip
+    """Accuracy on multiple-choice questions, with intervals.
+
+    likelihood: the choice whose tokens are most probable after the prompt; normalised: the same per byte of the
+    choice; generation: the choice that the model's own words name first. With --adapter and --merged both models
+    answer the same questions, and the gap is judged pair by pair.
+
+    A task is a JSON list or JSON lines, plain or gzip, of {"question", "choices", "answer"} or of the commonsense
+    form {"instruction", "input", "output", "answer"}.
+    """
+    if items_file is not None and items_file.exists():
+        raise refuse("OUTPUT_EXISTS", "not overwritten", file=str(items_file))
+    tasks = [read_task(path, limit) for path in (*files, *more)]
+    with progress_bar("answering", show=not (as_json or quiet), unit=" items") as progress:
+        scores = _scores(base, adapter, merged, tasks, by, template, dtype, device, progress)
+    if items_file is not None:
+        _write_items(items_file, scores)
+    document = _document(scores)
+    if as_json:
+        told = {"base": str(base), "adapter": adapter, "merged": str(merged) if merged else None, "template": template}
+        output.emit_json(told | document)
+        return 0
+    for line in () if quiet else _text(document):
+        output.emit(line)
+    return 0
+
+
+def _scores(
+    base: Path, adapter: str | None, merged: Path | None, tasks: Sequence[Task], by: Sequence[By],
+    template: Template, dtype: str | None, device: str, progress: Callable[[int, int], None],
+) -> dict[str, list[Score]]:  # fmt: skip
+    """Model -> its scores. One model at a time is in memory."""
+    where = find_device(device)
+    directory = merged or base
+    stored = torch.float32 if where.type == "cpu" else stored_dtype(BaseWeights(directory).header)
+    chosen = TORCH_DTYPES[DTYPES[dtype]] if dtype else stored
+    tokenizer = tokenizer_of(directory, base)
+    makers: dict[str, Callable[[], nn.Module]] = {}
+    if adapter is not None:
+        checkpoint = load(adapter)
+        makers["unmerged"] = lambda: unmerged(base, checkpoint, dtype=chosen, device=where)
+    if merged is not None:
+        makers["merged"] = lambda: load_model(merged, dtype=chosen, device=where)
+    if not makers:
+        makers["base"] = lambda: load_model(base, dtype=chosen, device=where)
+    found: dict[str, list[Score]] = {}
+    for at, (name, make) in enumerate(makers.items()):
+
+        def told(done: int, total: int, at: int = at) -> None:
+            progress(at * total + done, len(makers) * total)
+
+        found[name] = score_all(make(), tokenizer, tasks, by=by, template=template, progress=told)
+    return found
+
+
+def _document(scores: dict[str, list[Score]]) -> dict[str, Any]:
+    """Per model the accuracy of each task and their mean; with two models their gap."""
+    document: dict[str, Any] = {"models": {name: _accuracies(found) for name, found in scores.items()}}
+    if len(scores) == 2:
+        gap = compare_scores(*scores.values())
+        problems = [output.record(problem) for problem in gap.problems]
+        document |= {"task": as_json(gap) | {"problems": problems}, "problems": problems}
+    return document
+
+
+def _accuracies(found: Sequence[Score]) -> dict[str, Any]:
+    means = {}
+    for way in dict.fromkeys(score.by for score in found):
+        counts = [(score.correct, len(score.gold)) for score in found if score.by == way]
+        mean, interval = mean_accuracy(*zip(*counts, strict=True))
+        means[way] = {"accuracy": mean, "ci": list(interval)}
+    tasks = [
+        {"task": s.task, "by": s.by, "items": len(s.gold), "accuracy": s.accuracy, "ci": list(s.interval),
+         "unanswered": s.unanswered, "chance": s.chance}
+        for s in found
+    ]  # fmt: skip
+    return {"tasks": tasks, "mean": means}
+
+
+def _write_items(path: Path, scores: dict[str, list[Score]]) -> None:
+    lines = []
+    for model, found in scores.items():
+        for score in found:
+            record = asdict(score)
+            for at, (gold, picked) in enumerate(zip(score.gold, score.picked, strict=True)):
+                line = {"model": model, "task": score.task, "by": score.by, "item": at, "gold": gold, "picked": picked}
+                details = {name: record[name][at] for name in ("log_likelihoods", "texts") if record[name]}
+                lines.append(json.dumps(line | details))
+    path.write_text("\n".join(lines) + "\n")
+
+
+# Text ------------------------------------------------------------------------------------------------------------
+
+
+def _text(document: dict[str, Any]) -> Iterator[str]:
+    models = document["models"]
+    for name, model in models.items():
+        yield _verdict(name, model)
+        yield ""
+        rows = [["", "items", "right", "95 %", "chance", "unanswered"]]
+        rows += [_row(task) for task in model["tasks"]]
+        yield from output.table(rows)
+        yield ""
+    if "task" in document:
+        yield from _gap(document["task"])
+
+
+def _verdict(name: str, model: dict[str, Any]) -> str:
+    means = (
+        f"{_percent(mean['accuracy'])} right by {way} ({_percent(mean['ci'][0])} to {_percent(mean['ci'][1])})"
+        for way, mean in model["mean"].items()
+    )
+    return f"{name}: {', '.join(means)}"
+
+
+def _row(task: dict[str, Any]) -> list[str]:
+    low, high = task["ci"]
+    return [
+        f"{output.printable(task['task'])}, {task['by']}",
+        str(task["items"]),
+        _percent(task["accuracy"]),
+        f"{_percent(low)} to {_percent(high)}",
+        _percent(task["chance"]),
+        str(task["unanswered"]) if task["unanswered"] else "",
+    ]
+
+
+def _gap(gap: dict[str, Any]) -> Iterator[str]:
+    low, high = gap["ci_pp"]
+    yield from measured.prose(
+        f"merged − unmerged: {gap['gap_pp']:+.2f} points on average (95 % {low:+.2f} to {high:+.2f}), at worst "
+        f"{gap['worst_gap_pp']:+.2f} ({gap['worst_task']}). {gap['gained']} answers became right, {gap['lost']} wrong; "
+        f"McNemar p = {gap['mcnemar_p']:.2g}."
+    )
+    rows = [["", "gap", "95 %", "right → wrong", "wrong → right", "p"]]
+    for one in gap["tasks"]:
+        found = one["gap"]
+        low, high = found["ci_pp"]
+        interval = f"{low:+.2f} to {high:+.2f}"
+        flips = [str(found["lost"]), str(found["gained"]), f"{found['mcnemar_p']:.2g}"]
+        rows.append([f"{output.printable(one['task'])}, {one['by']}", f"{found['gap_pp']:+.2f}", interval, *flips])
+    yield ""
+    yield from output.table(rows)
+    within = f"a gap of {gap['margin_pp']:g} points or more is {'' if gap['equivalent'] else 'not '}refuted"
+    yield f"  {within} (two one-sided tests at 5 %)"
+    for problem in gap["problems"]:
+        yield ""
+        colour = output.COLOURS[problem["severity"]]
+        details = "; ".join(f"{k} {problem[k]}" for k in ("wanted", "got") if problem[k])
+        yield from measured.prose(
+            f"{output.style(problem['severity'], colour)} {problem['code']} {problem['module']}: {problem['message']} "
+            f"({details})"
+        )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
