@@ -2,6 +2,7 @@
 with config and weights, `published` is the folder of real adapters beside the checkout, where there is one."""
 
 import json
+import os
 import struct
 from collections.abc import Callable, Mapping
 from math import prod
@@ -14,6 +15,7 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from models import Built
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: `pytest -n auto` has a process per core
 settings.register_profile("d2surgery", deadline=None)  # a busy machine is no failure
 settings.load_profile("d2surgery")
 
