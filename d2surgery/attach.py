@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from d2surgery.adapters import KINDS, Adapter, Weight, squared_norms
+from d2surgery.adapters import KINDS, Adapter, Axis, Weight, squared_norms
 from d2surgery.checkpoint import Checkpoint, from_adapters
 from d2surgery.errors import Problem, raise_errors, refuse
 
@@ -30,32 +30,18 @@ ALL_LINEAR = "all-linear"
 _HEADS = ("score", "classifier")  # of transformers' classifiers, which have no output embeddings
 
 
-class AdaptedLinear(nn.Module):
-    """A frozen linear layer and the slots of one adapter, as parameters.
+class OverFrozen(nn.Module):
+    """What stands in the place of a linear layer, which it freezes. The norms of W0 are summed once."""
 
-    `warmup` is a factor on the scaling; a snapshot has it folded in.
-    """
+    base_layer: nn.Module
 
-    def __init__(self, base_layer: nn.Module, adapter: Adapter, *, dropout: float = 0.0, trainable: bool = True):
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
-        device = next(base_layer.parameters()).device
-        self.slots = nn.ParameterDict(
-            {name: _parameter(slot, device, trainable) for name, slot in adapter.slots().items()}
-        )
-        self.dropout = dropout
         self.warmup = 1.0
-        self._kind = type(adapter)
-        self._fields = {f.name: getattr(adapter, f.name) for f in fields(adapter) if f.name not in self.slots}
-        self._remember_squares()
+        self.base_squares: dict[Axis, Tensor] = {}
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
         self.train(base_layer.training)
-
-    @property
-    def adapter(self) -> Adapter:
-        """The value around the live parameters."""
-        chosen = {**self._fields, "scaling": self._fields["scaling"] * self.warmup}
-        return self._kind(**chosen, **{name: self.slots[name] for name in self._kind.dimensions})
 
     @property
     def base_weight(self) -> Weight:
@@ -71,21 +57,57 @@ class AdaptedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.base_layer.bias  # type: ignore[return-value]
 
+    def adapters(self) -> list[Adapter]:
+        """The values around the live parameters."""
+        raise NotImplementedError
+
+    def through(self, adapter: Adapter, x: Tensor, update_input: Tensor | None) -> Tensor:
+        """The adapter's forward over the base layer."""
+        W0 = self.base_weight
+        squares = self.base_squares[adapter.along] if adapter.along and adapter.normalises else None
+        with _made_again(W0, self.base_layer) if is_quantized(self.base_layer) else nullcontext():
+            return adapter.forward(x, W0, self.bias, update_input, squares)
+
+    def remember_squares(self) -> None:
+        """Sum the norms again: the base or the adapters are others."""
+        axes = {adapter.along for adapter in self.adapters() if adapter.along and adapter.normalises}
+        self.base_squares = {axis: squared_norms(self.base_weight.detach(), axis) for axis in axes}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OverFrozen":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.remember_squares()  # the weight may have another dtype or device now
+        return self
+
+
+class AdaptedLinear(OverFrozen):
+    """A frozen linear layer and the slots of one adapter, as parameters.
+
+    `warmup` is a factor on the scaling; a snapshot has it folded in.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter: Adapter, *, dropout: float = 0.0, trainable: bool = True):
+        super().__init__(base_layer)
+        device = next(base_layer.parameters()).device
+        self.slots = nn.ParameterDict(
+            {name: _parameter(slot, device, trainable) for name, slot in adapter.slots().items()}
+        )
+        self.dropout = dropout
+        self._kind = type(adapter)
+        self._fields = {f.name: getattr(adapter, f.name) for f in fields(adapter) if f.name not in self.slots}
+        self.remember_squares()
+
+    @property
+    def adapter(self) -> Adapter:
+        """The value around the live parameters."""
+        chosen = {**self._fields, "scaling": self._fields["scaling"] * self.warmup}
+        return self._kind(**chosen, **{name: self.slots[name] for name in self._kind.dimensions})
+
+    def adapters(self) -> list[Adapter]:
+        return [self.adapter]
+
     def forward(self, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
         update_input = F.dropout(x, self.dropout) if self.dropout and self.training else None
-        W0 = self.base_weight
-        with _made_again(W0, self.base_layer) if _is_quantized(self.base_layer) else nullcontext():
-            return self.adapter.forward(x, W0, self.bias, update_input, self.base_squares)
-
-    def _remember_squares(self) -> None:
-        """What the norms need of W0, once and not in each step."""
-        along = self.adapter.along if self.adapter.normalises else None
-        self.base_squares = squared_norms(self.base_weight.detach(), along) if along else None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptedLinear":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._remember_squares()  # the weight may have another dtype or device now
-        return self
+        return self.through(self.adapter, x, update_input)
 
     def extra_repr(self) -> str:
         return f"kind={self._kind.kind}, dropout={self.dropout}"
@@ -187,8 +209,9 @@ def snapshot(model: nn.Module, config: Mapping[str, Any] = MappingProxyType({}))
 
 def set_warmup(model: nn.Module, w: float) -> None:
     """Multiply every adapter's scaling by w: Dual LoRA starts at 0, where its delta would not be zero."""
-    for layer in adapted(model).values():
-        layer.warmup = w
+    for layer in model.modules():
+        if isinstance(layer, OverFrozen):
+            layer.warmup = w
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -197,6 +220,10 @@ def is_linear(module: nn.Module) -> bool:
         module, nn.modules.linear.NonDynamicallyQuantizableLinear
     )
     return is_torchs or _is(module, "transformers", "Conv1D")
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    return _is(layer, "bitsandbytes", "Linear4bit") or _is(layer, "bitsandbytes", "Linear8bitLt")
 
 
 def base_weight(layer: nn.Module) -> Weight:
@@ -215,10 +242,6 @@ def base_weight(layer: nn.Module) -> Weight:
     return weight
 
 
-def _is_quantized(layer: nn.Module) -> bool:
-    return _is(layer, "bitsandbytes", "Linear4bit") or _is(layer, "bitsandbytes", "Linear8bitLt")
-
-
 def _made_again(W0: Tensor, layer: nn.Module) -> saved_tensors_hooks:
     """Keep no dequantised weight for the backward pass: the layer gives it again there."""
     address = W0.data_ptr()
@@ -232,8 +255,8 @@ def _made_again(W0: Tensor, layer: nn.Module) -> saved_tensors_hooks:
     return saved_tensors_hooks(pack, unpack)
 
 
-def _after_loading(layer: AdaptedLinear, _: Any) -> None:
-    layer._remember_squares()
+def _after_loading(layer: OverFrozen, _: Any) -> None:
+    layer.remember_squares()
 
 
 def _is(module: nn.Module, package: str, name: str) -> bool:

@@ -190,6 +190,10 @@ CODES: dict[str, Code] = {
         "The file holds more than adapters of linear layers, and a live model would go on without it.",
         "Merge it into the base instead.",
     ),
+    "PEFT_RELEASE": Code(
+        "The plug-in adds to lists inside PEFT, which another release may keep elsewhere.",
+        "Install a PEFT release of the tested range.",
+    ),
     # Merging.
     "STRENGTH": Code(
         "Replaced weights and rows have no strength between 0 and 1.", "Merge with --strength 1, or without them."

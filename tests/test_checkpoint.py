@@ -147,13 +147,6 @@ def test_peft_loads_what_we_make_without_a_warning_and_sees_the_same_delta(tmp_p
     assert torch.allclose(theirs, W + adapter.delta(W), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["duallora", "d2lora"])
-def test_peft_refuses_our_own_kinds_rather_than_loading_half(tmp_path: Path, kind: str) -> None:
-    save(from_adapters({"q": make(kind)}), tmp_path / "a")
-    with pytest.raises((KeyError, ValueError), match=kind.upper()):
-        PeftModel.from_pretrained(Net(numbers(6, 5)), tmp_path / "a")
-
-
 def test_one_expert_is_asked_for_by_number(built: Callable[[str], Built]) -> None:
     checkpoint = load(built("mixtral down").adapter)
     module = next(m for m in checkpoint if m.endswith("down_proj"))

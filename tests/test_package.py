@@ -45,6 +45,7 @@ LAYERS = (
     "job",
     "merging",
     "attach",
+    "peft_plugin",
     "models",
     "tasks",
     "prompts",
