@@ -18,6 +18,8 @@ _PUBLIC = {  # name -> the module that defines it
     **dict.fromkeys(("Audit", "ModuleAudit", "TensorAudit", "Thresholds"), "findings"),
     **dict.fromkeys(("merge", "plan", "MergeReport", "PlanReport"), "merging"),
     **dict.fromkeys(("AdaptedLinear", "initial", "adapted", "detach", "snapshot", "set_warmup"), "attach"),
+    **dict.fromkeys(("train", "TrainReport"), "training.loop"),
+    **dict.fromkeys(("TrainConfig", "read_config"), "training.config"),
 }
 __all__ = sorted(_PUBLIC)
 

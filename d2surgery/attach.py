@@ -214,6 +214,11 @@ def set_warmup(model: nn.Module, w: float) -> None:
             layer.warmup = w
 
 
+def options_of(kind: type[Adapter]) -> set[str]:
+    """The options of `initial` that a kind has: of its `init`, and fields that are no slots."""
+    return _of_init(kind) | {f.name for f in fields(kind)} - {*kind.dimensions, "scaling"}
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether an adapter can sit on it. MultiheadAttention reads the weight of its out_proj past its forward."""
     is_torchs = isinstance(module, nn.Linear) and not isinstance(
@@ -318,18 +323,19 @@ def _near(pattern: str, linear: Mapping[str, nn.Module]) -> str:
     return ", ".join(dict.fromkeys([*near, *ends])) or "a model without linear layers"
 
 
+def _of_init(kind: type[Adapter]) -> set[str]:
+    return set(inspect.signature(kind.init).parameters) - {"rank", "scaling", "generator", "base_weight", "dtype"}
+
+
 def _options(kind: type[Adapter], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Those of the kind's `init`, and the fields set afterwards."""
-    given = {"rank", "scaling", "generator", "base_weight", "dtype"}
-    of_init = {name for name in inspect.signature(kind.init).parameters if name not in given}
-    of_value = {f.name for f in fields(kind)} - {*kind.dimensions, "scaling"} - of_init
-    unknown = sorted(set(options) - of_init - of_value)
+    unknown = sorted(set(options) - options_of(kind))
     if unknown:
-        wanted = ", ".join(sorted(of_init | of_value)) or "none"
+        wanted = ", ".join(sorted(options_of(kind))) or "none"
         raise refuse("BAD_CONFIG", f"{kind.kind} has no such option.", wanted=wanted, got=", ".join(unknown))
     return (
-        {name: value for name, value in options.items() if name in of_init},
-        {name: value for name, value in options.items() if name in of_value},
+        {name: value for name, value in options.items() if name in _of_init(kind)},
+        {name: value for name, value in options.items() if name not in _of_init(kind)},
     )
 
 

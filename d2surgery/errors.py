@@ -47,7 +47,7 @@ CODES: dict[str, Code] = {
         "There is no adapter_config.json beside the weights and none inside the file, so the scaling is unknown.",
         "Put the adapter_config.json of the same training beside the weights.",
     ),
-    "BAD_CONFIG": Code("The adapter's config cannot be used as it stands.", "Correct the named field."),
+    "BAD_CONFIG": Code("A config cannot be used as it stands.", "Correct the named field."),
     "CONFIG_DISAGREES": Code(
         "adapter_config.json and the config inside the weights file differ; the former was used.",
         "Save the adapter again so that both agree.",
@@ -194,14 +194,23 @@ CODES: dict[str, Code] = {
         "The plug-in adds to lists inside PEFT, which another release may keep elsewhere.",
         "Install a PEFT release of the tested range.",
     ),
+    "LOSS_NOT_FINITE": Code(
+        "The loss or a trained tensor became NaN or infinite, so training stopped.",
+        "Lower the learning rate or the scaling, or train in bf16 or fp32; the last checkpoint is whole and loads as "
+        "an adapter.",
+    ),
+    "NO_TRAINER": Code(
+        "Training uses transformers' Trainer, and a package it needs is missing.",
+        "Run `pip install 'd2surgery[train]'`.",
+    ),
     # Merging.
     "STRENGTH": Code(
         "Replaced weights and rows have no strength between 0 and 1.", "Merge with --strength 1, or without them."
     ),
     "OUTPUT_EXISTS": Code("There is something at the output path.", "Remove it or choose another path."),
     "RESUME_MISMATCH": Code(
-        "The unfinished merge at this path was made from other inputs, options or versions.",
-        "Remove the .partial directory and merge again.",
+        "What is unfinished at this path, a merge or a training, was made from other inputs, options or versions.",
+        "Give the same again, or remove what is there (a merge's .partial directory) and begin anew.",
     ),
     "BASE_CHANGED": Code(
         "A weight file of the base was changed while it was merged.",
@@ -214,6 +223,9 @@ CODES: dict[str, Code] = {
         "A file of items or prompts is empty, damaged, or holds items that cannot be used.",
         'Give {"instruction", "output", "answer"} or {"question", "answer", "choices"} objects, as a JSON list or one '
         "per line.",
+    ),
+    "ITEMS_TOO_LONG": Code(
+        "Items of the data are longer than a row.", "Raise max_length if the beginnings of those prompts matter."
     ),
     # Audit.
     "BAD_MERGED": Code(

@@ -51,6 +51,7 @@ LAYERS = (
     "prompts",
     "traces",
     "behaviour",
+    "training",
     "recipes",
     "faults",
     "diagnosis",
@@ -68,6 +69,7 @@ LAYERS = (
     "audit_page",
     "report",
     "cli",
+    "__main__",
 )
 HEAVY = ("torch", "numpy", "scipy", "transformers", "plotly", "peft", "safetensors", "huggingface_hub", "click")
 

@@ -42,6 +42,11 @@ VERBS = {
         "Is a merged checkpoint the base with the adapter?",
         "d2surgery audit --base ./model --adapter ./my-adapter --merged ./merged",
     ),
+    "train": Verb(
+        "Train",
+        "Fine-tune a base with an adapter of any of the four kinds.",
+        "d2surgery train run.toml --output ./my-adapter",
+    ),
     "spectrum": Verb(
         "Measure",
         "Singular values, norms and every rank of each module.",

@@ -1,0 +1,147 @@
+"""`d2surgery train`: a base, a config, data → an adapter. Every setting of the config is an option too."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import click
+
+from d2surgery.cli import output
+from d2surgery.cli.options import progress_bar
+from d2surgery.training.config import Setting, TrainConfig, plain, read_config, settings
+
+_HEADINGS = {
+    "": "The run",
+    "adapter": "What is trained  [adapter]",
+    "data": "On what  [data]",
+    "optimizer": "How  [optimizer]",
+    "run": "Where, and what is written  [run]",
+}
+
+
+class _Command(click.Command):
+    """Lists options under the section of the config that they override."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections = {setting.name: setting.section for setting in settings()}
+        for section, heading in [*_HEADINGS.items(), ("others", "Other options")]:
+            own = [
+                param
+                for param in self.get_params(ctx)
+                if isinstance(param, click.Option) and sections.get(param.name or "", "others") == section
+            ]
+            records = [p.get_help_record(ctx) for p in own if isinstance(p, click.Option)]
+            with formatter.section(heading):
+                formatter.write_dl([record for record in records if record])
+
+
+class _Ratio(click.ParamType[Any]):
+    """`B=16`."""
+
+    name = "slot=ratio"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        slot, _, ratio = str(value).partition("=")
+        try:
+            return slot, float(ratio)
+        except ValueError:
+            self.fail(f"{value!r} is not a slot and a number such as B=16", param, ctx)
+
+
+def _option(setting: Setting) -> click.Option:
+    kind, default = plain(setting.type), setting.default
+    flag = f"--{setting.name.replace('_', '-')}"
+    note = "" if default is MISSING or default in (None, (), {}) else f"  [default: {_in_words(default)}]"
+    if kind is bool:
+        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=setting.about.help + note)
+    of = get_origin(kind)
+    types = {tuple: str, dict: _Ratio(), Literal: click.Choice(get_args(kind))}
+    many = of in (tuple, dict)
+    return click.Option([flag], type=types.get(of, kind), multiple=many, help=setting.about.help + note)
+
+
+def _in_words(default: Any) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return " ".join(default) if isinstance(default, tuple) else str(default)
+
+
+@click.command(name="train", cls=_Command)
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the output, if there is one.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+@click.option("--quiet", is_flag=True, help="Print warnings only.")
+def command(config: Path | None, resume: bool, as_json: bool, quiet: bool, **options: Any) -> int:
+    """Fine-tune BASE with one adapter, by CONFIG (TOML), by options, or by both: options win.
+
+    The adapter, its checkpoints, metrics.jsonl and the resolved train.toml go to OUTPUT. The loss is on the answers
+    only. A run that was killed goes on with --resume and ends with the same adapter. On several GPUs: torchrun
+    --nproc-per-node N -m d2surgery train …, or accelerate launch -m d2surgery train …
+    """
+    given = {name: dict(v) if name == "lr_ratio" else v for name, v in options.items() if v is not None and v != ()}
+    chosen = read_config(config, given)
+    from d2surgery.training.loop import TrainPlan, train  # here: --help and a bad config wait for no model library
+
+    silent = quiet or as_json or os.environ.get("RANK", "0") != "0"
+
+    def announce(plan: TrainPlan) -> None:
+        for line in output.problem_lines(plan.problems):
+            output.emit(line, err=True)
+        for line in () if silent else _before(chosen, plan):
+            output.emit(line)
+
+    _hush()
+    with progress_bar("training", show=not silent, unit="step") as progress:
+        try:
+            report = train(chosen, resume=resume, progress=progress, announce=announce)
+        except KeyboardInterrupt as stop:
+            output.emit(str(stop), err=True)
+            raise
+    if as_json and os.environ.get("RANK", "0") == "0":
+        output.emit_json(asdict(report) | {"problems": [output.record(problem) for problem in report.problems]})
+    for line in () if silent else _after(chosen, report):
+        output.emit(line)
+    return 0
+
+
+command.params += [_option(setting) for setting in settings()]
+
+
+def _hush() -> None:
+    """transformers' bars and notes are for its own scripts."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _before(config: TrainConfig, plan: Any) -> Iterator[str]:
+    share = 100 * plan.trainable_parameters / plan.all_parameters
+    ranks = " + ".join(map(str, plan.ranks))
+    where = f"{output.count(plan.modules, 'module')} of {output.printable(config.base)}"
+    yield f"training {plan.kind} on {where}: rank {ranks}, scaling {output.number(plan.scaling)}"
+    yield f"  parameters  {plan.trainable_parameters:,} of {plan.all_parameters:,} ({share:.2f} %)"
+    yield f"  items       {plan.items:,}, and {plan.held_out:,} held out"
+    yield f"  steps       {plan.steps:,} of {output.count(plan.rows_per_step, 'row')}, {plan.tokens:,} tokens in all"
+    if plan.resumed_from is not None:
+        yield f"  resumed     after step {plan.resumed_from:,}"
+    yield ""
+
+
+def _after(config: TrainConfig, report: Any) -> Iterator[str]:
+    first, last = report.first_eval_loss, report.last_eval_loss
+    which, lower = ("held-out loss", last < first) if last is not None else ("loss (nothing held out)", True)
+    if last is None:
+        first, last = report.first_loss, report.last_loss
+    verdict = output.style("OK", "green") if lower else output.style("NOT LOWER", "yellow")
+    yield f"{verdict}  {which} {output.number(first)} → {output.number(last)}"
+    if report.seconds_per_step is not None:
+        yield f"  steps    {report.steps:,}, {output.number(report.seconds_per_step)} s each"
+    out, base = output.printable(report.out), output.printable(config.base)
+    yield f"  adapter  {out}"
+    yield "next:"
+    yield f"  d2surgery inspect {out}"
+    yield f"  d2surgery spectrum {out} --base {base}"
+    yield f"  d2surgery merge --base {base} --adapter {out} --out {out}-merged"

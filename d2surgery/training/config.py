@@ -1,0 +1,426 @@
+"""TrainConfig: what a training run is, from a TOML file, from options, or from both.
+
+A section of the file is a dataclass here, a key one of its fields, and an option of the command line the same field
+again: nothing is listed twice. `resolved` is written back as TOML that reads as the same config.
+"""
+
+import difflib
+import json
+import math
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from d2surgery.adapters import KINDS, Axis, Form, Straight
+from d2surgery.attach import options_of
+from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.items import Template
+
+Kind = Literal["lora", "dora", "duallora", "d2lora"]
+Batching = Literal["shuffled", "by_length", "packed"]
+Schedule = Literal["linear", "cosine", "constant"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class Range(NamedTuple):
+    """What numbers a field takes, in words and as a test."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Range("more than 0", lambda value: value > 0)
+NOT_NEGATIVE = Range("0 or more", lambda value: value >= 0)
+SHARE = Range("0 or more, less than 1", lambda value: 0 <= value < 1)
+
+
+class About(NamedTuple):
+    """What a setting is. `numbers` says whether it changes what is learnt: a run is resumed with the same of those."""
+
+    help: str
+    within: Range | None = None
+    numbers: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """The adapter that is trained."""
+
+    kind: Annotated[Kind, About("What is trained.")]
+    targets: Annotated[tuple[str, ...], About("Names of layers or their ends; all-linear is all but the head.")] = (
+        "all-linear",
+    )
+    rank: Annotated[int, About("Rank.", POSITIVE)] = 8
+    matched: Annotated[
+        bool, About("Rank counts parameters as LoRA's do: the two groups of Dual LoRA and D2-LoRA get half of it each.")
+    ] = True
+    alpha: Annotated[float | None, About("The scaling is alpha/r, r of one group; default 2r.", POSITIVE)] = None
+    rslora: Annotated[bool, About("The scaling is alpha/√r (LoRA and DoRA).")] = False
+    dropout: Annotated[float, About("On the input of the update.", SHARE)] = 0.0
+    tau: Annotated[float | None, About("D2-LoRA: weight of the minus branch.")] = None
+    along: Annotated[Axis | None, About("The axis whose norms are kept: D2-LoRA.")] = None
+    form: Annotated[Form | None, About("D2-LoRA: W* + ΔW, W* alone or W0 + ΔW.")] = None
+    detach_norm: Annotated[bool | None, About("D2-LoRA: the norm is a constant to the gradient.")] = None
+    sigma: Annotated[float | None, About("Dual LoRA, D2-LoRA's A₋: standard deviation of the start.", POSITIVE)] = None
+    ste: Annotated[Straight | None, About("Dual LoRA: the gradient through the sign.")] = None
+    scaling_warmup: Annotated[
+        int | None, About("Dual LoRA: steps over which the scaling rises from 0; default a tenth of all.", NOT_NEGATIVE)
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Questions with answers; the loss is on the answers."""
+
+    train: Annotated[tuple[str, ...], About("Files of items: JSON or JSON lines, plain or gzip.")]
+    limit: Annotated[int, About("At most so many items of each file, drawn under the seed.", POSITIVE)] = 5000
+    held_out: Annotated[
+        tuple[str, ...], About("Files of held-out items. None: some of the training files' are kept aside.")
+    ] = ()
+    held_out_limit: Annotated[
+        int, About("At most so many held-out items of each file; 0: no evaluation.", NOT_NEGATIVE)
+    ] = 100
+    template: Annotated[Template, About("How a question is put; auto: the model's chat template where it has one.")] = (
+        "auto"
+    )
+    max_length: Annotated[int, About("Tokens of a row. A longer item loses the beginning of its prompt.", POSITIVE)] = (
+        512
+    )
+    batching: Annotated[
+        Batching,
+        About("One item per row, in any order or near others of its length; or rows packed with several items."),
+    ] = "shuffled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW and how long."""
+
+    epochs: Annotated[float, About("Times that the training items are seen.", POSITIVE)] = 2.0
+    steps: Annotated[int | None, About("Steps instead of epochs.", POSITIVE)] = None
+    batch: Annotated[int, About("Rows per device and forward.", POSITIVE)] = 8
+    accumulation: Annotated[int, About("Forwards per step.", POSITIVE)] = 1
+    lr: Annotated[float, About("Learning rate.", POSITIVE)] = 2e-4
+    lr_ratio: Annotated[
+        dict[str, float], About("Learning rate of a slot as a multiple of lr: B = 16 is LoRA+.", POSITIVE)
+    ] = field(default_factory=dict)
+    schedule: Annotated[Schedule, About("How the learning rate falls.")] = "linear"
+    warmup: Annotated[float, About("Share of the steps over which the learning rate rises.", SHARE)] = 0.03
+    weight_decay: Annotated[
+        float, About("On every slot but magnitudes, whose natural value is not 0.", NOT_NEGATIVE)
+    ] = 0.0
+    max_grad_norm: Annotated[float, About("The gradient is scaled down to this norm; 0: never.", NOT_NEGATIVE)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The machine, and what is written when."""
+
+    seed: Annotated[int, About("Of initial values, items drawn, their order, dropout.", NOT_NEGATIVE)] = 0
+    precision: Annotated[Precision, About("Of the frozen base and of the forward; slots stay in float32.")] = "fp32"
+    device: Annotated[Literal["auto", "cpu"], About("auto: the accelerator, where there is one.")] = "auto"
+    gradient_checkpointing: Annotated[
+        bool, About("Forget activations and compute them again: less memory, slower.")
+    ] = False
+    compile: Annotated[bool, About("torch.compile the model.")] = False
+    log_every: Annotated[int, About("Steps between lines of metrics.jsonl.", POSITIVE)] = 10
+    eval_every: Annotated[
+        int | None, About("Steps between evaluations on held-out items; default a tenth of all.", POSITIVE)
+    ] = None
+    save_every: Annotated[
+        int | None, About("Steps between checkpoints; default a tenth of all.", POSITIVE, numbers=False)
+    ] = None
+    keep: Annotated[int, About("Checkpoints kept.", POSITIVE, numbers=False)] = 2
+    report_to: Annotated[tuple[str, ...], About("tensorboard, wandb …: where Trainer reports to.", numbers=False)] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    base: Annotated[str, About("Model directory or hub id.")]
+    output: Annotated[str, About("Directory for the adapter, its checkpoints and metrics.jsonl.", numbers=False)]
+    adapter: AdapterSettings
+    data: DataSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    run: RunSettings = RunSettings()
+
+    @property
+    def group_rank(self) -> int:
+        """The rank of one pair of factors."""
+        two = self.adapter.kind in ("duallora", "d2lora") and self.adapter.matched
+        return self.adapter.rank // 2 if two else self.adapter.rank
+
+    @property
+    def alpha(self) -> float:
+        return 2.0 * self.group_rank if self.adapter.alpha is None else self.adapter.alpha
+
+    @property
+    def scaling(self) -> float:
+        """α/r; Dual LoRA α/√(r1·r2), which is the same for equal ranks; rsLoRA α/√r."""
+        return self.alpha / (math.sqrt(self.group_rank) if self.adapter.rslora else self.group_rank)
+
+    @property
+    def kind_options(self) -> dict[str, Any]:
+        """What was chosen of the kind's own options."""
+        chosen = {name: getattr(self.adapter, name) for name in _KIND_OPTIONS}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+
+_KIND_OPTIONS = ("tau", "along", "form", "detach_norm", "sigma", "ste")
+
+
+class Setting(NamedTuple):
+    """A field of the config: the section it stands in ("" for the top), its name, type and default, and what it is."""
+
+    section: str
+    name: str
+    type: Any
+    default: Any  # MISSING where it has to be given
+    about: About
+
+    @property
+    def key(self) -> str:
+        return f"{self.section}.{self.name}" if self.section else self.name
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+
+def settings() -> list[Setting]:
+    """Every setting, in the order of the file."""
+    return [*_settings(TrainConfig, "")]
+
+
+def read_config(path: str | os.PathLike[str] | None, options: Mapping[str, Any] | None = None) -> TrainConfig:
+    """The config of a TOML file, overridden by options by their bare names (`rank`, not `adapter.rank`).
+
+    Raises D2SurgeryError: FILE_MISSING, FILE_UNREADABLE, and BAD_CONFIG with everything that does not fit.
+    """
+    document = {} if path is None else _read_toml(Path(path))
+    where = "" if path is None else str(path)
+    sections = {setting.name: setting.section for setting in settings()}
+    for name, value in (options or {}).items():
+        part = document.setdefault(sections[name], {}) if sections[name] else document
+        if isinstance(part, dict):  # else a problem of its own
+            part[name] = value
+    return parse(document, where)
+
+
+def parse(document: Mapping[str, Any], where: str = "") -> TrainConfig:
+    """A config from nested values. Raises BAD_CONFIG with everything that does not fit."""
+    problems = [replace(problem, file=where) for problem in _unknown(document)]
+    values: dict[str, Any] = {}
+    for setting in settings():
+        part = document.get(setting.section, {}) if setting.section else document
+        if not isinstance(part, Mapping):
+            continue
+        if setting.name not in part:
+            problems += [_bad(setting.key, "not given", setting, where)] if setting.required else []
+            continue
+        try:
+            values[setting.key] = _converted(part[setting.name], setting)
+        except ValueError as error:
+            problems.append(_bad(setting.key, str(error), setting, where, repr(part[setting.name])))
+    raise_errors(problems)
+    config: TrainConfig = _build(TrainConfig, "", values)
+    raise_errors(replace(problem, file=where) for problem in _contradictions(config))
+    return config
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The config as a file that reads as the same config."""
+    lines: list[str] = []
+    section = ""
+    for setting in settings():
+        value = getattr(getattr(config, setting.section) if setting.section else config, setting.name)
+        if setting.section != section:
+            section = setting.section
+            lines += ["", f"[{section}]"]
+        lines += [] if value is None else [f"{setting.name} = {_toml(value)}"]
+    return "\n".join(lines) + "\n"
+
+
+def differences(one: TrainConfig, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings that change what is learnt and differ, by key."""
+    a, b = asdict(one), asdict(other)
+    pairs = {
+        setting.key: tuple((d[setting.section] if setting.section else d)[setting.name] for d in (a, b))
+        for setting in settings()
+        if setting.about.numbers
+    }
+    return {key: (x, y) for key, (x, y) in pairs.items() if x != y}
+
+
+# Reading ---------------------------------------------------------------------------------------------------------
+
+
+def _settings(section: type, name: str) -> Iterator[Setting]:
+    hints = get_type_hints(section, include_extras=True)
+    for part in fields(section):
+        if not is_dataclass(hints[part.name]):
+            kind, about = get_args(hints[part.name])
+            default = part.default if part.default_factory is MISSING else part.default_factory()
+            yield Setting(name, part.name, kind, default, about)
+    for part in fields(section):
+        if is_dataclass(hints[part.name]):
+            yield from _settings(hints[part.name], part.name)
+
+
+def _build(section: type[Any], name: str, values: Mapping[str, Any]) -> Any:
+    hints = get_type_hints(section)
+    chosen = {}
+    for part in fields(section):
+        if is_dataclass(hints[part.name]):
+            chosen[part.name] = _build(hints[part.name], part.name, values)
+        elif (key := f"{name}.{part.name}" if name else part.name) in values:
+            chosen[part.name] = values[key]
+    return section(**chosen)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise refuse("FILE_MISSING", "no such file", file=str(path)) from None
+    except OSError as error:
+        raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(path)) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise refuse("BAD_CONFIG", f"not TOML: {error}", file=str(path)) from None
+
+
+def _unknown(document: Mapping[str, Any]) -> Iterator[Problem]:
+    """Keys that are no setting, with the nearest that is."""
+    known = {setting.key for setting in settings()}
+    sections = {setting.section for setting in settings()} - {""}
+    for key, value in document.items():
+        if key in sections and not isinstance(value, Mapping):
+            yield Problem(code="BAD_CONFIG", message="not a section", module=key, wanted=f"[{key}]", got=repr(value))
+            continue
+        inner = value if key in sections else None
+        for full in [key] if inner is None else [f"{key}.{name}" for name in inner]:
+            if full not in known:
+                is_section = isinstance(value, Mapping) and inner is None
+                near = difflib.get_close_matches(full, sections, n=1, cutoff=0.5) or sorted(sections)
+                wanted = ", ".join(f"[{name}]" for name in near) if is_section else _nearest(full, known)
+                message = "no such section" if is_section else "no such key"
+                yield Problem(code="BAD_CONFIG", message=message, module=full, wanted=wanted)
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    """The key itself in another section, else the likest, else those of its section."""
+    name = key.rpartition(".")[2]
+    same = sorted(other for other in known if other.rpartition(".")[2] == name)
+    near = same or difflib.get_close_matches(key, sorted(known), n=2, cutoff=0.6)
+    near = near or [k for k in sorted(known) if difflib.SequenceMatcher(None, name, k.rpartition(".")[2]).ratio() > 0.6]
+    section = key.rpartition(".")[0]
+    return " or ".join(near[:2]) or ", ".join(sorted(other for other in known if other.rpartition(".")[0] == section))
+
+
+def _bad(key: str, message: str, setting: Setting, where: str, got: str = "") -> Problem:
+    wanted = _in_words(setting)
+    return Problem(code="BAD_CONFIG", message=message, module=key, file=where, wanted=wanted, got=got)
+
+
+def _in_words(setting: Setting) -> str:
+    kind = plain(setting.type)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    if get_origin(kind) is Literal:
+        text = " or ".join(get_args(kind))
+    elif get_origin(kind) is tuple:
+        text = "a list of texts"
+    elif get_origin(kind) is dict:
+        text = "numbers by name"
+    else:
+        text = words[kind]
+    within = setting.about.within
+    return text + (f", {within.words}" if within else "")
+
+
+def plain(hint: Any) -> Any:
+    """The type of an annotation without `| None`."""
+    parts = get_args(hint)
+    return next(part for part in parts if part is not type(None)) if type(None) in parts else hint
+
+
+def _converted(value: Any, setting: Setting) -> Any:
+    """The value in its field's type. Raises ValueError with the short reason."""
+    kind = plain(setting.type)
+    within = setting.about.within
+    if get_origin(kind) is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError("not numbers by name")
+        return {str(name): _number(number, float, within) for name, number in value.items()}
+    if get_origin(kind) is tuple:
+        parts = [value] if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) and part for part in parts):
+            raise ValueError("not a list of texts")
+        if setting.required and not parts:
+            raise ValueError("empty")
+        return tuple(parts)
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError("no such choice")
+        return value
+    if kind in (int, float):
+        return _number(value, kind, within)
+    if not isinstance(value, kind) or value == "":
+        raise ValueError("of another type" if value != "" else "empty")
+    return value
+
+
+def _number(value: Any, kind: type, within: Range | None) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("not a number")
+    if kind is int and value != int(value):
+        raise ValueError("not a whole number")
+    if within and not within.holds(value):
+        raise ValueError("out of range")
+    return kind(value)
+
+
+def _contradictions(config: TrainConfig) -> Iterator[Problem]:
+    """Settings that are right by themselves and not together."""
+    adapter, kind = config.adapter, KINDS[config.adapter.kind]
+
+    def bad(key: str, message: str, **details: str) -> Problem:
+        return Problem(code="BAD_CONFIG", message=message, module=key, **details)  # type: ignore[arg-type]
+
+    for name in sorted(set(config.kind_options) - options_of(kind)):
+        has = ", ".join(sorted(options_of(kind) & set(_KIND_OPTIONS))) or "none"
+        yield bad(f"adapter.{name}", f"{kind.kind} has no such option", wanted=has)
+    if adapter.kind == "dora" and adapter.along == "in_features":
+        message = "a DoRA that is saved in PEFT's form keeps one magnitude per output feature"
+        yield bad("adapter.along", message, wanted="out_features", got="in_features")
+    if adapter.rslora and adapter.kind not in ("lora", "dora"):
+        yield bad("adapter.rslora", f"{adapter.kind} has no such scaling", wanted="alpha alone")
+    if adapter.scaling_warmup is not None and adapter.kind != "duallora":
+        yield bad("adapter.scaling_warmup", "only Dual LoRA starts away from the base", wanted="optimizer.warmup")
+    if config.group_rank < 1 or (config.group_rank != adapter.rank and adapter.rank % 2):
+        message = f"the two groups of {adapter.kind} share the rank"
+        yield bad("adapter.rank", message, wanted="an even rank, or matched = false", got=str(adapter.rank))
+    for slot in config.optimizer.lr_ratio:
+        if slot not in kind.dimensions:
+            yield bad(f"optimizer.lr_ratio.{slot}", "no such slot", wanted=" or ".join(kind.dimensions))
+    if config.optimizer.steps and (adapter.scaling_warmup or 0) > config.optimizer.steps:
+        message = "the scaling would not have finished rising"
+        yield bad("adapter.scaling_warmup", message, wanted=f"at most {config.optimizer.steps}")
+
+
+# Writing ---------------------------------------------------------------------------------------------------------
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):  # JSON's escapes are TOML's, save that TOML also wants DEL escaped
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_toml(name)} = {_toml(number)}' for name, number in value.items())}}}"
+    return repr(value)

@@ -1,0 +1,450 @@
+"""train: a base, a config, data → an adapter, resumable at any step."""
+
+import errno
+import importlib.util
+import inspect
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import accumulate
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from d2surgery.adapters import KINDS, Adapter
+from d2surgery.attach import ALL_LINEAR, adapted, attach, initial, set_warmup
+from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.training.config import TrainConfig, differences, read_config, to_toml
+from d2surgery.training.data import Collate, Corpus, Row, Rows, read_corpus, rows, tokens_of
+
+if TYPE_CHECKING:
+    from d2surgery.training.trainer import AdapterTrainer, Flow, Metrics
+
+CONFIG = "train.toml"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FULL = ("No space left", "os error 28", "file write failed", "PytorchStreamWriter failed")  # Python, Rust, torch
+_IN_FILE = ("tau", "along", "form")  # fields of a kind that stand in adapter_config.json by themselves
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """What will be trained, known before the first step."""
+
+    kind: str
+    modules: int
+    ranks: tuple[int, ...]
+    scaling: float
+    trainable_parameters: int
+    all_parameters: int
+    items: int
+    held_out: int
+    rows: int
+    steps: int
+    rows_per_step: int
+    tokens: int
+    resumed_from: int | None
+    problems: tuple[Problem, ...]  # warnings
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """What came of it. Losses are means over answer tokens, of held-out items or of the logged steps."""
+
+    out: str
+    kind: str
+    modules: int
+    trainable_parameters: int
+    steps: int
+    tokens: int
+    first_eval_loss: float | None
+    last_eval_loss: float | None
+    first_loss: float | None
+    last_loss: float | None
+    seconds_per_step: float | None  # of the steps of this process; None where it had none to do
+    resumed_from: int | None
+    problems: tuple[Problem, ...]
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+def _unheard(plan: TrainPlan) -> None:
+    pass
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    progress: Callable[[int, int], None] = _silent,
+    announce: Callable[[TrainPlan], None] = _unheard,
+) -> TrainReport:
+    """Fine-tune a base with one adapter and save it in config.output, with train.toml and metrics.jsonl.
+
+    With `resume` it goes on from the last checkpoint there is, or begins where there is none, and ends with the same
+    adapter, bit for bit on one machine, as a run that was never stopped. Under `torchrun` or `accelerate launch` each
+    process takes its share of each step. Raises D2SurgeryError: BAD_CONFIG, BAD_DATA, BAD_BASE, TARGETS_UNMATCHED,
+    RANK_TOO_HIGH, OUTPUT_EXISTS, RESUME_MISMATCH, LOSS_NOT_FINITE, DISK_FULL, NO_TRAINER; KeyboardInterrupt with the
+    checkpoint's name after Ctrl-C.
+    """
+    _check_packages(config)
+    out = Path(config.output)
+    checkpoint = _begin_in(out, config, resume)
+    tokenizer = _tokenizer(config)
+    corpus = read_corpus(config.data, tokenizer, config.run.seed)
+    schedule = _schedule(config, corpus)
+    model = _model(config)
+    _check_fit(config, model, corpus)
+    if config.data.batching == "packed":
+        _check_packing(model)
+    attach(model, _start(config, model), dropout=config.adapter.dropout)
+    from d2surgery.training.trainer import PARTIAL, forget_after, read_metrics, step_of  # transformers, accelerate
+
+    resumed_from = None if checkpoint is None else step_of(checkpoint)
+    plan = _plan(config, model, corpus, schedule, resumed_from)
+    announce(plan)
+    trainer, flow, metrics = _trainer(config, model, tokenizer, corpus, schedule, progress, fresh=checkpoint is None)
+    with _disk_full(out):
+        if trainer.args.should_save:
+            (out / CONFIG).write_text(to_toml(config), encoding="utf-8")
+            forget_after(out, resumed_from if resumed_from is not None else -1)
+        with flow.catching_signals(alone=_world() == 1):
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if trainer.state.global_step < schedule.steps:
+            raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; --resume goes on from there")
+        if trainer.args.should_save:
+            _publish(trainer, out)
+            shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    lines = read_metrics(out)
+    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return TrainReport(
+        out=str(out),
+        kind=plan.kind,
+        modules=plan.modules,
+        trainable_parameters=plan.trainable_parameters,
+        steps=plan.steps,
+        tokens=plan.tokens,
+        first_eval_loss=evaluations[0] if evaluations else None,
+        last_eval_loss=evaluations[-1] if evaluations else None,
+        first_loss=losses[0] if losses else None,
+        last_loss=losses[-1] if losses else None,
+        seconds_per_step=metrics.seconds / metrics.steps if metrics.steps else None,
+        resumed_from=resumed_from,
+        problems=plan.problems,
+    )
+
+
+# Before the first step -------------------------------------------------------------------------------------------
+
+
+def _check_packages(config: TrainConfig) -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise refuse("NO_TRAINER", "accelerate is not installed")
+    missing = [name for name in config.run.report_to if importlib.util.find_spec(name) is None]
+    raise_errors(
+        Problem(code="BAD_CONFIG", message=f"{name} is not installed", module="run.report_to") for name in missing
+    )
+    cuda = torch.cuda.is_available() and config.run.device != "cpu"
+    if config.run.precision == "fp16" and not cuda:
+        raise refuse("BAD_CONFIG", "fp16 is trained on a GPU only", module="run.precision", wanted="bf16 or fp32")
+
+
+def _begin_in(out: Path, config: TrainConfig, resume: bool) -> Path | None:
+    """Make the directory ready and give the checkpoint to go on from."""
+    from d2surgery.training.trainer import METRICS, PARTIAL, checkpoints
+
+    found = checkpoints(out)
+    if not resume:
+        there = [path for path in (out / "adapter_model.safetensors", *found, out / METRICS) if path.exists()]
+        if there:
+            message = "a training run is there already"
+            raise refuse("OUTPUT_EXISTS", message, file=str(there[0]), wanted="--resume, or another output")
+    elif (out / CONFIG).exists():
+        before = read_config(out / CONFIG)
+        raise_errors(
+            Problem(code="RESUME_MISMATCH", message="not what the run began with", file=str(out), module=key,
+                    wanted=repr(was), got=repr(now))
+            for key, (was, now) in differences(before, config).items()
+        )  # fmt: skip
+    if int(os.environ.get("RANK", "0")) == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+    return found[-1] if found else None
+
+
+def _tokenizer(config: TrainConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = _loaded(AutoTokenizer, config)
+    if tokenizer.eos_token_id is None:
+        raise refuse("BAD_BASE", "its tokenizer has no end-of-text token, so no answer would end", file=config.base)
+    return tokenizer
+
+
+def _model(config: TrainConfig) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = _loaded(AutoModelForCausalLM, config, dtype=_DTYPES[config.run.precision])
+    if getattr(model, "is_quantized", False):
+        raise refuse("QUANTIZED_BASE", "training on a quantised base is not supported by this loop", file=config.base)
+    model.config.use_cache = False  # with a cache, packed items would see one another
+    if config.run.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _loaded(kind: Any, config: TrainConfig, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(config.base, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise refuse("BAD_BASE", reason[:300], file=config.base) from None
+
+
+def _check_fit(config: TrainConfig, model: Any, corpus: Corpus) -> None:
+    """The rows and their tokens are ones that the model has."""
+    every = [*corpus.train, *corpus.held_out]
+    most = getattr(model.config, "max_position_embeddings", None)
+    longest = max(len(item.tokens) for item in every)
+    if most is not None and longest > most:
+        raise refuse("BAD_CONFIG", "rows longer than the model's context", module="data.max_length",
+                     wanted=f"at most {most}", got=str(config.data.max_length))  # fmt: skip
+    vocabulary, largest = model.get_input_embeddings().num_embeddings, max(max(item.tokens) for item in every)
+    if largest >= vocabulary:
+        message = f"its tokenizer has tokens that the model has not ({largest} of {vocabulary})"
+        raise refuse("BAD_BASE", message, file=config.base)
+
+
+@torch.no_grad()
+def _check_packing(model: Any) -> None:
+    """Changing the first item of a packed row must not change one bit of what follows the second."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    model.eval()
+    one, other = (
+        model(input_ids=torch.tensor([[*first, 4, 5, 6]]), position_ids=positions).logits[0, 3:]
+        for first in ((1, 2, 3), (7, 8, 9))
+    )
+    if not torch.equal(one, other):
+        message = f"in {type(model).__name__} packed items see one another"
+        raise refuse("BAD_CONFIG", message, module="data.batching", wanted="shuffled or by_length", got="packed")
+
+
+def _start(config: TrainConfig, model: Any) -> dict[str, Adapter]:
+    targets = config.adapter.targets
+    return initial(
+        model,
+        config.adapter.kind,
+        ALL_LINEAR if targets == (ALL_LINEAR,) else targets,
+        rank=config.group_rank,
+        scaling=config.scaling,
+        generator=torch.Generator().manual_seed(config.run.seed),
+        **config.kind_options,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Schedule:
+    """The rows of the run, and what happens when."""
+
+    rows: list[Row]
+    rows_per_step: int
+    steps: int
+    tokens: list[int]  # in the first n steps, n from 0
+    epochs: float
+    scaling_warmup: int
+
+    def every(self, chosen: int | None) -> int:
+        return chosen or ceil(self.steps / 10)
+
+
+def _schedule(config: TrainConfig, corpus: Corpus) -> _Schedule:
+    optimizer = config.optimizer
+    per_step = optimizer.batch * optimizer.accumulation * _world()
+    chosen = rows(
+        corpus.train,
+        batching=config.data.batching,
+        max_length=config.data.max_length,
+        batch=per_step,
+        seed=config.run.seed,
+        **({"count": optimizer.steps * per_step} if optimizer.steps else {"epochs": optimizer.epochs}),
+    )
+    steps = ceil(len(chosen) / per_step)
+    each = [tokens_of(corpus.train, chosen[at * per_step : (at + 1) * per_step]) for at in range(steps)]
+    warmup = config.adapter.scaling_warmup
+    if config.adapter.kind == "duallora" and warmup is None:
+        warmup = ceil(steps / 10)
+    if (warmup or 0) > steps:
+        raise refuse("BAD_CONFIG", "the scaling would not have finished rising", module="adapter.scaling_warmup",
+                     wanted=f"at most {steps}", got=str(warmup))  # fmt: skip
+    return _Schedule(
+        rows=chosen,
+        rows_per_step=per_step,
+        steps=steps,
+        tokens=[0, *accumulate(each)],
+        epochs=sum(map(len, chosen)) / len(corpus.train),
+        scaling_warmup=warmup or 0,
+    )
+
+
+def _plan(config: TrainConfig, model: Any, corpus: Corpus, schedule: _Schedule, resumed_from: int | None) -> TrainPlan:
+    layers = adapted(model)
+    groups = 2 if config.adapter.kind in ("duallora", "d2lora") else 1
+    return TrainPlan(
+        kind=config.adapter.kind,
+        modules=len(layers),
+        ranks=(config.group_rank,) * groups,
+        scaling=config.scaling,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        all_parameters=sum(p.numel() for p in model.parameters()),
+        items=len(corpus.train),
+        held_out=len(corpus.held_out),
+        rows=len(schedule.rows),
+        steps=schedule.steps,
+        rows_per_step=schedule.rows_per_step,
+        tokens=schedule.tokens[-1],
+        resumed_from=resumed_from,
+        problems=tuple(_too_long(config, corpus)),
+    )
+
+
+def _too_long(config: TrainConfig, corpus: Corpus) -> Iterator[Problem]:
+    """What max_length cost."""
+    most = config.data.max_length
+    if corpus.prompts_cut:
+        message = f"{corpus.prompts_cut} prompts lost their beginning to fit {most} tokens with their answers"
+        yield Problem(code="ITEMS_TOO_LONG", message=message, severity="warning")
+    if corpus.left_out:
+        few, more = "; ".join(corpus.left_out[:8]), len(corpus.left_out) - 8
+        message = f"left out, since the answer alone does not fit {most} tokens: {few}"
+        message += f" and {more} more" if more > 0 else ""
+        yield Problem(code="ITEMS_TOO_LONG", message=message, severity="warning")
+
+
+# Trainer ---------------------------------------------------------------------------------------------------------
+
+
+def _trainer(
+    config: TrainConfig,
+    model: Any,
+    tokenizer: Any,
+    corpus: Corpus,
+    schedule: _Schedule,
+    progress: Callable[[int, int], None],
+    *,
+    fresh: bool,
+) -> "tuple[AdapterTrainer, Flow, Metrics]":
+    from transformers import PrinterCallback
+
+    from d2surgery.training.trainer import AdapterTrainer, Flow, Metrics, Warmup
+
+    flow = Flow(progress, evaluates=bool(corpus.held_out))
+    metrics = Metrics(Path(config.output), schedule.tokens, schedule.epochs)
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    held_out = [(number,) for number in range(len(corpus.held_out))]
+    trainer = AdapterTrainer(
+        model=model,
+        args=_arguments(config, schedule, evaluates=bool(corpus.held_out), fresh=fresh),
+        train_dataset=Rows(corpus.train, schedule.rows),
+        eval_dataset=Rows(corpus.held_out, held_out) if held_out else None,
+        data_collator=Collate(pad, packed=config.data.batching == "packed"),
+        callbacks=[Warmup(schedule.scaling_warmup), flow, metrics],
+        lr_ratio=config.optimizer.lr_ratio,
+        adapter_config=_adapter_config(config, next(iter(adapted(model).values())).adapter, schedule),
+        keep=config.run.keep,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, flow, metrics
+
+
+def _arguments(config: TrainConfig, schedule: _Schedule, *, evaluates: bool, fresh: bool) -> Any:
+    from transformers import TrainingArguments
+
+    optimizer, run, steps = config.optimizer, config.run, schedule.steps
+    constant = "constant_with_warmup" if optimizer.schedule == "constant" else optimizer.schedule
+    return TrainingArguments(
+        output_dir=config.output,
+        max_steps=steps,
+        per_device_train_batch_size=optimizer.batch,
+        per_device_eval_batch_size=optimizer.batch,
+        gradient_accumulation_steps=optimizer.accumulation,
+        learning_rate=optimizer.lr,
+        lr_scheduler_type=constant,
+        warmup_steps=round(optimizer.warmup * steps),
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
+        bf16=run.precision == "bf16",
+        fp16=run.precision == "fp16",
+        torch_compile=run.compile,
+        seed=run.seed,
+        use_cpu=run.device == "cpu",
+        logging_steps=run.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=schedule.every(run.eval_every),
+        eval_on_start=evaluates and fresh,
+        save_strategy="steps",
+        save_steps=schedule.every(run.save_every),
+        report_to=list(run.report_to) or "none",
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        label_names=["labels"],
+        dataloader_pin_memory=run.device != "cpu" and torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # every slot is used in every step
+        **({"ddp_backend": "gloo"} if run.device == "cpu" and _world() > 1 else {}),
+    )
+
+
+def _adapter_config(config: TrainConfig, adapter: Adapter, schedule: _Schedule) -> dict[str, Any]:
+    """What adapter_config.json says beside the values. PEFT's own kinds have no place for how they were trained."""
+    shown: dict[str, Any] = {"base_model_name_or_path": config.base, "task_type": "CAUSAL_LM"}
+    if config.adapter.kind in ("lora", "dora"):
+        rslora = {"use_rslora": True, "lora_alpha": config.alpha} if config.adapter.rslora else {}
+        return shown | {"lora_dropout": config.adapter.dropout} | rslora
+    how = {f.name for f in fields(adapter)} - {*adapter.dimensions, "scaling", *_IN_FILE}
+    start = inspect.signature(KINDS[adapter.kind].init).parameters["sigma"].default
+    sigma = start if config.adapter.sigma is None else config.adapter.sigma
+    training = {name: getattr(adapter, name) for name in sorted(how)}
+    training |= {"sigma": sigma, "dropout": config.adapter.dropout, "seed": config.run.seed, "steps": schedule.steps}
+    if schedule.scaling_warmup:
+        training["scaling_warmup"] = schedule.scaling_warmup
+    return shown | {"training": training}
+
+
+def _publish(trainer: "AdapterTrainer", out: Path) -> None:
+    """The trained adapter, in the place of what an earlier end of the same run left."""
+    set_warmup(trainer.model, 1.0)
+    (out / "adapter_model.safetensors").unlink(missing_ok=True)
+    trainer.save_model(str(out))
+
+
+def _world() -> int:
+    """The processes that share a step, as torchrun and accelerate launch say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def _disk_full(out: Path) -> Iterator[None]:
+    """Every writer's own way of saying that the disk is full becomes DISK_FULL, which names what is whole."""
+    from d2surgery.training.trainer import PARTIAL, checkpoints
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        text = f"{error} {error.__cause__ or ''} {error.__context__ or ''}"
+        full = getattr(error, "errno", None) == errno.ENOSPC or any(words in text for words in _FULL)
+        if not full:
+            raise
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        whole = checkpoints(out)
+        last = f"{whole[-1].name} is whole" if whole else "there is no checkpoint yet"
+        raise refuse("DISK_FULL", f"training stopped; {last}", file=str(out)) from None

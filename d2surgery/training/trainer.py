@@ -1,0 +1,237 @@
+"""transformers' Trainer, where it has to know that the trained parameters are the slots of adapters.
+
+What is changed: a checkpoint holds the adapter and not the base, and appears whole or not at all; learning rates are
+per slot; a loss that is no number ends the run; rows come in the order they are in.
+"""
+
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback
+
+from d2surgery.attach import adapted, set_warmup, snapshot
+from d2surgery.checkpoint import load, save
+from d2surgery.errors import refuse
+
+PARTIAL = ".partial"
+PREFIX = "checkpoint-"
+METRICS = "metrics.jsonl"
+
+Progress = Callable[[int, int], None]
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, the oldest first."""
+    found = [path for path in out.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps after which it was written."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+class AdapterTrainer(Trainer):  # type: ignore[misc]
+    """Trains the slots of the adapted layers."""
+
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(
+        self,
+        *args: Any,
+        lr_ratio: Mapping[str, float],
+        adapter_config: Mapping[str, Any],
+        keep: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        self.lr_ratio = lr_ratio
+        self.adapter_config = adapter_config
+        self.keep = keep
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One group per slot: lr times its ratio; a magnitude does not decay, since its natural value is not 0."""
+        if self.optimizer is None:
+            make, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            by_slot: dict[str, list[Tensor]] = {}
+            for name, parameter in (self.model if model is None else model).named_parameters():
+                if parameter.requires_grad:
+                    by_slot.setdefault(name.rpartition(".")[2], []).append(parameter)
+            groups = [
+                {
+                    "params": parameters,
+                    "lr": options["lr"] * self.lr_ratio.get(slot, 1.0),
+                    "weight_decay": 0.0 if slot == "magnitude" else self.args.weight_decay,
+                    "slot": slot,
+                }
+                for slot, parameters in by_slot.items()
+            ]
+            self.optimizer = make(groups, **options)
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        """Trainer's. Raises LOSS_NOT_FINITE, before the gradient reaches anything."""
+        names = inputs.pop("names")
+        result = super().compute_loss(model, inputs, *args, **options)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not torch.isfinite(loss).all():
+            where = f"step {self.state.global_step + 1}" if model.training else "evaluation on held-out items"
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            message = f"{where}, on {'; '.join(names[:8])}{more}"
+            raise refuse("LOSS_NOT_FINITE", message, got=str(loss.item()))
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter alone. Raises LOSS_NOT_FINITE rather than write one that is spoilt."""
+        if not self.args.should_save:
+            return
+        checkpoint = snapshot(self.model, self.adapter_config)
+        for module, adapter in checkpoint.items():
+            bad = [slot for slot, tensor in adapter.slots().items() if not torch.isfinite(tensor).all()]
+            if bad:
+                message = f"after step {self.state.global_step} {', '.join(bad)} is not finite"
+                raise refuse("LOSS_NOT_FINITE", message, module=module)
+        save(checkpoint, output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # into _get_output_dir
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            out, name = Path(self.args.output_dir), f"{PREFIX}{self.state.global_step}"
+            shutil.rmtree(out / name, ignore_errors=True)  # of a run that was resumed from before it
+            (out / PARTIAL / name).rename(out / name)
+            for old in checkpoints(out)[: -self.keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir) / PARTIAL)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        stored = load(resume_from_checkpoint)
+        with torch.no_grad():
+            for module, layer in adapted(self.model if model is None else model).items():
+                for slot, tensor in stored[module].slots().items():
+                    layer.slots[slot].copy_(tensor)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+class Warmup(TrainerCallback):  # type: ignore[misc]
+    """w(t) = min(1, t/steps) on the scaling, t the steps done."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        self._set(state, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+        self._set(state, model)
+
+    def _set(self, state: Any, model: nn.Module) -> None:
+        set_warmup(model, min(1.0, state.global_step / self.steps) if self.steps else 1.0)
+
+
+class Flow(TrainerCallback):  # type: ignore[misc]
+    """Logs and evaluates at the end; logs with every checkpoint, since a mean over steps that a resumed run did not
+    see would differ; and at a first Ctrl-C or SIGTERM finishes the step, writes a checkpoint and stops."""
+
+    def __init__(self, progress: Progress, *, evaluates: bool) -> None:
+        self.progress = progress
+        self.evaluates = evaluates
+        self.interrupted = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        last = state.global_step >= state.max_steps
+        control.should_evaluate |= last and self.evaluates
+        if self.interrupted and not last:
+            control.should_training_stop = control.should_save = True
+        control.should_log |= last or control.should_save
+        self.progress(state.global_step, state.max_steps)
+
+    @contextmanager
+    def catching_signals(self, *, alone: bool) -> Iterator[None]:
+        """Several processes would not stop after the same step: they keep the signals' own effect."""
+        if not alone or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+
+class Metrics(TrainerCallback):  # type: ignore[misc]
+    """A line of metrics.jsonl per log: step, epoch, loss, lr, grad_norm, tokens, seconds; or step and eval_loss.
+
+    `seconds` are those of the steps since the process began, without evaluations and checkpoints.
+    """
+
+    def __init__(self, out: Path, tokens: Sequence[int], epochs: float) -> None:
+        self.path = out / METRICS
+        self.tokens = tokens  # in the first n steps
+        self.epochs = epochs
+        self.seconds = 0.0
+        self.steps = 0
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+        self.steps += 1
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], optimizer: Any = None, **_: Any
+    ) -> None:
+        line: dict[str, Any] = {"step": state.global_step}
+        if "eval_loss" in logs:
+            line["eval_loss"] = logs["eval_loss"]
+        elif "loss" in logs:
+            line |= {"epoch": round(self.epochs * state.global_step / state.max_steps, 4), "loss": logs["loss"]}
+            line |= {"lr": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
+            line |= {"tokens": self.tokens[state.global_step], "seconds": round(self.seconds, 3)}
+        if len(line) > 1 and state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({name: _plain(value) for name, value in line.items()}) + "\n")
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; one that a kill cut short is left out."""
+    path = out / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def forget_after(out: Path, step: int) -> None:
+    """Remove the lines of metrics.jsonl that the resumed run will write again."""
+    kept = [line for line in read_metrics(out) if line["step"] <= step]
+    path = out / f"{METRICS}.partial"
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    path.replace(out / METRICS)
+
+
+def _plain(value: Any) -> Any:
+    """A number that JSON has."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
