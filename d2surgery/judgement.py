@@ -193,7 +193,7 @@ def judge_tensor(
         code = wrong[0] if wrong and bad else ""
     elif bad and not replay.finite[pair.name]:
         code = "NOT_FINITE"
-    elif bad:
+    elif bad and not (replay.rounding.get(pair.name)):
         code = "TENSOR_CHANGED"
         if pair.status != "unchanged" and forgotten.get(pair.name):
             code = "BIAS_FORGOTTEN" if pair.name.endswith("bias") else "REPLACEMENT_FORGOTTEN"

@@ -129,9 +129,12 @@ def _scaled_once(it: Operands) -> Tensor:
 
 
 def _torchtune(it: Operands) -> Tensor:
-    assert isinstance(it.adapter, LoRA)
+    assert isinstance(it.adapter, LoRA | DoRA)
     low = it.adapter.to(dtype=it.dtype)
-    return it.base.to(it.dtype) + (low.scaling * low.B) @ low.A
+    merged = it.base.to(it.dtype) + (low.scaling * low.B) @ low.A
+    if isinstance(low, DoRA):
+        merged = merged * (low.magnitude / torch.linalg.norm(merged, dim=1)).view(-1, 1)
+    return merged
 
 
 def _addmm(it: Operands) -> Tensor:
@@ -172,7 +175,7 @@ RECIPES = (
     Recipe("axolotl", "axolotl merge-lora: DoRA's delta taken off the base and added again", DORA, _axolotl),
     Recipe("mlx", "mlx-lm fuse: (s·B)·A in float32, rounded to the file's dtype, then added", LORA, _mlx),
     Recipe("scaled-first", "(s·B)·A in float32, added, rounded once", LORA, _scaled_once),
-    Recipe("torchtune", "torchtune: (s·B)·A and the sum in the file's dtype", LORA, _torchtune),
+    Recipe("torchtune", "torchtune: all in the file's dtype, (s·B)·A first", LORA + DORA, _torchtune),
     Recipe("addmm", "unsloth: addmm(W0, B, A, alpha=s) in float32, rounded once", LORA, _addmm),
     Recipe("float32", "everything in float32, rounded once", ALL, _in_float32),
     Recipe("delta-rounded", "delta rounded to the file's dtype, then added", ALL, _delta_rounded),

@@ -50,6 +50,7 @@ class Replay:
     mismatched: Counter[str] = field(default_factory=Counter)  # tensor -> elements
     first: dict[str, int] = field(default_factory=dict)  # tensor -> element
     finite: defaultdict[str, bool] = field(default_factory=lambda: defaultdict(lambda: True))
+    rounding: defaultdict[str, bool] = field(default_factory=lambda: defaultdict(lambda: True))  # of added biases
     favourite: Recipe | None = None
     current: Pair | None = None
     whole: tuple[Patch, str, Tensor] | None = None  # what a recipe made of a whole patch
@@ -93,7 +94,10 @@ class Replay:
         if patch is None:
             made = self.merger.merge(tile, buffer[: tile.nbytes])
             assert made is not None
-            self._note(pair, tile, made.reshape(-1).view(merged.dtype), merged)
+            wanted = made.reshape(-1).view(merged.dtype)
+            site = pair.output.site
+            if self._note(pair, tile, wanted, merged) and site is not None and site.bias is not None:
+                self.rounding[pair.name] &= self._rounding_only(site.bias, tile, wanted, merged)
             return
         working = self.merger.base_weight(tile, buffer)
         base_weight = self._space(0, working).copy_(working)
@@ -117,6 +121,12 @@ class Replay:
             tally.finite &= all_finite(merged)
         if self._note(pair, tile, wanted, merged) and tally.first is None:
             tally.first = (pair, patch, self.first[pair.name])
+
+    def _rounding_only(self, module: str, tile: Tile, wanted: Tensor, merged: Tensor) -> bool:
+        """Whether base + s·bias differs by no more than rounding a product and a sum."""
+        right = wanted.double()
+        size = right.abs() + self.merger.bias(module, tile, right).abs()
+        return bool(((merged.double() - right).abs() <= 2 * torch.finfo(merged.dtype).eps * size).all())
 
     def _space(self, which: int, like: Tensor) -> Tensor:
         """Memory of the shape and layout of another matrix, the same at every call."""

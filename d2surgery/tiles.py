@@ -120,7 +120,7 @@ class TileMerger:
         values = (effective.T if transposed else effective).reshape(-1)
         site = tile.output.site
         if site is not None and site.bias is not None:
-            values = values + self._bias(site.bias, tile, values)
+            values = values + self.bias(site.bias, tile, values)
         result = self._rounded_into(buffer[: tile.nbytes], values, DTYPES[tile.output.dtype])
         if site is not None or tile.output.dtype != tile.output.info.dtype:
             self._check_finite(tile, values, result)
@@ -226,7 +226,8 @@ class TileMerger:
                 else:
                     streamed.add_exactly(matrix, doubtful, out=rows)
 
-    def _bias(self, module: str, tile: Tile, values: Tensor) -> Tensor:
+    def bias(self, module: str, tile: Tile, values: Tensor) -> Tensor:
+        """What the module's own bias adds to the values of a tile."""
         scaling = self.checkpoint.layout.adapters[module].scaling
         assert scaling is not None
         first = tile.start * 8 // BITS[tile.output.info.dtype]

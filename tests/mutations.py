@@ -33,7 +33,7 @@ from d2surgery.merging import merge
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 KINDS = ("lora", "rslora", "dora", "duallora", "d2lora")
 PEFT_KINDS = ("lora", "rslora", "dora")
-RANK, ALPHA = 8, 16
+RANK, ALPHA = 8, 11  # a scaling that is no power of two: where it is multiplied in shows
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 MODULES = [
     f"model.layers.{i}.{part}.{name}"
@@ -700,6 +700,18 @@ def cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def part(whole: list[Case]) -> list[Case]:
+    """About half: everything healthy, and each failure for a quarter of its kinds and dtypes, at least two."""
+    alike: dict[tuple[str, str], list[Case]] = {}
+    for case in whole:
+        alike.setdefault((case.group, case.name), []).append(case)
+    kept: list[Case] = []
+    for number, same in enumerate(alike.values()):
+        few = same if same[0].group == "healthy" or len(same) < 3 else same[number % 4 :: 4]
+        kept += few if len(few) > 1 else same[:2]
+    return kept
+
+
 def _every(kinds: tuple[str, ...] = KINDS, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[dict[str, Any]]:
     yield from ({"kind": kind, "dtype": dtype} for kind in kinds for dtype in dtypes)
 
@@ -827,13 +839,13 @@ def _by_kind() -> Iterator[Case]:
     table: list[tuple[str, str, str, Change, tuple[str, ...], str]] = [
         ("d2lora", "branch", "minus missing", formula(with_fields(tau=0.0)), ("BRANCH_MISSING",), "minus"),
         ("d2lora", "branch", "plus missing", formula(no_plus), ("BRANCH_MISSING",), "plus"),
-        ("d2lora", "branch", "minus added", formula(with_fields(tau=-0.5)), (*unexplained, "BRANCH_MISSING"), ""),
+        ("d2lora", "branch", "minus added", formula(with_fields(tau=-0.5)), ("SIGN_FLIPPED",), "minus"),
         ("d2lora", "branch", "τ = 1", formula(with_fields(tau=1.0)), (*unexplained, "BRANCH_MISSING", *WRONG), ""),
         ("d2lora", "projection", "update alone", formula(with_fields(form="update")), ("PROJECTION_MISSING",), ""),
         ("d2lora", "projection", "W* alone", formula(with_fields(form="projected")), ("PROJECTION_MISSING",), ""),
         ("d2lora", "axis", "norm of the rows", formula(other_axis), ("WRONG_AXIS",), ""),
         ("duallora", "direction", "ReLU alone", formula(no_direction), ("DIRECTION_MISSING",), ""),
-        ("duallora", "direction", "no ReLU", formula(no_relu), (*unexplained, *WRONG), ""),
+        ("duallora", "direction", "no ReLU", formula(no_relu), ("DIRECTION_MISSING",), "ReLU"),
         ("dora", "magnitude", "dropped", formula(no_magnitude), ("MAGNITUDE_DROPPED",), ""),
         ("dora", "magnitude", "untrained", formula(first_magnitude), ("MAGNITUDE_DROPPED", *unexplained), ""),
         ("dora", "magnitude", "norm of the base", formula(stale_norm), (*unexplained, "MAGNITUDE_DROPPED", *WRONG), ""),
@@ -948,15 +960,16 @@ def _beside() -> Iterator[Case]:
             yield Case(
                 group=group, name=name, change=change, codes=codes, also=allowed, where=where, verdict="fail", **at
             )
+    # A warning: it says how to sample, and every saver rewrites it.
     yield Case(group="config", name="generation config", kind="lora", dtype="F32", change=generation_config,
-               codes=other, verdict="fail")  # fmt: skip
+               codes=other, verdict="pass")  # fmt: skip
     yield Case(group="tensors", name="NaN everywhere in one module", kind="d2lora", dtype="BF16", where=OUT,
                change=tensor(f"{OUT}.weight", lambda t: t * torch.nan), codes=("NOT_FINITE",),
                verdict="fail")  # fmt: skip
     refused: list[tuple[str, Change, tuple[str, ...]]] = [
         ("truncated shard", truncated, ("TRUNCATED_FILE",)),
         ("missing shard", shard_gone, ("MISSING_SHARD",)),
-        ("no weights at all", lambda s, out: (out / "model.safetensors").unlink(), ("BAD_BASE", "NO_WEIGHTS")),
+        ("no weights at all", lambda s, out: (out / "model.safetensors").unlink(), ("BAD_MERGED",)),
     ]
     for (name, change, codes), at in zip(refused, _rotated(3, 2), strict=True):
         yield Case(group="unreadable", name=name, change=change, codes=codes, verdict="refused", **at)
@@ -993,7 +1006,8 @@ def _small() -> Iterator[Case]:
 def _damage() -> Iterator[Case]:
     """λ̂ stays 1, or nearly, and still it is not the merge."""
     wrong: dict[str, Any] = {
-        "group": "damage", "codes": ("DELTA_UNEXPLAINED", "ROUNDING_EXCESS"), "where": DOWN, "verdict": "fail",
+        "group": "damage", "codes": ("DELTA_UNEXPLAINED", "ROUNDING_EXCESS", "STRENGTH_UNCERTAIN"),
+        "where": DOWN, "verdict": "fail",
         "also": ("WRONG_STRENGTH", "PARTIAL_MERGE", "DELTA_NOT_APPLIED"),
     }  # fmt: skip
     weight = f"{DOWN}.weight"

@@ -138,7 +138,9 @@ def compare(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comp
     return both + Comparison(
         mismatched=mismatched,
         ulps=_histogram(ulps(wanted[different], merged[different])),
-        beyond=_beyond(base[different], delta[different], wanted[different], d[different]),
+        beyond=_beyond(
+            base[different], delta[different], wanted[different], d[different], sqrt(_dot(delta, delta) / delta.numel())
+        ),
         d_delta=_dot(d, delta),
         de=_dot(d, e),
         dd=_dot(d, d),
@@ -148,11 +150,12 @@ def compare(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comp
     )
 
 
-def _beyond(base: Tensor, delta: Tensor, wanted: Tensor, d: Tensor) -> int:
-    """Entries off by more than 4 units in the last place of the larger of W0 and E, and 1/64 of delta: NaN too."""
+def _beyond(base: Tensor, delta: Tensor, wanted: Tensor, d: Tensor, size: float) -> int:
+    """Entries off by more than 4 units in the last place of the larger of W0 and E, 1/64 of delta, and 1/256 of
+    delta's `size`, its root mean square (products in TF32 err by the size of their terms): NaN too."""
     largest = torch.maximum(base.abs(), wanted.abs().to(base.dtype)).clamp(min=torch.finfo(wanted.dtype).tiny)
     unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent) * torch.finfo(wanted.dtype).eps / 2
-    return int(torch.count_nonzero(~(d.abs() <= 4 * unit + delta.abs() / 64)))
+    return int(torch.count_nonzero(~(d.abs() <= 4 * unit + delta.abs() / 64 + size / 256)))
 
 
 def bits(values: Tensor) -> Tensor:

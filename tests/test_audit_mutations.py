@@ -1,0 +1,77 @@
+"""What the audit says of merges that are right, and of merges that are wrong: no false pass, no false alarm.
+
+D2SURGERY_MUTATIONS=all runs every case of `mutations`, about twice as many.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from mutations import DTYPES, KINDS, Case, World, cases, part
+
+from d2surgery.auditing import audit
+from d2surgery.errors import D2SurgeryError, Problem
+from d2surgery.findings import Audit
+
+ALL = cases()
+CASES = ALL if os.environ.get("D2SURGERY_MUTATIONS") == "all" else part(ALL)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("mutations"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_the_verdict_and_the_reason(world: World, tmp_path: Path, case: Case) -> None:
+    setting = case.build(world, tmp_path / "merged")
+    if case.verdict == "refused":
+        with pytest.raises(D2SurgeryError) as error:
+            audit(setting.base, setting.adapter, tmp_path / "merged")
+        assert {problem.code for problem in error.value.problems} & set(case.codes)
+        return
+    found = audit(setting.base, setting.adapter, tmp_path / "merged")
+    assert complaint(case, found) == ""
+
+
+def complaint(case: Case, found: Audit) -> str:
+    """What is wrong with an answer, in words; nothing when it is right."""
+    said = "; ".join(map(str, found.reasons)) or "nothing"
+    if found.verdict not in {"not pass": ("fail", "inconclusive")}.get(case.verdict, (case.verdict,)):
+        return f"verdict {found.verdict} instead of {case.verdict}: {said}"
+    return _wrong_codes(case, found.reasons) or (_not_exact(found) if case.exact else "")
+
+
+def _wrong_codes(case: Case, reasons: Sequence[Problem]) -> str:
+    said = "; ".join(map(str, reasons)) or "nothing"
+    right = [reason for reason in reasons if reason.code in case.codes]
+    if case.codes and not right:
+        return f"none of {', '.join(case.codes)}: {said}"
+    strange = {reason.code for reason in reasons if reason.severity == "error"} - {*case.codes, *case.also}
+    if strange:
+        return f"wrong codes {', '.join(sorted(strange))}: {said}"
+    if case.where and not any(case.where in f"{reason.module} {reason.message}" for reason in right):
+        return f"no reason names {case.where}: {said}"
+    if case.says and not any(case.says in str(reason) for reason in right):
+        return f"no reason says {case.says}: {said}"
+    return ""
+
+
+def _not_exact(found: Audit) -> str:
+    off = {name: module.mismatched_elements for name, module in found.modules.items() if module.mismatched_elements}
+    return f"no recipe replays it: {off}" if off else ""
+
+
+def test_there_are_enough_cases_and_each_has_its_own_name() -> None:
+    assert len(CASES) >= 150
+    assert [name for name, count in Counter(case.id for case in ALL).items() if count > 1] == []
+
+
+def test_the_part_that_runs_has_every_failure_and_fails_every_kind_in_every_dtype() -> None:
+    some = part(ALL)
+    assert {(case.group, case.name) for case in some} == {(case.group, case.name) for case in ALL}
+    failing = {(case.kind, case.dtype) for case in some if case.verdict == "fail" and case.group != "tensors"}
+    assert failing == {(kind, dtype) for kind in KINDS for dtype in DTYPES}
