@@ -152,6 +152,9 @@ def _load(
     directory: Path, kind: Any, dtype: torch.dtype | None, changes: Mapping[str, Any]
 ) -> tuple[nn.Module, set[str]]:
     """The model and the names of the weights it lacks."""
+    if (directory / "adapter_config.json").exists():
+        message = "adapter_config.json lies beside the weights, and transformers would load that adapter on top of them"
+        raise refuse("NOT_RUNNABLE", message, file=str(directory))
     torch.manual_seed(0)  # what is missing starts at random, until it is replaced or refused
     options: dict[str, Any] = {"dtype": dtype or "auto", "local_files_only": True, "output_loading_info": True}
     try:

@@ -14,6 +14,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from models import Built
+    from speaking import Speaker
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: `pytest -n auto` has a process per core
 settings.register_profile("d2surgery", deadline=None)  # a busy machine is no failure
@@ -76,5 +77,20 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Built]":
         if name not in made:
             made[name] = Built(CASES[name], tmp_path_factory.mktemp(name.replace(" ", "_")))
         return made[name]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str, str], Speaker]":
+    """speaker(kind, dtype) -> a small model that reads bytes, its adapter and their merge, once per session."""
+    import speaking  # transformers, which most tests do without
+
+    made: dict[tuple[str, str], Speaker] = {}
+
+    def build(kind: str, dtype: str) -> "Speaker":
+        if (kind, dtype) not in made:
+            made[kind, dtype] = speaking.build(tmp_path_factory.mktemp(f"{kind}-{dtype}"), kind, dtype)
+        return made[kind, dtype]
 
     return build

@@ -3,18 +3,15 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from kinds import make
-from models import byte_tokenizer, llama, scatter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d2surgery import from_adapters, merge, save
+from d2surgery import merge
 from d2surgery.behaviour import as_json, compare_outputs, compare_scores, compare_tasks
 from d2surgery.errors import D2SurgeryError
 from d2surgery.items import Item
@@ -22,43 +19,11 @@ from d2surgery.tasks import Score, Task
 
 if TYPE_CHECKING:
     from models import Built
+    from speaking import Speaker
 
 PROMPTS = ["The river rises in the hills", "def mean(numbers):", "1, 2, 4, 8,", "Q: why? A:"]
 KINDS = ("lora", "dora", "d2lora", "duallora")
-SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 258}
-
-
-class Speaker(NamedTuple):
-    """A small model that reads bytes, an adapter, and their merge."""
-
-    base: Path
-    adapter: Path
-    merged: Path
-
-
-@pytest.fixture(scope="module")
-def speaker(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Speaker]:
-    """speaker(kind, dtype): base and merge are stored in the dtype, "BF16" or "F32"."""
-    folder = tmp_path_factory.mktemp("speakers")
-
-    @cache
-    def build(kind: str, dtype: str) -> Speaker:
-        here = folder / f"{kind}-{dtype}"
-        torch.manual_seed(0)
-        model = llama(**SIZES, initializer_range=0.15)
-        scatter(model)
-        model.to(torch.bfloat16 if dtype == "BF16" else torch.float32).save_pretrained(here / "base")
-        byte_tokenizer().save_pretrained(here / "base")
-        weights = {k: v for k, v in model.state_dict().items() if k.endswith("_proj.weight")}
-        adapters = {
-            name.removesuffix(".weight"): make(kind, weight.float(), size=0.02, seed=seed).to(dtype=torch.float32)
-            for seed, (name, weight) in enumerate(weights.items())
-        }
-        save(from_adapters(adapters, {"task_type": "CAUSAL_LM"}), here / "adapter")
-        merge(here / "base", here / "adapter", here / "merged")
-        return Speaker(here / "base", here / "adapter", here / "merged")
-
-    return build
+Speakers = Callable[[str, str], "Speaker"]
 
 
 def changed(merged: Path, out: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> Path:
@@ -78,7 +43,7 @@ def codes(found: Any) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_right_merge_says_the_same(speaker: Callable[[str, str], Speaker], kind: str, dtype: str) -> None:
+def test_a_right_merge_says_the_same(speaker: Speakers, kind: str, dtype: str) -> None:
     case = speaker(kind, dtype)
     steps: list[tuple[int, int]] = []
     found = compare_outputs(*case, prompts=PROMPTS, progress=lambda *step: steps.append(step))
@@ -162,9 +127,7 @@ FAULTS = {  # what is broken -> (the change, the first module that differs)
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_first_module_that_differs_is_named(
-    speaker: Callable[[str, str], Speaker], fault: str, dtype: str, tmp_path: Path
-) -> None:
+def test_the_first_module_that_differs_is_named(speaker: Speakers, fault: str, dtype: str, tmp_path: Path) -> None:
     case = speaker("lora", dtype)
     change, first = FAULTS[fault]
     broken = changed(case.merged, tmp_path / "broken", change(case.base))
@@ -183,7 +146,7 @@ def test_the_first_module_that_differs_is_named(
 )
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_another_strength_is_measured(
-    speaker: Callable[[str, str], Speaker], kind: str, dtype: str, strength: float, tmp_path: Path
+    speaker: Speakers, kind: str, dtype: str, strength: float, tmp_path: Path
 ) -> None:
     case = speaker(kind, dtype)
     merge(case.base, case.adapter, tmp_path / "merged", strength=strength)
@@ -194,7 +157,7 @@ def test_another_strength_is_measured(
     assert found.logits.strength - 1 == pytest.approx(strength - 1, rel=0.35)
 
 
-def test_other_weights_altogether_are_seen(speaker: Callable[[str, str], Speaker], tmp_path: Path) -> None:
+def test_other_weights_altogether_are_seen(speaker: Speakers, tmp_path: Path) -> None:
     case = speaker("lora", "BF16")
     found = compare_outputs(case.base, case.adapter, case.base, prompts=PROMPTS)
     assert found.logits is not None
@@ -211,12 +174,12 @@ def test_prompts_need_a_tokenizer(built: Callable[[str], "Built"]) -> None:
         compare_outputs(case.base, case.adapter, case.merged, prompts=["Why?"])
 
 
-def test_prompts_without_tokens_are_refused(speaker: Callable[[str, str], Speaker]) -> None:
+def test_prompts_without_tokens_are_refused(speaker: Speakers) -> None:
     with pytest.raises(D2SurgeryError, match="BAD_DATA"):
         compare_outputs(*speaker("lora", "F32"), prompts=[""])
 
 
-def test_a_merged_model_that_does_not_run_is_refused(speaker: Callable[[str, str], Speaker], tmp_path: Path) -> None:
+def test_a_merged_model_that_does_not_run_is_refused(speaker: Speakers, tmp_path: Path) -> None:
     case = speaker("lora", "F32")
     broken = changed(case.merged, tmp_path / "broken", lambda t: {k: v for k, v in t.items() if "norm" not in k})
     with pytest.raises(D2SurgeryError, match=r"NOT_RUNNABLE .*weights are missing"):
@@ -259,9 +222,7 @@ def test_a_gap_is_a_failure_when_it_is_real_and_large(items: int, lost: int, gai
     assert found.equivalent == (severity in (None, "warning"))
 
 
-def test_tasks_of_a_right_merge_have_no_gap_and_of_another_model_have_one(
-    speaker: Callable[[str, str], Speaker], tmp_path: Path
-) -> None:
+def test_tasks_of_a_right_merge_have_no_gap_and_of_another_model_have_one(speaker: Speakers, tmp_path: Path) -> None:
     case = speaker("lora", "F32")
     items = tuple(Item(f"Is {n} even?", "yes" if n % 2 else "no", ("yes", "no")) for n in range(40))
     steps: list[tuple[int, int]] = []

@@ -86,6 +86,11 @@ def test_missing_weights_are_not_made_up(directory: Path) -> None:
     assert "weights are missing (got lm_head.weight)" in refused(lambda: load_model(directory))
 
 
+def test_an_adapter_beside_the_weights_is_not_loaded_by_surprise(directory: Path) -> None:
+    (directory / "adapter_config.json").write_text("{}")
+    assert "would load that adapter on top" in refused(lambda: load_model(directory))
+
+
 def test_an_unknown_architecture_is_named(directory: Path) -> None:
     change_config(directory, architectures=["NoSuchForCausalLM"])
     assert "no such architecture (got NoSuchForCausalLM)" in refused(lambda: load_model(directory))

@@ -24,6 +24,7 @@ from d2surgery.tensors import DTYPES as TORCH_DTYPES
 from d2surgery.tensors import find_device
 
 _PATH = click.Path(path_type=Path)
+_WORDS = {"likelihood": "likelihood", "normalised": "likelihood per byte", "generation": "its own words"}
 
 
 class Ways(click.ParamType[tuple[By, ...]]):
@@ -89,10 +90,10 @@ def _scores(
 ) -> dict[str, list[Score]]:  # fmt: skip
     """Model -> its scores. One model at a time is in memory."""
     where = find_device(device)
-    directory = merged or base
-    stored = torch.float32 if where.type == "cpu" else stored_dtype(BaseWeights(directory).header)
+    weights = [BaseWeights(directory) for directory in (merged, base) if directory is not None]
+    stored = torch.float32 if where.type == "cpu" else stored_dtype(weights[0].header)
     chosen = TORCH_DTYPES[DTYPES[dtype]] if dtype else stored
-    tokenizer = tokenizer_of(directory, base)
+    tokenizer = tokenizer_of(*(w.directory for w in weights))
     makers: dict[str, Callable[[], nn.Module]] = {}
     if adapter is not None:
         checkpoint = load(adapter)
@@ -153,7 +154,7 @@ def _write_items(path: Path, scores: dict[str, list[Score]]) -> None:
 def _text(document: dict[str, Any]) -> Iterator[str]:
     models = document["models"]
     for name, model in models.items():
-        yield _verdict(name, model)
+        yield from measured.prose(_verdict(name, model))
         yield ""
         rows = [["", "items", "right", "95 %", "chance", "unanswered"]]
         rows += [_row(task) for task in model["tasks"]]
@@ -165,10 +166,10 @@ def _text(document: dict[str, Any]) -> Iterator[str]:
 
 def _verdict(name: str, model: dict[str, Any]) -> str:
     means = (
-        f"{_percent(mean['accuracy'])} right by {way} ({_percent(mean['ci'][0])} to {_percent(mean['ci'][1])})"
+        f"{_percent(mean['accuracy'])} right by {_WORDS[way]} ({_percent(mean['ci'][0])} to {_percent(mean['ci'][1])})"
         for way, mean in model["mean"].items()
     )
-    return f"{name}: {', '.join(means)}"
+    return f"{name}: {', '.join(means)}, mean over tasks with its 95 % interval"
 
 
 def _row(task: dict[str, Any]) -> list[str]:
@@ -206,8 +207,8 @@ def _gap(gap: dict[str, Any]) -> Iterator[str]:
         colour = output.COLOURS[problem["severity"]]
         details = "; ".join(f"{k} {problem[k]}" for k in ("wanted", "got") if problem[k])
         yield from measured.prose(
-            f"{output.style(problem['severity'], colour)} {problem['code']} {problem['module']}: {problem['message']} "
-            f"({details})"
+            f"{output.style(problem['severity'], colour)} {problem['code']}{' ' * bool(problem['module'])}"
+            f"{problem['module']}: {problem['message']} ({details})"
         )
 
 
