@@ -275,8 +275,14 @@ def _parameter(slot: Tensor, device: torch.device, trainable: bool) -> nn.Parame
 
 
 def _copied(adapter: Adapter) -> Adapter:
-    slots: dict[str, Any] = {name: slot.detach().clone() for name, slot in adapter.slots().items()}
+    slots: dict[str, Any] = {name: _whole(slot.detach()).clone() for name, slot in adapter.slots().items()}
     return replace(adapter, **slots)
+
+
+def _whole(slot: Tensor) -> Tensor:
+    """The tensor, gathered where FSDP2 has spread it over processes: they all have to ask."""
+    gather = getattr(slot, "full_tensor", None)
+    return slot if gather is None else gather()
 
 
 def _exchange(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

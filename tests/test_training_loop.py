@@ -29,6 +29,7 @@ from d2surgery.training.data import read_corpus
 from d2surgery.training.loop import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+TESTS = Path(__file__).parent
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -457,14 +458,28 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(folder: Path) ->
     train(config)
     halves = replace(to(config, "halves"), optimizer=replace(config.optimizer, batch=2))
     (folder / "halves.toml").write_text(to_toml(halves))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "-m", "d2surgery", "train", str(folder / "halves.toml"), "--json"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    document = json.loads(two_processes("-m", "d2surgery", "train", str(folder / "halves.toml"), "--json"))
     assert document["steps"] == 8
     one, two = ([line["loss"] for line in lines(folder / name) if "loss" in line] for name in ("out", "halves"))
     assert two == pytest.approx(one, rel=1e-5)
     for name, tensor in tensors(folder / "out").items():
         torch.testing.assert_close(tensors(folder / "halves")[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_fsdp2_spreads_adapted_models() -> None:
+    """torch's own, on CPU: accelerate begins FSDP on accelerators only."""
+    found = [json.loads(line) for line in two_processes(str(TESTS / "sharded.py")).splitlines()]
+    assert [record["kind"] for record in found] == list(KINDS)
+    for record in found:
+        assert record["spread"]
+        assert record["gradients"]
+        assert record["saved"]
+        assert record["losses"][1] == pytest.approx(record["losses"][0], rel=1e-6)
+
+
+def two_processes(*command: str) -> str:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

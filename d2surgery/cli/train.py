@@ -144,4 +144,5 @@ def _after(config: TrainConfig, report: Any) -> Iterator[str]:
     yield "next:"
     yield f"  d2surgery inspect {out}"
     yield f"  d2surgery spectrum {out} --base {base}"
+    yield f"  d2surgery eval --base {base} --adapter {out} --tasks FILE"
     yield f"  d2surgery merge --base {base} --adapter {out} --out {out}-merged"

@@ -104,7 +104,7 @@ def train(
     if config.data.batching == "packed":
         _check_packing(model)
     attach(model, _start(config, model), dropout=config.adapter.dropout)
-    from d2surgery.training.trainer import PARTIAL, forget_after, read_metrics, step_of  # transformers, accelerate
+    from d2surgery.training.trainer import forget_after, read_metrics, step_of  # transformers, accelerate
 
     resumed_from = None if checkpoint is None else step_of(checkpoint)
     plan = _plan(config, model, corpus, schedule, resumed_from)
@@ -118,9 +118,7 @@ def train(
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if trainer.state.global_step < schedule.steps:
             raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; --resume goes on from there")
-        if trainer.args.should_save:
-            _publish(trainer, out)
-            shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        _publish(trainer, out)
     lines = read_metrics(out)
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -360,6 +358,10 @@ def _trainer(
         keep=config.run.keep,
     )
     trainer.remove_callback(PrinterCallback)
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
+        message = "FSDP 1 flattens frozen and trained parameters together"
+        raise refuse("BAD_CONFIG", message, module="accelerate", wanted="fsdp_version: 2")
     return trainer, flow, metrics
 
 
@@ -422,9 +424,14 @@ def _adapter_config(config: TrainConfig, adapter: Adapter, schedule: _Schedule) 
 
 def _publish(trainer: "AdapterTrainer", out: Path) -> None:
     """The trained adapter, in the place of what an earlier end of the same run left."""
+    from d2surgery.training.trainer import PARTIAL
+
     set_warmup(trainer.model, 1.0)
-    (out / "adapter_model.safetensors").unlink(missing_ok=True)
+    if trainer.args.should_save:
+        (out / "adapter_model.safetensors").unlink(missing_ok=True)
     trainer.save_model(str(out))
+    if trainer.args.should_save:
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
 
 
 def _world() -> int:

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
+from d2surgery.adapters import Adapter
 from d2surgery.attach import adapted, set_warmup, snapshot
 from d2surgery.checkpoint import load, save
 from d2surgery.errors import refuse
@@ -94,9 +96,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone. Raises LOSS_NOT_FINITE rather than write one that is spoilt."""
+        checkpoint = snapshot(self.model, self.adapter_config)  # every process: parameters may be spread over them
         if not self.args.should_save:
             return
-        checkpoint = snapshot(self.model, self.adapter_config)
         for module, adapter in checkpoint.items():
             bad = [slot for slot, tensor in adapter.slots().items() if not torch.isfinite(tensor).all()]
             if bad:
@@ -119,14 +121,22 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return str(Path(self.args.output_dir) / PARTIAL)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        stored = load(resume_from_checkpoint)
-        with torch.no_grad():
-            for module, layer in adapted(self.model if model is None else model).items():
-                for slot, tensor in stored[module].slots().items():
-                    layer.slots[slot].copy_(tensor)
+        restore(self.model if model is None else model, load(resume_from_checkpoint))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+@torch.no_grad()
+def restore(model: nn.Module, stored: Mapping[str, Adapter]) -> None:
+    """Give every slot its stored value, or this process's part of it where FSDP2 has spread it."""
+    for module, layer in adapted(model).items():
+        for slot, tensor in stored[module].slots().items():
+            parameter = layer.slots[slot]
+            if isinstance(parameter, DTensor):
+                here = tensor.to(parameter.device)
+                tensor = distribute_tensor(here, parameter.device_mesh, parameter.placements)
+            parameter.copy_(tensor)
 
 
 class Warmup(TrainerCallback):  # type: ignore[misc]
