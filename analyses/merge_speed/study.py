@@ -30,7 +30,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 512, "num_hid
 TINY_OTHER_DEPTHS = (1,)
 BAR = 1 / 1024  # share of bfloat16 elements that may differ
 
-OURS = "import sys, d2surgery; d2surgery.merge(*sys.argv[1:4], verify=sys.argv[4] == 'verify')"
+OURS = "import sys; from d2surgery.cli import main; sys.exit(main())"  # as the console script `d2surgery` does
 PEFT = """
 import sys, torch
 from peft import PeftModel
@@ -46,16 +46,16 @@ names = [name for name in ours if "_proj." in name and (".0." in name or f".{sys
 differing = sum(int((ours[name] != peft[name]).sum()) for name in names)
 print(json.dumps({"tensors": len(names), "elements": sum(ours[n].numel() for n in names), "differing": differing}))
 """
-# Name -> command: a program with base, adapter, out. In this order in each round; a d2surgery run right after PEFT's.
+# Name -> command: a program, the adapter, options. In this order in each round; a d2surgery run right after PEFT's.
 RUNS = {
     "cp": ("cp", ""),
     "PEFT LoRA": (PEFT, "lora"),
-    "d2surgery LoRA": (OURS, "lora", "verify"),
-    "d2surgery LoRA, no hashes, no fsync": (OURS, "lora", "fast"),
+    "d2surgery LoRA": (OURS, "lora"),
+    "d2surgery LoRA, no hashes, no fsync": (OURS, "lora", "--no-verify"),
     "PEFT DoRA": (PEFT, "dora"),
-    "d2surgery DoRA": (OURS, "dora", "verify"),
-    "d2surgery D2-LoRA": (OURS, "d2lora", "verify"),
-    "d2surgery Dual LoRA": (OURS, "duallora", "verify"),
+    "d2surgery DoRA": (OURS, "dora"),
+    "d2surgery D2-LoRA": (OURS, "d2lora"),
+    "d2surgery Dual LoRA": (OURS, "duallora"),
 }
 RATIOS = [  # slow, fast, the target
     ("PEFT LoRA", "d2surgery LoRA", 3),
@@ -102,7 +102,7 @@ def study(work: Path, shape: dict[str, int], other_depths: tuple[int, ...], roun
                 assert found["differing"] <= BAR * found["elements"], f"{name} is not PEFT's merge: {found}"
     for layers in other_depths:
         for name in RUNS:
-            if name.startswith("d2surgery") and "verify" in RUNS[name]:
+            if name.startswith("d2surgery") and "--no-verify" not in RUNS[name]:
                 runs.append({"round": 0, "layers": layers, "run": name} | measure(work / str(layers), name))
     return {
         "question": "How long and how much memory does merging take, against PEFT and cp?",
@@ -129,11 +129,17 @@ def build(directory: Path, shape: dict[str, int], layers: int) -> dict[str, str]
 
 def measure(inputs: Path, name: str) -> dict[str, float]:
     """Seconds and peak resident bytes of one whole process. PEFT's output stays until ours is compared with it."""
-    program, adapter, *mode = RUNS[name]
+    program, adapter, *options = RUNS[name]
     out = inputs / name
     shutil.rmtree(out, ignore_errors=True)
-    paths = [str(inputs / "base"), str(inputs / adapter), str(out)]
-    command = ["cp", "-r", paths[0], paths[2]] if program == "cp" else [sys.executable, "-Pc", program, *paths, *mode]
+    base, adapter, made = str(inputs / "base"), str(inputs / adapter), str(out)
+    if program == "cp":
+        command = ["cp", "-r", base, made]
+    elif program == OURS:
+        named = ["--base", base, "--adapter", adapter, "--out", made]
+        command = [sys.executable, "-Pc", program, "merge", *named, "--quiet", *options]
+    else:
+        command = [sys.executable, "-Pc", program, base, adapter, made]
     os.sync()
     began = time.monotonic()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
