@@ -30,7 +30,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 512, "num_hid
 TINY_OTHER_DEPTHS = (1,)
 BAR = 1 / 1024  # share of bfloat16 elements that may differ
 
-OURS = "import sys; from d2surgery.cli import main; sys.exit(main())"  # as the console script `d2surgery` does
+OURS = str(Path(sys.executable).with_name("d2surgery"))
 PEFT = """
 import sys, torch
 from peft import PeftModel
@@ -137,7 +137,7 @@ def measure(inputs: Path, name: str) -> dict[str, float]:
         command = ["cp", "-r", base, made]
     elif program == OURS:
         named = ["--base", base, "--adapter", adapter, "--out", made]
-        command = [sys.executable, "-Pc", program, "merge", *named, "--quiet", *options]
+        command = [OURS, "merge", *named, "--quiet", *options]
     else:
         command = [sys.executable, "-Pc", program, base, adapter, made]
     os.sync()
