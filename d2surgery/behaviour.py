@@ -127,7 +127,7 @@ class TaskComparison:
     """One task, answered in one way by base + adapter ("before") and by the merged model ("after")."""
 
     task: str
-    by: By
+    by: str
     gap: Gap
 
 

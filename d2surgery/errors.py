@@ -342,6 +342,9 @@ CODES: dict[str, Code] = {
         "Base with adapter and the merged model answer questions with different accuracy, or too few were asked.",
         "Look at the first module that differs; ask more questions where the note says how many.",
     ),
+    "NO_HARNESS": Code(
+        "The lm-eval harness is an extra that is not installed.", "Run `pip install 'd2surgery[harness]'`."
+    ),
     # Figures.
     "NO_IMAGES": Code(
         "PNG and SVG images are drawn by kaleido with Chrome or Chromium, and one of them is missing or failed.",

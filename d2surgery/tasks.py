@@ -46,10 +46,10 @@ class Score:
     """What a model chose on each item of a task; None where it named no choice or its numbers are not numbers."""
 
     task: str
-    by: By
+    by: str  # one of WAYS, or the metric of a harness
     gold: tuple[int, ...]
     picked: tuple[int | None, ...]
-    chance: float  # the accuracy of guessing, 0 to 1
+    chance: float | None  # the accuracy of guessing, 0 to 1; None where not known
     log_likelihoods: tuple[tuple[float, ...], ...] = ()  # of each choice, in nats
     texts: tuple[str, ...] = ()  # what was generated
 

@@ -48,6 +48,7 @@ LAYERS = (
     "peft_plugin",
     "models",
     "tasks",
+    "harness",
     "prompts",
     "traces",
     "behaviour",

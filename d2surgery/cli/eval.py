@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from d2surgery.checkpoint import load
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import DTYPES, device_option, progress_bar
 from d2surgery.errors import refuse
+from d2surgery.harness import harness_scores
 from d2surgery.items import TEMPLATES, Template
 from d2surgery.measures.paired import mean_accuracy
 from d2surgery.models import load_model, stored_dtype, tokenizer_of, unmerged
-from d2surgery.tasks import WAYS, By, Score, Task, read_task, score_all
+from d2surgery.tasks import WAYS, By, Progress, Score, Task, read_task, score_all
 from d2surgery.tensors import DTYPES as TORCH_DTYPES
 from d2surgery.tensors import find_device
 
@@ -43,7 +45,8 @@ class Ways(click.ParamType[tuple[By, ...]]):
 @click.option("--base", type=_PATH, required=True, help="Model directory with safetensors weights.")
 @click.option("--adapter", help="File, directory or hub id org/name[@revision]; live in the base, not merged.")
 @click.option("--merged", type=_PATH, help="Merged model directory. With --adapter: the gap between the two.")
-@click.option("--tasks", "files", type=_PATH, multiple=True, required=True, help="JSON or JSONL items; repeatable.")
+@click.option("--tasks", "files", type=_PATH, multiple=True, help="JSON or JSONL items; repeatable.")
+@click.option("--harness", multiple=True, help="Task of lm-eval, by name or YAML file; repeatable. Needs the extra.")
 @click.argument("more", type=_PATH, nargs=-1, metavar="[FILE]...")
 @click.option("--by", "by", type=Ways(), default="likelihood", show_default=True, help=f"Of {', '.join(WAYS)}.")
 @click.option("--limit", type=click.IntRange(min=1), help="Items per task, taken evenly.")
@@ -54,9 +57,9 @@ class Ways(click.ParamType[tuple[By, ...]]):
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print warnings only.")
 def command(
-    base: Path, adapter: str | None, merged: Path | None, files: tuple[Path, ...], more: tuple[Path, ...],
-    by: tuple[By, ...], limit: int | None, template: Template, dtype: str | None, items_file: Path | None,
-    device: str, as_json: bool, quiet: bool,
+    base: Path, adapter: str | None, merged: Path | None, files: tuple[Path, ...], harness: tuple[str, ...],
+    more: tuple[Path, ...], by: tuple[By, ...], limit: int | None, template: Template, dtype: str | None,
+    items_file: Path | None, device: str, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Accuracy on multiple-choice questions, with intervals.
 
@@ -64,14 +67,19 @@ def command(
     choice; generation: the choice that the model's own words name first. With --adapter and --merged both models
     answer the same questions, and the gap is judged pair by pair.
 
+    --harness runs tasks of the lm-eval harness by its own prompts and metrics, in place of --tasks or beside them.
+
     A task is a JSON list or JSON lines, plain or gzip, of {"question", "choices", "answer"} or of the commonsense
     form {"instruction", "input", "output", "answer"}.
     """
+    if not (files or harness):
+        raise refuse("USAGE", "nothing to answer", wanted="--tasks FILE or --harness TASK")
     if items_file is not None and items_file.exists():
         raise refuse("OUTPUT_EXISTS", "not overwritten", file=str(items_file))
     tasks = [read_task(path, limit) for path in (*files, *more)]
     with progress_bar("answering", show=not (as_json or quiet), unit=" items") as progress:
-        scores = _scores(base, adapter, merged, tasks, by, template, dtype, device, progress)
+        run = partial(_answers, tasks, by, template, harness, limit)
+        scores = _scores(base, adapter, merged, dtype, device, run, progress)
     if items_file is not None:
         _write_items(items_file, scores)
     document = _document(scores)
@@ -85,8 +93,8 @@ def command(
 
 
 def _scores(
-    base: Path, adapter: str | None, merged: Path | None, tasks: Sequence[Task], by: Sequence[By],
-    template: Template, dtype: str | None, device: str, progress: Callable[[int, int], None],
+    base: Path, adapter: str | None, merged: Path | None, dtype: str | None, device: str,
+    run: Callable[[nn.Module, Any, Progress], list[Score]], progress: Progress,
 ) -> dict[str, list[Score]]:  # fmt: skip
     """Model -> its scores. One model at a time is in memory."""
     where = find_device(device)
@@ -108,8 +116,16 @@ def _scores(
         def told(done: int, total: int, at: int = at) -> None:
             progress(at * total + done, len(makers) * total)
 
-        found[name] = score_all(make(), tokenizer, tasks, by=by, template=template, progress=told)
+        found[name] = run(make(), tokenizer, told)
     return found
+
+
+def _answers(
+    tasks: Sequence[Task], by: Sequence[By], template: Template, harness: Sequence[str], limit: int | None,
+    model: nn.Module, tokenizer: Any, progress: Progress,
+) -> list[Score]:  # fmt: skip
+    scores = score_all(model, tokenizer, tasks, by=by, template=template, progress=progress)
+    return scores + (harness_scores(model, tokenizer, harness, limit=limit) if harness else [])
 
 
 def _document(scores: dict[str, list[Score]]) -> dict[str, Any]:
@@ -165,10 +181,10 @@ def _text(document: dict[str, Any]) -> Iterator[str]:
 
 
 def _verdict(name: str, model: dict[str, Any]) -> str:
-    means = (
-        f"{_percent(mean['accuracy'])} right by {_WORDS[way]} ({_percent(mean['ci'][0])} to {_percent(mean['ci'][1])})"
-        for way, mean in model["mean"].items()
-    )
+    means = []
+    for way, mean in model["mean"].items():
+        low, high = map(_percent, mean["ci"])
+        means.append(f"{_percent(mean['accuracy'])} right by {_WORDS.get(way, way)} ({low} to {high})")
     return f"{name}: {', '.join(means)}, mean over tasks with its 95 % interval"
 
 
@@ -179,7 +195,7 @@ def _row(task: dict[str, Any]) -> list[str]:
         str(task["items"]),
         _percent(task["accuracy"]),
         f"{_percent(low)} to {_percent(high)}",
-        _percent(task["chance"]),
+        "" if task["chance"] is None else _percent(task["chance"]),
         str(task["unanswered"]) if task["unanswered"] else "",
     ]
 
