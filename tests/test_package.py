@@ -245,7 +245,7 @@ def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
     commands = dict(found)
     assert list(commands) == ["demo", "test"]
     assert commands["demo"].endswith("d2surgery demo")
-    assert commands["test"].endswith("pytest")
+    assert commands["test"].endswith("pytest -n auto")
     assert all(" -c constraints.txt " in command for command in commands.values())
 
 
