@@ -18,6 +18,7 @@ _PUBLIC = {  # name -> the module that defines it
     **dict.fromkeys(("Audit", "ModuleAudit", "TensorAudit", "Thresholds"), "findings"),
     **dict.fromkeys(("merge", "plan", "MergeReport", "PlanReport"), "merging"),
     **dict.fromkeys(("AdaptedLinear", "initial", "adapted", "detach", "snapshot", "set_warmup"), "attach"),
+    **dict.fromkeys(("compare_outputs", "compare_tasks"), "behaviour"),
     **dict.fromkeys(("train", "TrainReport"), "training.loop"),
     **dict.fromkeys(("TrainConfig", "read_config"), "training.config"),
 }
