@@ -316,6 +316,21 @@ def test_a_resumed_run_must_be_the_run_that_began(folder: Path) -> None:
     train(config_of(folder, "lora", run={"save_every": 5, "keep": 1}), resume=True)
 
 
+def test_a_resumed_run_must_have_the_items_and_processes_it_began_with(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folder, "lora")
+    train(config)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(D2SurgeryError, match=r"RESUME_MISMATCH .*rows_per_step.*wanted 4; got 8"):
+            train(config, resume=True)
+    (folder / "items.json").unlink()
+    write_items(folder / "items.json", start=1)
+    with pytest.raises(D2SurgeryError, match=r"RESUME_MISMATCH .*data_sha256"):
+        train(config, resume=True)
+
+
 # What goes wrong -------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,8 @@ The loss is on the answer and on the end that stops generation. An answer is nev
 the beginning of its prompt, and one whose answer alone does not fit is left out; both are counted.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -44,6 +46,12 @@ class Corpus:
     held_out: tuple[Encoded, ...]
     prompts_cut: int
     left_out: tuple[str, ...]  # names of items whose answer alone is too long
+
+    @property
+    def digest(self) -> str:
+        """sha256 of every token in its order."""
+        parts = [[[*item.tokens, item.answer] for item in part] for part in (self.train, self.held_out)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def read_corpus(settings: DataSettings, tokenizer: Any, seed: int) -> Corpus:

@@ -3,9 +3,10 @@
 import errno
 import importlib.util
 import inspect
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import accumulate
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from d2surgery.training.trainer import AdapterTrainer, Flow, Metrics
 
 CONFIG = "train.toml"
+INPUTS = "inputs.json"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FULL = ("No space left", "os error 28", "file write failed", "PytorchStreamWriter failed")  # Python, Rust, torch
 _IN_FILE = ("tau", "along", "form")  # fields of a kind that stand in adapter_config.json by themselves
@@ -99,6 +101,9 @@ def train(
     tokenizer = _tokenizer(config)
     corpus = read_corpus(config.data, tokenizer, config.run.seed)
     schedule = _schedule(config, corpus)
+    inputs = {"data_sha256": corpus.digest, "rows_per_step": schedule.rows_per_step}
+    if checkpoint is not None:
+        _check_inputs(out, inputs)
     model = _model(config)
     _check_fit(config, model, corpus)
     if config.data.batching == "packed":
@@ -113,30 +118,15 @@ def train(
     with _disk_full(out):
         if trainer.args.should_save:
             (out / CONFIG).write_text(to_toml(config), encoding="utf-8")
+            (out / INPUTS).write_text(json.dumps(inputs, indent=2), encoding="utf-8")
             forget_after(out, resumed_from if resumed_from is not None else -1)
         with flow.catching_signals(alone=_world() == 1):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if trainer.state.global_step < schedule.steps:
             raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; --resume goes on from there")
         _publish(trainer, out)
-    lines = read_metrics(out)
-    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    losses = [line["loss"] for line in lines if "loss" in line]
-    return TrainReport(
-        out=str(out),
-        kind=plan.kind,
-        modules=plan.modules,
-        trainable_parameters=plan.trainable_parameters,
-        steps=plan.steps,
-        tokens=plan.tokens,
-        first_eval_loss=evaluations[0] if evaluations else None,
-        last_eval_loss=evaluations[-1] if evaluations else None,
-        first_loss=losses[0] if losses else None,
-        last_loss=losses[-1] if losses else None,
-        seconds_per_step=metrics.seconds / metrics.steps if metrics.steps else None,
-        resumed_from=resumed_from,
-        problems=plan.problems,
-    )
+    seconds = metrics.seconds / metrics.steps if metrics.steps else None
+    return _report(out, plan, read_metrics(out), seconds)
 
 
 # Before the first step -------------------------------------------------------------------------------------------
@@ -175,6 +165,16 @@ def _begin_in(out: Path, config: TrainConfig, resume: bool) -> Path | None:
         out.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
     return found[-1] if found else None
+
+
+def _check_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
+    """The same files may hold other items, and other processes share a step otherwise: both change every step."""
+    before = json.loads((out / INPUTS).read_text(encoding="utf-8"))
+    raise_errors(
+        Problem(code="RESUME_MISMATCH", message="not what the run began with", file=str(out), module=name,
+                wanted=str(before.get(name)), got=str(value))
+        for name, value in inputs.items() if before.get(name) != value
+    )  # fmt: skip
 
 
 def _tokenizer(config: TrainConfig) -> Any:
@@ -323,6 +323,26 @@ def _too_long(config: TrainConfig, corpus: Corpus) -> Iterator[Problem]:
         message = f"left out, since the answer alone does not fit {most} tokens: {few}"
         message += f" and {more} more" if more > 0 else ""
         yield Problem(code="ITEMS_TOO_LONG", message=message, severity="warning")
+
+
+def _report(out: Path, plan: TrainPlan, lines: Sequence[Mapping[str, Any]], seconds: float | None) -> TrainReport:
+    evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return TrainReport(
+        out=str(out),
+        kind=plan.kind,
+        modules=plan.modules,
+        trainable_parameters=plan.trainable_parameters,
+        steps=plan.steps,
+        tokens=plan.tokens,
+        first_eval_loss=evaluations[0] if evaluations else None,
+        last_eval_loss=evaluations[-1] if evaluations else None,
+        first_loss=losses[0] if losses else None,
+        last_loss=losses[-1] if losses else None,
+        seconds_per_step=seconds,
+        resumed_from=plan.resumed_from,
+        problems=plan.problems,
+    )
 
 
 # Trainer ---------------------------------------------------------------------------------------------------------
