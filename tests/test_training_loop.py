@@ -192,7 +192,7 @@ def test_a_magnitude_does_not_decay(folder: Path) -> None:
 
 def test_dual_loras_scaling_rises_and_ends_in_the_file(folder: Path) -> None:
     """w(t) = t/4: a checkpoint holds the scaling of its own step, the adapter the whole; at w = 0 nothing moves."""
-    config = config_of(folder, "duallora", adapter={"scaling_warmup": 4}, run={"keep": 9})
+    config = config_of(folder, "duallora", adapter={"scaling_warmup": 4}, run={"keep": 9, "save_every": 2})
     train(config)
     for step, w in ((2, 0.5), (4, 1.0), (8, 1.0)):
         found = load(folder / "out" / f"checkpoint-{step}")
@@ -241,9 +241,10 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_adapter(folder: Pat
     train(to(config, "whole"))
     killed(T.die_after_step, config, 5)
     assert not (folder / "out" / "adapter_model.safetensors").exists()
-    assert sorted(path.name for path in (folder / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert sorted(path.name for path in (folder / "out").glob("checkpoint-*")) == ["checkpoint-3"]
+    assert lines(folder / "out")[-2]["step"] == 4, "a line that the resumed run writes again"
     report = train(config, resume=True)
-    assert report.resumed_from == 4
+    assert report.resumed_from == 3
     assert same(folder / "out", folder / "whole")
     assert lines(folder / "out") == lines(folder / "whole")
 
@@ -255,7 +256,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(folder: Path
     killed(T.die_in_checkpoint, config, 6)
     assert (folder / "out" / ".partial" / "checkpoint-6" / "optimizer.pt").exists()
     assert not (folder / "out" / "checkpoint-6").exists()
-    assert train(config, resume=True).resumed_from == 4
+    assert train(config, resume=True).resumed_from == 3
     assert same(folder / "out", folder / "whole")
     assert lines(folder / "out") == lines(folder / "whole")
     assert not (folder / "out" / ".partial").exists()
@@ -407,10 +408,10 @@ def test_a_full_disk_is_said_and_nothing_is_lost(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
-        with pytest.raises(D2SurgeryError, match=r"DISK_FULL .*checkpoint-2 is whole"):
+        with pytest.raises(D2SurgeryError, match=r"DISK_FULL .*checkpoint-3 is whole"):
             train(config)
     assert not (folder / "out" / ".partial").exists()
-    assert train(config, resume=True).resumed_from == 2
+    assert train(config, resume=True).resumed_from == 3
     assert same(folder / "out", folder / "whole")
 
 

@@ -45,7 +45,7 @@ def config_of(folder: Path, kind: str = "lora", **sections: Mapping[str, Any]) -
         "adapter": {"kind": kind, "rank": 4},
         "data": {"train": [str(folder / "items.json")], "held_out_limit": 8, "max_length": 64, "template": "plain"},
         "optimizer": {"steps": 8, "batch": 4, "lr": 0.01, "warmup": 0.0},
-        "run": {"device": "cpu", "log_every": 2, "save_every": 2, "eval_every": 4},
+        "run": {"device": "cpu", "log_every": 4, "save_every": 3, "eval_every": 4},
     }
     for name, values in sections.items():
         document[name] = {**document[name], **values} if isinstance(values, Mapping) else values
