@@ -15,7 +15,15 @@ from torch import Tensor
 from d2surgery import load
 from d2surgery.base import BaseWeights
 from d2surgery.errors import D2SurgeryError
-from d2surgery.models import load_model, load_tokenizer, merged_in_memory, model_kind, stored_dtype, unmerged
+from d2surgery.models import (
+    _own_module,
+    load_model,
+    load_tokenizer,
+    merged_in_memory,
+    model_kind,
+    stored_dtype,
+    unmerged,
+)
 
 if TYPE_CHECKING:
     from models import Built
@@ -57,6 +65,16 @@ def test_rounding_is_that_of_the_dtype_merged_into(built: Build) -> None:
     found = merged_in_memory(case.base, load(case.adapter), to=torch.bfloat16, dtype=torch.float32)
     parameters = list(found.parameters())
     assert all(p.dtype == torch.float32 and torch.equal(p, p.bfloat16().float()) for p in parameters)
+
+
+def test_an_embedding_under_two_names_is_adapted_under_one() -> None:
+    """As T5's in transformers 4: one module as `shared` and in the encoder."""
+    model = torch.nn.Module()
+    model.shared = model.encoder = torch.nn.Embedding(3, 2)
+    own = _own_module(model, "encoder")
+    assert own is model.encoder is not model.shared
+    assert torch.equal(own.weight, model.shared.weight)
+    assert own.weight is not model.shared.weight
 
 
 # What cannot be run ----------------------------------------------------------------------------------------------
