@@ -54,7 +54,7 @@ class Replay:
     favourite: Recipe | None = None
     current: Pair | None = None
     whole: tuple[Patch, str, Tensor] | None = None  # what a recipe made of a whole patch
-    spaces: list[Tensor] = field(default_factory=lambda: [torch.empty(0), torch.empty(0)])
+    spaces: list[Tensor] = field(default_factory=lambda: [torch.empty(0)] * 4)
 
     def run(self, pairs: Iterable[Pair], progress: Callable[[int, int], None]) -> None:
         """Compare every pair; progress(done, total) in bytes of the merged file."""
@@ -110,7 +110,7 @@ class Replay:
         if pair.status != "tied":
             base, change = (base_weight.T, delta.T) if patch.transposed else (base_weight, delta)
             made = merged.view(base.shape)
-            survival = measured(base, change, made)
+            survival = measured(base, change, made, (self._space(2, base), self._space(3, base)))
             tally.survival += survival
             if wanted is merged:
                 tally.comparison += Comparison(

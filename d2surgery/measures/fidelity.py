@@ -62,16 +62,20 @@ def survival(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Survival:
     )
 
 
-def measured(base: Tensor, delta: Tensor, merged: Tensor) -> Survival:
-    """As `survival`, of a merged weight that exists: base, delta and merged in the dtype of the computation."""
-    applied = merged - base
+def measured(base: Tensor, delta: Tensor, merged: Tensor, spaces: tuple[Tensor, Tensor] | None = None) -> Survival:
+    """As `survival`, of a merged weight that exists; base and delta in the dtype of the computation.
+
+    `spaces`: memory of that dtype and shape to work in; fresh memory costs more here than the arithmetic.
+    """
+    first, second = spaces or (torch.empty_like(base), torch.empty_like(base))
+    applied = torch.sub(merged, base, out=first)
     return Survival(
         elements=base.numel(),
         changed=int(torch.count_nonzero(applied)),
-        delta_squared=_dot(delta, delta),
-        applied_squared=_dot(applied, applied),
-        inner=_dot(applied, delta),
-        error_squared=_dot(error := applied.sub_(delta), error),
+        delta_squared=_dot(delta, delta, second),
+        applied_squared=_dot(applied, applied, second),
+        inner=_dot(applied, delta, second),
+        error_squared=_dot(error := applied.sub_(delta), error, second),
     )
 
 
@@ -181,6 +185,6 @@ def _histogram(distances: Tensor) -> tuple[int, ...]:
     return tuple(counts.tolist())
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
+def _dot(a: Tensor, b: Tensor, space: Tensor | None = None) -> float:
     """Products in the tile's dtype, row sums in it, their sum in float64."""
-    return float((a * b).sum(dim=-1).sum(dtype=torch.float64))
+    return float(torch.mul(a, b, out=space).sum(dim=-1).sum(dtype=torch.float64))
