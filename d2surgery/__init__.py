@@ -15,6 +15,7 @@ _PUBLIC = {  # name -> the module that defines it
     **dict.fromkeys(("Drift", "drift"), "measures.drift"),
     **dict.fromkeys(("spectra", "drifts", "differences"), "survey"),
     "audit": "auditing",
+    "verify_receipt": "receipts",
     **dict.fromkeys(("Audit", "ModuleAudit", "TensorAudit", "Thresholds"), "findings"),
     **dict.fromkeys(("merge", "plan", "MergeReport", "PlanReport"), "merging"),
     **dict.fromkeys(("AdaptedLinear", "initial", "adapted", "detach", "snapshot", "set_warmup"), "attach"),

@@ -15,17 +15,20 @@ The share of unchanged entries decides nothing: a right merge of a small delta i
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from d2surgery.adapters import Adapter, Triple
 from d2surgery.base import BaseWeights
+from d2surgery.behaviour import Behaviour, TaskGap, compare_outputs, compare_tasks
 from d2surgery.companions import companions
 from d2surgery.diagnosis import Diagnosis, diagnose
-from d2surgery.errors import refuse
+from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.faults import Case
 from d2surgery.findings import Audit, ModuleAudit, Thresholds, verdict_of
 from d2surgery.header import BITS, FLOATS
@@ -45,26 +48,34 @@ from d2surgery.recipes import RECIPES
 from d2surgery.replay import WHOLE, Replay, Tally, read_part, read_tile
 from d2surgery.settings import compare_settings
 from d2surgery.sites import Patch
+from d2surgery.tasks import Task
 from d2surgery.tensors import DTYPES, as_bytes
 from d2surgery.tiles import TILE, part_of
 
+Directory = str | os.PathLike[str]
+Found = TypeVar("Found")
 _HEAD = 128  # a block begins at a multiple of this many rows, so that it holds whole attention heads
 
 
 def audit(
-    base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
-    merged: str | os.PathLike[str],
+    base: Directory,
+    adapter: Directory,
+    merged: Directory,
     *,
     levels: tuple[str, ...] = ("weights",),
     thresholds: Thresholds = Thresholds(),  # noqa: B008
     strength: float = 1.0,
     files: bool = True,
+    prompts: Sequence[str] | None = None,
+    tasks: Sequence[Task] = (),
+    device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Audit:
     """Compare every tensor of `merged` with `base` + `strength`·`adapter`, and the files beside the weights.
 
-    files=False leaves config and tokenizer alone. progress(done, total) is called with bytes of the merged file.
+    levels: "weights", always looked at; "outputs" or "logits" also run the models, on `prompts` (None: bundled ones);
+    "task" lets them answer `tasks`, on `device`. files=False leaves config and tokenizer alone. progress(done, total)
+    is called with bytes of the merged file.
 
     Raises D2SurgeryError for what cannot be audited at all: unreadable inputs, an adapter that does not fit the base.
     """
@@ -90,8 +101,11 @@ def audit(
         reasons += compare_settings(_expected_files(job, found), found, tied=pairing.tied)
     else:
         unread.append("config and tokenizer: not asked for")
-    if "logits" not in levels:
-        unread.append("what the model answers: the level is weights")
+    behaviour, gap = _run(base, adapter, merged, levels, prompts, tasks, device)
+    for ran in (behaviour, gap):
+        reasons += [ran] if isinstance(ran, Problem) else ran.problems if ran else ()
+    unread += behaviour.not_checked if isinstance(behaviour, Behaviour) else ["outputs and logits"]
+    unread += [] if isinstance(gap, TaskGap) else ["answers to questions"]
     return Audit(
         verdict=verdict_of(tuple(reasons)),
         reasons=tuple(reasons),
@@ -104,9 +118,35 @@ def audit(
         modules=modules,
         tensors=tensors,
         not_checked=tuple(unread),
+        behaviour=behaviour if isinstance(behaviour, Behaviour) else None,
+        task=gap if isinstance(gap, TaskGap) else None,
         seconds=time.monotonic() - began,
         peak_memory_bytes=peak_memory(),
     )
+
+
+def _run(
+    base: Directory, adapter: Directory, merged: Directory, levels: tuple[str, ...], prompts: Sequence[str] | None,
+    tasks: Sequence[Task], device: str,
+) -> tuple[Behaviour | Problem | None, TaskGap | Problem | None]:  # fmt: skip
+    """What the models say; a problem where they cannot be run, None where they were not asked to."""
+    behaviour: Behaviour | Problem | None = None
+    gap: TaskGap | Problem | None = None
+    if {"outputs", "logits"} & {*levels}:
+        behaviour = _unless_refused(lambda: compare_outputs(base, adapter, merged, prompts=prompts, device=device))
+    if "task" in levels:
+        if not tasks:
+            raise refuse("USAGE", "the level task needs tasks")
+        gap = _unless_refused(lambda: compare_tasks(base, adapter, merged, tasks, device=device))
+    return behaviour, gap
+
+
+def _unless_refused(run: Callable[[], Found]) -> Found | Problem:
+    """A model that cannot be run leaves its level open; what the weights said stands."""
+    try:
+        return run()
+    except D2SurgeryError as error:
+        return replace(error.problems[0], code="NOT_RUNNABLE", severity="warning")
 
 
 def open_merged(directory: str | os.PathLike[str]) -> BaseWeights:
@@ -166,10 +206,12 @@ def _judged(job: Job, replay: Replay, pairs: tuple[Pair, ...], limits: Threshold
         for module in dict.fromkeys(p.module for p in pair.output.site.patches) if pair.output.site else ():
             if pair.status != "tied":
                 tensors.setdefault(module, []).append(pair)
+    suspect = ""
     for module, tally in replay.modules.items():
         if tally.comparison.elements:
             held = tensors[module]
-            found = _diagnosis(job, tally) if tally.comparison.mismatched and tally.finite else None
+            found = _diagnosis(job, tally, suspect) if tally.comparison.mismatched and tally.finite else None
+            suspect = found.what if found and found.code else suspect
             names = tuple(pair.name for pair in held)
             yield module, judge_module(module, replay.kinds[module], names, held[0].info.dtype, tally, found, limits)
 
@@ -201,7 +243,7 @@ def _is_base(job: Job, pair: Pair) -> bool:
 # What is diagnosed -----------------------------------------------------------------------------------------------
 
 
-def _diagnosis(job: Job, tally: Tally) -> Diagnosis:
+def _diagnosis(job: Job, tally: Tally, suspect: str) -> Diagnosis:
     """Of a block of the weight that holds the first mismatch."""
     assert tally.first is not None
     pair, patch, element = tally.first
@@ -227,7 +269,7 @@ def _diagnosis(job: Job, tally: Tally) -> Diagnosis:
 
     config = job.layout.config
     case = Case(patch.module, base, adapter, delta_of, job.layout.adapters[patch.module], config, job.base.config)
-    return diagnose(case, merged.T if patch.transposed else merged)
+    return diagnose(case, merged.T if patch.transposed else merged, suspect)
 
 
 def _block(row: int, start: int, stop: int, width: int) -> tuple[int, int]:

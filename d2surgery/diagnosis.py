@@ -40,8 +40,8 @@ class _Trial:
         return not plain_strength and (self.noise <= EXCESS or self.noise < 0.5 * min(own, fitted))
 
 
-def diagnose(case: Case, merged: Tensor) -> Diagnosis:
-    """`merged` as stored, of the same block as the case.
+def diagnose(case: Case, merged: Tensor, suspect: str = "") -> Diagnosis:
+    """`merged` as stored, of the same block as the case; `suspect` says what was done to the module before.
 
     A fault moves the weight from E to F. How much of that move is in the file is a strength with an error, like λ̂; the
     fault is believed when at least half of the move is there, significantly, and nothing else leaves less unexplained.
@@ -49,6 +49,9 @@ def diagnose(case: Case, merged: Tensor) -> Diagnosis:
     right = case.with_(case.adapter)
     look = _Look(case, merged, right, rounded(right, merged.dtype), _unit(right, merged.dtype))
     own = look.noise(right)
+    known = look.best_fault(suspect) if suspect else None
+    if known is not None and (not known.against.mismatched or known.noise <= 1.1):
+        return Diagnosis(known.named.code, known.named.what, not known.against.mismatched)
     strength, error, left = look.fit()
     fault = look.best_fault()
     if fault is not None and fault.explains(own, left):
@@ -85,8 +88,9 @@ class _Look:
         """‖merged − effective‖ in units of the noise of rounding once."""
         return _norm(self.merged.to(effective.dtype) - effective) / self.unit
 
-    def best_fault(self) -> _Trial | None:
-        trials = (self._try(named) for named in hypotheses(self.case))
+    def best_fault(self, what: str = "") -> _Trial | None:
+        """What is believed and leaves least, of all faults or of those so described."""
+        trials = (self._try(named) for named in hypotheses(self.case) if what in ("", named.what))
         believed = [trial for trial in trials if trial is not None and _believed(trial)]
         return min(believed, key=lambda trial: (trial.against.mismatched > 0, trial.against.dd), default=None)
 

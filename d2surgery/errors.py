@@ -231,6 +231,10 @@ CODES: dict[str, Code] = {
     "BAD_MERGED": Code(
         "The directory given as merged does not hold a merged checkpoint.", "Give the directory that merging wrote."
     ),
+    "NO_RECEIPT": Code(
+        "The merged directory has no d2surgery_merge.json with hashes.", "Audit by the weights, without --receipt."
+    ),
+    "WRONG_ADAPTER": Code("The receipt names an adapter with other tensors.", "Give the adapter that was merged."),
     "DELTA_NOT_APPLIED": Code(
         "Adapted weights are those of the base: the adapter was not merged there.",
         "Merge again; see that the merger loads the adapter and activates it.",

@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from d2surgery.errors import Problem
 from d2surgery.measures.fidelity import Survival
+
+if TYPE_CHECKING:
+    from d2surgery.behaviour import Behaviour, TaskGap
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 Status = Literal["adapted", "unchanged", "replaced", "tied", "resized", "changed", "missing", "extra"]
@@ -15,7 +18,7 @@ STATUSES: tuple[Status, ...] = (
     "adapted", "unchanged", "replaced", "tied", "resized", "changed", "missing", "extra"
 )  # fmt: skip
 LEVELS = ("weights", "outputs", "logits", "task")
-OPEN = frozenset(("STRENGTH_UNCERTAIN", "NOT_COMPARED"))  # codes that leave the question open: inconclusive, not fail
+OPEN = frozenset(("STRENGTH_UNCERTAIN", "NOT_RUNNABLE"))  # codes that leave the question open: inconclusive, not fail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,8 @@ class Audit:
     tensors: Mapping[str, TensorAudit]
     not_checked: tuple[str, ...]
     receipt: ReceiptAudit | None = None
-    behaviour: Any = None  # what the levels outputs, logits and task found
+    behaviour: "Behaviour | None" = None  # what the levels outputs and logits found
+    task: "TaskGap | None" = None  # what the level task found
     seconds: float = 0.0
     peak_memory_bytes: int = 0
 
@@ -137,9 +141,33 @@ def document(audit: Audit) -> dict[str, Any]:
         "tensor_list": [asdict(tensor) for tensor in audit.tensors.values()],
         "not_checked": list(audit.not_checked),
         "receipt": asdict(audit.receipt) if audit.receipt else None,
+        "logits": _plain(audit.behaviour.logits) if audit.behaviour and audit.behaviour.logits else None,
+        "layers": [_plain(layer) for layer in audit.behaviour.layers] if audit.behaviour else [],
+        "first_deviating": audit.behaviour.first_deviating if audit.behaviour else None,
+        "task": _plain(audit.task) if audit.task else None,
         "seconds": audit.seconds,
         "peak_memory_bytes": audit.peak_memory_bytes,
     }
+
+
+def several(names: list[str]) -> str:
+    """The first three, and how many more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    """A record of other modules as JSON values, problems left out: they are among the reasons."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, float):
+            return finite(value)
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items() if key != "problems"}
+        return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    document: dict[str, Any] = plain(asdict(record))
+    return document
 
 
 def _problem(problem: Problem) -> dict[str, str]:

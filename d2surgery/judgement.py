@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from d2surgery.diagnosis import EXCESS, SIGNIFICANT, Diagnosis
 from d2surgery.errors import Problem, Severity
-from d2surgery.findings import ModuleAudit, ModuleStatus, TensorAudit, Thresholds, Verdict
+from d2surgery.findings import ModuleAudit, ModuleStatus, TensorAudit, Thresholds, Verdict, several
 from d2surgery.measures.fidelity import LOW_GAIN, ULPS, Comparison, Survival
 from d2surgery.pairing import Pair
 from d2surgery.replay import Replay, Tally
@@ -279,6 +279,4 @@ def _tensors(found: list[TensorAudit]) -> str:
 
 
 def _several(found: list[ModuleAudit] | list[TensorAudit]) -> str:
-    names = [item.module if isinstance(item, ModuleAudit) else item.name for item in found]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return several([item.module if isinstance(item, ModuleAudit) else item.name for item in found])

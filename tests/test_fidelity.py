@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from d2surgery import KINDS, BaseWeights, from_adapters, merge, plan, save
-from d2surgery.measures.fidelity import Survival, survival
+from d2surgery.measures.fidelity import Comparison, Survival, compare, measured, survival, ulps
+from d2surgery.tensors import rounded
 
 GENERATOR = torch.Generator().manual_seed(5)
 
@@ -75,3 +76,77 @@ def test_plan_forecasts_what_merge_does(kind: str, tmp_path: Path) -> None:
     delta = adapter.delta(weight.double())
     gain = float((applied * delta).sum() / delta.square().sum())
     assert forecast.survival["up"]["BF16"].gain == pytest.approx(gain, rel=1e-5)
+
+
+# Comparison ------------------------------------------------------------------------------------------------------
+
+
+def merged_at(strength: float, base: torch.Tensor, delta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return rounded(base.double() + strength * delta.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("strength", [-1.0, 0.0, 0.5, 0.98, 1.005, 1.04, 2.0])
+def test_the_strength_is_found_within_its_error(strength: float, dtype: torch.dtype) -> None:
+    base, delta = base_and_delta(0.01)
+    sums = compare(base, delta, merged_at(1, base, delta, dtype), merged_at(strength, base, delta, dtype))
+    assert abs(sums.strength - strength) <= 5 * sums.strength_error + 1e-5
+    assert sums.strength_error < 0.002
+
+
+def test_a_right_merge_that_rounding_nearly_loses_has_strength_one() -> None:
+    base, delta = base_and_delta(0.0005)
+    right = merged_at(1, base, delta, torch.bfloat16)
+    assert survival(base, delta, torch.bfloat16).gain < 0.5
+    assert compare(base, delta, right, right).strength == 1
+    twice = compare(base, delta, right, merged_at(2, base, delta, torch.bfloat16))
+    assert twice.strength > 1.5 + 5 * twice.strength_error
+
+
+def test_comparisons_are_numpys_sums_and_add_up_over_tiles() -> None:
+    base, delta = base_and_delta(0.01)
+    wanted, merged = merged_at(1, base, delta, torch.bfloat16), merged_at(1.05, base, delta, torch.bfloat16)
+    whole = compare(base, delta, wanted, merged)
+    tiles = [slice(i, i + 50) for i in range(0, 256, 50)]
+    added = sum((compare(base[t], delta[t], wanted[t], merged[t]) for t in tiles), Comparison())
+    assert (added.elements, added.mismatched, added.ulps, added.beyond) == (
+        whole.elements, whole.mismatched, whole.ulps, whole.beyond,
+    )  # fmt: skip
+    e, d = (x.double().numpy() - y.double().numpy() for x, y in ((wanted, base), (merged, wanted)))
+    x = (d * delta.double().numpy()).sum() / (e * delta.double().numpy()).sum()
+    assert added.strength - 1 == pytest.approx(x, rel=1e-5)
+    assert added.residual == pytest.approx(np.linalg.norm(d - x * e) / np.linalg.norm(e), rel=1e-4)
+    noise = (d - x * e) * delta.double().numpy()
+    error = np.linalg.norm(noise) / (e * delta.double().numpy()).sum()
+    assert added.strength_error == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_distances_count_the_numbers_between(dtype: torch.dtype) -> None:
+    one = torch.tensor([1.0, -1.0, 0.0, 2.0], dtype=dtype)
+    beyond = torch.nextafter(one, torch.tensor(9.0, dtype=dtype))
+    assert ulps(one, beyond).tolist() == [1, 1, 1, 1]
+    assert ulps(torch.tensor([-0.0], dtype=dtype), torch.tensor([0.0], dtype=dtype)).tolist() == [0]
+
+
+def test_one_changed_element_is_one_and_a_large_change_is_beyond_rounding() -> None:
+    base, delta = base_and_delta(0.01)
+    wanted = merged_at(1, base, delta, torch.bfloat16)
+    near, far = wanted.clone(), wanted.clone()
+    near[3, 7] = torch.nextafter(near[3, 7], torch.tensor(9.0, dtype=torch.bfloat16))
+    far[3, 7] += 0.5
+    small, large = (compare(base, delta, wanted, merged) for merged in (near, far))
+    assert (small.mismatched, small.ulps, small.beyond) == (1, (1, 0, 0, 0, 0), 0)
+    assert (large.mismatched, large.beyond) == (1, 1)
+    far[3, 7] = float("nan")
+    assert compare(base, delta, wanted, far).beyond == 1
+
+
+def test_what_is_measured_in_the_file_is_what_was_forecast() -> None:
+    base, delta = base_and_delta(0.01)
+    merged = rounded(base + delta, torch.bfloat16)
+    found, forecast = measured(base, delta, merged), survival(base, delta, torch.bfloat16)
+    assert (found.elements, found.changed) == (forecast.elements, forecast.changed)
+    assert found.gain == pytest.approx(forecast.gain, rel=1e-6)
+    spaces = (torch.empty_like(base), torch.empty_like(base))
+    assert measured(base, delta, merged, spaces) == found

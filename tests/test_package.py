@@ -61,6 +61,7 @@ LAYERS = (
     "replay",
     "judgement",
     "settings",
+    "receipts",
     "auditing",
     "audit_files",
     "tidy",

@@ -9,55 +9,107 @@ import click
 from d2surgery import audit_files
 from d2surgery.auditing import audit
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import progress_bar
-from d2surgery.findings import Audit, Thresholds, document
+from d2surgery.cli.options import device_option, progress_bar
+from d2surgery.errors import refuse
+from d2surgery.findings import LEVELS, Audit, Thresholds, document
+from d2surgery.items import read_prompts
+from d2surgery.receipts import verify_receipt
+from d2surgery.recipes import RECIPES
+from d2surgery.tasks import read_task
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _DIRECTORY = click.Path(path_type=Path)
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 _EXIT = {"pass": 0, "fail": 1, "inconclusive": 3}
 _DEFAULTS = Thresholds()
+_SHOWN = 12  # modules listed without --per-layer
+
+
+class Levels(click.ParamType[tuple[str, ...]]):
+    """`weights,logits`; the weights are looked at in any case."""
+
+    name = "levels"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        asked = {part.strip() for part in str(value).split(",")} | {"weights"}
+        if unknown := sorted(asked - {*LEVELS}):
+            self.fail(f"{', '.join(map(repr, unknown))}: the levels are {', '.join(LEVELS)}", param, ctx)
+        return tuple(level for level in LEVELS if level in asked)
 
 
 @click.command(name="audit")
-@click.option("--base", type=_DIRECTORY, required=True, help="Model directory that was merged into.")
-@click.option("--adapter", required=True, help="File, directory or hub id org/name[@revision].")
+@click.option("--base", type=_DIRECTORY, help="Model directory that was merged into.")
+@click.option("--adapter", help="File, directory or hub id org/name[@revision].")
 @click.option("--merged", type=_DIRECTORY, required=True, help="Model directory to be judged.")
+@click.option("--level", "levels", type=Levels(), default="weights", show_default=True, help=f"Of {', '.join(LEVELS)}.")
+@click.option("--prompts", type=_FILE, help="Texts for the levels outputs and logits. Default: bundled ones.")
+@click.option("--tasks", type=_FILE, multiple=True, help="JSON or JSONL items for the level task; repeatable.")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="λ that was merged: W0 + λ·delta.")
 @click.option(
-    "--strength-pass", type=float, default=_DEFAULTS.strength_pass, show_default=True, help="Right: |λ − 1| at most."
+    "--strength-pass", type=float, default=_DEFAULTS.strength_pass, show_default=True, help="Right: |λ̂ − 1| at most."
 )
 @click.option(
-    "--strength-fail", type=float, default=_DEFAULTS.strength_fail, show_default=True, help="Wrong: |λ − 1| above."
+    "--strength-fail", type=float, default=_DEFAULTS.strength_fail, show_default=True, help="Wrong: |λ̂ − 1| above."
 )
 @click.option("--exact", is_flag=True, help="Fail on one differing bit.")
+@click.option("--weights-only", is_flag=True, help="Compare neither config nor tokenizer.")
+@click.option("--receipt", is_flag=True, help="Verify d2surgery_merge.json by hashes only; base and adapter optional.")
+@device_option
+@click.option("--per-layer", is_flag=True, help="A line for every module, not for the worst only.")
 @click.option("--html", type=_FILE, help="Write the audit as one page: verdict, causes, layers, every tensor.")
 @click.option("--junit", type=_FILE, help="Write JUnit XML, a test case per module and tensor.")
 @click.option("--sarif", type=_FILE, help="Write SARIF 2.1.0, a result per reason.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print the verdict only.")
 def command(
-    strength_pass: float, strength_fail: float, exact: bool, html: Path | None, junit: Path | None,
-    sarif: Path | None, as_json: bool, quiet: bool, **inputs: Any,
+    html: Path | None, junit: Path | None, sarif: Path | None, receipt: bool, per_layer: bool, as_json: bool,
+    quiet: bool, **asked: Any,
 ) -> int:  # fmt: skip
     """Is MERGED the BASE with the ADAPTER? Every tensor accounted for, every difference explained.
 
-    Exit code 0 pass, 1 fail, 2 could not be audited, 3 inconclusive.
+    The merge is replayed by the known mergers' recipes; what none gives bit for bit is measured: its strength λ̂ with
+    a standard error, and which usual fault fits. Exit code 0 pass, 1 fail, 2 could not be audited, 3 inconclusive.
     """
-    if not 0 <= strength_pass <= strength_fail:
-        raise click.UsageError("0 <= --strength-pass <= --strength-fail")
     for path in (html, junit, sarif):
         if path is not None:
             measured.require_folder(path)
-    limits = Thresholds(strength_pass=strength_pass, strength_fail=strength_fail, exact=exact)
     with progress_bar("auditing", show=not (as_json or quiet)) as progress:
-        found = audit(**inputs, thresholds=limits, progress=progress)
+        found = _by_receipt(asked, progress) if receipt else _by_weights(asked, progress)
     _write(found, html, junit, sarif)
     if as_json:
         output.emit_json(document(found))
     else:
-        for line in _text(found, quiet):
+        for line in [_word(found)] if quiet else _text(found, per_layer):
             output.emit(line)
     return _EXIT[found.verdict]
+
+
+def _by_weights(asked: dict[str, Any], progress: Any) -> Audit:
+    for name in ("base", "adapter"):
+        if asked[name] is None:
+            raise refuse("USAGE", f"audit needs --{name}; only --receipt does without")
+    right, wrong = asked["strength_pass"], asked["strength_fail"]
+    if not 0 <= right <= wrong:
+        raise refuse("USAGE", "strengths", wanted="0 <= --strength-pass <= --strength-fail", got=f"{right}, {wrong}")
+    if ("task" in asked["levels"]) != bool(asked["tasks"]):
+        raise refuse("USAGE", "--level task and --tasks belong together")
+    return audit(
+        asked["base"],
+        asked["adapter"],
+        asked["merged"],
+        levels=asked["levels"],
+        thresholds=Thresholds(strength_pass=right, strength_fail=wrong, exact=asked["exact"]),
+        strength=asked["strength"],
+        files=not asked["weights_only"],
+        prompts=read_prompts(asked["prompts"]) if asked["prompts"] else None,
+        tasks=[read_task(path) for path in asked["tasks"]],
+        device=asked["device"],
+        progress=progress,
+    )
+
+
+def _by_receipt(asked: dict[str, Any], progress: Any) -> Audit:
+    return verify_receipt(asked["merged"], base=asked["base"], adapter=asked["adapter"], progress=progress)
 
 
 def _write(found: Audit, html: Path | None, junit: Path | None, sarif: Path | None) -> None:
@@ -71,11 +123,77 @@ def _write(found: Audit, html: Path | None, junit: Path | None, sarif: Path | No
         measured.write_whole(html, audit_page(found))
 
 
-def _text(found: Audit, quiet: bool) -> Iterator[str]:
-    yield output.style(found.verdict.upper(), _COLOURS[found.verdict])
-    if quiet:
-        return
+# Text ------------------------------------------------------------------------------------------------------------
+
+
+def _verdict(found: Audit) -> str:
+    what = {
+        "pass": "the merged checkpoint is the base with the adapter",
+        "fail": "the merged checkpoint is not the base with the adapter, as it should be",
+        "inconclusive": "it cannot be told",
+    }[found.verdict]
+    if found.receipt:
+        what = "as its receipt says" if found.verdict == "pass" else "not as its receipt says"
+    return f"{_word(found)}  {what}"
+
+
+def _word(found: Audit) -> str:
+    return output.style(found.verdict.upper(), _COLOURS[found.verdict])
+
+
+def _text(found: Audit, per_layer: bool) -> Iterator[str]:
+    yield _verdict(found)
     yield from output.problem_lines(found.reasons)
+    if found.recipe:
+        words = next(recipe.what for recipe in RECIPES if recipe.name == found.recipe)
+        replayed = [module for module in found.modules.values() if module.status == "replayed"]
+        yield f"recipe: {found.recipe}, bit for bit in {output.count(len(replayed), 'module')} ({words})"
+    yield from _modules(found, per_layer)
+    yield from _behaviour(found)
     counts = found.coverage
     named = [f"{count} {status}" for status, count in counts.items() if status != "total" and count]
-    yield f"{output.count(counts['total'], 'tensor')}: {', '.join(named)}"
+    yield f"{output.count(counts['total'], 'tensor')}: {', '.join(named) or 'none'}"
+    for line in found.not_checked:
+        yield f"not checked: {output.printable(line)}"
+
+
+def _modules(found: Audit, per_layer: bool) -> Iterator[str]:
+    listed = list(found.modules.values())
+    if not per_layer:
+        order = {"wrong": 0, "uncertain": 1, "rounding": 2}
+        listed = sorted((m for m in listed if m.status in order), key=lambda m: (order[m.status], m.module))
+    shown = listed if per_layer else listed[:_SHOWN]
+    if not shown:
+        return
+    yield ""
+    yield from output.table(
+        [
+            [
+                module.module,
+                module.code or module.status,
+                f"strength {output.number(module.strength)} ± {module.strength_error:.1g}",
+                f"{module.mismatched_elements} of {module.elements} differ",
+                f"survival {output.number(module.survival.gain)}",
+            ]
+            for module in shown
+        ]
+    )
+    if len(shown) < len(listed):
+        yield f"  … {len(listed) - len(shown)} more (--per-layer)"
+    yield ""
+
+
+def _behaviour(found: Audit) -> Iterator[str]:
+    logits = found.behaviour.logits if found.behaviour else None
+    if logits is not None:
+        numbers = (logits.kl_mean, logits.noise_floor, logits.max_abs)
+        mean, floor, largest = map(output.number, numbers)
+        yield (
+            f"logits: KL {mean} nats, noise floor {floor}; top-1 agreement {logits.top1_agreement:.2%}; "
+            f"largest difference {largest}"
+        )
+    if found.behaviour and found.behaviour.first_deviating:
+        yield f"first layer that deviates: {found.behaviour.first_deviating}"
+    if found.task is not None:
+        gap, (low, high), worst = found.task.gap_pp, found.task.ci_pp, found.task.worst_gap_pp
+        yield f"tasks: gap {gap:+.2f} points ({low:+.2f} to {high:+.2f}), worst {worst:+.2f}"

@@ -1,0 +1,149 @@
+"""A merge's receipt against the files: by sha256 only, nothing is computed again."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from d2surgery.base import BaseWeights
+from d2surgery.checkpoint import load
+from d2surgery.errors import Problem, refuse
+from d2surgery.findings import Audit, ReceiptAudit, Status, TensorAudit, Thresholds, several, verdict_of
+from d2surgery.header import TensorInfo, read_json
+from d2surgery.job import RECEIPT, peak_memory
+from d2surgery.tensors import as_bytes, read_into
+
+_PIECE = 1 << 22
+
+
+def verify_receipt(
+    merged: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Audit:
+    """Is `merged` what its d2surgery_merge.json says was written, from this base and adapter where they are given?
+
+    Raises D2SurgeryError NO_RECEIPT where there is none, or one without hashes.
+    """
+    began = time.monotonic()
+    found = BaseWeights(merged)
+    receipt = _receipt(Path(merged))
+    want = receipt["outputs"]["tensors"]
+    there = dict(_hashes(found.header.tensors, progress))
+    tensors = {name: _tensor(name, found.header.tensors.get(name), want.get(name), there) for name in want | there}
+    reasons = [*_tensor_problems(tensors.values()), *_file_problems(Path(merged), receipt["outputs"].get("files", {}))]
+    checked = ["merged"]
+    if base is not None:
+        reasons += _base_problems(BaseWeights(base), receipt["base"]["tensors"])
+        checked.append("base")
+    if adapter is not None:
+        reasons += _adapter_problems(adapter, receipt["adapter"]["tensors"])
+        checked.append("adapter")
+    unread = [f"{side}: not given" for side in ("base", "adapter") if side not in checked]
+    return Audit(
+        verdict=verdict_of(tuple(reasons)),
+        reasons=tuple(reasons),
+        base=str(base or ""),
+        adapter=str(adapter or ""),
+        merged=str(merged),
+        levels=(),
+        thresholds=Thresholds(),
+        recipe=None,
+        modules={},
+        tensors=tensors,
+        not_checked=("whether the merge was right: the receipt says what was written", *unread),
+        receipt=ReceiptAudit(
+            checked=tuple(checked),
+            tensors=len(want),
+            mismatched=tuple(name for name, tensor in tensors.items() if tensor.code),
+        ),
+        seconds=time.monotonic() - began,
+        peak_memory_bytes=peak_memory(),
+    )
+
+
+def _receipt(directory: Path) -> dict[str, Any]:
+    path = directory / RECEIPT
+    if not path.is_file():
+        raise refuse("NO_RECEIPT", "there is none", file=str(path))
+    receipt = read_json(path)
+    for part in ("outputs", "base", "adapter"):
+        tensors = receipt[part].get("tensors") if isinstance(receipt.get(part), dict) else None
+        if not isinstance(tensors, dict) or (part == "outputs" and not tensors):
+            raise refuse("NO_RECEIPT", f"it has no hashes of {part}", file=str(path))
+    return receipt
+
+
+def _hashes(
+    tensors: Mapping[str, TensorInfo], progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[tuple[str, str]]:
+    total, done = sum(info.nbytes for info in tensors.values()), 0
+    for name, info in tensors.items():
+        yield name, _hash(info)
+        done += info.nbytes
+        progress(done, total)
+
+
+def _hash(info: TensorInfo) -> str:
+    digest, piece = hashlib.sha256(), bytearray(min(_PIECE, max(info.nbytes, 1)))
+    with info.file.open("rb", buffering=0) as file:
+        for start in range(0, info.nbytes, _PIECE):
+            view = memoryview(piece)[: min(_PIECE, info.nbytes - start)]
+            read_into(file.fileno(), view, info.start + start)
+            digest.update(view)
+    return digest.hexdigest()
+
+
+def _tensor(name: str, info: TensorInfo | None, want: str | None, there: Mapping[str, str]) -> TensorAudit:
+    right: Mapping[bool, tuple[Status, str]] = {True: ("unchanged", ""), False: ("changed", "TENSOR_CHANGED")}
+    status, code = right[there.get(name) == want]
+    if info is None:
+        status, code = "missing", "TENSOR_MISSING"
+    elif want is None:
+        status, code = "extra", "TENSOR_EXTRA"
+    shape = info.shape if info else ()
+    dtype = info.dtype if info else ""
+    return TensorAudit(
+        name=name, status=status, dtype=dtype, shape=shape, elements=prod(shape) if info else 0, code=code
+    )
+
+
+def _tensor_problems(tensors: Any) -> Iterator[Problem]:
+    codes = dict.fromkeys(tensor.code for tensor in tensors if tensor.code)
+    for code in codes:
+        names = [tensor.name for tensor in tensors if tensor.code == code]
+        yield Problem(code=code, message="not as the receipt says", module=several(names))
+
+
+def _file_problems(directory: Path, files: Mapping[str, str]) -> Iterator[Problem]:
+    for name, want in files.items():
+        path = directory / name
+        got = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        if got != want:
+            code = "CONFIG_CHANGED" if name.endswith("config.json") and "token" not in name else "TOKENIZER_CHANGED"
+            if name.endswith(".index.json"):
+                continue  # sharding may change; the tensors were compared
+            message = "not as the receipt says" if got else "missing"
+            yield Problem(code=code, severity="error" if code == "CONFIG_CHANGED" or not got else "warning",
+                          message=message, file=name)  # fmt: skip
+
+
+def _base_problems(base: BaseWeights, want: Mapping[str, str]) -> Iterator[Problem]:
+    there = {name: info for name, info in base.header.tensors.items() if name in want}
+    wrong = [name for name, got in _hashes(there) if got != want[name]] + sorted(want.keys() - there.keys())
+    if wrong:
+        yield Problem(code="WRONG_BASE", message="not the base that the receipt names", module=several(wrong))
+
+
+def _adapter_problems(adapter: str | os.PathLike[str], want: Mapping[str, str]) -> Iterator[Problem]:
+    checkpoint = load(adapter)
+    keys = checkpoint.layout.header.tensors.keys()
+    there = {key: hashlib.sha256(as_bytes(checkpoint.tensor(key).contiguous())).hexdigest() for key in keys}
+    wrong = sorted(key for key in want.keys() | there.keys() if want.get(key) != there.get(key))
+    if wrong:
+        yield Problem(code="WRONG_ADAPTER", message="not the adapter that the receipt names", module=several(wrong))
