@@ -174,9 +174,7 @@ def test_every_architectures_merge_passes(built: Callable[[str], Built], name: s
     assert found.coverage["missing"] == found.coverage["extra"] == found.coverage["changed"] == 0
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "llama dora", "gpt2 dora", "gpt2 mixed", "mixtral", "convnext dora", "bert lora_bias"]
-)
+@pytest.mark.parametrize("name", ["llama", "llama dora", "gpt2 dora", "mixtral", "convnext dora", "bert lora_bias"])
 def test_pefts_merge_saved_by_transformers_passes(built: Callable[[str], Built], tmp_path: Path, name: str) -> None:
     case = built(name)
     case.with_peft().merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -184,7 +182,11 @@ def test_pefts_merge_saved_by_transformers_passes(built: Callable[[str], Built],
     assert found.verdict == "pass", [str(reason) for reason in found.reasons]
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.peft_merges_wrongly])
+@pytest.mark.parametrize(
+    "name",
+    # transformers refuses to save the last
+    [name for name, case in CASES.items() if case.peft_merges_wrongly and name != "tied tokens and head"],
+)
 def test_pefts_merge_of_tied_weights_fails(built: Callable[[str], Built], tmp_path: Path, name: str) -> None:
     case = built(name)
     case.with_peft().merge_and_unload().save_pretrained(tmp_path / "merged")
