@@ -6,9 +6,11 @@ It is written for somebody who did not run the merge: the cause and the layers s
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 
-from d2surgery.audit_plots import STATES, mismatch_map, status_map, strength_map
+from d2surgery.audit_plots import STATES, mismatch_map, output_errors, status_map, strength_map
+from d2surgery.behaviour import Behaviour, TaskGap
 from d2surgery.errors import CODES, Problem
 from d2surgery.findings import STATUSES, Audit, ModuleAudit, TensorAudit
+from d2surgery.measures.divergence import Logits
 from d2surgery.measures.fidelity import LOW_GAIN
 from d2surgery.page import Figures, counted, joined, monospace, number_cell, safe, table, text_cell, whole_page
 from d2surgery.recipes import RECIPES
@@ -62,6 +64,10 @@ def _body(found: Audit, figures: Figures, heading: str) -> Iterator[str]:
     if found.modules:
         yield head("Layer by layer") + "".join(_maps(found, figures))
         yield head("Every adapted module") + _modules(found)
+    if found.behaviour is not None:
+        yield head("What the merged model says") + _behaviour(found.behaviour, figures)
+    if found.task is not None:
+        yield head("Answers to questions") + _answers(found.task)
     yield head("Every tensor") + _tensors(found)
     yield head("What was not checked") + _not_checked(found)
     yield head("How this was judged") + _judged(found)
@@ -288,6 +294,72 @@ def _tensor_table(tensors: Iterable[TensorAudit]) -> str:
         for t in tensors
     ]
     return table(heads, lines, words=5, sortable=True)
+
+
+# Behaviour ------------------------------------------------------------------------------------------------------------
+
+
+def _behaviour(found: Behaviour, figures: Figures) -> str:
+    what = (
+        f"<p>{counted(found.prompts, 'prompt')}, {counted(found.tokens, 'token')}, in {found.reference_dtype}: "
+        "base with the adapter live in it against the merged model. "
+    )
+    if found.first_deviating:
+        what += f"The first module whose output deviates is <b>{monospace(found.first_deviating)}</b>.</p>"
+    else:
+        what += "No module's output deviates more than a right merge's.</p>"
+    parts = [what]
+    if found.logits is not None:
+        parts.append(_logits(found.logits))
+    if len(found.layers) > 1:
+        parts.append(figures.add(output_errors(found.layers), heading="h4"))
+    return "".join(parts)
+
+
+def _logits(found: Logits) -> str:
+    """Next-token distributions, beside what a right merge and serving unmerged in that dtype would lose."""
+    ppl = [found.perplexity, found.perplexity_merged]
+    lines = [
+        ("KL, mean (nats)", found.kl_mean, found.rounding_floor, found.noise_floor),
+        ("KL, 99th percentile", found.kl_p99, None, None),
+        ("KL, largest", found.kl_max, None, None),
+        ("KL that the adapter itself makes", found.effect, None, None),
+        ("same first choice, share", found.top1_agreement, None, found.noise_top1_agreement),
+        ("first choices turned beyond doubt", found.flips, None, None),
+        ("largest change of a logit", found.max_abs, None, found.noise_max_abs),
+        ("change of logits, rms", found.rms, found.rounding_rms, None),
+        ("strength, from the logits", found.strength, 1.0, None),
+        ("perplexity, base + adapter", ppl[0], None, None),
+        ("perplexity, merged", ppl[1], None, None),
+    ]
+    rows = [[text_cell(name), *map(number_cell, numbers)] for name, *numbers in lines if numbers[0] is not None]
+    heads = ["of next-token distributions", "merged", "a right merge", "serving unmerged"]
+    return table(heads, rows, words=1)
+
+
+def _answers(found: TaskGap) -> str:
+    low, high = found.ci_pp
+    what = (
+        f"<p>Merging changes accuracy by <b>{found.gap_pp:+.2f} points</b> on average (95 % interval {low:+.2f} to "
+        f"{high:+.2f}), most in {monospace(found.worst_task)} ({found.worst_gap_pp:+.2f}). {found.lost} answers were "
+        f"lost and {found.gained} gained (McNemar p = {found.mcnemar_p:.2g}). A gap of {found.margin_pp:g} points or "
+        f"more is {'' if found.equivalent else 'not '}refuted for every task.</p>"
+    )
+    heads = ["task", "answered by", "items", "before", "merged", "gap", "from", "to", "lost", "gained", "p"]
+    rows = [
+        [
+            *map(text_cell, (each.task, each.by)),
+            number_cell(each.gap.items),
+            number_cell(each.gap.accuracy_before, percent=True),
+            number_cell(each.gap.accuracy_after, percent=True),
+            *map(number_cell, (each.gap.gap_pp, *each.gap.ci_pp, each.gap.lost, each.gap.gained, each.gap.mcnemar_p)),
+        ]
+        for each in found.tasks
+    ]
+    return what + table(heads, rows, words=2)
+
+
+# How it was judged ----------------------------------------------------------------------------------------------------
 
 
 def _not_checked(found: Audit) -> str:

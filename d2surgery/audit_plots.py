@@ -1,6 +1,6 @@
 """Figures of an audit: layer by type of module, where the merge is right, at what strength, and where bits differ."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 
 import plotly.graph_objects as go
@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from d2surgery.findings import ModuleAudit, Thresholds
 from d2surgery.plots import MARGIN, Plot, layer_ticks, plain_name, sized
 from d2surgery.tidy import Row, address, row, types
+from d2surgery.traces import Layer
 
 STATES = {  # from right to wrong: colour (Okabe and Ito's), mark, word
     "replayed": ("#0072B2", "", "bit for bit"),
@@ -76,6 +77,42 @@ def mismatch_map(modules: Modules) -> Plot:
     caption = "Share of elements (in %) whose bits are not those of the nearest recipe. How far off they are is below."
     rows = _rows(modules, "mismatched_share", lambda record: shares[record.module])
     return Plot("audit_mismatch", "Elements that differ from the expected bits", caption, figure, rows)
+
+
+def output_errors(layers: Sequence[Layer]) -> Plot:
+    """Outputs of the adapted modules in the order in which they run: the merged model's error, and a right merge's."""
+    lines: dict[str, tuple[str, str, list[float | None]]] = {
+        "merged": ("#D55E00", "solid", [layer.error for layer in layers]),
+        "a right merge": ("#0072B2", "dash", [layer.noise for layer in layers]),
+        "what the adapter does": ("#7F7F7F", "dot", [layer.effect for layer in layers]),
+    }
+    names = [plain_name(layer.module) for layer in layers]
+    figure = go.Figure()
+    for line, (colour, dash, values) in lines.items():
+        figure.add_trace(
+            go.Scatter(
+                x=list(range(len(layers))), y=[y if y and isfinite(y) else None for y in values], name=line,
+                mode="lines", line={"color": colour, "dash": dash, "width": 1.8}, customdata=names,
+                hovertemplate="%{customdata}: %{y:.3g}<extra>%{fullData.name}</extra>",
+            )
+        )  # fmt: skip
+    figure.update_xaxes(title_text="adapted modules, in the order in which they run")
+    figure.update_yaxes(title_text="‖y − y_reference‖ / ‖y_reference‖", type="log", exponentformat="power")
+    sized(figure, 340)
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    caption = (
+        "Relative error of each output against base + adapter on the same prompts, computed wide so that weights "
+        "alone count. Where the first line leaves the second, something is wrong with that module or one before it."
+    )
+    rows = [
+        row(
+            module=layer.module, layer=address(layer.module).layer, metric="output_error", index=line, value=value,
+            quality="exact", method="audit", convention="‖y − y_reference‖/‖y_reference‖ on the prompts",
+        )
+        for line, (_, _, values) in lines.items()
+        for layer, value in zip(layers, values, strict=True)
+    ]  # fmt: skip
+    return Plot("audit_outputs", "Outputs of the adapted modules", caption, figure, rows)
 
 
 def _said(record: ModuleAudit) -> str:

@@ -16,9 +16,11 @@ from mutations import MODULES, NORM, OUT, Q, World, base_again, both, damaged, f
 from d2surgery.audit_files import junit, sarif, schema
 from d2surgery.audit_page import audit_page
 from d2surgery.auditing import audit
+from d2surgery.behaviour import compare_outputs, compare_scores
 from d2surgery.cli import main
 from d2surgery.findings import Audit
 from d2surgery.report import report
+from d2surgery.tasks import Score
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
 GONE = "model.layers.0.input_layernorm.weight"
@@ -31,6 +33,7 @@ CHANGES = {
         tensor(NORM, lambda t: 2 * t),
         tensor(GONE, lambda t: None),
     ),
+    "scaled": formula(strength(3), [Q]),
     "open": damaged(f"{OUT}.weight", (slice(0, 8), 5), lambda t: t * 1.02),
 }
 Made = Mapping[str, tuple[Audit, list[str]]]
@@ -170,6 +173,26 @@ def test_a_page_needs_nothing_from_outside_and_escapes_what_strangers_wrote(made
     assert "<script>alert" not in page
     assert "<b>bold" not in page
     assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', own) == []
+
+
+def test_the_page_shows_what_the_models_say_and_the_first_module_that_deviates(made: Made) -> None:
+    found, (_, base, _, adapter, _, merged) = made["scaled"]
+    said = compare_outputs(base, adapter, merged)
+    gap = compare_scores([_score(0, 1, 2, 3)], [_score(0, 1, 2, 0)])
+    page = audit_page(replace(found, behaviour=said, task=gap))
+    text = words(page)
+    assert said.first_deviating == Q
+    assert f"The first module whose output deviates is {Q} ." in text
+    assert said.logits is not None
+    assert f"{said.logits.kl_mean:.3g}" in text
+    assert "changes accuracy by -25.00 points" in text
+    assert "Outputs of the adapted modules" in text
+    assert "What the merged model says" not in words(audit_page(found))
+
+
+def _score(*picked: int) -> Score:
+    """Of four questions whose answers are 0, 1, 2, 3."""
+    return Score(task="four", by="likelihood", gold=(0, 1, 2, 3), picked=picked, chance=0.25)
 
 
 def test_the_report_takes_up_the_audit(made: Made) -> None:
