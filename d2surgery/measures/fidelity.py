@@ -133,7 +133,7 @@ def compare(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comp
     """Of one tile. `base` and `delta` in the dtype of the computation; `wanted` and `merged` as stored, one dtype."""
     different = bits(wanted) != bits(merged)
     mismatched = int(torch.count_nonzero(different))
-    e = wanted.to(base.dtype).sub_(base)
+    e = wanted.to(base.dtype) - base  # not in place: `to` may give `wanted` itself
     both = Comparison(elements=base.numel(), e_delta=_dot(e, delta), ee=_dot(e, e))
     if not mismatched:
         return both
