@@ -8,7 +8,7 @@ W' = base_gain ⊙ W0 + update_gain ⊙ ΔW.
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
 
@@ -23,11 +23,11 @@ from d2surgery.forwards import (
 from d2surgery.forwards import (
     Straight,
     at_least_float32,
-    cross,
     no_autocast,
     signed,
     signed_linear,
     straight_through,
+    sums,
     thin_linear,
 )
 from d2surgery.lowrank import LowRank
@@ -39,8 +39,6 @@ CANCELLED = 1e-12
 SUSPICIOUS = 0.1
 """Below this share, float32 sums are repeated in float64."""
 BLOCK = 32
-
-Norms = Callable[[Tensor, Tensor], Tensor]
 
 
 class Triple(NamedTuple):
@@ -192,16 +190,17 @@ class _Thin(Adapter):
     def triple(self, base_weight: Weight, along: Axis | None = None) -> Triple:
         along = along or self.along or "out_features"
         W, P, Q = _rows_first(at_least_float32(base_weight), *self._factors(torch.float64), along)
-        triple = _triple(W, P, Q, _norms_by_qr)
+        triple = _triple(W, P, Q)
         doubtful = _doubtful(triple)
         if W.dtype == torch.float64 or doubtful.numel() == 0:
             return triple
-        exact = _triple(W[doubtful].double(), P[doubtful], Q, _norms_by_qr)
+        exact = _triple(W[doubtful].double(), P[doubtful], Q)
         return Triple(*(sums.index_copy(0, doubtful, better) for sums, better in zip(triple, exact, strict=True)))
 
     def delta(self, base_weight: Weight, triple: Triple | None = None) -> Weight:
         if self.normalises and triple is None:
-            triple = self._training_triple(base_weight) if _learns(self) else self.triple(base_weight)
+            factors = self._factors(torch.float64)
+            triple = self._training_triple(base_weight, *factors) if _learns(self) else self.triple(base_weight)
         W, P, Q = _rows_first(base_weight, *self._factors(torch.float64), self.along or "out_features")
         with no_autocast(W):
             if triple is None or not self.normalises:
@@ -228,19 +227,18 @@ class _Thin(Adapter):
         if not self.normalises:
             y = thin_linear(x, base_weight, P, Q, update_input=update_input)
         else:
-            gains = self._gains(self._training_triple(base_weight, base_squares))
+            gains = self._gains(self._training_triple(base_weight, P, Q, base_squares))
             a, b = (1 + gains.base_excess).to(P.dtype), gains.update_gain.to(P.dtype)
             P, Q = (b[:, None] * P, Q) if self.along == "out_features" else (P, b * Q)
             y = thin_linear(x, base_weight, P, Q, gain=a, along=self.along or "out_features", update_input=update_input)
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _training_triple(self, base_weight: Weight, base_squares: Tensor | None = None) -> Triple:
+    def _training_triple(self, base_weight: Weight, P: Tensor, Q: Tensor, base_squares: Tensor | None = None) -> Triple:
         """As `triple`, without a look at the data, and differentiable where the kind's norm is."""
         along = self.along or "out_features"
         squares = squared_norms(base_weight, along) if base_squares is None else base_squares
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._norm_learns):
-            W, P, Q = _rows_first(base_weight, *self._factors(torch.float64), along)
-            return Triple(squares, cross(W, P, Q), _norms_by_gram(P, Q))
+            return Triple(squares, *sums(*_rows_first(base_weight, P, Q, along)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -642,22 +640,17 @@ def _rows_first(W: Tensor, P: Tensor, Q: Tensor, along: Axis) -> tuple[Tensor, T
     return (W, P, Q) if along == "out_features" else (W.T, Q.T, P.T)
 
 
-def _triple(W: Tensor, P: Tensor, Q: Tensor, norms: Norms) -> Triple:
+def _triple(W: Tensor, P: Tensor, Q: Tensor) -> Triple:
     """Per row: ‖w_i‖², <w_i,u_i> = Σ_k P_ik (Q·Wᵀ)_ki, ‖u_i‖². Products in W's dtype, sums in float64."""
     with no_autocast(W):
         cross = (P.T * (Q.to(W.dtype) @ W.T)).sum(0)
-        return Triple(_row_sums(W * W), cross, norms(P, Q))
+        return Triple(_row_sums(W * W), cross, _norms_by_qr(P, Q))
 
 
 def _norms_by_qr(P: Tensor, Q: Tensor) -> Tensor:
     """‖u_i‖² = ‖R·P_iᵀ‖² with Qᵀ = (orthonormal)·R: exact also where the branches of an update nearly cancel."""
     R: Tensor = torch.linalg.qr(Q.T, mode="r").R
     return (R @ P.T).square().sum(0)
-
-
-def _norms_by_gram(P: Tensor, Q: Tensor) -> Tensor:
-    """‖u_i‖² = P_i (Q·Qᵀ) P_iᵀ: the gradient of QR does not exist at P = 0, where training starts."""
-    return ((P @ (Q @ Q.T)) * P).sum(1)
 
 
 def _row_sums(values: Tensor) -> Tensor:

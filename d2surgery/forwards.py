@@ -2,7 +2,7 @@
 
     thin_linear     W0·x + P·(Q·u), with a gain per row or column on W0 (LoRA, DoRA, D2-LoRA)
     signed_linear   W'·x, W' = W0 + ReLU(B·A) ⊙ sign(D·C) formed tile by tile (Dual LoRA)
-    cross           <w, u> per row w of W0 and u of P·Q
+    sums            <w, u> and ‖u‖² per row w of W0 and u of P·Q
 
 Kept are the input, which the layers of a block share, and thin matrices: no value of the weight's size, and no copy of
 the weight in another dtype, which is made again instead. W0 is a constant to the gradient. Products over the batch run
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 Axis = Literal["out_features", "in_features"]
@@ -67,12 +67,16 @@ def signed_linear(
         return _Signed.apply(x, update_input, base_weight, B, A, D, C, straight, dtype)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def cross(
+def sums(
     W: Float[Tensor, "vectors others"], P: Float[Tensor, "vectors rank"], Q: Float[Tensor, "rank others"]
-) -> Float[Tensor, " vectors"]:
-    """<w_i, (P·Q)_i> = Σ_k P_ik (Q·Wᵀ)_ki: one thin product in float32 at least, summed in the dtype of P."""
+) -> tuple[Float64[Tensor, " vectors"], Float64[Tensor, " vectors"]]:
+    """<w_i, u_i> = Σ_k P_ik (Q·Wᵀ)_ki and ‖u_i‖² = P_i (Q·Qᵀ) P_iᵀ for the rows of W and of U = P·Q.
+
+    One thin product with W in float32 at least, everything else in float64. By the Gram matrix and not by QR, whose
+    gradient does not exist at P = 0, where training starts.
+    """
     with no_autocast(W):
-        return _Cross.apply(W, P, Q)  # type: ignore[no-any-return,no-untyped-call]
+        return _Sums.apply(W, P, Q)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def signed(size: Tensor, z: Tensor) -> Tensor:
@@ -204,21 +208,26 @@ class _Signed(torch.autograd.Function):
             return (g @ W.to(g.dtype)).view(x.shape).to(x.dtype), dinput, None, dB, dA, dD, dC, None, None
 
 
-class _Cross(torch.autograd.Function):
+class _Sums(torch.autograd.Function):
+    """Keeps P and Q as they are, which the forward keeps too, and not in float64."""
+
     @staticmethod
-    def forward(ctx: Any, W: Tensor, P: Tensor, Q: Tensor) -> Tensor:
+    def forward(ctx: Any, W: Tensor, P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
         wide = at_least_float32(W)
         products = Q.to(wide.dtype) @ wide.T
-        ctx.save_for_backward(W, P, products)
-        return (P.T * products).sum(0)
+        ctx.save_for_backward(W, P, Q, products)
+        P, Q = P.double(), Q.double()
+        return (P.T * products).sum(0), ((P @ (Q @ Q.T)) * P).sum(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
-        (W, P, products), (g,) = ctx.saved_tensors, grads
+        (W, P, Q, products), (gcross, gupdate) = ctx.saved_tensors, grads
         with no_autocast(W):
-            wide = at_least_float32(W)
-            dP = (products * g).T.to(P.dtype)
-            return None, dP, ((P * g[:, None]).T.to(wide.dtype) @ wide).to(P.dtype)
+            wide, P64, Q64 = at_least_float32(W), P.double(), Q.double()
+            weighted = 2 * gupdate[:, None] * P64
+            dP = (products * gcross).T + weighted @ (Q64 @ Q64.T)
+            dQ = (P64 * gcross[:, None]).T.to(wide.dtype) @ wide + (P64.T @ weighted) @ Q64
+            return None, dP.to(P.dtype), dQ.to(Q.dtype)
 
 
 def _dtype_of_products(x: Tensor) -> torch.dtype:

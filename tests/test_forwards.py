@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d2surgery import KINDS, forwards
 from d2surgery.adapters import DualLoRA
-from d2surgery.forwards import cross, signed_linear, thin_linear
+from d2surgery.forwards import signed_linear, sums, thin_linear
 
 OUT, IN, RANK = 7, 11, 3
 F64 = torch.float64
@@ -58,11 +58,12 @@ def test_thin_gradients_are_finite_differences(along: Any, dropped: bool, shape:
 
 
 @pytest.mark.parametrize("view", [lambda W: W, lambda W: W.T.contiguous().T], ids=["rows", "transposed"])
-def test_cross_gradients_are_finite_differences(view: Callable[[Tensor], Tensor]) -> None:
+def test_gradients_of_sums_are_finite_differences(view: Callable[[Tensor], Tensor]) -> None:
     W = view(random(OUT, IN, seed=1))
     P, Q = learns(random(OUT, RANK, seed=4), random(RANK, IN, seed=5))
-    torch.testing.assert_close(cross(W, P, Q), (W * (P @ Q)).sum(1))
-    assert torch.autograd.gradcheck(lambda P, Q: cross(W, P, Q), (P, Q))
+    for found, wanted in zip(sums(W, P, Q), ((W * (P @ Q)).sum(1), (P @ Q).square().sum(1)), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert torch.autograd.gradcheck(lambda P, Q: sums(W, P, Q), (P, Q))
 
 
 def test_a_gain_of_zero_has_gradient_zero_and_no_nan() -> None:

@@ -214,8 +214,8 @@ def test_two_adapters_take_turns_but_do_not_add_up(tmp_path: Path) -> None:
 
 
 def test_a_target_that_is_not_linear_is_named(tmp_path: Path) -> None:
-    with pytest.raises(D2SurgeryError, match=r"TARGETS_UNMATCHED model\.embed_tokens.*got Embedding"):
-        get_peft_model(base(tmp_path), config("d2lora", ("q_proj", "embed_tokens")))
+    with pytest.raises(D2SurgeryError, match=r"TARGETS_UNMATCHED model\.layers\.0\.input_layernorm.*got LlamaRMSNorm"):
+        get_peft_model(base(tmp_path), config("d2lora", ("q_proj", "input_layernorm")))
 
 
 @pytest.mark.parametrize("name", ["d2lora", "duallora"])

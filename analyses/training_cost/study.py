@@ -1,0 +1,288 @@
+"""What does a training step of each kind cost, against LoRA of as many parameters and against PEFT?
+
+Every measurement is one process: a stack of Llama blocks, adapters on all seven linear layers, forward and backward.
+
+    python analyses/training_cost/study.py [--device cuda] [--rounds N] [--tiny]
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SEED, ROUNDS, STEPS, WARM_UP = 0, 5, 5, 2
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Name -> library, kind, rank as a share of LoRA's: D2-LoRA and Dual LoRA have two pairs. The first is compared with.
+RUNS: dict[str, tuple[str, str, float]] = {
+    "LoRA": ("d2surgery", "lora", 1),
+    "DoRA": ("d2surgery", "dora", 1),
+    "D2-LoRA": ("d2surgery", "d2lora", 0.5),
+    "D2-LoRA, norm detached": ("d2surgery", "d2lora", 0.5),
+    "Dual LoRA": ("d2surgery", "duallora", 0.5),
+    "PEFT LoRA": ("peft", "lora", 1),
+    "PEFT DoRA": ("peft", "dora", 1),
+}
+TIME_TARGETS = {"DoRA": 1.05, "D2-LoRA": 1.05, "Dual LoRA": 1.6}  # of an H200-class GPU, over LoRA
+MEMORY_TARGETS = {"DoRA": 1.05, "D2-LoRA": 1.05}
+GPU = {
+    "hidden 2048": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
+                    "num_key_value_heads": 8, "layers": 2, "tokens": 2048, "rank": 32},
+    "hidden 4096": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+                    "num_key_value_heads": 8, "layers": 2, "tokens": 2048, "rank": 32},
+}  # fmt: skip
+CPU = {
+    "hidden 576": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+                   "num_key_value_heads": 3, "layers": 2, "tokens": 2048, "rank": 32},
+    "hidden 1024": {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16,
+                    "num_key_value_heads": 4, "layers": 2, "tokens": 1024, "rank": 32},
+}  # fmt: skip
+TINY = {
+    "hidden 32": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+                  "num_key_value_heads": 2, "layers": 1, "tokens": 8, "rank": 4},
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and one round: does it run?")
+    parser.add_argument("--results", type=Path, default=HERE, help="where results.json and figure.svg go")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure[0], json.loads(options.measure[1]), options.device)))
+        return
+    shapes = TINY if options.tiny else GPU if options.device == "cuda" else CPU
+    results = study(shapes, options.device, 1 if options.tiny else options.rounds)
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    subprocess.run([sys.executable, str(HERE / "figure.py"), str(options.results)], check=True)
+    print(table(results))
+
+
+def study(shapes: dict[str, dict[str, int]], device: str, rounds: int) -> dict[str, Any]:
+    """The whole of results.json; the runs of one round stand side by side."""
+    runs = []
+    for number in range(rounds):
+        for shape, sizes in shapes.items():
+            for name in RUNS:
+                found = in_its_own_process(name, sizes, device)
+                print(
+                    f"{shape:12} {name:24} {found['seconds']:9.4f} s {found['memory_bytes'] / 1e6:9.1f} MB",
+                    file=sys.stderr,
+                )
+                runs.append({"round": number, "shape": shape, "run": name} | found)
+    hashes = {run["shape"]: run.pop("base_sha256") for run in runs}
+    return {
+        "question": "What does a training step of each kind cost, against LoRA and PEFT?",
+        "device": runs[0].pop("device"),
+        "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("d2surgery", "torch", "transformers", "peft")},
+        "seed": SEED,
+        "shapes": shapes,
+        "inputs_sha256": hashes,
+        "rounds": rounds,
+        "runs": [{key: value for key, value in run.items() if key != "device"} for run in runs],
+        "ratios": [
+            {"shape": shape, "run": name, "over": over} | ratio(runs, shape, name, over, key, label)
+            for shape in shapes
+            for name, over in [*((name, "LoRA") for name in RUNS if name != "LoRA"), ("DoRA", "PEFT DoRA")]
+            for key, label in (("seconds", "time"), ("memory_bytes", "memory"))
+        ],
+    }
+
+
+def in_its_own_process(name: str, sizes: dict[str, int], device: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--device", device, "--measure", name, json.dumps(sizes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed:\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def ratio(runs: list[dict[str, Any]], shape: str, name: str, over: str, key: str, label: str) -> dict[str, Any]:
+    """Of the two runs of each round."""
+    values = {(run["run"], run["round"]): run[key] for run in runs if run["shape"] == shape}
+    each = [value / values[over, number] for (run, number), value in values.items() if run == name]
+    return {"of": label, "median": round(median(each), 3), "min": round(min(each), 3), "max": round(max(each), 3)}
+
+
+# One measurement ------------------------------------------------------------------------------------------------------
+
+
+def measure(name: str, sizes: dict[str, int], device: str) -> dict[str, Any]:
+    """Seconds of a step and its memory: the peak on a GPU, on a CPU what is kept for the backward pass."""
+    import torch
+
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = blocks(sizes).to(device, dtype)
+    digest = hashlib.sha256(b"".join(p.detach().cpu().view(torch.uint8).numpy().tobytes() for p in model.parameters()))
+    model = adapted(model, name, sizes["rank"]).train()
+    x = torch.randn(1, sizes["tokens"], sizes["hidden_size"], device=device, dtype=dtype, requires_grad=True)
+    step_of = torch.compile(model) if device == "cuda" else model
+    learning = [p for p in model.parameters() if p.requires_grad]
+
+    def forward() -> Any:
+        return step_of(inputs_embeds=x).last_hidden_state.float().square().mean()
+
+    def step() -> float:
+        loss = forward()
+        loss.backward()
+        for parameter in [*learning, x]:
+            parameter.grad = None
+        return float(loss.detach())
+
+    loss = [step() for _ in range(WARM_UP)][-1]
+    times = [timed(step, device) for _ in range(STEPS)]
+    memory = torch.cuda.max_memory_allocated() if device == "cuda" else kept_bytes(forward, model)
+    roof = matmul_rate(sizes, device, dtype)
+    return {
+        "seconds": round(median(times), 5),
+        "memory_bytes": memory,
+        "roofline_share": round(useful_work(sizes) / median(times) / roof, 3),
+        "trainable": sum(p.numel() for p in learning),
+        "loss": loss,
+        "base_sha256": digest.hexdigest(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu, one thread, float32, not compiled",
+    }
+
+
+def blocks(sizes: dict[str, int]) -> Any:
+    from transformers import LlamaConfig, LlamaModel
+
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    shape = {name: sizes[name] for name in names}
+    return LlamaModel(LlamaConfig(**shape, num_hidden_layers=sizes["layers"], vocab_size=8, use_cache=False))
+
+
+def adapted(model: Any, name: str, rank: int) -> Any:
+    library, kind, share = RUNS[name]
+    rank = int(rank * share)
+    if library == "peft":
+        from peft import LoraConfig, get_peft_model
+
+        options = {"r": rank, "lora_alpha": rank, "target_modules": TARGETS, "use_dora": kind == "dora"}
+        return get_peft_model(model, LoraConfig(**options))
+    from d2surgery import AdaptedLinear, initial
+
+    options = {"detach_norm": True} if name.endswith("detached") else {}
+    start = initial(model, kind, TARGETS, rank=rank, scaling=1.0, **options)
+    model.requires_grad_(False)
+    for place, adapter in start.items():
+        parent, _, child = place.rpartition(".")
+        layer = AdaptedLinear(model.get_submodule(place), adapter)
+        setattr(model.get_submodule(parent), child, layer)
+    return model
+
+
+def timed(step: Callable[[], Any], device: str) -> float:
+    import torch
+
+    if device == "cpu":
+        began = time.process_time()
+        step()
+        return time.process_time() - began
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def kept_bytes(forward: Callable[[], Any], model: Any) -> int:
+    """What the forward pass keeps for the backward pass, each piece of memory once, the model's own not."""
+    import torch
+
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()  # held, so that no address is used twice
+    del result
+    return sum(kept.values())
+
+
+def matmul_rate(sizes: dict[str, int], device: str, dtype: Any) -> float:
+    """Floating-point operations per second of the largest product of the model by itself: the roof."""
+    import torch
+
+    tokens, hidden, wide = sizes["tokens"], sizes["hidden_size"], sizes["intermediate_size"]
+    x, W = (
+        torch.randn(tokens, hidden, device=device, dtype=dtype),
+        torch.randn(wide, hidden, device=device, dtype=dtype),
+    )
+    times = [timed(lambda: x @ W.T, device) for _ in range(5)]
+    return 2 * tokens * hidden * wide / min(times[1:])
+
+
+def useful_work(sizes: dict[str, int]) -> float:
+    """Operations of a step that every method needs: both passes through W0 and through causal attention."""
+    hidden, wide, tokens = sizes["hidden_size"], sizes["intermediate_size"], sizes["tokens"]
+    shared = hidden * sizes["num_key_value_heads"] // sizes["num_attention_heads"]
+    linear = 2 * hidden * hidden + 2 * hidden * shared + 3 * hidden * wide
+    attention = 2 * 2 * tokens * tokens * hidden / 2
+    return sizes["layers"] * (2 * 2 * tokens * linear + 3 * attention)
+
+
+# What is said ---------------------------------------------------------------------------------------------------------
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def table(results: dict[str, Any]) -> str:
+    """The README's table."""
+    lines = ["| blocks | run | parameters | ms a step: median (min to max) | share of the roof | memory, MB |"]
+    lines.append("|---|---|---|---|---|---|")
+    for shape in results["shapes"]:
+        for name in RUNS:
+            mine = [run for run in results["runs"] if (run["shape"], run["run"]) == (shape, name)]
+            times = [1000 * run["seconds"] for run in mine]
+            wall = f"{median(times):.0f} ({min(times):.0f} to {max(times):.0f})"
+            share = f"{median(run['roofline_share'] for run in mine):.2f}"
+            peak = f"{median(run['memory_bytes'] for run in mine) / 1e6:.0f}"
+            lines.append(f"| {shape} | {name} | {mine[0]['trainable']} | {wall} | {share} | {peak} |")
+    lines += ["", "| blocks | run | over | time: median (min to max) | target on a GPU | memory | target on a GPU |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    ratios = results["ratios"]
+    for time_, memory_ in zip(ratios[::2], ratios[1::2], strict=True):
+        over_lora = time_["over"] == "LoRA"
+        times_ = f"{time_['median']:.2f} ({time_['min']:.2f} to {time_['max']:.2f})"
+        targets = [t.get(time_["run"], "") if over_lora else "" for t in (TIME_TARGETS, MEMORY_TARGETS)]
+        cells = [
+            time_["shape"],
+            time_["run"],
+            time_["over"],
+            times_,
+            targets[0],
+            f"{memory_['median']:.2f}",
+            targets[1],
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
