@@ -117,3 +117,37 @@ def test_merge_speed_says_what_failed(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     with pytest.raises(RuntimeError, match=r"(?s)d2surgery LoRA failed:.*FILE_MISSING"):
         study["measure"](tmp_path, "d2surgery LoRA")
+
+
+# training_cost ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def training_cost(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
+    """Results, what was printed, and the directory, of one tiny run."""
+    directory = tmp_path_factory.mktemp("training_cost")
+    command = [sys.executable, str(ANALYSES / "training_cost" / "study.py"), "--tiny", "--results", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((directory / "results.json").read_text()), done.stdout, directory
+
+
+def test_training_cost_measures_every_run_at_equal_parameters(training_cost: tuple[dict[str, Any], str, Path]) -> None:
+    results, printed, directory = training_cost
+    runs = {run["run"]: run for run in results["runs"]}
+    assert len(runs) == len(results["runs"]) == 7
+    assert all(f"| {name} | " in printed for name in runs)
+    assert all(run["seconds"] >= 0 and run["memory_bytes"] > 0 for run in runs.values())
+    for name, run in runs.items():
+        magnitudes = runs["DoRA"]["trainable"] - runs["LoRA"]["trainable"]
+        assert run["trainable"] == runs["LoRA"]["trainable"] + ("DoRA" in name) * magnitudes
+    assert all(run["loss"] == pytest.approx(runs["LoRA"]["loss"]) for name, run in runs.items() if name != "Dual LoRA")
+    assert "target" in printed
+    assert all(f">{name}<" in (directory / "figure.svg").read_text() for name in runs)
+
+
+def test_training_cost_sees_what_is_kept(training_cost: tuple[dict[str, Any], str, Path]) -> None:
+    """At 8 tokens the thin matrices weigh most; still PEFT's DoRA keeps a value of each weight's size, ours none."""
+    kept = {run["run"]: run["memory_bytes"] for run in training_cost[0]["runs"]}
+    assert kept["PEFT DoRA"] > kept["DoRA"]
+    assert kept["DoRA"] > kept["LoRA"]

@@ -1,6 +1,6 @@
 """What does a training step of each kind cost, against LoRA of as many parameters and against PEFT?
 
-Every measurement is one process: a stack of Llama blocks, adapters on all seven linear layers, forward and backward.
+A stack of Llama blocks, adapters on all seven linear layers, forward and backward. Every round is one process.
 
     python analyses/training_cost/study.py [--device cuda] [--rounds N] [--tiny]
 """
@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SEED, ROUNDS, STEPS, WARM_UP = 0, 5, 5, 2
+SEED, ROUNDS, STEPS, WARM_UP = 0, 5, 5, 1
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Name -> library, kind, rank as a share of LoRA's: D2-LoRA and Dual LoRA have two pairs. The first is compared with.
 RUNS: dict[str, tuple[str, str, float]] = {
@@ -43,8 +43,6 @@ GPU = {
 CPU = {
     "hidden 576": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
                    "num_key_value_heads": 3, "layers": 2, "tokens": 2048, "rank": 32},
-    "hidden 1024": {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16,
-                    "num_key_value_heads": 4, "layers": 2, "tokens": 1024, "rank": 32},
 }  # fmt: skip
 TINY = {
     "hidden 32": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
@@ -58,10 +56,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--tiny", action="store_true", help="a tiny model and one round: does it run?")
     parser.add_argument("--results", type=Path, default=HERE, help="where results.json and figure.svg go")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure[0], json.loads(options.measure[1]), options.device)))
+        print(json.dumps({name: measure(name, options.measure, options.device) for name in RUNS}))
         return
     shapes = TINY if options.tiny else GPU if options.device == "cuda" else CPU
     results = study(shapes, options.device, 1 if options.tiny else options.rounds)
@@ -76,12 +74,9 @@ def study(shapes: dict[str, dict[str, int]], device: str, rounds: int) -> dict[s
     runs = []
     for number in range(rounds):
         for shape, sizes in shapes.items():
-            for name in RUNS:
-                found = in_its_own_process(name, sizes, device)
-                print(
-                    f"{shape:12} {name:24} {found['seconds']:9.4f} s {found['memory_bytes'] / 1e6:9.1f} MB",
-                    file=sys.stderr,
-                )
+            for name, found in in_its_own_process(sizes, device).items():
+                line = f"{shape:12} {name:24} {found['seconds']:9.4f} s {found['memory_bytes'] / 1e6:9.1f} MB"
+                print(line, file=sys.stderr)
                 runs.append({"round": number, "shape": shape, "run": name} | found)
     hashes = {run["shape"]: run.pop("base_sha256") for run in runs}
     return {
@@ -103,12 +98,13 @@ def study(shapes: dict[str, dict[str, int]], device: str, rounds: int) -> dict[s
     }
 
 
-def in_its_own_process(name: str, sizes: dict[str, int], device: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--device", device, "--measure", name, json.dumps(sizes)]
+def in_its_own_process(sizes: dict[str, int], device: str) -> dict[str, dict[str, Any]]:
+    """Every run of a round, one after another."""
+    command = [sys.executable, __file__, "--device", device, "--measure", json.dumps(sizes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{name} failed:\n{done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"a round failed:\n{done.stderr}")
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -128,6 +124,10 @@ def measure(name: str, sizes: dict[str, int], device: str) -> dict[str, Any]:
 
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
+    torch.compiler.reset()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = blocks(sizes).to(device, dtype)
     digest = hashlib.sha256(b"".join(p.detach().cpu().view(torch.uint8).numpy().tobytes() for p in model.parameters()))
