@@ -20,6 +20,9 @@ from d2surgery.header import Header, TensorInfo, is_pickle
 from d2surgery.layout import RANK_GROUPS, Layout
 from d2surgery.tensors import NAMES, read_tensor
 
+_OF_TRAINING: dict[str, tuple[str, ...]] = {"lora": (), "dora": (), "duallora": ("ste",), "d2lora": ("detach_norm",)}
+"""Fields that change no value, only the gradient: the config keeps them under `training`."""
+
 
 class Checkpoint(Mapping[str, Adapter]):
     """The adapters of a file, by module; each access reads that module's tensors, in their stored dtype.
@@ -68,6 +71,9 @@ class Checkpoint(Mapping[str, Adapter]):
         extra: dict[str, Any] = {"along": entry.along} if entry.along else {}
         if entry.kind == "d2lora":
             extra |= {"tau": entry.tau, "form": entry.form}
+        training = self.layout.config.get("training")
+        if isinstance(training, Mapping):
+            extra |= {name: training[name] for name in _OF_TRAINING[entry.kind] if name in training}
         return KINDS[entry.kind](scaling=entry.scaling, **slots, **extra)
 
     def bias(self, module: str) -> Tensor:
@@ -160,12 +166,13 @@ def _config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         "alpha_pattern": {module: _plain(a) for module, a in alphas.items() if a != alpha},
         "target_modules": sorted(adapters),
     }
+    training = {name: _same(adapters, name) for name in _OF_TRAINING[kind]}
     if kind == "duallora":
-        return config | {"r1": rank[0], "r2": rank[1], "format_version": 1}
+        return config | {"r1": rank[0], "r2": rank[1], "format_version": 1, "training": training}
     config["r"] = rank[0]
     if kind == "d2lora":
         return config | {"tau": _same(adapters, "tau"), "along": _same(adapters, "along"),
-                         "form": _same(adapters, "form"), "format_version": 1}  # fmt: skip
+                         "form": _same(adapters, "form"), "format_version": 1, "training": training}  # fmt: skip
     config |= {"use_dora": kind == "dora", "use_rslora": False, "bias": "none", "fan_in_fan_out": False}
     if kind == "dora" and _same(adapters, "along") != "out_features":
         raise refuse("USAGE", "PEFT's DoRA keeps one magnitude per output feature", got="along in_features")

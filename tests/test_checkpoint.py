@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from jaxtyping import config as jaxtyping_config
 from models import Built, f64
 from peft import PeftModel
 from safetensors import safe_open
@@ -33,7 +34,7 @@ def make(kind: str, rank: int = 2, scaling: float = 0.7, dtype: torch.dtype = to
     if kind == "dora":
         return DoRA(A=A, B=B, magnitude=numbers(6), scaling=scaling, **options)
     if kind == "duallora":
-        return DualLoRA(A=A, B=B, C=C[:1], D=D[:, :1], scaling=scaling)
+        return DualLoRA(A=A, B=B, C=C[:1], D=D[:, :1], scaling=scaling, **options)
     return D2LoRA(A_plus=A, B_plus=B, A_minus=C, B_minus=D, scaling=scaling, **options)
 
 
@@ -72,6 +73,27 @@ def test_d2_keeps_its_form_axis_and_tau(tmp_path: Path, form: str, along: str) -
     adapter = make("d2lora", form=form, along=along, tau=0.123456789)
     save(from_adapters({"q": adapter}), tmp_path / "a")
     assert_same(load(tmp_path / "a")["q"], adapter)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("d2lora", {"detach_norm": True}), ("duallora", {"ste": "mask"}), ("duallora", {})]
+)
+def test_choices_of_training_stand_in_the_config_and_come_back(
+    tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    adapter = make(kind, **options)
+    save(from_adapters({"q": adapter}), tmp_path / "a")
+    back = load(tmp_path / "a")
+    assert options.items() <= back.layout.config["training"].items()
+    for name in back.layout.config["training"]:
+        assert getattr(back["q"], name) == getattr(adapter, name)
+
+
+def test_a_choice_of_training_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)  # test_adapters' import hook would speak first
+    save(from_adapters({"q": make("duallora")}, {"training": {"ste": "straight"}}), tmp_path / "a")
+    with pytest.raises(D2SurgeryError, match="BAD_CONFIG: No such ste"):
+        load(tmp_path / "a")["q"]
 
 
 def test_a_scaling_that_no_alpha_gives_survives_in_the_header(tmp_path: Path) -> None:
