@@ -1,6 +1,7 @@
-"""`d2surgery demo`: a base, an adapter of each kind, inspect → plan → merge, checked by the formula, and a report."""
+"""`d2surgery demo`: a base, an adapter of each kind, inspect → plan → merge → audit, against the formula; a report."""
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,12 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from d2surgery.adapters import KINDS, Adapter
+from d2surgery.adapters import KINDS, Adapter, DoRA
+from d2surgery.auditing import audit
 from d2surgery.base import BaseWeights
-from d2surgery.checkpoint import Checkpoint, from_adapters, save
+from d2surgery.checkpoint import Checkpoint, from_adapters, load, save
 from d2surgery.cli import output
+from d2surgery.cli.audit import describe as describe_audit
 from d2surgery.cli.inspect import describe
 from d2surgery.formats import open_layout
 from d2surgery.layout import NAMES
@@ -50,16 +53,18 @@ class Outcome(NamedTuple):
     kind: str
     survival: Survival
     wrong: int  # elements other than the float64 formula, rounded
+    verdict: str
     seconds: float
 
 
 @click.command(name="demo")
 @click.option("--out", type=click.Path(path_type=Path), help="Keep everything in this new directory.")
 def command(out: Path | None) -> int:
-    """Build a small Llama-shaped base and an adapter of each of the four kinds, then inspect, plan and merge each.
+    """Build a small Llama-shaped base and an adapter of each kind, then inspect, plan, merge and audit each.
 
-    Every merged element is compared with the formula evaluated in float64 on whole matrices. At the end stands a
-    report of the four, one page to open in a browser: --out keeps it as report.html.
+    Every merged element is compared with the formula evaluated in float64 on whole matrices. Then one merge is broken
+    on purpose and audited again. At the end stands a report of the four, one page to open in a browser: --out keeps
+    it as report.html.
     """
     with ExitStack() as stack:
         work = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="d2surgery-")))
@@ -70,6 +75,8 @@ def command(out: Path | None) -> int:
         _make_base(base)
         outcomes = [_one(kind, base, work) for kind in KINDS]
         for line in _summary(outcomes):
+            output.emit(line)
+        for line in _broken(base, work / "dora", work / "merged-dora", work / "merged-broken"):
             output.emit(line)
         for line in _report(base, [work / kind for kind in KINDS], work / "report.html", kept=out is not None):
             output.emit(line)
@@ -106,6 +113,7 @@ def _one(kind: str, base: Path, work: Path) -> Outcome:
         kind,
         sum((by_dtype["BF16"] for by_dtype in forecast.survival.values()), Survival()),
         sum(_wrong(checkpoint, weights, BaseWeights(merged))),
+        audit(base, adapter, merged).verdict,
         time.monotonic() - began,
     )
 
@@ -143,6 +151,21 @@ def _wrong(checkpoint: Checkpoint, base: BaseWeights, merged: BaseWeights) -> It
         yield int((rounded(exact, torch.bfloat16) != merged[name]).sum())
 
 
+def _broken(base: Path, adapter: Path, merged: Path, broken: Path) -> Iterator[str]:
+    """A merge as PEFT's convert_to_lora would make it in one layer: DoRA without its magnitude."""
+    shutil.copytree(merged, broken)
+    weights, checkpoint = BaseWeights(base), load(adapter)
+    tensors = dict(BaseWeights(merged))
+    for module, dora in checkpoint.items():
+        if isinstance(dora, DoRA) and ".layers.1.self_attn." in module:
+            name = f"{module}.weight"
+            tensors[name] = (weights[name].double() + dora.update().dense()).bfloat16()
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    yield ""
+    yield "the DoRA merge again, one layer's attention without the magnitudes, audited:"
+    yield from describe_audit(audit(base, adapter, broken))
+
+
 def _report(base: Path, adapters: Sequence[Path], path: Path, *, kept: bool) -> Iterator[str]:
     from d2surgery.report import report  # plotly
 
@@ -155,9 +178,9 @@ def _report(base: Path, adapters: Sequence[Path], path: Path, *, kept: bool) -> 
 
 def _summary(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield "merged in bf16, against the formula in float64:"
-    rows = [["kind", "kept by rounding", "elements rounded otherwise", "seconds"]]
-    for kind, survival, wrong, seconds in outcomes:
+    rows = [["kind", "kept by rounding", "elements rounded otherwise", "audit", "seconds"]]
+    for kind, survival, wrong, verdict, seconds in outcomes:
         kept = f"{100 * survival.gain:.1f} %"
-        rows.append([NAMES[kind], kept, f"{wrong} of {survival.elements}", f"{seconds:.1f}"])
+        rows.append([NAMES[kind], kept, f"{wrong} of {survival.elements}", verdict, f"{seconds:.1f}"])
     yield from output.table(rows)
     yield "Rounding otherwise is by one unit in the last place, where float32 and float64 fall on two sides of a tie."
