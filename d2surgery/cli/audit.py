@@ -79,7 +79,7 @@ def command(
     if as_json:
         output.emit_json(document(found))
     else:
-        for line in [_word(found)] if quiet else _text(found, per_layer):
+        for line in [_word(found)] if quiet else describe(found, per_layer=per_layer):
             output.emit(line)
     return _EXIT[found.verdict]
 
@@ -141,7 +141,7 @@ def _word(found: Audit) -> str:
     return output.style(found.verdict.upper(), _COLOURS[found.verdict])
 
 
-def _text(found: Audit, per_layer: bool) -> Iterator[str]:
+def describe(found: Audit, *, per_layer: bool = False) -> Iterator[str]:
     yield _verdict(found)
     yield from output.problem_lines(found.reasons)
     if found.recipe:
