@@ -147,7 +147,7 @@ def test_training_cost_measures_every_run_at_equal_parameters(training_cost: tup
 
 
 def test_training_cost_sees_what_is_kept(training_cost: tuple[dict[str, Any], str, Path]) -> None:
-    """At 8 tokens the thin matrices weigh most; still PEFT's DoRA keeps a value of each weight's size, ours none."""
+    """In bytes; at 8 tokens the thin matrices weigh most."""
     kept = {run["run"]: run["memory_bytes"] for run in training_cost[0]["runs"]}
     assert kept["PEFT DoRA"] > kept["DoRA"]
     assert kept["DoRA"] > kept["LoRA"]

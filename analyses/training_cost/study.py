@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
+from weakref import WeakSet
 
 HERE = Path(__file__).resolve().parent
 SEED, ROUNDS, STEPS, WARM_UP = 0, 5, 5, 1
@@ -203,23 +204,31 @@ def timed(step: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - began
 
 
+class Held:
+    """A tensor as long as a step of the backward pass waits for it."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+
 def kept_bytes(forward: Callable[[], Any], model: Any) -> int:
-    """What the forward pass keeps for the backward pass, each piece of memory once, the model's own not."""
+    """What waits for the backward pass after the forward pass, each piece of memory once, the model's own not."""
     import torch
 
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    held: WeakSet[Held] = WeakSet()
 
-    def pack(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: Any) -> Held:
+        one = Held(tensor)
+        held.add(one)
+        return one
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # held, so that no address is used twice
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
+        result = forward()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {storage.data_ptr(): storage for storage in (one.tensor.untyped_storage() for one in held)}
+    total: int = sum(storage.nbytes() for address, storage in storages.items() if address not in own)
     del result
-    return sum(kept.values())
+    return total
 
 
 def matmul_rate(sizes: dict[str, int], device: str, dtype: Any) -> float:
