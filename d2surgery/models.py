@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from d2surgery.adapters import Adapter
-from d2surgery.attach import attach, is_linear
+from d2surgery.attaching import attach, is_linear
 from d2surgery.base import BaseWeights
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import raise_errors, refuse

@@ -23,7 +23,7 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from d2surgery.adapters import Adapter, D2LoRA, DualLoRA
-from d2surgery.attach import OverFrozen, base_weight, is_linear, is_quantized
+from d2surgery.attaching import OverFrozen, base_weight, is_linear, is_quantized
 from d2surgery.errors import refuse
 from d2surgery.tensors import rounded
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from d2surgery.attach import AdaptedLinear, is_linear
+from d2surgery.attaching import AdaptedLinear, is_linear
 from d2surgery.errors import refuse
 
 POSITIONS = 8  # of each prompt, the last ones, that are compared

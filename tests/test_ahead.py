@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import d2surgery.ahead
-from d2surgery.ahead import HashAhead
+import d2surgery.merging.ahead
 from d2surgery.header import TensorInfo
+from d2surgery.merging.ahead import HashAhead
 
 
 def infos(path: Path, sizes: list[int]) -> dict[str, TensorInfo]:
@@ -37,7 +37,7 @@ def test_digests_are_those_of_each_tensors_bytes(
     path = tmp_path_factory.mktemp("ahead") / "model.safetensors"
     tensors = infos(path, sizes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(d2surgery.ahead, "_PIECE", piece)
+        patch.setattr(d2surgery.merging.ahead, "_PIECE", piece)
         found = finished(HashAhead(tensors))
     content = path.read_bytes()
     assert found == {name: hashlib.sha256(content[i.start : i.stop]).hexdigest() for name, i in tensors.items()}
@@ -66,7 +66,7 @@ def test_stopped_early_it_has_whole_tensors_only(tmp_path: Path, monkeypatch: py
     begun = threading.Event()
     run = HashAhead._run
     monkeypatch.setattr(HashAhead, "_run", lambda self: (begun.wait(), run(self))[1])
-    monkeypatch.setattr(d2surgery.ahead, "_PIECE", 4)
+    monkeypatch.setattr(d2surgery.merging.ahead, "_PIECE", 4)
     monkeypatch.setattr(hashlib, "sha256", Counting)
     ahead = HashAhead(tensors)
     begun.set()

@@ -15,7 +15,7 @@ from models import bert, gpt2, llama, t5
 from torch import Tensor, nn
 
 from d2surgery import KINDS, Adapter, from_adapters, load, merge, save
-from d2surgery.attach import AdaptedLinear, adapted, attach, detach, initial, set_warmup, snapshot
+from d2surgery.attaching import AdaptedLinear, adapted, attach, detach, initial, set_warmup, snapshot
 from d2surgery.errors import D2SurgeryError
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")]

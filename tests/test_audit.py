@@ -31,8 +31,8 @@ from d2surgery import (
     save,
     verify_receipt,
 )
+from d2surgery.auditing.findings import Audit
 from d2surgery.cli import demo
-from d2surgery.findings import Audit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
 KEY = "model.layers.0.self_attn.q_proj.weight"

@@ -12,8 +12,8 @@ import pytest
 from mutations import DTYPES, KINDS, Case, World, cases, part
 
 from d2surgery.auditing import audit
+from d2surgery.auditing.findings import Audit
 from d2surgery.errors import D2SurgeryError, Problem
-from d2surgery.findings import Audit
 
 ALL = cases()
 CASES = ALL if os.environ.get("D2SURGERY_MUTATIONS") == "all" else part(ALL)

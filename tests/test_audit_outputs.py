@@ -13,13 +13,13 @@ import jsonschema
 import pytest
 from mutations import MODULES, NORM, OUT, Q, World, base_again, both, damaged, formula, nothing, strength, tensor
 
-from d2surgery.audit_files import junit, sarif, schema
-from d2surgery.audit_page import audit_page
 from d2surgery.auditing import audit
+from d2surgery.auditing.findings import Audit
 from d2surgery.behaviour import compare_outputs, compare_scores
 from d2surgery.cli import main
-from d2surgery.findings import Audit
-from d2surgery.report import report
+from d2surgery.reporting.audit_files import junit, sarif, schema
+from d2surgery.reporting.audit_page import audit_page
+from d2surgery.reporting.report import report
 from d2surgery.tasks import Score
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")

@@ -16,7 +16,7 @@ from measuring import write_adapter, write_base
 from safetensors.torch import load_file
 
 from d2surgery.cli import main
-from d2surgery.tidy import COLUMNS
+from d2surgery.reporting.tidy import COLUMNS
 
 SPECTRUM = {
     "module", "kind", "method", "singular_values", "numerical_rank", "entropy_rank", "energy_entropy_rank",

@@ -27,13 +27,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import d2surgery.job
+import d2surgery.merging.job
 from d2surgery.adapters import Adapter, D2LoRA, DoRA, DualLoRA, LoRA
-from d2surgery.ahead import HashAhead
 from d2surgery.checkpoint import from_adapters, save
 from d2surgery.errors import D2SurgeryError
-from d2surgery.job import RECEIPT
 from d2surgery.merging import merge, plan
+from d2surgery.merging.ahead import HashAhead
+from d2surgery.merging.job import RECEIPT
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 SHARE = {"BF16": 1 / 1024, "F16": 2 / 1024, "F32": 1.0}
@@ -155,7 +155,7 @@ def test_merged_is_the_formula_rounded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stored: str, dtype: str, tile: int
 ) -> None:
     """Also where the vectors that are normalised lie across tiles, and the last tile is short and joins another."""
-    monkeypatch.setattr(d2surgery.tiles, "TILE", tile)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", tile)
     name, options = KINDS[kind]
     out, in_ = 251, 203
     W = numbers(out, in_, scale=0.05).to(DTYPES[dtype])
@@ -171,7 +171,7 @@ def test_norms_of_one_module_are_not_those_of_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Also where one module's tensor is transposed and another has its shape."""
-    monkeypatch.setattr(d2surgery.tiles, "TILE", 200)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", 200)
     name, options = KINDS[kind]
     weights = {f"layers.{i}.proj": numbers(40, 24, seed=i, scale=0.05 * (i + 1)) for i in range(3)}
     stored = {m: W.T if m == "layers.1.proj" else W for m, W in weights.items()}
@@ -262,7 +262,7 @@ def test_the_merged_llama_answers_as_a_float64_forward_with_the_formula(tmp_path
 @pytest.fixture
 def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A base of many tensors and tiles with a D2 adapter, whose norms lie across tiles."""
-    monkeypatch.setattr(d2surgery.tiles, "TILE", 128)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", 128)
     tensors = {f"layers.{i}.proj.weight": numbers(40, 24, seed=i).bfloat16() for i in range(4)}
     base = write_base(tmp_path / "base", tensors | {"norm.weight": numbers(24), "counts": torch.arange(5)})
     adapters = {f"layers.{i}.proj": make("d2lora", 40, 24) for i in range(4)}
@@ -277,7 +277,7 @@ def contents(directory: Path, *, without: str = "") -> dict[str, bytes]:
 def test_memory_changes_no_byte(
     several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_memory: int
 ) -> None:
-    monkeypatch.setattr(d2surgery.job, "resident_memory", lambda: 0)
+    monkeypatch.setattr(d2surgery.merging.job, "resident_memory", lambda: 0)
     merge(*several, tmp_path / "one")
     merge(*several, tmp_path / "two", max_memory=max_memory)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -288,7 +288,7 @@ def test_the_number_of_buffers_changes_no_byte(
     several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffers: int
 ) -> None:
     merge(*several, tmp_path / "one")
-    monkeypatch.setattr(d2surgery.job, "_BUFFERS", buffers)
+    monkeypatch.setattr(d2surgery.merging.job, "_BUFFERS", buffers)
     merge(*several, tmp_path / "two")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
@@ -359,7 +359,7 @@ def test_a_sharded_base_gives_the_tensors_of_a_single_file(several: tuple[Path, 
 def test_another_dtype_is_rounded_once_for_every_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, dtype: str, tile: int
 ) -> None:
-    monkeypatch.setattr(d2surgery.tiles, "TILE", tile)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", tile)
     W, other = numbers(40, 24).to(DTYPES[stored]), numbers(900, seed=1).to(DTYPES[stored])
     tensors = {f"{MODULE}.weight": W, "norm.weight": other, "counts": torch.arange(3)}
     base = write_base(tmp_path / "base", tensors, dtype="float32")
@@ -429,7 +429,7 @@ def test_trap_13_a_zero_row_with_magnitude_zero_stays_zero_where_pefts_formula_i
 def test_trap_13_a_zero_row_with_a_magnitude_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile: int, first: int, row: int
 ) -> None:
-    monkeypatch.setattr(d2surgery.tiles, "TILE", tile)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", tile)
     base, adapter = zero_row(tmp_path, 1.0)
     with pytest.raises(D2SurgeryError, match=rf"ZERO_NORM {MODULE}, counting from row {first} of.*: {row}\b"):
         merge(base, adapter, tmp_path / "out")

@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import d2surgery.job
-import d2surgery.writer
+import d2surgery.merging.job
+import d2surgery.merging.writer
 from d2surgery.adapters import D2LoRA
 from d2surgery.checkpoint import from_adapters, save
 from d2surgery.errors import D2SurgeryError
 from d2surgery.merging import merge
-from d2surgery.writer import JOURNAL
+from d2surgery.merging.writer import JOURNAL
 
 TILE = 128
 SHARD = 4000  # bytes: two tensors of 1920 each
@@ -33,9 +33,9 @@ SHARDS = 5
 KILLED = f"""
 import os, signal, sys
 from pathlib import Path
-import d2surgery.merging, d2surgery.tiles
+import d2surgery.merging, d2surgery.merging.tiles
 
-d2surgery.tiles.TILE = {TILE}
+d2surgery.merging.tiles.TILE = {TILE}
 base, adapter, out = map(Path, sys.argv[1:])
 journal = out.parent / f".{{out.name}}.partial" / "{JOURNAL}"
 after = 0
@@ -64,7 +64,7 @@ def numbers(*shape: int, seed: int) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(d2surgery.tiles, "TILE", TILE)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", TILE)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     }
     save(from_adapters(adapters), folder / "adapter")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(d2surgery.tiles, "TILE", TILE)
+        patch.setattr(d2surgery.merging.tiles, "TILE", TILE)
         merge(base, folder / "adapter", folder / "whole", shard_size=SHARD)
     child = subprocess.run(
         [sys.executable, "-c", KILLED, base, folder / "adapter", folder / "out"], check=False, capture_output=True
@@ -145,13 +145,13 @@ def test_resuming_does_not_write_finished_shards_again(
     scene: Scene, resumed: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[str] = []
-    opened = d2surgery.writer.ShardWriter
+    opened = d2surgery.merging.writer.ShardWriter
 
     def writer(path: Path, *args: Any, **options: Any) -> Any:
         written.append(path.name)
         return opened(path, *args, **options)
 
-    monkeypatch.setattr(d2surgery.job, "ShardWriter", writer)
+    monkeypatch.setattr(d2surgery.merging.job, "ShardWriter", writer)
     assert resumed() == scene.whole
     assert written == [shard(3), shard(4), shard(5)]
 
@@ -257,7 +257,7 @@ def test_without_hashes_nothing_is_taken_for_finished(scene: Scene, tmp_path: Pa
 def test_other_tiles_are_another_merge(
     resumed: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(d2surgery.tiles, "TILE", 2 * TILE)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", 2 * TILE)
     with pytest.raises(D2SurgeryError, match="tile") as error:
         resumed()
     assert codes(error) == ["RESUME_MISMATCH"]

@@ -1,6 +1,7 @@
 """The package as a whole: layers, the weight of imports, public names, metadata, codes."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ ROOT = PACKAGE.parent
 LAYERS = (
     "errors",
     "header",
-    "ahead",
+    "merging.ahead",
     "items",
     "tensors",
     "locate",
@@ -36,15 +37,15 @@ LAYERS = (
     "base",
     "ties",
     "sites",
-    "fit",
+    "merging.fit",
     "measures",
     "survey",
-    "writer",
-    "tiles",
-    "companions",
-    "job",
+    "merging.writer",
+    "merging.tiles",
+    "merging.companions",
+    "merging.job",
     "merging",
-    "attach",
+    "attaching",
     "peft_plugin",
     "models",
     "tasks",
@@ -53,23 +54,24 @@ LAYERS = (
     "traces",
     "behaviour",
     "training",
-    "recipes",
-    "faults",
-    "diagnosis",
-    "findings",
-    "pairing",
-    "replay",
-    "judgement",
-    "settings",
-    "receipts",
+    "auditing.recipes",
+    "auditing.faults",
+    "auditing.diagnosis",
+    "auditing.findings",
+    "auditing.pairing",
+    "auditing.replay",
+    "auditing.judgement",
+    "auditing.settings",
+    "auditing.receipts",
     "auditing",
-    "audit_files",
-    "tidy",
-    "plots",
-    "page",
-    "audit_plots",
-    "audit_page",
-    "report",
+    "reporting.audit_files",
+    "reporting",
+    "reporting.tidy",
+    "reporting.plots",
+    "reporting.page",
+    "reporting.audit_plots",
+    "reporting.audit_page",
+    "reporting.report",
     "cli",
     "__main__",
 )
@@ -80,12 +82,19 @@ def source_files() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def top_module(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def layer(dotted: str) -> str:
+    """The longest beginning of a dotted name that stands in LAYERS; else its first part."""
+    parts = dotted.split(".")
+    beginnings = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((name for name in beginnings if name in LAYERS), parts[0])
+
+
+def layer_of(path: Path) -> str:
+    return layer(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
 
 
 def imported(path: Path) -> Iterator[tuple[str, int]]:
-    """The top modules of the package that a file imports, inside functions too, with the line."""
+    """The layers of the package that a file imports, inside functions too, with the line."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -94,7 +103,7 @@ def imported(path: Path) -> Iterator[tuple[str, int]]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        yield from ((name.split(".")[1], node.lineno) for name in names if name.startswith("d2surgery."))
+        yield from ((layer(name.partition(".")[2]), node.lineno) for name in names if name.startswith("d2surgery."))
 
 
 def run(code: str, *options: str) -> str:
@@ -114,13 +123,13 @@ def project() -> dict[str, Any]:
 
 
 def test_the_table_of_layers_names_every_module() -> None:
-    assert {top_module(path) for path in source_files()} - set(LAYERS) == set()
+    assert {layer_of(path) for path in source_files()} - set(LAYERS) == set()
     assert len(set(LAYERS)) == len(LAYERS)
 
 
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_to_lower_layers(path: Path) -> None:
-    own = LAYERS.index(top_module(path))
+    own = LAYERS.index(layer_of(path))
     above = [f"line {line}: {name}" for name, line in imported(path) if LAYERS.index(name) > own]
     assert above == []
 
@@ -128,10 +137,11 @@ def test_imports_point_to_lower_layers(path: Path) -> None:
 def test_the_layer_test_sees_imports_of_every_spelling(tmp_path: Path) -> None:
     path = tmp_path / "x.py"
     path.write_text(
-        "import d2surgery.base\nfrom d2surgery import cli\nfrom d2surgery.formats import peft\nimport os\n"
+        "import d2surgery.base\nfrom d2surgery.merging import tiles\n"
+        "from d2surgery import cli\nfrom d2surgery.formats import peft\nimport os\n"
         "def f():\n    from d2surgery.cli.output import emit\n"
     )
-    assert sorted(imported(path)) == [("base", 1), ("cli", 2), ("cli", 6), ("formats", 3)]
+    assert sorted(imported(path)) == [("base", 1), ("cli", 3), ("cli", 7), ("formats", 4), ("merging.tiles", 2)]
 
 
 def test_measures_know_tensors_only() -> None:
@@ -252,16 +262,23 @@ def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
 
 def test_the_readmes_examples_are_true(tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text()
-    (python,) = re.findall(r"^```python\n(.+?)^```$", readme, re.MULTILINE | re.DOTALL)
+    python = "".join(re.findall(r"^```python\n(.+?)^```$", readme, re.MULTILINE | re.DOTALL))
+    failed = re.search(r"--merged demo/merged-broken\n(.+?)\n  …$", readme, re.MULTILINE | re.DOTALL)
     shown = re.search(r"^```console\n\$ d2surgery inspect demo/dora\n(.+?)^```$", readme, re.MULTILINE | re.DOTALL)
     assert shown is not None
+    assert failed is not None
 
-    def d2surgery_(*arguments: str) -> str:
+    def d2surgery_(*arguments: str, code: int = 0) -> str:
         command = [sys.executable, "-c", "from d2surgery.cli import main; raise SystemExit(main())", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        wide = os.environ | {"COLUMNS": "120"}
+        done = subprocess.run(command, cwd=tmp_path, env=wide, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        return done.stdout
 
     d2surgery_("demo", "--out", "demo")
     assert d2surgery_("inspect", "demo/dora").splitlines() == shown[1].splitlines()
+    paths = ["--base", "demo/base", "--adapter", "demo/dora", "--merged", "demo/merged-broken"]
+    assert d2surgery_("audit", *paths, code=1).startswith(failed[1])
     subprocess.run([sys.executable, "-W", "error", "-c", python], cwd=tmp_path, check=True)
 
 

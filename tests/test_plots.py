@@ -11,13 +11,24 @@ import pytest
 import torch
 from measuring import RANK, write_adapter, write_base
 
-from d2surgery import BaseWeights, Checkpoint, LoRA, load, plots
+from d2surgery import BaseWeights, Checkpoint, LoRA, load
 from d2surgery.measures.drift import Drift, drift
 from d2surgery.measures.spectrum import Spectrum, update_spectrum
 from d2surgery.measures.subspace import intruders
-from d2surgery.plots import Plot
+from d2surgery.reporting import plots
+from d2surgery.reporting.plots import Plot
+from d2surgery.reporting.tidy import (
+    COLUMNS,
+    address,
+    difference_rows,
+    drift_rows,
+    pair,
+    picked,
+    quantiles,
+    spectrum_rows,
+    types,
+)
 from d2surgery.survey import BaseMatrices, differences, drifts, places, spectra
-from d2surgery.tidy import COLUMNS, address, difference_rows, drift_rows, pair, picked, quantiles, spectrum_rows, types
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from d2surgery.adapters import Adapter, DoRA, LoRA
+from d2surgery.auditing.recipes import OURS, RECIPES, Operands
 from d2surgery.measures.fidelity import bits
-from d2surgery.recipes import OURS, RECIPES, Operands
 from d2surgery.tensors import rounded
 
 BY_NAME = {recipe.name: recipe for recipe in RECIPES}

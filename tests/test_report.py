@@ -14,8 +14,8 @@ import pytest
 from measuring import RANK, write_adapter, write_base
 
 from d2surgery import D2SurgeryError
-from d2surgery.report import labels, report
-from d2surgery.tidy import COLUMNS
+from d2surgery.reporting.report import labels, report
+from d2surgery.reporting.tidy import COLUMNS
 
 KINDS = ("lora", "dora", "duallora", "d2lora")
 HOSTILE = [

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from d2surgery import BaseWeights, D2LoRA, from_adapters, merge, save
 from d2surgery.header import TensorInfo
+from d2surgery.merging.tiles import TILE, Output, tiles
 from d2surgery.sites import Patch, Site
-from d2surgery.tiles import TILE, Output, tiles
 
 
 @given(rows=st.integers(1, 5000), columns=st.sampled_from([1, 7, 2048, 1 << 19, 1 << 22]), twice=st.booleans())
@@ -32,7 +32,7 @@ def test_the_grid_covers_every_row_once_per_pass_and_has_no_short_tail(rows: int
 def test_norms_that_nearly_cancel_across_tiles_keep_their_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2surgery.tiles.TILE", 16 * 48)
+    monkeypatch.setattr("d2surgery.merging.tiles.TILE", 16 * 48)
     generator = torch.Generator().manual_seed(6)
     B, A = torch.randn(96, 2, generator=generator), torch.randn(2, 48, generator=generator)
     zeros = (torch.zeros(2, 48), torch.zeros(96, 2))

@@ -22,7 +22,7 @@ from training import config_of, lines, same, tensors, write_base, write_items
 from transformers import AutoModelForCausalLM
 
 from d2surgery import KINDS, load
-from d2surgery.attach import adapted, attach
+from d2surgery.attaching import adapted, attach
 from d2surgery.errors import D2SurgeryError
 from d2surgery.training.config import TrainConfig, to_toml
 from d2surgery.training.data import read_corpus

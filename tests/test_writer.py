@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from d2surgery.header import read_checkpoint_header
+from d2surgery.merging.writer import Entry, Shard, ShardWriter, hash_tensors, index_file, pipeline, shards
 from d2surgery.tensors import NAMES
-from d2surgery.writer import Entry, Shard, ShardWriter, hash_tensors, index_file, pipeline, shards
 
 TENSORS = {
     "a": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)),
@@ -169,7 +169,7 @@ def test_an_error_of_the_items_themselves_is_raised() -> None:
 
 def test_a_write_that_the_disk_lost_meanwhile_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (shard,) = shards([Entry("a", "U8", (64,), 64)], 10**9)
-    monkeypatch.setattr("d2surgery.writer.FLUSH", 1)
+    monkeypatch.setattr("d2surgery.merging.writer.FLUSH", 1)
     monkeypatch.setattr(os, "fdatasync", fail := Mock(side_effect=OSError(errno.EIO, "lost")))
     writer = ShardWriter(tmp_path / shard.file, shard, hashes=False, sync=True)
     writer.write("a", torch.zeros(64, dtype=torch.uint8))

@@ -11,8 +11,8 @@ from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import cache_option, device_option, progress_bar
 from d2surgery.measures.spectrum import NUMBERS, Method, Of, Spectrum
+from d2surgery.reporting.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
 from d2surgery.survey import places, spectra
-from d2surgery.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
 
 Found = Mapping[str, Spectrum]
 
@@ -61,7 +61,7 @@ def ranks_of(checkpoint: Checkpoint) -> dict[str, int | None]:
 
 
 def _draw(path: Path, adapter: str, found: Found, nominal: Mapping[str, int | None], *, say: bool) -> None:
-    from d2surgery import plots
+    from d2surgery.reporting import plots
 
     figures = [
         plots.rank_map(found, nominal),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from d2surgery.adapters import KINDS, Axis, Form
-from d2surgery.attach import options_of
+from d2surgery.attaching import options_of
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.forwards import Straight
 from d2surgery.items import Template

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from d2surgery.adapters import KINDS, Adapter
-from d2surgery.attach import ALL_LINEAR, adapted, attach, initial, set_warmup
+from d2surgery.attaching import ALL_LINEAR, adapted, attach, initial, set_warmup
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.training.config import TrainConfig, differences, read_config, to_toml
 from d2surgery.training.data import Collate, Corpus, Row, Rows, read_corpus, rows, tokens_of

@@ -22,7 +22,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from d2surgery.adapters import Adapter
-from d2surgery.attach import adapted, set_warmup, snapshot
+from d2surgery.attaching import adapted, set_warmup, snapshot
 from d2surgery.checkpoint import load, save
 from d2surgery.errors import refuse
 

@@ -6,15 +6,25 @@ It is written for somebody who did not run the merge: the cause and the layers s
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 
-from d2surgery.audit_plots import STATES, mismatch_map, output_errors, status_map, strength_map
+from d2surgery.auditing.findings import STATUSES, Audit, ModuleAudit, TensorAudit
+from d2surgery.auditing.recipes import RECIPES
 from d2surgery.behaviour import Behaviour, TaskGap
 from d2surgery.errors import CODES, Problem
-from d2surgery.findings import STATUSES, Audit, ModuleAudit, TensorAudit
 from d2surgery.measures.divergence import Logits
 from d2surgery.measures.fidelity import LOW_GAIN
-from d2surgery.page import Figures, counted, joined, monospace, number_cell, safe, table, text_cell, whole_page
-from d2surgery.recipes import RECIPES
-from d2surgery.tidy import address, types
+from d2surgery.reporting.audit_plots import STATES, mismatch_map, output_errors, status_map, strength_map
+from d2surgery.reporting.page import (
+    Figures,
+    counted,
+    joined,
+    monospace,
+    number_cell,
+    safe,
+    table,
+    text_cell,
+    whole_page,
+)
+from d2surgery.reporting.tidy import address, types
 
 TITLES = {
     "pass": "the merged checkpoint is the base with the adapter",

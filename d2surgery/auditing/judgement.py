@@ -5,12 +5,12 @@ from dataclasses import replace
 from math import isnan, prod, sqrt
 from typing import NamedTuple
 
-from d2surgery.diagnosis import EXCESS, SIGNIFICANT, Diagnosis
+from d2surgery.auditing.diagnosis import EXCESS, SIGNIFICANT, Diagnosis
+from d2surgery.auditing.findings import ModuleAudit, ModuleStatus, TensorAudit, Thresholds, Verdict, several
+from d2surgery.auditing.pairing import Pair
+from d2surgery.auditing.replay import Replay, Tally
 from d2surgery.errors import Problem, Severity
-from d2surgery.findings import ModuleAudit, ModuleStatus, TensorAudit, Thresholds, Verdict, several
 from d2surgery.measures.fidelity import LOW_GAIN, ULPS, Comparison, Survival
-from d2surgery.pairing import Pair
-from d2surgery.replay import Replay, Tally
 
 FEW = 16  # differing elements that are a change, not another library's rounding, when all else is replayed
 COARSE = 0.05  # a strength known no better than this is not known

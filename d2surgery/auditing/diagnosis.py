@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2surgery.faults import Case, Named, head_size, hypotheses, scalings
+from d2surgery.auditing.faults import Case, Named, head_size, hypotheses, scalings
 from d2surgery.measures.fidelity import Comparison, bits, compare
 from d2surgery.tensors import rounded
 

@@ -18,8 +18,7 @@ from plotly.subplots import make_subplots
 from d2surgery.measures.drift import Drift
 from d2surgery.measures.spectrum import Spectrum
 from d2surgery.measures.subspace import Intruders
-from d2surgery.survey import Difference
-from d2surgery.tidy import (
+from d2surgery.reporting.tidy import (
     CONVENTIONS,
     QUANTILES,
     SIDES,
@@ -34,6 +33,7 @@ from d2surgery.tidy import (
     spectrum_rows,
     types,
 )
+from d2surgery.survey import Difference
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A800")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")

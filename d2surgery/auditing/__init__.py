@@ -24,16 +24,10 @@ import torch
 from torch import Tensor
 
 from d2surgery.adapters import Adapter, Triple
-from d2surgery.base import BaseWeights
-from d2surgery.behaviour import Behaviour, TaskGap, compare_outputs, compare_tasks
-from d2surgery.companions import companions
-from d2surgery.diagnosis import Diagnosis, diagnose
-from d2surgery.errors import D2SurgeryError, Problem, refuse
-from d2surgery.faults import Case
-from d2surgery.findings import Audit, ModuleAudit, Thresholds, verdict_of
-from d2surgery.header import BITS, FLOATS
-from d2surgery.job import Job, one_thread, peak_memory, prepare
-from d2surgery.judgement import (
+from d2surgery.auditing.diagnosis import Diagnosis, diagnose
+from d2surgery.auditing.faults import Case
+from d2surgery.auditing.findings import Audit, ModuleAudit, Thresholds, verdict_of
+from d2surgery.auditing.judgement import (
     FEW,
     isolated,
     judge_module,
@@ -43,14 +37,20 @@ from d2surgery.judgement import (
     shared_twice,
     wrong_base,
 )
-from d2surgery.pairing import Pair, pair_up
-from d2surgery.recipes import RECIPES
-from d2surgery.replay import WHOLE, Replay, Tally, read_part, read_tile
-from d2surgery.settings import compare_settings
+from d2surgery.auditing.pairing import Pair, pair_up
+from d2surgery.auditing.recipes import RECIPES
+from d2surgery.auditing.replay import WHOLE, Replay, Tally, read_part, read_tile
+from d2surgery.auditing.settings import compare_settings
+from d2surgery.base import BaseWeights
+from d2surgery.behaviour import Behaviour, TaskGap, compare_outputs, compare_tasks
+from d2surgery.errors import D2SurgeryError, Problem, refuse
+from d2surgery.header import BITS, FLOATS
+from d2surgery.merging.companions import companions
+from d2surgery.merging.job import Job, one_thread, peak_memory, prepare
+from d2surgery.merging.tiles import TILE, part_of
 from d2surgery.sites import Patch
 from d2surgery.tasks import Task
 from d2surgery.tensors import DTYPES, as_bytes
-from d2surgery.tiles import TILE, part_of
 
 Directory = str | os.PathLike[str]
 Found = TypeVar("Found")

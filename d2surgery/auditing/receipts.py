@@ -8,12 +8,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from d2surgery.auditing.findings import Audit, ReceiptAudit, Status, TensorAudit, Thresholds, several, verdict_of
 from d2surgery.base import BaseWeights
 from d2surgery.checkpoint import load
 from d2surgery.errors import Problem, refuse
-from d2surgery.findings import Audit, ReceiptAudit, Status, TensorAudit, Thresholds, several, verdict_of
 from d2surgery.header import TensorInfo, read_json
-from d2surgery.job import RECEIPT, peak_memory
+from d2surgery.merging.job import RECEIPT, peak_memory
 from d2surgery.tensors import as_bytes, read_into
 
 _PIECE = 1 << 22

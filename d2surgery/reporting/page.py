@@ -18,8 +18,8 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 
 from d2surgery.errors import refuse
-from d2surgery.plots import Plot
-from d2surgery.tidy import COLUMNS
+from d2surgery.reporting.plots import Plot
+from d2surgery.reporting.tidy import COLUMNS
 
 MOST_ROWS = 5000  # of a figure's table inside the page
 

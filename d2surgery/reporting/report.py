@@ -12,21 +12,31 @@ from math import isfinite, sqrt
 from pathlib import Path
 from statistics import median
 
-from d2surgery import plots
-from d2surgery.audit_page import audit_section
 from d2surgery.auditing import audit
+from d2surgery.auditing.findings import Audit
 from d2surgery.base import BaseWeights
 from d2surgery.checkpoint import Checkpoint, load
 from d2surgery.errors import raise_errors, refuse
-from d2surgery.findings import Audit
 from d2surgery.layout import NAMES, Layout
 from d2surgery.measures.drift import Drift
 from d2surgery.measures.spectrum import Method, Spectrum
 from d2surgery.measures.subspace import Intruders, intruders
-from d2surgery.page import Figures, counted, joined, monospace, number_cell, safe, table, text_cell, whole_page
-from d2surgery.plots import Plot
+from d2surgery.reporting import plots
+from d2surgery.reporting.audit_page import audit_section
+from d2surgery.reporting.page import (
+    Figures,
+    counted,
+    joined,
+    monospace,
+    number_cell,
+    safe,
+    table,
+    text_cell,
+    whole_page,
+)
+from d2surgery.reporting.plots import Plot
+from d2surgery.reporting.tidy import Pair, address, pair, types
 from d2surgery.survey import BaseMatrices, Difference, Progress, differences, drifts, places, spectra
-from d2surgery.tidy import Pair, address, pair, types
 
 OUTLIER = 3.5  # robust standard deviations (MAD) from the median; Iglewicz and Hoaglin's threshold
 TOP = 3

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from d2surgery.auditing.findings import Status, TensorAudit
 from d2surgery.base import BaseWeights
-from d2surgery.findings import Status, TensorAudit
 from d2surgery.header import FLOATS, TensorInfo
-from d2surgery.job import Job
+from d2surgery.merging.job import Job
+from d2surgery.merging.tiles import Output
 from d2surgery.ties import find_tie, tie_flag
-from d2surgery.tiles import Output
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from math import inf
 import torch
 from torch import Tensor
 
+from d2surgery.auditing.pairing import Pair
+from d2surgery.auditing.recipes import OURS, RECIPES, Operands, Recipe
 from d2surgery.header import BITS
 from d2surgery.measures.fidelity import Comparison, Survival, bits, compare, measured
-from d2surgery.pairing import Pair
-from d2surgery.recipes import OURS, RECIPES, Operands, Recipe
+from d2surgery.merging.tiles import Tile, TileMerger, all_finite, part_of
+from d2surgery.merging.writer import pipeline
 from d2surgery.sites import Patch
 from d2surgery.tensors import DTYPES, as_bytes, read_into
-from d2surgery.tiles import Tile, TileMerger, all_finite, part_of
-from d2surgery.writer import pipeline
 
 WHOLE = 1 << 24  # entries: the largest weight held whole, for recipes that normalise across tiles
 _SAMPLE = 64  # rows on which recipes are told apart

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from d2surgery.ahead import HashAhead
 from d2surgery.errors import Problem
-from d2surgery.fit import fit
+from d2surgery.merging.ahead import HashAhead
+from d2surgery.merging.fit import fit
 
 if TYPE_CHECKING:
     from d2surgery.measures.fidelity import Survival
@@ -82,7 +82,7 @@ def merge(
     began = time.monotonic()
     fitted = fit(base, adapter, strength)
     with HashAhead(fitted.computed if verify else {}) as ahead:
-        from d2surgery.job import RECEIPT, Job, peak_memory  # torch: its import leaves a core for hashing
+        from d2surgery.merging.job import RECEIPT, Job, peak_memory  # torch: its import leaves a core for hashing
 
         job = Job.of(fitted, dtype, device)
         written = job.write(
@@ -123,8 +123,8 @@ def plan(
 
     Reads the adapted tensors once or twice, writes nothing. Raises what merge raises before it writes.
     """
-    from d2surgery.job import existing, one_thread, peak_memory, prepare, resident_memory
-    from d2surgery.writer import shards
+    from d2surgery.merging.job import existing, one_thread, peak_memory, prepare, resident_memory
+    from d2surgery.merging.writer import shards
 
     job = prepare(base, adapter, dtype, strength, device)
     files = shards((output.entry for output in job.outputs), shard_size)

@@ -17,16 +17,14 @@ from torch import Tensor
 
 from d2surgery.base import BaseWeights
 from d2surgery.checkpoint import Checkpoint, opened
-from d2surgery.companions import companions
 from d2surgery.errors import Problem, raise_errors, refuse
-from d2surgery.fit import Fit, fit
 from d2surgery.header import FLOATS, TensorInfo
 from d2surgery.layout import Layout
 from d2surgery.measures.fidelity import Survival, survival
-from d2surgery.sites import Landing, Site
-from d2surgery.tensors import DTYPES, as_bytes, find_device
-from d2surgery.tiles import Output, Tile, TileMerger, all_finite, tiles
-from d2surgery.writer import (
+from d2surgery.merging.companions import companions
+from d2surgery.merging.fit import Fit, fit
+from d2surgery.merging.tiles import Output, Tile, TileMerger, all_finite, tiles
+from d2surgery.merging.writer import (
     Partial,
     Shard,
     ShardWriter,
@@ -35,6 +33,8 @@ from d2surgery.writer import (
     pipeline,
     shards,
 )
+from d2surgery.sites import Landing, Site
+from d2surgery.tensors import DTYPES, as_bytes, find_device
 
 RECEIPT = "d2surgery_merge.json"
 _BUFFERS = 4

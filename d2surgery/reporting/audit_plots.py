@@ -5,9 +5,9 @@ from math import isfinite
 
 import plotly.graph_objects as go
 
-from d2surgery.findings import ModuleAudit, Thresholds
-from d2surgery.plots import MARGIN, Plot, layer_ticks, plain_name, sized
-from d2surgery.tidy import Row, address, row, types
+from d2surgery.auditing.findings import ModuleAudit, Thresholds
+from d2surgery.reporting.plots import MARGIN, Plot, layer_ticks, plain_name, sized
+from d2surgery.reporting.tidy import Row, address, row, types
 from d2surgery.traces import Layer
 
 STATES = {  # from right to wrong: colour (Okabe and Ito's), mark, word

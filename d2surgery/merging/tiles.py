@@ -17,9 +17,9 @@ from d2surgery.adapters import Adapter, DualLoRA, Streamed
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, refuse
 from d2surgery.header import BITS, FLOATS, TensorInfo
+from d2surgery.merging.writer import Entry
 from d2surgery.sites import Patch, Site
 from d2surgery.tensors import DTYPES, as_bytes, read_into, rounded
-from d2surgery.writer import Entry
 
 TILE = 1 << 20  # entries; 4 MB in float32, small enough for the cache
 _LEAST_ROWS = 4  # products of one to three rows take other code paths in the linear-algebra library
