@@ -122,6 +122,11 @@ CODES: dict[str, Code] = {
         "The file holds full weights that its config does not name; PEFT loads them over the base's, and so do we.",
         "Nothing to do if they were trained.",
     ),
+    "SUPERSEDED": Code(
+        "PEFT saved the weight of a saved module three times: as trained, untrained, and as trained again. Loading, it "
+        "takes the first alone, and so do we.",
+        "Nothing to do.",
+    ),
     "BIAS_NOT_SAVED": Code(
         "bias='lora_only' was trained, but PEFT 0.7 to 0.20 did not save those biases: they are lost.",
         "Train again with PEFT 0.21 or later if the biases matter.",

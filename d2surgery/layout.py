@@ -1,6 +1,7 @@
 """Layout: every tensor of an adapter file in exactly one place, from names and shapes only.
 
-A slot of an adapter, a replacement of a base tensor, replaced rows of one, or `unread`, and then a problem names it.
+A slot of an adapter, a replacement of a base tensor, replaced rows of one, `superseded` by a better copy, or `unread`:
+a problem names the last two.
 Nothing here reads tensor data or imports torch.
 """
 
@@ -72,6 +73,7 @@ class Layout:
     adapters: Mapping[str, AdapterLayout] = field(default_factory=dict)  # by module
     replacements: Mapping[str, str] = field(default_factory=dict)  # base tensor name -> key
     rows: Mapping[str, Rows] = field(default_factory=dict)  # base tensor name -> rows
+    superseded: tuple[str, ...] = ()  # copies of what another key holds as it was trained
     unread: tuple[str, ...] = ()  # keys that a problem explains
     problems: tuple[Problem, ...] = ()
 
@@ -90,3 +92,4 @@ class Layout:
             yield from adapter.slots.values()
         yield from self.replacements.values()
         yield from (rows.key for rows in self.rows.values())
+        yield from self.superseded

@@ -31,6 +31,7 @@ import d2surgery.merging.job
 from d2surgery.adapters import Adapter, D2LoRA, DoRA, DualLoRA, LoRA
 from d2surgery.checkpoint import from_adapters, save
 from d2surgery.errors import D2SurgeryError
+from d2surgery.formats import open_layout
 from d2surgery.merging import merge, plan
 from d2surgery.merging.ahead import HashAhead
 from d2surgery.merging.job import RECEIPT
@@ -631,6 +632,31 @@ def test_a_resized_vocabulary_brings_its_size_and_tokenizer(tmp_path: Path, tied
     assert float((got - want).abs().max()) < 1e-5 * float(want.abs().max())
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "new"
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "kept"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_embeddings_of_a_resized_vocabulary_come_with_copies(tmp_path: Path, tied: bool) -> None:
+    """PEFT's usual file when tokens were added and trained: each embedding three times, of which it loads one."""
+    torch.manual_seed(0)
+    llama(tied).save_pretrained(tmp_path / "base")
+    model = T.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(40, mean_resizing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = get_peft_model(model, LoraConfig(**_q(modules_to_save=["embed_tokens", "lm_head"])))
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(numbers(*parameter.shape))
+        peft.save_pretrained(tmp_path / "a")
+    superseded = open_layout(tmp_path / "a").superseded
+    assert len(superseded) == 4
+    report = merge(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    assert [p.code for p in report.problems] == ["SUPERSEDED"] * 4
+    again = T.LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.tensor([[1, 39, 33, 4]])
+    with torch.no_grad():
+        want, got = peft.eval()(tokens).logits, again(tokens).logits
+    assert float((got - want).abs().max()) < 1e-5 * float(want.abs().max())
 
 
 @pytest.mark.parametrize("tied", [False, True])

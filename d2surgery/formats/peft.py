@@ -146,6 +146,11 @@ def _looks_like_peft(header: Header) -> bool:
     )
 
 
+# Beside `lm_head.weight`, trained, PEFT saves with the embeddings what its wrapper holds: the untrained original, and
+# the trained weight once more. Loading, it takes `lm_head.weight` alone.
+_COPY = re.compile(r"(.+)\.(?:original_module|modules_to_save)\.([^.]+)")
+
+
 class _Leaf(NamedTuple):
     slot: str
     stored: Stored
@@ -172,6 +177,7 @@ class _Reader:
         self.adapter_name = ""
         self.problems: list[Problem] = []
         self.unread: list[str] = []
+        self.superseded: list[str] = []
 
     def problem(self, code: str, message: str, severity: Severity = "error", **where: str) -> None:
         where.setdefault("file", self.header.files[0].name)
@@ -209,6 +215,7 @@ class _Reader:
             adapters=adapters,
             replacements=replacements,
             rows=rows,
+            superseded=tuple(self.superseded),
             unread=unread,
             problems=tuple(self.problems),
         )
@@ -217,10 +224,14 @@ class _Reader:
         groups: dict[str, _Group] = {}
         replacements: dict[str, str] = {}
         rows: dict[str, Rows] = {}
+        names = {_bare(key) for key in self.header.tensors}
         for key in self.header.tensors:
             name = _bare(key)
             module, leaf = _leaf(name)
-            if 0 in self.header.tensors[key].shape:
+            if (copied := _COPY.fullmatch(name)) and f"{copied[1]}.{copied[2]}" in names:
+                self.superseded.append(key)
+                self.problem("SUPERSEDED", f"a copy beside {copied[1]}.{copied[2]}", severity="info", module=key)
+            elif 0 in self.header.tensors[key].shape:
                 self._skip(key, "EMPTY_TENSOR", "no elements", got=str(self.header.tensors[key].shape))
             elif leaf is not None:
                 self._add_slot(groups, module, leaf, key)
