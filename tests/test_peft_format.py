@@ -207,6 +207,13 @@ MILD: list[tuple[Shapes, dict[str, Any], str, str, str]] = [  # (shapes, config,
     (PAIR, with_(LORA, rank_pattern={"k": 8}), "PATTERN_UNMATCHED", "warning", "'k'"),
     (PAIR, with_(LORA, alpha_pattern={"q": 8, "0.q": 16}), "AMBIGUOUS_PATTERN", "warning", "gives 16, 8"),
     (PAIR | {"base_model.model.score.weight": (2, 4)}, LORA, "UNDECLARED_REPLACEMENT", "info", "score.weight"),
+    (
+        PAIR | {f"base_model.model.score.{part}weight": (2, 4) for part in ("", "original_module.")},
+        with_(LORA, modules_to_save=["score"]),
+        "SUPERSEDED",
+        "info",
+        "a copy beside score.weight",
+    ),
     (PAIR, with_(LORA, bias="lora_only"), "BIAS_NOT_SAVED", "warning", "no bias"),
     (PAIR | {f"{Q}.bias": (4,)}, with_(LORA, bias="all"), "PEFT_IGNORES_BIAS", "warning", "q.bias"),
 ]
