@@ -1,0 +1,104 @@
+"""`d2surgery audit` on the command line: what is said first, in how many columns, by which options, with which code."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from d2surgery import BaseWeights, merge, save
+from d2surgery.cli import demo, main
+
+BROKEN = "model.layers.2.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, adapter/, right/ and broken/, which lacks the delta of one module."""
+    folder = tmp_path_factory.mktemp("audit")
+    (folder / "base").mkdir()
+    demo._make_base(folder / "base")
+    save(demo._trained("lora", BaseWeights(folder / "base")), folder / "adapter")
+    merge(folder / "base", folder / "adapter", folder / "right")
+    shutil.copytree(folder / "right", folder / "broken")
+    tensors = load_file(folder / "right" / "model.safetensors")
+    tensors[f"{BROKEN}.weight"] = BaseWeights(folder / "base")[f"{BROKEN}.weight"]
+    save_file(tensors, folder / "broken" / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def arguments(inputs: Path, merged: str, *options: str) -> list[str]:
+    given = ["--base", inputs / "base", "--adapter", inputs / "adapter", "--merged", inputs / merged]
+    return ["audit", *map(str, given), *options]
+
+
+@pytest.mark.parametrize(("merged", "code", "word"), [("right", 0, "PASS"), ("broken", 1, "FAIL")])
+def test_the_verdict_comes_first_and_decides_the_exit_code(
+    inputs: Path, merged: str, code: int, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(inputs, merged)) == code
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith(word)
+    assert any(line.startswith("38 tensors: ") for line in rest)
+    assert "not checked: outputs and logits" in rest
+    assert main(arguments(inputs, merged, "--quiet")) == code
+    assert capsys.readouterr().out == f"{word}\n"
+
+
+def test_a_module_left_out_is_named(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(arguments(inputs, "broken"))
+    said = capsys.readouterr().out
+    assert f"error DELTA_NOT_APPLIED {BROKEN}" in said
+    assert "PARTIAL_MERGE" in said
+
+
+def test_per_layer_lists_every_module(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(arguments(inputs, "right", "--per-layer"))
+    assert sum("replayed" in line for line in capsys.readouterr().out.splitlines()) == 28
+
+
+def test_in_a_narrow_terminal_the_table_folds(
+    inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    main(arguments(inputs, "right", "--per-layer"))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert rows
+    assert max(map(len, rows)) <= 60
+
+
+@pytest.mark.parametrize(("merged", "code"), [("right", 0), ("broken", 1)])
+def test_a_receipt_is_verified_without_base_and_adapter(
+    inputs: Path, merged: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", "--merged", str(inputs / merged), "--receipt", "--json"]) == code
+    found = json.loads(capsys.readouterr().out)
+    assert found["receipt"]["checked"] == ["merged"]
+    assert found["receipt"]["mismatched"] == ([] if code == 0 else [f"{BROKEN}.weight"])
+    assert found["not_checked"]
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--level", "weights,vibes"], "the levels are weights, outputs, logits, task"),
+        (["--level", "task"], "--level task and --tasks belong together"),
+        (["--strength-pass", "0.1", "--strength-fail", "0.01"], "0 <= --strength-pass <= --strength-fail"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    inputs: Path, options: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(inputs, "right", *options)) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_without_a_receipt_base_and_adapter_are_needed(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "--merged", str(inputs / "right")]) == 2
+    assert "audit needs --base" in capsys.readouterr().err
+
+
+def test_an_adapter_given_as_merged_is_no_pass(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(inputs, "adapter")) != 0
+    assert "Traceback" not in capsys.readouterr().err
