@@ -261,7 +261,7 @@ def entries(adapter: Adapter, base_weight: Tensor) -> Entries:
     flips = zeros = 0
     for W, D in _tiles(delta):
         flips += int(torch.count_nonzero(torch.sign(W + D) != torch.sign(W)))
-        zeros += D.numel() - int(torch.count_nonzero(D))
+        zeros += D.numel() - int(torch.count_nonzero(D != 0))
     count = max(base_weight.numel(), 1)
     return Entries(flips / count, zeros / count)
 

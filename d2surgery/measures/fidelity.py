@@ -54,7 +54,7 @@ def survival(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Survival:
     applied = rounded(base + delta, dtype).to(base.dtype) - rounded(base, dtype).to(base.dtype)
     return Survival(
         elements=base.numel(),
-        changed=int(torch.count_nonzero(applied)),
+        changed=int(torch.count_nonzero(applied != 0)),  # of bools: no branch for each entry
         delta_squared=_dot(delta, delta),
         applied_squared=_dot(applied, applied),
         inner=_dot(applied, delta),
@@ -71,7 +71,7 @@ def measured(base: Tensor, delta: Tensor, merged: Tensor, spaces: tuple[Tensor, 
     applied = torch.sub(merged, base, out=first)
     return Survival(
         elements=base.numel(),
-        changed=int(torch.count_nonzero(applied)),
+        changed=int(torch.count_nonzero(applied != 0)),  # of bools: no branch for each entry
         delta_squared=_dot(delta, delta, second),
         applied_squared=_dot(applied, applied, second),
         inner=_dot(applied, delta, second),
