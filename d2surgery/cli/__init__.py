@@ -153,7 +153,7 @@ class _Lazy(click.Group):
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="d2surgery", message="%(prog)s %(version)s")
 def _group() -> None:
-    """Model surgery: read, inspect and merge LoRA, DoRA, Dual LoRA and D2-LoRA adapters.
+    """Model surgery: inspect, measure, merge, audit and train LoRA, DoRA, Dual LoRA and D2-LoRA adapters.
 
     ADAPTER is a file, a directory, or a hub id org/name[@revision]; what exists locally is never downloaded.
 
