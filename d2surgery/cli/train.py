@@ -99,11 +99,21 @@ def command(config: Path | None, resume: bool, as_json: bool, quiet: bool, **opt
         except KeyboardInterrupt as stop:
             output.emit(str(stop), err=True)
             raise
+        finally:
+            _leave_group()
     if as_json and os.environ.get("RANK", "0") == "0":
         output.emit_json(asdict(report) | {"problems": [output.record(problem) for problem in report.problems]})
     for line in () if silent else _after(chosen, report):
         output.emit(line)
     return 0
+
+
+def _leave_group() -> None:
+    """Join the threads that speak to other processes: a process that ends while they run may abort."""
+    from torch import distributed  # loaded by training
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 command.params += [_option(setting) for setting in settings()]
