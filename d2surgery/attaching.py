@@ -37,6 +37,7 @@ class OverFrozen(nn.Module):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
+        _keep_unpacked(base_layer)
         self.base_layer = base_layer.requires_grad_(False)
         self.warmup = 1.0
         self.base_squares: dict[Axis, Tensor] = {}
@@ -119,12 +120,13 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], *, dropout: float 
     A name may lack the model's base prefix or have it in excess. Trainable slots become float32 at least; others
     keep their dtype. Raises D2SurgeryError with every misfit at once, before anything is changed: NO_SUCH_MODULE,
     TARGETS_UNMATCHED, SHAPE_MISMATCH; a checkpoint with more than linear modules (replaced weights, token rows,
-    added biases) is UNATTACHABLE.
+    added biases) is UNATTACHABLE, 4-bit layers that have run in evaluation mode on a CPU may be REPACKED_BASE.
     """
     raise_errors(_beyond_linear(adapters))
     modules = dict(_outer_modules(model))
     places = {_name_in(model, modules, name): adapter for name, adapter in adapters.items()}
     raise_errors(problem for name, adapter in places.items() for problem in _misfits(modules, name, adapter))
+    _keep_unpacked(model)
     model.requires_grad_(False)
     layers = {modules[name]: adapter for name, adapter in places.items()}
     _exchange(
@@ -239,6 +241,8 @@ def base_weight(layer: nn.Module) -> Weight:
     if _is(layer, "bitsandbytes", "Linear4bit"):
         from bitsandbytes.functional import dequantize_4bit
 
+        if _is_packed(layer):
+            raise refuse("REPACKED_BASE", "the layer has run before an adapter was attached", got=f"{layer}")
         return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return,attr-defined]
     if _is(layer, "bitsandbytes", "Linear8bitLt"):
         state: Any = layer.state  # holds the scales once the layer has run, its weight before
@@ -258,6 +262,22 @@ def _made_again(W0: Tensor, layer: nn.Module) -> saved_tensors_hooks:
         return kept if isinstance(kept, Tensor) else base_weight(layer).as_strided(*kept)
 
     return saved_tensors_hooks(pack, unpack)
+
+
+def _keep_unpacked(model: nn.Module) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes packs a 4-bit layer for good when it first runs in evaluation mode. The
+    scales are rounded then and no gradient passes: layers without an adapter would cut off those below them."""
+    layers = {name: layer for name, layer in model.named_modules() if _is(layer, "bitsandbytes", "Linear4bit")}
+    raise_errors(
+        Problem(code="REPACKED_BASE", message="the layer has run before an adapter was attached", module=name)
+        for name, layer in layers.items() if _is_packed(layer)
+    )  # fmt: skip
+    for layer in layers.values():
+        layer.support_avx512bf16_for_cpu = False  # what bitsandbytes asks before it packs
+
+
+def _is_packed(layer: nn.Module) -> bool:
+    return bool(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
 def _after_loading(layer: OverFrozen, _: Any) -> None:

@@ -149,6 +149,14 @@ CODES: dict[str, Code] = {
         "The base is quantised; adding the adapter on its grid would lose most of it.",
         "Merge into the unquantised base and quantise once afterwards.",
     ),
+    "OTHER_QUANTIZATION": Code(
+        "The base is stored in a quantisation other than bitsandbytes' 4 and 8 bit: no adapter runs on it here.",
+        "Give the unquantised base; with quantization 4bit or 8bit it takes as little memory.",
+    ),
+    "REPACKED_BASE": Code(
+        "bitsandbytes has packed 4-bit layers anew for CPUs: their scales were rounded, and no gradient passes them.",
+        "Load the base again, and attach the adapter before the model runs.",
+    ),
     "NO_SUCH_MODULE": Code("The base has no tensor for this module.", "Is this the base the adapter was trained on?"),
     "AMBIGUOUS_MODULE": Code(
         "The module's name fits several tensors of the base.", "Rename the modules to the base's full names."
@@ -207,6 +215,10 @@ CODES: dict[str, Code] = {
     "NO_TRAINER": Code(
         "Training uses transformers' Trainer, and a package it needs is missing.",
         "Run `pip install 'd2surgery[train]'`.",
+    ),
+    "NO_BITSANDBYTES": Code(
+        "Bases in 4 and 8 bit are held by bitsandbytes, an extra that is not installed.",
+        "Run `pip install 'd2surgery[quantized]'`.",
     ),
     # Merging.
     "STRENGTH": Code(

@@ -21,6 +21,7 @@ from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import raise_errors, refuse
 from d2surgery.header import FLOATS, Header
 from d2surgery.layout import AdapterLayout
+from d2surgery.quantization import Quantization, by_bitsandbytes, loading_options, quantization_of
 from d2surgery.sites import sites
 from d2surgery.tensors import DTYPES, rounded
 
@@ -36,17 +37,28 @@ _HEADS = {  # an adapter's task_type -> transformers' class with the head it was
 
 
 def load_model(
-    directory: Directory, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", kind: Any = None
+    directory: Directory,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    kind: Any = None,
+    quantization: Quantization | None = None,
 ) -> nn.Module:
     """The model of a directory, ready to run; `dtype` None keeps the stored one, `kind` None asks its config.
 
-    Raises D2SurgeryError NOT_RUNNABLE when transformers cannot build it, or would make up weights that are missing.
+    Raises D2SurgeryError NOT_RUNNABLE when transformers cannot build it, or would make up weights that are missing;
+    with `quantization` what `quantization_of` raises.
     """
-    model, missing = _load(Path(directory), kind or model_kind(directory), dtype, {})
+    stored = BaseWeights(directory).config.get("quantization_config")
+    held = (
+        quantization_of(stored, quantization, base=str(directory)) if quantization or by_bitsandbytes(stored) else None
+    )
+    how = loading_options(held, stored=stored is not None, dtype=dtype or torch.float32, device=device)
+    model, missing = _load(Path(directory), kind or model_kind(directory), dtype, how)
     if missing:
         got = f"{', '.join(sorted(missing)[:4])}{' …' if len(missing) > 4 else ''}"
         raise refuse("NOT_RUNNABLE", "weights are missing", file=str(directory), got=got)
-    return model.to(device)
+    return model if how else model.to(device)
 
 
 def unmerged(
@@ -56,11 +68,19 @@ def unmerged(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     kind: Any = None,
+    quantization: Quantization | None = None,
 ) -> nn.Module:
     """The base with the adapter live in it, every tensor of the file in its place.
 
-    Raises what `sites` finds, and NOT_RUNNABLE.
+    With `quantization`, or where the base is stored so, only an adapter of linear layers fits. Raises what `sites` or
+    `attach` finds, what `quantization_of` raises, and NOT_RUNNABLE.
     """
+    stored = BaseWeights(base).config.get("quantization_config")
+    held = quantization_of(stored, quantization, base=str(base))
+    if held:
+        model = load_model(base, dtype=dtype, device=device, kind=kind, quantization=held)
+        attach(model, checkpoint, trainable=False)
+        return model
     model = _with_replacements(base, checkpoint, dtype, kind)
     modules = dict(model.named_modules())
     live: dict[str, Adapter] = {}

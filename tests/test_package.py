@@ -32,6 +32,7 @@ LAYERS = (
     "formats",
     "lowrank",
     "forwards",
+    "quantization",
     "adapters",
     "checkpoint",
     "base",

@@ -21,6 +21,7 @@ from d2surgery.harness import harness_scores
 from d2surgery.items import TEMPLATES, Template
 from d2surgery.measures.paired import mean_accuracy
 from d2surgery.models import load_model, stored_dtype, tokenizer_of, unmerged
+from d2surgery.quantization import QUANTIZATIONS, Quantization
 from d2surgery.tasks import WAYS, By, Progress, Score, Task, read_task, score_all
 from d2surgery.tensors import DTYPES as TORCH_DTYPES
 from d2surgery.tensors import find_device
@@ -52,6 +53,7 @@ class Ways(click.ParamType[tuple[By, ...]]):
 @click.option("--limit", type=click.IntRange(min=1), help="Items per task, taken evenly.")
 @click.option("--template", type=click.Choice(TEMPLATES), default="auto", show_default=True, help="Of the prompt.")
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="To compute in. Default: fp32 on a CPU, else stored.")
+@click.option("--quantization", type=click.Choice(QUANTIZATIONS), help="Hold the base in 4 or 8 bit, as in training.")
 @click.option("--items", "items_file", type=_PATH, help="Write every item's answers here, one JSON object a line.")
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
@@ -59,7 +61,7 @@ class Ways(click.ParamType[tuple[By, ...]]):
 def command(
     base: Path, adapter: str | None, merged: Path | None, files: tuple[Path, ...], harness: tuple[str, ...],
     more: tuple[Path, ...], by: tuple[By, ...], limit: int | None, template: Template, dtype: str | None,
-    items_file: Path | None, device: str, as_json: bool, quiet: bool,
+    quantization: Quantization | None, items_file: Path | None, device: str, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Accuracy on multiple-choice questions, with intervals.
 
@@ -77,14 +79,16 @@ def command(
     if items_file is not None and items_file.exists():
         raise refuse("OUTPUT_EXISTS", "not overwritten", file=str(items_file))
     tasks = [read_task(path, limit) for path in (*files, *more)]
+    output.hush("bitsandbytes")
     with progress_bar("answering", show=not (as_json or quiet), unit=" items") as progress:
         run = partial(_answers, tasks, by, template, harness, limit)
-        scores = _scores(base, adapter, merged, dtype, device, run, progress)
+        scores = _scores(base, adapter, merged, dtype, quantization, device, run, progress)
     if items_file is not None:
         _write_items(items_file, scores)
     document = _document(scores)
     if as_json:
         told = {"base": str(base), "adapter": adapter, "merged": str(merged) if merged else None, "template": template}
+        told |= {"quantization": quantization}
         output.emit_json(told | document)
         return 0
     for line in () if quiet else _text(document):
@@ -93,8 +97,8 @@ def command(
 
 
 def _scores(
-    base: Path, adapter: str | None, merged: Path | None, dtype: str | None, device: str,
-    run: Callable[[nn.Module, Any, Progress], list[Score]], progress: Progress,
+    base: Path, adapter: str | None, merged: Path | None, dtype: str | None, quantization: Quantization | None,
+    device: str, run: Callable[[nn.Module, Any, Progress], list[Score]], progress: Progress,
 ) -> dict[str, list[Score]]:  # fmt: skip
     """Model -> its scores. One model at a time is in memory."""
     where = find_device(device)
@@ -105,11 +109,11 @@ def _scores(
     makers: dict[str, Callable[[], nn.Module]] = {}
     if adapter is not None:
         checkpoint = load(adapter)
-        makers["unmerged"] = lambda: unmerged(base, checkpoint, dtype=chosen, device=where)
+        makers["unmerged"] = lambda: unmerged(base, checkpoint, dtype=chosen, device=where, quantization=quantization)
     if merged is not None:
         makers["merged"] = lambda: load_model(merged, dtype=chosen, device=where)
     if not makers:
-        makers["base"] = lambda: load_model(base, dtype=chosen, device=where)
+        makers["base"] = lambda: load_model(base, dtype=chosen, device=where, quantization=quantization)
     found: dict[str, list[Score]] = {}
     for at, (name, make) in enumerate(makers.items()):
 

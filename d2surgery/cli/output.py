@@ -1,6 +1,7 @@
 """What every verb prints with: JSON documents, problem lines, tables that fit the terminal."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,11 @@ def tolerate_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def hush(package: str) -> None:
+    """Errors only of a package that logs each forward, as bitsandbytes does in 8 bit."""
+    logging.getLogger(package).setLevel(logging.ERROR)
 
 
 def emit(line: str = "", *, err: bool = False) -> None:

@@ -93,6 +93,7 @@ def command(config: Path | None, resume: bool, as_json: bool, quiet: bool, **opt
             output.emit(line)
 
     _hush()
+    output.hush("bitsandbytes")
     with progress_bar("training", show=not silent, unit="step") as progress:
         try:
             report = train(chosen, resume=resume, progress=progress, announce=announce)
@@ -131,7 +132,8 @@ def _before(config: TrainConfig, plan: Any) -> Iterator[str]:
     share = 100 * plan.trainable_parameters / plan.all_parameters
     ranks = " + ".join(map(str, plan.ranks))
     where = f"{output.count(plan.modules, 'module')} of {output.printable(config.base)}"
-    yield f"training {plan.kind} on {where}: rank {ranks}, scaling {output.number(plan.scaling)}"
+    held = f" in {plan.quantization.removesuffix('bit')} bit" if plan.quantization else ""
+    yield f"training {plan.kind} on {where}{held}: rank {ranks}, scaling {output.number(plan.scaling)}"
     yield f"  parameters  {plan.trainable_parameters:,} of {plan.all_parameters:,} ({share:.2f} %)"
     yield f"  items       {plan.items:,}, and {plan.held_out:,} held out"
     yield f"  steps       {plan.steps:,} of {output.count(plan.rows_per_step, 'row')}, {plan.tokens:,} tokens in all"
@@ -153,6 +155,10 @@ def _after(config: TrainConfig, report: Any) -> Iterator[str]:
     yield f"  adapter  {out}"
     yield "next:"
     yield f"  d2surgery inspect {out}"
-    yield f"  d2surgery spectrum {out} --base {base}"
-    yield f"  d2surgery eval --base {base} --adapter {out} --tasks FILE"
-    yield f"  d2surgery merge --base {base} --adapter {out} --out {out}-merged"
+    whole = "UNQUANTISED" if report.quantization and not config.run.quantization else base
+    yield f"  d2surgery spectrum {out} --base {whole}"
+    held = f" --quantization {config.run.quantization}" if config.run.quantization else ""
+    yield f"  d2surgery eval --base {base} --adapter {out}{held} --tasks FILE"
+    yield f"  d2surgery merge --base {whole} --adapter {out} --out {out}-merged"
+    if report.quantization:
+        yield "merging is onto the unquantised base: the merged model lacks the rounding that was trained with"

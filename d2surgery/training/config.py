@@ -19,6 +19,7 @@ from d2surgery.attaching import options_of
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.forwards import Straight
 from d2surgery.items import Template
+from d2surgery.quantization import Quantization
 
 Kind = Literal["lora", "dora", "duallora", "d2lora"]
 Batching = Literal["shuffled", "by_length", "packed"]
@@ -122,6 +123,9 @@ class RunSettings:
 
     seed: Annotated[int, About("Of initial values, items drawn, their order, dropout.", NOT_NEGATIVE)] = 0
     precision: Annotated[Precision, About("Of the frozen base and of the forward; slots stay in float32.")] = "fp32"
+    quantization: Annotated[
+        Quantization | None, About("Hold the frozen base in 4 (NF4, as QLoRA) or 8 bit: extra quantized.")
+    ] = None
     device: Annotated[Literal["auto", "cpu"], About("auto: the accelerator, where there is one.")] = "auto"
     gradient_checkpointing: Annotated[
         bool, About("Forget activations and compute them again: less memory, slower.")

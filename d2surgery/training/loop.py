@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from d2surgery.adapters import KINDS, Adapter
 from d2surgery.attaching import ALL_LINEAR, adapted, attach, initial, set_warmup
 from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.quantization import Quantization, entries, loading_options, quantization_in, quantization_of
 from d2surgery.training.config import TrainConfig, differences, read_config, to_toml
 from d2surgery.training.data import Collate, Corpus, Row, Rows, read_corpus, rows, tokens_of
 
@@ -43,6 +44,7 @@ class TrainPlan:
     scaling: float
     trainable_parameters: int
     all_parameters: int
+    quantization: Quantization | None  # of the base in memory
     items: int
     held_out: int
     rows: int
@@ -61,6 +63,7 @@ class TrainReport:
     kind: str
     modules: int
     trainable_parameters: int
+    quantization: Quantization | None
     steps: int
     tokens: int
     first_eval_loss: float | None
@@ -106,9 +109,9 @@ def train(
         _check_inputs(out, inputs)
     model = _model(config)
     _check_fit(config, model, corpus)
+    attach(model, _start(config, model), dropout=config.adapter.dropout)
     if config.data.batching == "packed":
         _check_packing(model)
-    attach(model, _start(config, model), dropout=config.adapter.dropout)
     from d2surgery.training.trainer import forget_after, read_metrics, step_of  # transformers, accelerate
 
     resumed_from = None if checkpoint is None else step_of(checkpoint)
@@ -187,21 +190,28 @@ def _tokenizer(config: TrainConfig) -> Any:
 
 
 def _model(config: TrainConfig) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = _loaded(AutoModelForCausalLM, config, dtype=_DTYPES[config.run.precision])
-    if getattr(model, "is_quantized", False):
-        raise refuse("QUANTIZED_BASE", "training on a quantised base is not supported by this loop", file=config.base)
+    dtype, stored = _DTYPES[config.run.precision], getattr(_loaded(AutoConfig, config), "quantization_config", None)
+    quantization = quantization_of(stored, config.run.quantization, base=config.base)
+    how = loading_options(quantization, stored=stored is not None, dtype=dtype, device=_device(config))
+    model = _loaded(AutoModelForCausalLM, config, dtype=dtype, **how)
     model.config.use_cache = False  # with a cache, packed items would see one another
     if config.run.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
+def _device(config: TrainConfig) -> torch.device:
+    """Where this process trains, before accelerate says so: a quantised base is loaded in its place."""
+    accelerator = torch.cuda.is_available() and config.run.device != "cpu"
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if accelerator else "cpu")
+
+
 def _loaded(kind: Any, config: TrainConfig, **options: Any) -> Any:
     try:
         return kind.from_pretrained(config.base, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise refuse("BAD_BASE", reason[:300], file=config.base) from None
 
@@ -300,7 +310,8 @@ def _plan(config: TrainConfig, model: Any, corpus: Corpus, schedule: _Schedule, 
         ranks=(config.group_rank,) * groups,
         scaling=config.scaling,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        all_parameters=sum(p.numel() for p in model.parameters()),
+        all_parameters=sum(map(entries, model.parameters())),
+        quantization=quantization_in(model),
         items=len(corpus.train),
         held_out=len(corpus.held_out),
         rows=len(schedule.rows),
@@ -333,6 +344,7 @@ def _report(out: Path, plan: TrainPlan, lines: Sequence[Mapping[str, Any]], seco
         kind=plan.kind,
         modules=plan.modules,
         trainable_parameters=plan.trainable_parameters,
+        quantization=plan.quantization,
         steps=plan.steps,
         tokens=plan.tokens,
         first_eval_loss=evaluations[0] if evaluations else None,
@@ -374,7 +386,7 @@ def _trainer(
         data_collator=Collate(pad, packed=config.data.batching == "packed"),
         callbacks=[Warmup(schedule.scaling_warmup), flow, metrics],
         lr_ratio=config.optimizer.lr_ratio,
-        adapter_config=_adapter_config(config, next(iter(adapted(model).values())).adapter, schedule),
+        adapter_config=_adapter_config(config, model, schedule),
         keep=config.run.keep,
     )
     trainer.remove_callback(PrinterCallback)
@@ -382,6 +394,9 @@ def _trainer(
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
         message = "FSDP 1 flattens frozen and trained parameters together"
         raise refuse("BAD_CONFIG", message, module="accelerate", wanted="fsdp_version: 2")
+    if plugin is not None and quantization_in(model):
+        message = "FSDP would split weights that bitsandbytes has packed"
+        raise refuse("BAD_CONFIG", message, module="accelerate", wanted="DDP, or no quantisation")
     return trainer, flow, metrics
 
 
@@ -426,8 +441,9 @@ def _arguments(config: TrainConfig, schedule: _Schedule, *, evaluates: bool, fre
     )
 
 
-def _adapter_config(config: TrainConfig, adapter: Adapter, schedule: _Schedule) -> dict[str, Any]:
+def _adapter_config(config: TrainConfig, model: Any, schedule: _Schedule) -> dict[str, Any]:
     """What adapter_config.json says beside the values. PEFT's own kinds have no place for how they were trained."""
+    adapter = next(iter(adapted(model).values())).adapter
     shown: dict[str, Any] = {"base_model_name_or_path": config.base, "task_type": "CAUSAL_LM"}
     if config.adapter.kind in ("lora", "dora"):
         rslora = {"use_rslora": True, "lora_alpha": config.alpha} if config.adapter.rslora else {}
@@ -437,6 +453,8 @@ def _adapter_config(config: TrainConfig, adapter: Adapter, schedule: _Schedule) 
     sigma = start if config.adapter.sigma is None else config.adapter.sigma
     training = {name: getattr(adapter, name) for name in sorted(how)}
     training |= {"sigma": sigma, "dropout": config.adapter.dropout, "seed": config.run.seed, "steps": schedule.steps}
+    if quantization := quantization_in(model):
+        training["quantization"] = quantization
     if schedule.scaling_warmup:
         training["scaling_warmup"] = schedule.scaling_warmup
     return shown | {"training": training}

@@ -57,7 +57,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         keep: int,
         **options: Any,
     ) -> None:
-        super().__init__(*args, **options)
+        with _known_to_have_adapters(options["model"]):
+            super().__init__(*args, **options)
         self.lr_ratio = lr_ratio
         self.adapter_config = adapter_config
         self.keep = keep
@@ -125,6 +126,17 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+@contextmanager
+def _known_to_have_adapters(model: nn.Module) -> Iterator[None]:
+    """Trainer refuses to train a quantised model without adapters, and knows none but PEFT's. This is the sign by which
+    it knows them, set for as long as it looks: `save_pretrained` and others would look for PEFT's config by it."""
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
 
 
 @torch.no_grad()
