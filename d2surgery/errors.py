@@ -216,6 +216,10 @@ CODES: dict[str, Code] = {
         "Training uses transformers' Trainer, and a package it needs is missing.",
         "Run `pip install 'd2surgery[train]'`.",
     ),
+    "REPORTER_FAILED": Code(
+        "A service that training reports to could not be used, as its own package says.",
+        "Log in or work offline as its package documents (WANDB_MODE=offline), or leave it out of report_to.",
+    ),
     "NO_BITSANDBYTES": Code(
         "Bases in 4 and 8 bit are held by bitsandbytes, an extra that is not installed.",
         "Run `pip install 'd2surgery[quantized]'`.",

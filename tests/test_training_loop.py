@@ -423,7 +423,7 @@ BAD: dict[str, tuple[Mapping[str, Any], str, str]] = {
     "rank": ({"adapter": {"rank": 64}}, "RANK_TOO_HIGH", "k_proj"),
     "warm-up": ({"adapter": {"scaling_warmup": 9}}, "BAD_CONFIG", "would not have finished"),
     "fp16": ({"run": {"precision": "fp16"}}, "BAD_CONFIG", "fp16 is trained on a GPU only"),
-    "reporter": ({"run": {"report_to": ["nonsense"]}}, "BAD_CONFIG", "nonsense is not installed"),
+    "reporter": ({"run": {"report_to": ["nonsense"]}}, "BAD_CONFIG", "Trainer has no such reporter"),
     "context": ({"data": {"max_length": 400, "train": ["long.json"]}}, "BAD_CONFIG", "longer than the model's"),
     "answer": ({"data": {"max_length": 3}}, "BAD_DATA", "nothing to train on"),
 }

@@ -1,7 +1,9 @@
 """`d2surgery train`: a base, a config, data → an adapter. Every setting of the config is an option too."""
 
 import os
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import MISSING, asdict
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -94,7 +96,8 @@ def command(config: Path | None, resume: bool, as_json: bool, quiet: bool, **opt
 
     _hush()
     output.hush("bitsandbytes")
-    with progress_bar("training", show=not silent, unit="step") as progress:
+    own = redirect_stdout(sys.stderr) if as_json else nullcontext()  # transformers prints when it sees WANDB_MODE
+    with own, progress_bar("training", show=not silent, unit="step") as progress:
         try:
             report = train(chosen, resume=resume, progress=progress, announce=announce)
         except KeyboardInterrupt as stop:

@@ -23,6 +23,7 @@ from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.quantization import Quantization, entries, loading_options, quantization_in, quantization_of
 from d2surgery.training.config import TrainConfig, differences, read_config, to_toml
 from d2surgery.training.data import Collate, Corpus, Row, Rows, read_corpus, rows, tokens_of
+from d2surgery.training.reporters import check_reporters, failures_named
 
 if TYPE_CHECKING:
     from d2surgery.training.trainer import AdapterTrainer, Flow, Metrics
@@ -95,8 +96,8 @@ def train(
     With `resume` it goes on from the last checkpoint there is, or begins where there is none, and ends with the same
     adapter, bit for bit on one machine, as a run that was never stopped. Under `torchrun` or `accelerate launch` each
     process takes its share of each step. Raises D2SurgeryError: BAD_CONFIG, BAD_DATA, BAD_BASE, TARGETS_UNMATCHED,
-    RANK_TOO_HIGH, OUTPUT_EXISTS, RESUME_MISMATCH, LOSS_NOT_FINITE, DISK_FULL, NO_TRAINER; KeyboardInterrupt with the
-    checkpoint's name after Ctrl-C.
+    RANK_TOO_HIGH, OUTPUT_EXISTS, RESUME_MISMATCH, LOSS_NOT_FINITE, DISK_FULL, NO_TRAINER, REPORTER_FAILED and those of
+    quantised bases; KeyboardInterrupt with the checkpoint's name after Ctrl-C.
     """
     _check_packages(config)
     out = Path(config.output)
@@ -123,7 +124,7 @@ def train(
             (out / CONFIG).write_text(to_toml(config), encoding="utf-8")
             (out / INPUTS).write_text(json.dumps(inputs, indent=2), encoding="utf-8")
             forget_after(out, resumed_from if resumed_from is not None else -1)
-        with flow.catching_signals(alone=_world() == 1):
+        with flow.catching_signals(alone=_world() == 1), failures_named(config.run.report_to):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if trainer.state.global_step < schedule.steps:
             raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; --resume goes on from there")
@@ -138,10 +139,7 @@ def train(
 def _check_packages(config: TrainConfig) -> None:
     if importlib.util.find_spec("accelerate") is None:
         raise refuse("NO_TRAINER", "accelerate is not installed")
-    missing = [name for name in config.run.report_to if importlib.util.find_spec(name) is None]
-    raise_errors(
-        Problem(code="BAD_CONFIG", message=f"{name} is not installed", module="run.report_to") for name in missing
-    )
+    check_reporters(config.run.report_to)
     cuda = torch.cuda.is_available() and config.run.device != "cpu"
     if config.run.precision == "fp16" and not cuda:
         raise refuse("BAD_CONFIG", "fp16 is trained on a GPU only", module="run.precision", wanted="bf16 or fp32")
@@ -149,11 +147,12 @@ def _check_packages(config: TrainConfig) -> None:
 
 def _begin_in(out: Path, config: TrainConfig, resume: bool) -> Path | None:
     """Make the directory ready and give the checkpoint to go on from."""
-    from d2surgery.training.trainer import METRICS, PARTIAL, checkpoints
+    from d2surgery.training.trainer import METRICS, PARTIAL, checkpoints, read_metrics
 
     found = checkpoints(out)
     if not resume:
-        there = [path for path in (out / "adapter_model.safetensors", *found, out / METRICS) if path.exists()]
+        there = [path for path in (out / "adapter_model.safetensors", *found) if path.exists()]
+        there += [out / METRICS] if read_metrics(out) else []  # an empty one: the run ended before its first step
         if there:
             message = "a training run is there already"
             raise refuse("OUTPUT_EXISTS", message, file=str(there[0]), wanted="--resume, or another output")
