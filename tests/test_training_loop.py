@@ -1,6 +1,5 @@
-"""Training: what is learnt, and that neither a kill, a full disk nor a NaN loses it."""
+"""Training: what is learnt, and that neither a kill nor a NaN loses it (a full disk: test_training_disk.py)."""
 
-import errno
 import json
 import multiprocessing
 import os
@@ -387,32 +386,6 @@ def test_an_adapter_that_is_spoilt_is_not_written_over_a_good_one(folder: Path) 
     assert list((folder / "out").glob("checkpoint-*")) == [] or all(
         torch.isfinite(t).all() for p in (folder / "out").glob("checkpoint-*") for t in tensors(p).values()
     )
-
-
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device"),
-    RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/1"),
-])  # fmt: skip
-def test_a_full_disk_is_said_and_nothing_is_lost(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    config = config_of(folder, "lora")
-    train(to(config, "whole"))
-    whole, calls = torch.save, []
-
-    def save(*arguments: Any, **options: Any) -> None:
-        calls.append(arguments)
-        if len(calls) == 5:
-            raise error
-        whole(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", save)
-        with pytest.raises(D2SurgeryError, match=r"DISK_FULL .*checkpoint-3 is whole"):
-            train(config)
-    assert not (folder / "out" / ".partial").exists()
-    assert train(config, resume=True).resumed_from == 3
-    assert same(folder / "out", folder / "whole")
 
 
 BAD: dict[str, tuple[Mapping[str, Any], str, str]] = {

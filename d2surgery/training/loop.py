@@ -1,13 +1,11 @@
 """train: a base, a config, data → an adapter, resumable at any step."""
 
-import errno
 import importlib.util
 import inspect
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from math import ceil
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from d2surgery.adapters import KINDS, Adapter
 from d2surgery.attaching import ALL_LINEAR, adapted, attach, initial, set_warmup
@@ -23,6 +20,7 @@ from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.quantization import Quantization, entries, loading_options, quantization_in, quantization_of
 from d2surgery.training.config import TrainConfig, differences, read_config, to_toml
 from d2surgery.training.data import Collate, Corpus, Row, Rows, read_corpus, rows, tokens_of
+from d2surgery.training.disk import PARTIAL, checkpoints, full_disk_named, step_of, write_whole
 from d2surgery.training.reporters import check_reporters, failures_named
 
 if TYPE_CHECKING:
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 CONFIG = "train.toml"
 INPUTS = "inputs.json"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_FULL = ("No space left", "os error 28", "file write failed", "PytorchStreamWriter failed")  # Python, Rust, torch
 _IN_FILE = ("tau", "along", "form")  # fields of a kind that stand in adapter_config.json by themselves
 
 
@@ -113,16 +110,16 @@ def train(
     attach(model, _start(config, model), dropout=config.adapter.dropout)
     if config.data.batching == "packed":
         _check_packing(model)
-    from d2surgery.training.trainer import forget_after, read_metrics, step_of  # transformers, accelerate
+    from d2surgery.training.trainer import forget_after, read_metrics  # transformers, accelerate
 
     resumed_from = None if checkpoint is None else step_of(checkpoint)
     plan = _plan(config, model, corpus, schedule, resumed_from)
     announce(plan)
     trainer, flow, metrics = _trainer(config, model, tokenizer, corpus, schedule, progress, fresh=checkpoint is None)
-    with _disk_full(out):
+    with full_disk_named(out):
         if trainer.args.should_save:
-            (out / CONFIG).write_text(to_toml(config), encoding="utf-8")
-            (out / INPUTS).write_text(json.dumps(inputs, indent=2), encoding="utf-8")
+            write_whole(out / CONFIG, to_toml(config))
+            write_whole(out / INPUTS, json.dumps(inputs, indent=2))
             forget_after(out, resumed_from if resumed_from is not None else -1)
         with flow.catching_signals(alone=_world() == 1), failures_named(config.run.report_to):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
@@ -147,7 +144,7 @@ def _check_packages(config: TrainConfig) -> None:
 
 def _begin_in(out: Path, config: TrainConfig, resume: bool) -> Path | None:
     """Make the directory ready and give the checkpoint to go on from."""
-    from d2surgery.training.trainer import METRICS, PARTIAL, checkpoints, read_metrics
+    from d2surgery.training.trainer import METRICS, read_metrics
 
     found = checkpoints(out)
     if not resume:
@@ -461,8 +458,6 @@ def _adapter_config(config: TrainConfig, model: Any, schedule: _Schedule) -> dic
 
 def _publish(trainer: "AdapterTrainer", out: Path) -> None:
     """The trained adapter, in the place of what an earlier end of the same run left."""
-    from d2surgery.training.trainer import PARTIAL
-
     set_warmup(trainer.model, 1.0)
     if trainer.args.should_save:
         (out / "adapter_model.safetensors").unlink(missing_ok=True)
@@ -474,21 +469,3 @@ def _publish(trainer: "AdapterTrainer", out: Path) -> None:
 def _world() -> int:
     """The processes that share a step, as torchrun and accelerate launch say it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-@contextmanager
-def _disk_full(out: Path) -> Iterator[None]:
-    """Every writer's own way of saying that the disk is full becomes DISK_FULL, which names what is whole."""
-    from d2surgery.training.trainer import PARTIAL, checkpoints
-
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        text = f"{error} {error.__cause__ or ''} {error.__context__ or ''}"
-        full = getattr(error, "errno", None) == errno.ENOSPC or any(words in text for words in _FULL)
-        if not full:
-            raise
-        shutil.rmtree(out / PARTIAL, ignore_errors=True)
-        whole = checkpoints(out)
-        last = f"{whole[-1].name} is whole" if whole else "there is no checkpoint yet"
-        raise refuse("DISK_FULL", f"training stopped; {last}", file=str(out)) from None

@@ -25,23 +25,11 @@ from d2surgery.adapters import Adapter
 from d2surgery.attaching import adapted, set_warmup, snapshot
 from d2surgery.checkpoint import load, save
 from d2surgery.errors import refuse
+from d2surgery.training.disk import PARTIAL, PREFIX, checkpoints, write_whole
 
-PARTIAL = ".partial"
-PREFIX = "checkpoint-"
 METRICS = "metrics.jsonl"
 
 Progress = Callable[[int, int], None]
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The whole checkpoints of a run, the oldest first."""
-    found = [path for path in out.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The steps after which it was written."""
-    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
@@ -249,9 +237,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 def forget_after(out: Path, step: int) -> None:
     """Remove the lines of metrics.jsonl that the resumed run will write again."""
     kept = [line for line in read_metrics(out) if line["step"] <= step]
-    path = out / f"{METRICS}.partial"
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    path.replace(out / METRICS)
+    write_whole(out / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _plain(value: Any) -> Any:

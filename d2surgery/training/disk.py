@@ -1,0 +1,55 @@
+"""What a run writes stands whole or not at all, and a disk that is full is said in one way."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from d2surgery.errors import refuse
+
+PARTIAL = ".partial"
+PREFIX = "checkpoint-"
+
+_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk's end, the quota's, the limit of a file
+_WORDS = (  # Rust's writer, of safetensors; and torch's, which gives no number
+    *(f"(os error {number})" for number in _NUMBERS), "No space left",
+    "file write failed", "PytorchStreamWriter failed", "iostream error", "unexpected pos",
+)  # fmt: skip
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, the oldest first."""
+    found = [path for path in out.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps after which it was written."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """In the place of what stands there, which stays where the writing fails."""
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+@contextmanager
+def full_disk_named(out: Path) -> Iterator[None]:
+    """Every writer's own way of saying that the disk is full becomes DISK_FULL, which names what is whole."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        text = f"{error} {error.__cause__ or ''} {error.__context__ or ''}"
+        if getattr(error, "errno", None) not in _NUMBERS and not any(words in text for words in _WORDS):
+            raise
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        for half in out.glob(f"*{PARTIAL}"):
+            half.unlink(missing_ok=True)
+        whole = checkpoints(out)
+        last = f"{whole[-1].name} is whole" if whole else "there is no checkpoint yet"
+        raise refuse("DISK_FULL", f"training stopped; {last}", file=str(out)) from None
