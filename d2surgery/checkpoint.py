@@ -120,8 +120,21 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
     tensors = {name: checkpoint.tensor(key).contiguous() for name, key in peft.names(layout).items()}
     partial = target.with_suffix(".partial")
     save_file(tensors, partial, metadata={"format": "pt", peft.METADATA: ours})
+    _sort_metadata(partial)
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     partial.replace(target)
+
+
+def _sort_metadata(file: Path) -> None:
+    """safetensors writes metadata in an order of chance: sorted, the same adapter is the same file, hash and all."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length  # the same entries in another order, padded with spaces
+        stream.seek(8)
+        stream.write(text.ljust(length))
 
 
 def from_adapters(adapters: Mapping[str, Adapter], config: Mapping[str, Any] = MappingProxyType({})) -> Checkpoint:
