@@ -209,8 +209,8 @@ CODES: dict[str, Code] = {
     ),
     "LOSS_NOT_FINITE": Code(
         "The loss or a trained tensor became NaN or infinite, so training stopped.",
-        "Lower the learning rate or the scaling, or train in bf16 or fp32; the last checkpoint is whole and loads as "
-        "an adapter.",
+        "Lower the learning rate or the scaling, or train in bf16 or fp32; the last checkpoint, where there is one, is "
+        "whole and loads as an adapter.",
     ),
     "NO_TRAINER": Code(
         "Training uses transformers' Trainer, and a package it needs is missing.",

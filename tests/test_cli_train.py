@@ -35,8 +35,9 @@ def test_it_says_what_will_be_trained_and_what_came_of_it(folder: Path, capsys: 
     base = folder / "base"
     lines = text.splitlines()
     assert lines[0] == f"training dora on 2 modules of {base}: rank 4, scaling 2.0"
-    assert lines[2:4] == ["  items       32, and 8 held out", lines[3]]
-    assert lines[3].startswith("  steps       8 of 4 rows, ")
+    assert lines[1] == "  targets     model.layers.*.self_attn: q_proj"
+    assert lines[3] == "  items       32, and 8 held out"
+    assert lines[4].startswith("  steps       8 of 4 rows, ")
     assert any(line.startswith("OK  held-out loss 5.") for line in lines)
     assert f"  d2surgery merge --base {base} --adapter {out} --out {out}-merged" in lines
     resolved = read_config(out / "train.toml")

@@ -120,6 +120,7 @@ def test_what_is_printed_is_told_in_the_plan(folder: Path) -> None:
     report = train(config, announce=plans.append, progress=lambda *at: done.append(at))
     (plan,) = plans
     assert (plan.modules, plan.ranks, plan.scaling) == (2, (2, 2), 2.0)
+    assert plan.targets == {"model.layers.*.self_attn": ("q_proj",)}
     assert plan.trainable_parameters == 2 * 2 * 2 * (16 + 16)
     assert (plan.items, plan.held_out, plan.rows, plan.steps, plan.rows_per_step) == (32, 8, 32, 8, 4)
     assert plan.tokens == report.tokens == lines(config.output)[-2]["tokens"] == 32 * 16

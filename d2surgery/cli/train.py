@@ -137,6 +137,8 @@ def _before(config: TrainConfig, plan: Any) -> Iterator[str]:
     where = f"{output.count(plan.modules, 'module')} of {output.printable(config.base)}"
     held = f" in {plan.quantization.removesuffix('bit')} bit" if plan.quantization else ""
     yield f"training {plan.kind} on {where}{held}: rank {ranks}, scaling {output.number(plan.scaling)}"
+    for at, (parent, names) in enumerate(plan.targets.items()):
+        yield f"  {'' if at else 'targets':10}  {output.printable(f'{parent}: ' if parent else '')}{', '.join(names)}"
     yield f"  parameters  {plan.trainable_parameters:,} of {plan.all_parameters:,} ({share:.2f} %)"
     yield f"  items       {plan.items:,}, and {plan.held_out:,} held out"
     yield f"  steps       {plan.steps:,} of {output.count(plan.rows_per_step, 'row')}, {plan.tokens:,} tokens in all"

@@ -4,8 +4,9 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from math import ceil
@@ -38,6 +39,7 @@ class TrainPlan:
 
     kind: str
     modules: int
+    targets: Mapping[str, tuple[str, ...]]  # "model.layers.*.mlp" -> last names of its adapted modules
     ranks: tuple[int, ...]
     scaling: float
     trainable_parameters: int
@@ -303,6 +305,7 @@ def _plan(config: TrainConfig, model: Any, corpus: Corpus, schedule: _Schedule, 
     return TrainPlan(
         kind=config.adapter.kind,
         modules=len(layers),
+        targets=_by_parent(layers),
         ranks=(config.group_rank,) * groups,
         scaling=config.scaling,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -317,6 +320,15 @@ def _plan(config: TrainConfig, model: Any, corpus: Corpus, schedule: _Schedule, 
         resumed_from=resumed_from,
         problems=tuple(_too_long(config, corpus)),
     )
+
+
+def _by_parent(modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Last names by what stands before them, numbers as *: where targets matched more than was meant, it shows."""
+    found: dict[str, dict[str, None]] = {}
+    for module in modules:
+        parent, _, name = re.sub(r"(?<![^.])\d+(?![^.])", "*", module).rpartition(".")
+        found.setdefault(parent, {})[name] = None
+    return {parent: tuple(names) for parent, names in found.items()}
 
 
 def _too_long(config: TrainConfig, corpus: Corpus) -> Iterator[Problem]:
