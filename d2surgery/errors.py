@@ -233,6 +233,10 @@ CODES: dict[str, Code] = {
         "What is unfinished at this path, a merge or a training, was made from other inputs, options or versions.",
         "Give the same again, or remove what is there (a merge's .partial directory) and begin anew.",
     ),
+    "DAMAGED_CHECKPOINT": Code(
+        "A file of the checkpoint to resume from is missing or cut short.",
+        "Remove that checkpoint's directory: --resume goes on from the one before it, or begins again.",
+    ),
     "BASE_CHANGED": Code(
         "A weight file of the base was changed while it was merged.",
         "Remove the .partial directory and merge again when nothing writes to the base.",

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -77,6 +78,23 @@ def test_the_settings_of_a_run_survive_a_resume_that_has_no_room(whole: Path, tm
     with files_of_at_most(4), pytest.raises(OSError, match="File too large"):
         write_whole(tmp_path / "note", "something else")
     assert (tmp_path / "note").read_text() == "as it was"
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(whole: Path, tmp_path: Path, file: str) -> None:
+    """Trainer itself would go on without an optimizer's or a generator's state."""
+    out = tmp_path / "out"
+    config = replace(config_of(whole, "d2lora"), output=str(out))
+    train(replace(config, run=replace(config.run, keep=9)))
+    (out / "checkpoint-8" / file).write_bytes((out / "checkpoint-8" / file).read_bytes()[:-40])
+    (out / "checkpoint-6" / file).unlink()
+    for step, message in ((8, "cut short"), (6, "missing")):
+        with pytest.raises(D2SurgeryError, match=rf"DAMAGED_CHECKPOINT .*checkpoint-{step}/{file}: {message}"):
+            train(config, resume=True)
+        shutil.rmtree(out / f"checkpoint-{step}")
+    assert train(config, resume=True).resumed_from == 3
+    assert same(out, whole / "whole")
+    assert lines(out) == lines(whole / "whole")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

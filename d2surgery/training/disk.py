@@ -1,14 +1,17 @@
 """What a run writes stands whole or not at all, and a disk that is full is said in one way."""
 
 import errno
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
 
 from safetensors import SafetensorError
 
-from d2surgery.errors import refuse
+from d2surgery.errors import Problem, raise_errors, refuse
 
 PARTIAL = ".partial"
 PREFIX = "checkpoint-"
@@ -29,6 +32,28 @@ def checkpoints(out: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The steps after which it was written."""
     return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Raises DAMAGED_CHECKPOINT with every file that is missing or cut short: without some, Trainer would go on."""
+    random = sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
+    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *random]
+    bad = [path for path in archives if not is_zipfile(path)]
+    state = checkpoint / "trainer_state.json"
+    bad += [] if read_json(state) else [state]
+    raise_errors(
+        Problem(code="DAMAGED_CHECKPOINT", message="cut short" if path.exists() else "missing", file=str(path))
+        for path in bad
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What was written there, nothing where it is missing or cut short."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -21,7 +21,7 @@ from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.quantization import Quantization, entries, loading_options, quantization_in, quantization_of
 from d2surgery.training.config import TrainConfig, differences, read_config, to_toml
 from d2surgery.training.data import Collate, Corpus, Row, Rows, read_corpus, rows, tokens_of
-from d2surgery.training.disk import PARTIAL, checkpoints, full_disk_named, step_of, write_whole
+from d2surgery.training.disk import PARTIAL, check_whole, checkpoints, full_disk_named, read_json, step_of, write_whole
 from d2surgery.training.reporters import check_reporters, failures_named
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def train(
     With `resume` it goes on from the last checkpoint there is, or begins where there is none, and ends with the same
     adapter, bit for bit on one machine, as a run that was never stopped. Under `torchrun` or `accelerate launch` each
     process takes its share of each step. Raises D2SurgeryError: BAD_CONFIG, BAD_DATA, BAD_BASE, TARGETS_UNMATCHED,
-    RANK_TOO_HIGH, OUTPUT_EXISTS, RESUME_MISMATCH, LOSS_NOT_FINITE, DISK_FULL, NO_TRAINER, REPORTER_FAILED and those of
-    quantised bases; KeyboardInterrupt with the checkpoint's name after Ctrl-C.
+    RANK_TOO_HIGH, OUTPUT_EXISTS, RESUME_MISMATCH, DAMAGED_CHECKPOINT, LOSS_NOT_FINITE, DISK_FULL, NO_TRAINER,
+    REPORTER_FAILED and those of quantised bases; KeyboardInterrupt with the checkpoint's name after Ctrl-C.
     """
     _check_packages(config)
     out = Path(config.output)
@@ -162,6 +162,8 @@ def _begin_in(out: Path, config: TrainConfig, resume: bool) -> Path | None:
                     wanted=repr(was), got=repr(now))
             for key, (was, now) in differences(before, config).items()
         )  # fmt: skip
+    if found:
+        check_whole(found[-1])
     if int(os.environ.get("RANK", "0")) == 0:
         out.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
@@ -170,7 +172,7 @@ def _begin_in(out: Path, config: TrainConfig, resume: bool) -> Path | None:
 
 def _check_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
     """The same files may hold other items, and other processes share a step otherwise: both change every step."""
-    before = json.loads((out / INPUTS).read_text(encoding="utf-8"))
+    before = read_json(out / INPUTS)
     raise_errors(
         Problem(code="RESUME_MISMATCH", message="not what the run began with", file=str(out), module=name,
                 wanted=str(before.get(name)), got=str(value))
