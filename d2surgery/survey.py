@@ -7,12 +7,9 @@ Each function yields (name, record) in the order of the file. A module with seve
 import hashlib
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,6 +25,7 @@ from d2surgery.measures.spectrum import Delta, Method, Of, Spectrum, delta_spect
 from d2surgery.measures.subspace import Cosine, SignAgreement, Similarity, agreement, cosine, similarity
 from d2surgery.sites import Patch, Site, sites
 from d2surgery.tensors import as_bytes, find_device, read_tensor
+from d2surgery.threads import ahead
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
@@ -223,16 +221,7 @@ def _ahead(measure: Callable[[Place], Result], wanted: list[Place], threads: int
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            todo = iter(wanted)
-            running = deque(pool.submit(measure, place) for place in islice(todo, threads + 1))
-            try:
-                while running:
-                    yield running.popleft().result()
-                    running.extend(pool.submit(measure, place) for place in islice(todo, 1))
-            finally:
-                for future in running:
-                    future.cancel()
+        yield from ahead(measure, wanted, threads)
     finally:
         torch.set_num_threads(before)
 

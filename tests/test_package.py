@@ -26,6 +26,7 @@ LAYERS = (
     "merging.ahead",
     "items",
     "tensors",
+    "threads",
     "locate",
     "layout",
     "pickled",

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from d2surgery.header import read_checkpoint_header
-from d2surgery.merging.writer import Entry, Shard, ShardWriter, hash_tensors, index_file, pipeline, shards
+from d2surgery.merging.writer import Entry, Shard, ShardWriter, hash_tensors, index_file, shards
 from d2surgery.tensors import NAMES
+from d2surgery.threads import pipeline
 
 TENSORS = {
     "a": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)),

@@ -47,7 +47,7 @@ from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.header import BITS, FLOATS
 from d2surgery.merging.companions import companions
 from d2surgery.merging.job import Job, one_thread, peak_memory, prepare
-from d2surgery.merging.tiles import TILE, part_of
+from d2surgery.merging.tiles import TILE, part_of, tiles
 from d2surgery.sites import Patch
 from d2surgery.tasks import Task
 from d2surgery.tensors import DTYPES, as_bytes
@@ -253,13 +253,12 @@ def _diagnosis(job: Job, tally: Tally, suspect: str) -> Diagnosis:
     row = element // width
     whole = job.merger.crosses_tiles(patch) and (patch.stop - patch.start) * width <= WHOLE
     first, last = (patch.start, patch.stop) if whole else _block(row, patch.start, patch.stop, width)
-    job.merger.begin()
     tile = part_of(output, patch, first, last)
     base = job.merger.base_weight(tile, read_tile(job.merger, tile)).clone()
     row_bytes = width * BITS[pair.info.dtype] // 8
     merged = _read(pair, first * row_bytes, (last - first) * row_bytes).view(last - first, width)
     rows = slice(first - patch.start, last - patch.start)
-    adapter = job.merger.adapter(tile)
+    adapter = job.merger.adapter(patch)
 
     def delta_of(other: Adapter) -> Tensor:
         part = other.take(in_=rows) if patch.transposed else other.take(out=rows)
@@ -283,8 +282,8 @@ def _block(row: int, start: int, stop: int, width: int) -> tuple[int, int]:
 def _triple(job: Job, pair: Pair, patch: Patch, adapter: Adapter) -> Triple:
     """Of whole vectors, from all tiles of a weight too large to be held."""
     total: Triple | None = None
-    for tile in job.merger.tiles(pair.output):
-        if tile.patch == patch and not tile.measure:
+    for tile in tiles(pair.output):
+        if tile.patch == patch:
             rows = slice(tile.first - patch.start, tile.last - patch.start)
             part = adapter.take(in_=rows) if patch.transposed else adapter.take(out=rows)
             one = part.triple(job.merger.base_weight(tile, read_tile(job.merger, tile)))

@@ -6,7 +6,8 @@ recipe gives every bit, the nearest is what the file is measured against.
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from math import inf
 
@@ -17,10 +18,10 @@ from d2surgery.auditing.pairing import Pair
 from d2surgery.auditing.recipes import OURS, RECIPES, Operands, Recipe
 from d2surgery.header import BITS
 from d2surgery.measures.fidelity import Comparison, Survival, bits, compare, measured
-from d2surgery.merging.tiles import Tile, TileMerger, all_finite, part_of
-from d2surgery.merging.writer import pipeline
+from d2surgery.merging.tiles import Tile, TileMerger, all_finite, part_of, tiles
 from d2surgery.sites import Patch
 from d2surgery.tensors import DTYPES, as_bytes, read_into
+from d2surgery.threads import pipeline
 
 WHOLE = 1 << 24  # entries: the largest weight held whole, for recipes that normalise across tiles
 _SAMPLE = 64  # rows on which recipes are told apart
@@ -57,11 +58,11 @@ class Replay:
     whole: tuple[Patch, str, Tensor] | None = None  # what a recipe made of a whole patch
     spaces: list[Tensor] = field(default_factory=lambda: [torch.empty(0)] * 4)
 
-    def run(self, pairs: Iterable[Pair], progress: Callable[[int, int], None]) -> None:
+    def run(self, pairs: Sequence[Pair], progress: Callable[[int, int], None]) -> None:
         """Compare every pair; progress(done, total) in bytes of the merged file."""
-        queue = [(pair, tile) for pair in pairs for tile in self.merger.tiles(pair.output)]
-        total = sum(_share(pair, tile)[1] for pair, tile in queue if not tile.measure)
-        largest = max((_aligned(tile.nbytes) + _share(pair, tile)[1] for pair, tile in queue), default=0)
+        grid = [(pair, tile) for pair in pairs for tile in tiles(pair.output)]
+        total = sum(_share(pair, tile)[1] for pair, tile in grid)
+        largest = max((_aligned(tile.nbytes) + _share(pair, tile)[1] for pair, tile in grid), default=0)
         done = 0
 
         def compute(step: tuple[Pair, Tile], buffer: Tensor) -> None:
@@ -69,24 +70,21 @@ class Replay:
             pair, tile = step
             if pair is not self.current:
                 self.current, self.whole = pair, None
-                self.merger.begin()
-            if tile.measure:
-                self.merger.merge(tile, buffer)
-                return
             self._compare(pair, tile, buffer)
             done += _share(pair, tile)[1]
             progress(done, total)
 
         buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(_BUFFERS)]
-        pipeline(queue, self._read, compute, lambda step, piece: None, buffers)
+        with closing(self.merger.tiles(pair.output for pair in pairs)) as opened:
+            queue = zip((pair for pair, _ in grid), opened, strict=True)
+            pipeline(queue, self._read, compute, lambda step, piece: None, buffers)
 
     def _read(self, step: tuple[Pair, Tile], buffer: Tensor) -> None:
         pair, tile = step
         self.merger.read(tile, buffer)
-        if not tile.measure:
-            start, nbytes = _share(pair, tile)
-            at = _aligned(tile.nbytes)
-            read_part(pair, start, as_bytes(buffer[at : at + nbytes]))
+        start, nbytes = _share(pair, tile)
+        at = _aligned(tile.nbytes)
+        read_part(pair, start, as_bytes(buffer[at : at + nbytes]))
 
     def _compare(self, pair: Pair, tile: Tile, buffer: Tensor) -> None:
         at = _aligned(tile.nbytes)
@@ -94,7 +92,6 @@ class Replay:
         patch = tile.patch
         if patch is None:
             made = self.merger.merge(tile, buffer[: tile.nbytes])
-            assert made is not None
             wanted = made.reshape(-1).view(merged.dtype)
             site = pair.output.site
             if self._note(pair, tile, wanted, merged) and site is not None and site.bias is not None:
@@ -103,7 +100,6 @@ class Replay:
         working = self.merger.base_weight(tile, buffer)
         base_weight = self._space(0, working).copy_(working)
         effective = self.merger.effective(tile, working)
-        assert effective is not None
         delta = torch.sub(effective, base_weight, out=self._space(1, base_weight))
         ours = self.merger.finish(tile, effective, buffer[: tile.nbytes]).reshape(-1)
         tally = self.modules[patch.module] if pair.status != "tied" else Tally()
@@ -196,7 +192,8 @@ class Replay:
             whole = self._made_whole(recipe, pair, tile)
             return None if whole is None else whole[first : first + count].reshape(-1)
         part = slice(first, first + count)
-        adapter = self.merger.adapter(tile).take(**{"in_" if patch.transposed else "out": part})
+        assert tile.opened is not None
+        adapter = tile.opened.adapter.take(**{"in_" if patch.transposed else "out": part})
         base = base_weight[:, :count] if patch.transposed else base_weight[:count]
         made = recipe.merge(Operands(base.to(DTYPES[pair.output.info.dtype]), adapter, DTYPES[pair.info.dtype]))
         return (made.T if patch.transposed else made).reshape(-1)
@@ -205,12 +202,13 @@ class Replay:
         """What the recipe makes of the whole patch, as stored; kept while its tiles pass by."""
         patch = tile.patch
         assert patch is not None
+        assert tile.opened is not None
         every = part_of(pair.output, patch, patch.start, patch.stop)
         if every.nbytes * 8 // BITS[pair.output.info.dtype] > WHOLE:
             return None
         if self.whole is None or self.whole[:2] != (patch, recipe.name):
             base = self.merger.base_weight(every, read_tile(self.merger, every)).to(DTYPES[pair.output.info.dtype])
-            made = recipe.merge(Operands(base, self.merger.adapter(tile), DTYPES[pair.info.dtype]))
+            made = recipe.merge(Operands(base, tile.opened.adapter, DTYPES[pair.info.dtype]))
             self.whole = (patch, recipe.name, (made.T if patch.transposed else made).contiguous())
         return self.whole[2]
 

@@ -7,6 +7,7 @@ import resource
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,14 +31,14 @@ from d2surgery.merging.writer import (
     ShardWriter,
     hash_tensors,
     index_file,
-    pipeline,
     shards,
 )
 from d2surgery.sites import Landing, Site
 from d2surgery.tensors import DTYPES, as_bytes, find_device
+from d2surgery.threads import pipeline
 
 RECEIPT = "d2surgery_merge.json"
-_BUFFERS = 4
+_BUFFERS = 8
 
 
 def prepare(
@@ -131,17 +132,24 @@ class Job:
         }
 
     def buffers(self, max_memory: int | None) -> list[Tensor]:
-        """Read buffers, as many as the memory allows, between 2 and 4."""
-        largest = max((tile.nbytes for output in self.outputs for tile in tiles(output, False)), default=0)
+        """Read buffers, as many as the memory allows, between 2 and 8."""
+        largest = max((tile.nbytes for output in self.outputs for tile in tiles(output)), default=0)
         count = _BUFFERS
         if max_memory is not None:
-            work = 4 * largest * (2 if any(o.info.dtype in ("F32", "F64") for o in self.outputs) else 4)
-            need = resident_memory() + work
+            need = resident_memory() + self._work(largest)
             count = min(_BUFFERS, (max_memory - need) // max(2 * largest, 1))
             if count < 2:
                 want = f"at least {-(-(need + 4 * largest) // 1_000_000)} MB"
                 raise refuse("MEMORY", "too little for two tiles", wanted=want, got=f"{max_memory // 1_000_000} MB")
         return [torch.empty(largest, dtype=torch.uint8) for _ in range(count)]
+
+    def _work(self, largest: int) -> int:
+        """About the bytes used beside the buffers: tiles in the dtype of the work, merged and summed; open adapters."""
+        widened = 2 if any(output.info.dtype in ("F32", "F64") for output in self.outputs) else 4
+        patches = (patch for output in self.outputs if output.site for patch in output.site.patches)
+        count = 6 if any(map(self.merger.crosses_tiles, patches)) else 4
+        sizes = [(a.out_features + a.in_features) * sum(a.ranks.values()) for a in self.layout.adapters.values()]
+        return count * widened * largest + 3 * 24 * max(sizes, default=0)  # as stored, in float64, in the work's dtype
 
     # Writing -----------------------------------------------------------------------------------------------------
 
@@ -237,7 +245,7 @@ class Job:
 
         def read(tile: Tile, buffer: Tensor) -> None:
             self.merger.read(tile, buffer)
-            hashed = tile.output.name in known or tile.output.copied or tile.measure
+            hashed = tile.output.name in known or tile.output.copied
             if verify and not hashed and self._from_base(tile.output):
                 digest = inputs.setdefault(tile.output.name, hashlib.sha256())
                 digest.update(as_bytes(buffer[: tile.nbytes]))
@@ -248,9 +256,9 @@ class Job:
             done += piece.nbytes
             progress(done)
 
-        queue = (tile for entry in shard.entries for tile in self.merger.tiles(ordered[entry.name]))
         try:
-            pipeline(queue, read, self.merger.merge, write, buffers)
+            with closing(self.merger.tiles(ordered[entry.name] for entry in shard.entries)) as queue:
+                pipeline(queue, read, self.merger.merge, write, buffers)
         except BaseException:
             writer.abandon()
             raise
@@ -278,16 +286,16 @@ class Job:
 
         def compute(tile: Tile, buffer: Tensor) -> None:
             nonlocal done
-            base_weight, delta = self.merger.delta(tile, buffer)
-            if tile.patch is not None and delta is not None:
+            if tile.patch is not None:
+                base_weight, delta = self.merger.delta(tile, buffer)
                 sums = found.setdefault(tile.patch.module, dict.fromkeys(dtypes, Survival()))
                 for dtype in dtypes:
                     sums[dtype] += survival(base_weight, delta, DTYPES[dtype])
                 done += tile.nbytes
                 progress(done, total)
 
-        queue = (tile for output in adapted for tile in self.merger.tiles(output))
-        pipeline(queue, self.merger.read, compute, lambda tile, piece: None, buffers)
+        with closing(self.merger.tiles(adapted)) as queue:
+            pipeline(queue, self.merger.read, compute, lambda tile, piece: None, buffers)
         return found
 
 

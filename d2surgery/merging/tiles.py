@@ -1,12 +1,15 @@
 """One tensor of the merged checkpoint, tile by tile: what is read, what is computed, in which dtype.
 
 The tile grid depends on shapes alone, so the result does not depend on the memory given. Where an adapter normalises
-vectors that no single tile holds, its tiles come twice: once to sum each vector's triple, once to merge.
+vectors that no single tile holds, the tiles are read twice: once to sum each vector's triple, once to merge.
 """
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from math import isfinite, prod
 from typing import NamedTuple
 
@@ -20,6 +23,7 @@ from d2surgery.header import BITS, FLOATS, TensorInfo
 from d2surgery.merging.writer import Entry
 from d2surgery.sites import Patch, Site
 from d2surgery.tensors import DTYPES, as_bytes, read_into, rounded
+from d2surgery.threads import ahead
 
 TILE = 1 << 20  # entries; 4 MB in float32, small enough for the cache
 _LEAST_ROWS = 4  # products of one to three rows take other code paths in the linear-algebra library
@@ -61,28 +65,42 @@ class Tile(NamedTuple):
     first: int = 0
     last: int = 0
     patch: Patch | None = None
-    measure: bool = False  # only sum the triples
+    opened: "Opened | None" = None
+
+
+class Opened(NamedTuple):
+    """The adapter of a patch, with all that its tiles share; `streamed` is None for Dual LoRA, which has no update."""
+
+    adapter: Adapter
+    streamed: Streamed | None
+
+
+class _Workspace(threading.local):
+    """Memory of one thread, the same for every tile: fresh memory costs page faults."""
+
+    memory: Tensor = torch.empty(0)
 
 
 @dataclass
 class TileMerger:
-    """Reads and merges tiles, one output after the other; keeps the adapter in use."""
+    """Reads and merges tiles."""
 
     checkpoint: Checkpoint
     strength: float
     device: torch.device
-    current: tuple[Patch, Adapter, Streamed | None] | None = None  # the adapter in use, and where
-    workspace: Tensor = field(default_factory=lambda: torch.empty(0))
+    workspace: _Workspace = field(default_factory=_Workspace)
 
     @property
     def grid(self) -> int:
         """Entries per tile: with the shapes, all that decides the grid."""
         return TILE
 
-    def tiles(self, output: Output) -> Iterator[Tile]:
-        """The tiles of an output in the order in which they must be merged."""
-        patches = output.site.patches if output.site else ()
-        return tiles(output, any(self.crosses_tiles(patch) for patch in patches))
+    def tiles(self, outputs: Iterable[Output]) -> Generator[Tile]:
+        """The tiles of the outputs, in order, adapters opened: by a thread of its own, a patch or two ahead."""
+        patches = (list(part) for output in outputs for _, part in groupby(tiles(output), lambda tile: tile.patch))
+        with closing(ahead(self._opened, patches)) as opened:
+            for part in opened:
+                yield from part
 
     def read(self, tile: Tile, buffer: Tensor) -> None:
         """Fill the buffer with the tile's bytes."""
@@ -101,8 +119,8 @@ class TileMerger:
         finally:
             os.close(fd)
 
-    def merge(self, tile: Tile, buffer: Tensor) -> Tensor | None:
-        """The tile's elements as they will be written; None for a tile that only measures. May overwrite the buffer."""
+    def merge(self, tile: Tile, buffer: Tensor) -> Tensor:
+        """The tile's elements as they will be written. May overwrite the buffer."""
         raw = buffer[: tile.nbytes]
         if tile.output.copied:
             return raw
@@ -111,8 +129,7 @@ class TileMerger:
             return stored
         if tile.patch is None:
             return self.finish(tile, self._values(tile, raw), raw)
-        effective = self.effective(tile, self.base_weight(tile, raw))
-        return None if effective is None else self.finish(tile, effective, raw)
+        return self.finish(tile, self.effective(tile, self.base_weight(tile, raw)), raw)
 
     def finish(self, tile: Tile, effective: Tensor, buffer: Tensor) -> Tensor:
         """The effective weight as it will be written: its bias added, rounded once. May overwrite the buffer."""
@@ -126,7 +143,7 @@ class TileMerger:
             self._check_finite(tile, values, result)
         return result
 
-    def delta(self, tile: Tile, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
+    def delta(self, tile: Tile, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """The tile's base weight as an (out_features, in_features) matrix, and strength·delta."""
         base_weight = self.base_weight(tile, buffer)
         return base_weight, self._patched(tile, base_weight, over=False)
@@ -137,18 +154,13 @@ class TileMerger:
         matrix = self._values(tile, buffer).view(tile.last - tile.first, -1)
         return matrix.T if tile.patch.transposed else matrix
 
-    def effective(self, tile: Tile, base_weight: Tensor) -> Tensor | None:
-        """W0 + strength·delta before rounding, written over the base weight; None for a tile that only measures."""
+    def effective(self, tile: Tile, base_weight: Tensor) -> Tensor:
+        """W0 + strength·delta before rounding, written over the base weight."""
         return self._patched(tile, base_weight, over=True)
 
-    def adapter(self, tile: Tile) -> Adapter:
-        """The adapter of the whole patch that the tile is part of."""
-        assert tile.patch is not None
-        return self._adapter(tile, tile.patch)[0]
-
-    def begin(self) -> None:
-        """Forget the sums of the output in use: its tiles are about to come again."""
-        self.current = None
+    def adapter(self, patch: Patch) -> Adapter:
+        """The adapter of the whole patch."""
+        return self.checkpoint.adapter(patch.module, patch.expert).take(out=slice(*patch.out)).to(self.device)
 
     def crosses_tiles(self, patch: Patch) -> bool:
         """Whether its adapter normalises vectors that lie across rows of the stored tensor."""
@@ -160,9 +172,9 @@ class TileMerger:
         """The tile in the dtype of the work; on a CPU always in the same memory, which costs no page faults."""
         if self.device.type != "cpu":
             return stored.to(self.device, dtype)
-        if self.workspace.dtype != dtype or self.workspace.numel() < stored.numel():
-            self.workspace = torch.empty(stored.numel(), dtype=dtype)
-        return self.workspace[: stored.numel()].copy_(stored)
+        if self.workspace.memory.dtype != dtype or self.workspace.memory.numel() < stored.numel():
+            self.workspace.memory = torch.empty(stored.numel(), dtype=dtype)
+        return self.workspace.memory[: stored.numel()].copy_(stored)
 
     def _rounded_into(self, raw: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Rounded once; over the bytes that were read where it fits, since nobody needs them any more."""
@@ -176,22 +188,18 @@ class TileMerger:
         stored = buffer[: tile.nbytes].view(DTYPES[tile.output.info.dtype])
         return self._with_rows(tile, self._working_copy(stored, tile.output.work_dtype))
 
-    def _patched(self, tile: Tile, base_weight: Tensor, *, over: bool) -> Tensor | None:
-        """strength·delta or, over the base weight, their sum; None when the tile only adds to its vectors' triples."""
-        patch = tile.patch
+    def _patched(self, tile: Tile, base_weight: Tensor, *, over: bool) -> Tensor:
+        """strength·delta or, over the base weight, their sum."""
+        patch, opened = tile.patch, tile.opened
         assert patch is not None
-        adapter, streamed = self._adapter(tile, patch)
-        rows = slice(tile.first - patch.start, tile.last - patch.start)
-        part = {"in_": rows} if patch.transposed else {"out": rows}
+        assert opened is not None
+        adapter, streamed = opened
+        part = _part(tile, patch)
         if streamed is None:
             delta = adapter.take(**part).delta(base_weight)
             delta = delta if self.strength == 1 else delta.mul_(self.strength)
             return delta.add_(base_weight) if over else delta
-        if tile.measure:
-            streamed.add(base_weight, **part)
-            return None
         try:
-            self._settle(tile, patch, streamed)
             return streamed.merged(base_weight, **part) if over else streamed.delta(base_weight, **part)
         except D2SurgeryError as error:
             rows_are_vectors = (adapter.along == "out_features") is not patch.transposed
@@ -199,32 +207,31 @@ class TileMerger:
             where = f"{patch.module}{counting}"
             raise D2SurgeryError(*(replace(problem, module=where) for problem in error.problems)) from None
 
-    def _adapter(self, tile: Tile, patch: Patch) -> tuple[Adapter, Streamed | None]:
-        if self.current is None or self.current[0] != patch:
-            adapter = self.checkpoint.adapter(patch.module, patch.expert).take(out=slice(*patch.out)).to(self.device)
-            formed = isinstance(adapter, DualLoRA)  # it has no thin update to stream
-            streamed = None if formed else Streamed(adapter, tile.output.work_dtype, self.strength)
-            self.current = (patch, adapter, streamed)
-        return self.current[1:]
+    def _opened(self, patch_tiles: list[Tile]) -> list[Tile]:
+        """All tiles of a patch with its adapter; where its vectors lie across tiles, with their sums over all."""
+        output, patch = patch_tiles[0].output, patch_tiles[0].patch
+        if patch is None:
+            return patch_tiles
+        adapter = self.adapter(patch)
+        streamed = None if isinstance(adapter, DualLoRA) else Streamed(adapter, output.work_dtype, self.strength)
+        if streamed and len(patch_tiles) > 1 and self.crosses_tiles(patch):
+            self._sum(patch_tiles, patch, streamed)
+        return [tile._replace(opened=Opened(adapter, streamed)) for tile in patch_tiles]
 
-    def _settle(self, tile: Tile, patch: Patch, streamed: Streamed) -> None:
-        """Before the first delta after measuring: add the vectors whose norm nearly cancels again, in float64."""
-        if not streamed.added or streamed.gains is not None:
-            return
+    def _sum(self, parts: list[Tile], patch: Patch, streamed: Streamed) -> None:
+        """Add every tile to the sums of the vectors; again, in float64, to those whose norm nearly cancels."""
+        buffer = torch.empty(max(tile.nbytes for tile in parts), dtype=torch.uint8)
+
+        def base_weight(tile: Tile) -> Tensor:
+            self.read(tile, buffer)
+            return self.base_weight(tile, buffer)
+
+        for tile in parts:
+            streamed.add(base_weight(tile), **_part(tile, patch))
         doubtful = streamed.doubtful()
         streamed.forget(doubtful)
-        for other in self.tiles(tile.output) if len(doubtful) else ():
-            if other.patch == patch and other.measure:
-                buffer = torch.empty(other.nbytes, dtype=torch.uint8)
-                self.read(other, buffer)
-                values = buffer.view(DTYPES[other.output.info.dtype]).to(self.device, torch.float64)
-                values = self._with_rows(other, values)
-                matrix = values.view(other.last - other.first, -1)
-                rows = slice(other.first - patch.start, other.last - patch.start)
-                if patch.transposed:
-                    streamed.add_exactly(matrix.T, doubtful, in_=rows)
-                else:
-                    streamed.add_exactly(matrix, doubtful, out=rows)
+        for tile in parts if len(doubtful) else ():
+            streamed.add_exactly(base_weight(tile), doubtful, **_part(tile, patch))
 
     def bias(self, module: str, tile: Tile, values: Tensor) -> Tensor:
         """What the module's own bias adds to the values of a tile."""
@@ -258,7 +265,7 @@ class TileMerger:
         raise refuse("NOT_FINITE", message, module=tile.output.name)
 
 
-def tiles(output: Output, twice: bool) -> Iterator[Tile]:
+def tiles(output: Output) -> Iterator[Tile]:
     """The grid: fixed by shapes. Patches cover whole rows; what no patch covers is cut by bytes."""
     if output.site is None or not output.site.patches:
         step = TILE * BITS[output.info.dtype] // 8
@@ -268,16 +275,19 @@ def tiles(output: Output, twice: bool) -> Iterator[Tile]:
     rows, _ = output.site.matrix
     row_bytes = output.info.nbytes // rows
     for patch in output.site.patches:
-        cuts = list(_cuts(patch.start, patch.stop, row_bytes * 8 // BITS[output.info.dtype]))
-        for measure in (True, False) if twice and len(cuts) > 1 else (False,):
-            for first, last in cuts:
-                yield Tile(output, first * row_bytes, (last - first) * row_bytes, first, last, patch, measure)
+        for first, last in _cuts(patch.start, patch.stop, row_bytes * 8 // BITS[output.info.dtype]):
+            yield Tile(output, first * row_bytes, (last - first) * row_bytes, first, last, patch)
 
 
 def part_of(output: Output, patch: Patch, first: int, last: int) -> Tile:
     """Whole rows of a patch as one tile."""
     row_bytes = output.info.nbytes // (output.site.matrix[0] if output.site else 1)
     return Tile(output, first * row_bytes, (last - first) * row_bytes, first, last, patch)
+
+
+def _part(tile: Tile, patch: Patch) -> dict[str, slice]:
+    """Which features of the patch's adapter the tile holds."""
+    return {"in_" if patch.transposed else "out": slice(tile.first - patch.start, tile.last - patch.start)}
 
 
 def _cuts(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:

@@ -7,13 +7,12 @@ shard; a directory under the final name is always whole.
 import hashlib
 import json
 import os
-import queue
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -23,7 +22,6 @@ from d2surgery.tensors import as_bytes
 
 JOURNAL = "journal.jsonl"
 FLUSH = 1 << 28  # bytes written before the disk is asked to begin
-Item = TypeVar("Item")
 
 
 class Entry(NamedTuple):
@@ -187,7 +185,7 @@ class ShardWriter:
         self._write(data, self._positions[name])
         self._positions[name] += len(data)
         self._unsynced += len(data)
-        if self._sync and self._unsynced >= FLUSH and not self._flusher.is_alive():
+        if self._unsynced >= FLUSH and not self._flusher.is_alive():
             self._unsynced = 0  # the disk works while the tiles are computed, so that close has little to wait for
             self._flusher = threading.Thread(target=self._flush)
             self._flusher.start()
@@ -213,7 +211,12 @@ class ShardWriter:
 
     def _flush(self) -> None:
         try:
-            os.fdatasync(self._fd)
+            if self._sync:
+                os.fdatasync(self._fd)
+            if hasattr(os, "posix_fadvise"):
+                # The kernel keeps what was written in memory until it runs out of it; taking memory that nobody has
+                # used for a while is slow (virtual machines: 2 s a GB here), and so is taking it from others.
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:  # the kernel reports a lost write once, and here is where it was told
             self._failure = error
 
@@ -222,64 +225,6 @@ class ShardWriter:
         while view:
             count = os.pwrite(self._fd, view, position)
             view, position = view[count:], position + count
-
-
-def pipeline(
-    items: Iterable[Item],
-    read: Callable[[Item, Tensor], None],
-    compute: Callable[[Item, Tensor], Tensor | None],
-    write: Callable[[Item, Tensor], None],
-    buffers: Iterable[Tensor],
-) -> None:
-    """Read ahead and write behind in two threads while the caller's thread computes; everything stays in order.
-
-    `buffers` bound the memory: a buffer is free again when what was computed from it has been written.
-    The first error of any stage stops all three and is raised here.
-    """
-    free: queue.Queue[Tensor | None] = queue.Queue()
-    ready: queue.Queue[tuple[Item, Tensor] | None] = queue.Queue()
-    done: queue.Queue[tuple[Item, Tensor, Tensor | None] | None] = queue.Queue()
-    failures: list[BaseException] = []
-    for buffer in buffers:
-        free.put(buffer)
-
-    def read_all() -> None:
-        try:
-            for item in items:
-                buffer = free.get()
-                if buffer is None or failures:
-                    break
-                read(item, buffer)
-                ready.put((item, buffer))
-        except BaseException as error:
-            failures.append(error)
-        ready.put(None)
-
-    def write_all() -> None:
-        while (step := done.get()) is not None:
-            item, buffer, result = step
-            try:
-                if result is not None and not failures:
-                    write(item, result)
-            except BaseException as error:
-                failures.append(error)
-            free.put(buffer)
-
-    threads = [threading.Thread(target=stage, daemon=True) for stage in (read_all, write_all)]
-    for thread in threads:
-        thread.start()
-    try:
-        while (step := ready.get()) is not None and not failures:
-            item, buffer = step
-            done.put((item, buffer, compute(item, buffer)))
-    except BaseException as error:
-        failures.append(error)
-    done.put(None)
-    free.put(None)
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 def hash_tensors(path: Path, shard: Shard) -> dict[str, str]:
