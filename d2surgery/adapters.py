@@ -39,6 +39,8 @@ CANCELLED = 1e-12
 SUSPICIOUS = 0.1
 """Below this share, float32 sums are repeated in float64."""
 BLOCK = 32
+FORMED = 1 << 18
+"""Entries of Dual LoRA's delta formed at once: 2 MB in float64."""
 
 
 class Triple(NamedTuple):
@@ -427,12 +429,12 @@ class DualLoRA(Adapter):
 
     def delta(self, base_weight: Weight, triple: Triple | None = None) -> Weight:
         """As every delta. D·C is formed in float64: a sign that flips is not a rounding error."""
+        if not _learns(self):
+            return Formed(self, base_weight.dtype).delta(base_weight)
         B = (self.scaling * self.B.double()).to(base_weight.dtype)
         with no_autocast(base_weight):
             size = _product_like(base_weight, B, self.A.to(base_weight.dtype)).relu_()
             z = _product_like(base_weight, self.D.double(), self.C.double())
-        if not _learns(self):
-            return signed(size, z)
         sign: Tensor = _Sign.apply(z, self.ste)  # type: ignore[no-untyped-call]
         return size * sign.to(size.dtype)
 
@@ -561,6 +563,51 @@ class Streamed:
         excess = self.strength * gains.base_excess
         P = self.strength * gains.update_gain[:, None] * self.P[vectors]
         return _Gained(excess.to(self.dtype), (1 + excess).to(self.dtype), P.to(self.dtype))
+
+
+class Formed:
+    """Dual LoRA, which has no thin update, over the tiles of one base weight: `Streamed`'s methods.
+
+    In blocks of entries as they lie in memory, small enough for the cache: fresh memory costs more than the arithmetic.
+    """
+
+    def __init__(self, adapter: DualLoRA, dtype: torch.dtype, strength: float = 1.0) -> None:
+        self.strength = strength
+        self.B, self.A = (adapter.scaling * adapter.B.double()).to(dtype), adapter.A.to(dtype)
+        self.D, self.C = adapter.D.double(), adapter.C.double()
+        self._memory = torch.empty(0), torch.empty(0)
+
+    @torch.no_grad()
+    def delta(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> Weight:
+        """The tile's strength·delta, laid out as the tile."""
+        result = torch.empty_like(tile)
+        for block, delta in self._blocks(result, out, in_):
+            block.copy_(delta)
+        return result
+
+    @torch.no_grad()
+    def merged(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> Weight:
+        """The tile + strength·delta, written over the tile."""
+        for block, delta in self._blocks(tile, out, in_):
+            block += delta
+        return tile
+
+    def _blocks(self, tile: Tensor, out: slice, in_: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of the tile as it lies in memory, and what is to be added to each."""
+        B, A, D, C = self.B[out], self.A[:, in_], self.D[out], self.C[:, in_]
+        if _is_transposed(tile):
+            tile, B, A, D, C = tile.T, A.T, B.T, C.T, D.T
+        step = min(max(FORMED // tile.shape[1], 1), tile.shape[0])
+        if self._memory[0].shape != (step, tile.shape[1]):
+            self._memory = tile.new_empty(step, tile.shape[1]), D.new_empty(step, tile.shape[1])
+        with no_autocast(tile):
+            for start in range(0, tile.shape[0], step):
+                rows = slice(start, min(start + step, tile.shape[0]))
+                size, z = (memory[: rows.stop - start] for memory in self._memory)
+                torch.mm(B[rows], A, out=size)
+                torch.mm(D[rows], C, out=z)
+                delta = signed(size.relu_(), z)
+                yield tile[rows], delta if self.strength == 1 else delta.mul_(self.strength)
 
 
 class _Gained(NamedTuple):

@@ -35,6 +35,16 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> None:
         done += count
 
 
+def let_go(fd: int, start: int = 0, nbytes: int = 0) -> None:
+    """Let the kernel drop its copy of a part of a file (0 bytes: to the end), and begin writing what is not on disk.
+
+    Files as large as a model push all else out of its cache, and taking fresh memory for them can cost more than the
+    arithmetic: 2 s a GB on a virtual machine whose host has lent that memory to others.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_DONTNEED)
+
+
 def read_tensor(info: TensorInfo) -> Tensor:
     """One whole tensor in its stored dtype."""
     data = torch.empty(info.nbytes, dtype=torch.uint8)

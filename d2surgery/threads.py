@@ -31,8 +31,8 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int = 
 def pipeline(
     items: Iterable[Item],
     read: Callable[[Item, Tensor], None],
-    compute: Callable[[Item, Tensor], Tensor | None],
-    write: Callable[[Item, Tensor], None],
+    compute: Callable[[Item, Tensor], Result | None],
+    write: Callable[[Item, Result], None],
     buffers: Iterable[Tensor],
 ) -> None:
     """Read ahead and write behind in two threads while the caller's thread computes; everything stays in order.
@@ -42,7 +42,7 @@ def pipeline(
     """
     free: queue.Queue[Tensor | None] = queue.Queue()
     ready: queue.Queue[tuple[Item, Tensor] | None] = queue.Queue()
-    done: queue.Queue[tuple[Item, Tensor, Tensor | None] | None] = queue.Queue()
+    done: queue.Queue[tuple[Item, Tensor, Result | None] | None] = queue.Queue()
     failures: list[BaseException] = []
     for buffer in buffers:
         free.put(buffer)

@@ -19,7 +19,7 @@ from torch import Tensor
 from d2surgery.errors import D2SurgeryError
 
 with install_import_hook(["d2surgery.adapters", "d2surgery.forwards", "d2surgery.lowrank"], "beartype.beartype"):
-    from d2surgery.adapters import KINDS, Adapter, D2LoRA, DoRA, DualLoRA, LoRA, Streamed, Triple
+    from d2surgery.adapters import KINDS, Adapter, D2LoRA, DoRA, DualLoRA, Formed, LoRA, Streamed, Triple
 
 Slots = dict[str, np.ndarray[Any, np.dtype[np.float64]]]
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -785,6 +785,26 @@ def test_streamed_tiles_are_the_deltas_of_the_parts(kind: str, along: str, cut: 
         wanted = adapter.take(**part).delta(tile, triple)
         found = streamed.delta(tile, **part)
         torch.testing.assert_close(found, wanted, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-7)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+def test_formed_tiles_are_numpys_delta_and_add_to_their_base(
+    transposed: bool, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d2surgery.adapters.FORMED", 1000)
+    generator = torch.Generator().manual_seed(5)
+    A, C = torch.randn(3, 90, generator=generator), torch.randn(2, 90, generator=generator)
+    B, D = torch.randn(70, 3, generator=generator), torch.randn(70, 2, generator=generator)
+    W = torch.randn(90, 70, generator=generator).T if transposed else torch.randn(70, 90, generator=generator)
+    formed = Formed(DualLoRA(A=A, B=B, C=C, D=D, scaling=0.7), torch.float32, strength)
+    b, a, c, d = (slot.double().numpy() for slot in (B, A, C, D))
+    wanted = strength * np.maximum(0.7 * (b @ a), 0) * np.where(d @ c > 0, 1, -1)
+    for part in ({"out": slice(0, 33)}, {"out": slice(33, 70)}, {"in_": slice(7, 90)}):
+        cut = part.get("out", slice(None)), part.get("in_", slice(None))
+        tile = W[cut].clone(memory_format=torch.preserve_format)
+        np.testing.assert_allclose(formed.delta(tile, **part), wanted[cut], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(formed.merged(tile, **part), W[cut].numpy() + wanted[cut], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("whole_vectors", [True, False])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from math import inf
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +21,22 @@ from d2surgery.header import BITS
 from d2surgery.measures.fidelity import Comparison, Survival, bits, compare, measured
 from d2surgery.merging.tiles import Tile, TileMerger, all_finite, part_of, tiles
 from d2surgery.sites import Patch
-from d2surgery.tensors import DTYPES, as_bytes, read_into
+from d2surgery.tensors import DTYPES, as_bytes, let_go, read_into
 from d2surgery.threads import pipeline
 
 WHOLE = 1 << 24  # entries: the largest weight held whole, for recipes that normalise across tiles
 _SAMPLE = 64  # rows on which recipes are told apart
 _BUFFERS = 3
 _ALIGNED = 64
+
+
+class Made(NamedTuple):
+    """A tile as our merge makes it, and the file's elements, both flat; of a patched one what it was made from."""
+
+    ours: Tensor
+    merged: Tensor
+    base_weight: Tensor | None = None  # (out_features, in_features), in the dtype of the work, as delta
+    delta: Tensor | None = None
 
 
 @dataclass
@@ -56,65 +66,71 @@ class Replay:
     favourite: Recipe | None = None
     current: Pair | None = None
     whole: tuple[Patch, str, Tensor] | None = None  # what a recipe made of a whole patch
-    spaces: list[Tensor] = field(default_factory=lambda: [torch.empty(0)] * 4)
+    spaces: list[Tensor] = field(default_factory=lambda: [torch.empty(0)] * 2)
 
     def run(self, pairs: Sequence[Pair], progress: Callable[[int, int], None]) -> None:
         """Compare every pair; progress(done, total) in bytes of the merged file."""
         grid = [(pair, tile) for pair in pairs for tile in tiles(pair.output)]
         total = sum(_share(pair, tile)[1] for pair, tile in grid)
-        largest = max((_aligned(tile.nbytes) + _share(pair, tile)[1] for pair, tile in grid), default=0)
+        largest = max((_places(pair, tile)[-1] for pair, tile in grid), default=0)
         done = 0
 
-        def compute(step: tuple[Pair, Tile], buffer: Tensor) -> None:
+        def compare(step: tuple[Pair, Tile], made: Made) -> None:
             nonlocal done
             pair, tile = step
             if pair is not self.current:
                 self.current, self.whole = pair, None
-            self._compare(pair, tile, buffer)
-            done += _share(pair, tile)[1]
+            self._compare(pair, tile, made)
+            done += made.merged.nbytes
             progress(done, total)
 
         buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(_BUFFERS)]
         with closing(self.merger.tiles(pair.output for pair in pairs)) as opened:
             queue = zip((pair for pair, _ in grid), opened, strict=True)
-            pipeline(queue, self._read, compute, lambda step, piece: None, buffers)
+            pipeline(queue, self._read, self._make, compare, buffers)
 
     def _read(self, step: tuple[Pair, Tile], buffer: Tensor) -> None:
         pair, tile = step
         self.merger.read(tile, buffer)
         start, nbytes = _share(pair, tile)
-        at = _aligned(tile.nbytes)
+        at = _places(pair, tile)[0]
         read_part(pair, start, as_bytes(buffer[at : at + nbytes]))
 
-    def _compare(self, pair: Pair, tile: Tile, buffer: Tensor) -> None:
-        at = _aligned(tile.nbytes)
-        merged = buffer[at : at + _share(pair, tile)[1]].view(DTYPES[pair.info.dtype])
-        patch = tile.patch
-        if patch is None:
-            made = self.merger.merge(tile, buffer[: tile.nbytes])
-            wanted = made.reshape(-1).view(merged.dtype)
-            site = pair.output.site
-            if self._note(pair, tile, wanted, merged) and site is not None and site.bias is not None:
-                self.rounding[pair.name] &= self._rounding_only(site.bias, tile, wanted, merged)
-            return
+    def _make(self, step: tuple[Pair, Tile], buffer: Tensor) -> Made:
+        """Our merge of a tile, all of it in the buffer's memory."""
+        pair, tile = step
+        first, second, third, end = _places(pair, tile)
+        merged = buffer[first : first + _share(pair, tile)[1]].view(DTYPES[pair.info.dtype])
+        stored = buffer[: tile.nbytes]
+        if tile.patch is None:
+            return Made(self.merger.merge(tile, stored).reshape(-1).view(merged.dtype), merged)
         working = self.merger.base_weight(tile, buffer)
-        base_weight = self._space(0, working).copy_(working)
+        base_weight = _laid_out(buffer[second:third].view(working.dtype), working).copy_(working)
         effective = self.merger.effective(tile, working)
-        delta = torch.sub(effective, base_weight, out=self._space(1, base_weight))
-        ours = self.merger.finish(tile, effective, buffer[: tile.nbytes]).reshape(-1)
+        delta = torch.sub(effective, base_weight, out=_laid_out(buffer[third:end].view(working.dtype), working))
+        return Made(self.merger.finish(tile, effective, stored).reshape(-1), merged, base_weight, delta)
+
+    def _compare(self, pair: Pair, tile: Tile, made: Made) -> None:
+        ours, merged, base_weight, delta = made
+        patch = tile.patch
+        if patch is None or base_weight is None or delta is None:
+            site = pair.output.site
+            if self._note(pair, tile, ours, merged) and site is not None and site.bias is not None:
+                self.rounding[pair.name] &= self._rounding_only(site.bias, tile, ours, merged)
+            return
         tally = self.modules[patch.module] if pair.status != "tied" else Tally()
         wanted = self._wanted(tally, pair, tile, base_weight, ours, merged)
         if pair.status != "tied":
             base, change = (base_weight.T, delta.T) if patch.transposed else (base_weight, delta)
-            made = merged.view(base.shape)
-            survival = measured(base, change, made, (self._space(2, base), self._space(3, base)))
+            there = merged.view(base.shape)
+            survival = measured(base, change, there, (self._space(0, base), self._space(1, base)))
             tally.survival += survival
             if wanted is merged:
                 tally.comparison += Comparison(
                     elements=survival.elements, e_delta=survival.inner, ee=survival.applied_squared
                 )
                 return
-            tally.comparison += compare(base, change, wanted.view(base.shape), made)
+            tally.comparison += compare(base, change, wanted.view(base.shape), there)
             tally.finite &= all_finite(merged)
         if self._note(pair, tile, wanted, merged) and tally.first is None:
             tally.first = (pair, patch, self.first[pair.name])
@@ -130,8 +146,7 @@ class Replay:
         space = self.spaces[which]
         if space.dtype != like.dtype or space.numel() < like.numel():
             space = self.spaces[which] = torch.empty(like.numel(), dtype=like.dtype)
-        flat = space[: like.numel()]
-        return flat.view(like.T.shape).T if like.stride(0) < like.stride(1) else flat.view(like.shape)
+        return _laid_out(space, like)
 
     # Recipes -----------------------------------------------------------------------------------------------------
 
@@ -239,6 +254,7 @@ def read_part(pair: Pair, start: int, target: memoryview) -> None:
     fd = os.open(pair.info.file, os.O_RDONLY)
     try:
         read_into(fd, target, pair.info.start + start)
+        let_go(fd, pair.info.start + start, len(target))
     finally:
         os.close(fd)
 
@@ -247,6 +263,21 @@ def _share(pair: Pair, tile: Tile) -> tuple[int, int]:
     """Where the tile's elements are in the merged tensor: first byte and number of bytes."""
     source, own = BITS[pair.output.info.dtype], BITS[pair.info.dtype]
     return tile.start * own // source, tile.nbytes * own // source
+
+
+def _places(pair: Pair, tile: Tile) -> tuple[int, int, int, int]:
+    """Where in a buffer, after the stored tile, lie the file's elements, W0 and delta, and where they end."""
+    entries = tile.nbytes * 8 // BITS[pair.output.info.dtype] if tile.patch else 0
+    merged = _aligned(tile.nbytes)
+    base_weight = _aligned(merged + _share(pair, tile)[1])
+    delta = _aligned(base_weight + entries * pair.output.work_dtype.itemsize)
+    return merged, base_weight, delta, delta + delta - base_weight
+
+
+def _laid_out(memory: Tensor, like: Tensor) -> Tensor:
+    """Flat memory in the shape and layout of a matrix."""
+    flat = memory[: like.numel()]
+    return flat.view(like.T.shape).T if like.stride(0) < like.stride(1) else flat.view(like.shape)
 
 
 def _aligned(nbytes: int) -> int:

@@ -54,7 +54,7 @@ def survival(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Survival:
     applied = rounded(base + delta, dtype).to(base.dtype) - rounded(base, dtype).to(base.dtype)
     return Survival(
         elements=base.numel(),
-        changed=int(torch.count_nonzero(applied != 0)),  # of bools: no branch for each entry
+        changed=_nonzero(applied, torch.empty_like(applied)),
         delta_squared=_dot(delta, delta),
         applied_squared=_dot(applied, applied),
         inner=_dot(applied, delta),
@@ -68,10 +68,10 @@ def measured(base: Tensor, delta: Tensor, merged: Tensor, spaces: tuple[Tensor, 
     `spaces`: memory of that dtype and shape to work in; fresh memory costs more here than the arithmetic.
     """
     first, second = spaces or (torch.empty_like(base), torch.empty_like(base))
-    applied = torch.sub(merged, base, out=first)
+    applied = first.copy_(merged).sub_(base)
     return Survival(
         elements=base.numel(),
-        changed=int(torch.count_nonzero(applied != 0)),  # of bools: no branch for each entry
+        changed=_nonzero(applied, second),
         delta_squared=_dot(delta, delta, second),
         applied_squared=_dot(applied, applied, second),
         inner=_dot(applied, delta, second),
@@ -183,6 +183,11 @@ def _histogram(distances: Tensor) -> tuple[int, ...]:
     edges = torch.tensor(ULPS, device=distances.device)
     counts = torch.bincount(torch.bucketize(distances, edges), minlength=len(ULPS) + 1)
     return tuple(counts.tolist())
+
+
+def _nonzero(values: Tensor, space: Tensor) -> int:
+    """How many entries are not zero: summing ones is ten times faster than `count_nonzero`."""
+    return int(torch.ne(values, 0, out=space).sum(dim=-1).sum(dtype=torch.float64))
 
 
 def _dot(a: Tensor, b: Tensor, space: Tensor | None = None) -> float:

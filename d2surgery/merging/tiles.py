@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, DualLoRA, Streamed
+from d2surgery.adapters import Adapter, DualLoRA, Formed, Streamed
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, refuse
 from d2surgery.header import BITS, FLOATS, TensorInfo
@@ -69,10 +69,10 @@ class Tile(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """The adapter of a patch, with all that its tiles share; `streamed` is None for Dual LoRA, which has no update."""
+    """The adapter of a patch, and what its tiles share."""
 
     adapter: Adapter
-    streamed: Streamed | None
+    streamed: Streamed | Formed
 
 
 class _Workspace(threading.local):
@@ -195,10 +195,6 @@ class TileMerger:
         assert opened is not None
         adapter, streamed = opened
         part = _part(tile, patch)
-        if streamed is None:
-            delta = adapter.take(**part).delta(base_weight)
-            delta = delta if self.strength == 1 else delta.mul_(self.strength)
-            return delta.add_(base_weight) if over else delta
         try:
             return streamed.merged(base_weight, **part) if over else streamed.delta(base_weight, **part)
         except D2SurgeryError as error:
@@ -213,10 +209,14 @@ class TileMerger:
         if patch is None:
             return patch_tiles
         adapter = self.adapter(patch)
-        streamed = None if isinstance(adapter, DualLoRA) else Streamed(adapter, output.work_dtype, self.strength)
-        if streamed and len(patch_tiles) > 1 and self.crosses_tiles(patch):
-            self._sum(patch_tiles, patch, streamed)
-        return [tile._replace(opened=Opened(adapter, streamed)) for tile in patch_tiles]
+        if isinstance(adapter, DualLoRA):
+            opened = Opened(adapter, Formed(adapter, output.work_dtype, self.strength))
+        else:
+            streamed = Streamed(adapter, output.work_dtype, self.strength)
+            if len(patch_tiles) > 1 and self.crosses_tiles(patch):
+                self._sum(patch_tiles, patch, streamed)
+            opened = Opened(adapter, streamed)
+        return [tile._replace(opened=opened) for tile in patch_tiles]
 
     def _sum(self, parts: list[Tile], patch: Patch, streamed: Streamed) -> None:
         """Add every tile to the sums of the vectors; again, in float64, to those whose norm nearly cancels."""

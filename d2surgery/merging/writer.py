@@ -18,7 +18,7 @@ from torch import Tensor
 
 from d2surgery.errors import refuse
 from d2surgery.header import BITS, INDEX
-from d2surgery.tensors import as_bytes
+from d2surgery.tensors import as_bytes, let_go
 
 JOURNAL = "journal.jsonl"
 FLUSH = 1 << 28  # bytes written before the disk is asked to begin
@@ -213,10 +213,7 @@ class ShardWriter:
         try:
             if self._sync:
                 os.fdatasync(self._fd)
-            if hasattr(os, "posix_fadvise"):
-                # The kernel keeps what was written in memory until it runs out of it; taking memory that nobody has
-                # used for a while is slow (virtual machines: 2 s a GB here), and so is taking it from others.
-                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            let_go(self._fd)
         except OSError as error:  # the kernel reports a lost write once, and here is where it was told
             self._failure = error
 
