@@ -11,7 +11,7 @@ import pytest
 import torch
 import training as T
 from models import byte_tokenizer, llama
-from test_training_loop import killed, to
+from test_training_loop import ACCELERATE, killed, to, two_processes
 from training import config_of, lines, same, write_items
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -176,6 +176,20 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_adapter(folder: Pat
     assert lines(folder / "out") == lines(folder / "whole")
     with pytest.raises(D2SurgeryError, match=r"RESUME_MISMATCH .*run\.quantization.*wanted '4bit'; got '8bit'"):
         train(replace(config, run=replace(config.run, quantization="8bit")), resume=True)
+
+
+def test_two_processes_of_accelerate_train_what_one_does_with_twice_the_batch(folder: Path) -> None:
+    """Float32 sums in another order, as in test_training_loop."""
+    config = config_of(folder, "d2lora", run={"quantization": "4bit"})
+    train(config)
+    halves = replace(to(config, "halves"), optimizer=replace(config.optimizer, batch=2))
+    (folder / "halves.toml").write_text(to_toml(halves))
+    command = ("-m", "d2surgery", "train", str(folder / "halves.toml"), "--json")
+    assert json.loads(two_processes(*command, launcher=ACCELERATE))["quantization"] == "4bit"
+    one, two = ([line["loss"] for line in lines(folder / name) if "loss" in line] for name in ("out", "halves"))
+    assert two == pytest.approx(one, rel=1e-5)
+    for name, tensor in T.tensors(folder / "out").items():
+        torch.testing.assert_close(T.tensors(folder / "halves")[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @both
