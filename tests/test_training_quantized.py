@@ -208,7 +208,10 @@ def test_eval_answers_on_the_base_that_was_trained_on(
     again = held(folder / "base", quantization)
     attach(again, load(folder / "out"))
     assert torch.equal(logits(model), logits(again))
-    assert main(["eval", "--base", str(base), "--tasks", str(folder / "others.json"), "--limit", "4", "--quiet"]) == 0
+    alone = ["eval", "--base", str(base), "--tasks", str(folder / "others.json"), "--limit", "4", "--quiet"]
+    assert main(alone) == 0
+    assert main([*alone, "--merged", str(folder / "base"), "--quantization", quantization]) == 2
+    assert "--quantization has no effect" in capsys.readouterr().err
 
 
 # What goes wrong -------------------------------------------------------------------------------------------------

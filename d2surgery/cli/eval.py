@@ -76,6 +76,10 @@ def command(
     """
     if not (files or harness):
         raise refuse("USAGE", "nothing to answer", wanted="--tasks FILE or --harness TASK")
+    if quantization and merged and not adapter:
+        raise refuse(
+            "USAGE", "the base is not run, so --quantization has no effect", wanted="--adapter, or no --merged"
+        )
     if items_file is not None and items_file.exists():
         raise refuse("OUTPUT_EXISTS", "not overwritten", file=str(items_file))
     tasks = [read_task(path, limit) for path in (*files, *more)]
