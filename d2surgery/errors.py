@@ -147,7 +147,8 @@ CODES: dict[str, Code] = {
     "MISSING_SHARD": Code("The index names a weight file or tensor that is not there.", "Complete the download."),
     "QUANTIZED_BASE": Code(
         "The base is quantised; adding the adapter on its grid would lose most of it.",
-        "Merge into the unquantised base and quantise once afterwards.",
+        "Merge into the unquantised base and quantise once afterwards. What was trained on the quantised base merges "
+        "exactly into what dequantize() of transformers' model gives, saved.",
     ),
     "OTHER_QUANTIZATION": Code(
         "The base is stored in a quantisation other than bitsandbytes' 4 and 8 bit: no adapter runs on it here.",

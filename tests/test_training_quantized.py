@@ -15,7 +15,7 @@ from test_training_loop import ACCELERATE, killed, to, two_processes
 from training import config_of, lines, same, write_items
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from d2surgery import KINDS, load
+from d2surgery import KINDS, load, merge
 from d2surgery.attaching import adapted, attach
 from d2surgery.cli import main
 from d2surgery.errors import D2SurgeryError
@@ -120,6 +120,24 @@ def test_the_file_is_what_was_trained_on_the_quantised_base(
 
 
 @both
+@every_kind
+def test_merged_into_the_dequantised_base_it_is_what_was_trained(folder: Path, kind: str, quantization: str) -> None:
+    """transformers' own dequantize(); on the unquantised base what is merged differs by the base's rounding."""
+    config = config_of(folder, kind, run={"quantization": quantization})
+    train(config)
+    live = held(folder / "base", quantization)
+    attach(live, load(config.output))
+    held(folder / "base", quantization).dequantize(dtype=torch.float32).save_pretrained(folder / "dequantised")
+    off = {}
+    for name in ("dequantised", "base"):
+        merge(folder / name, config.output, folder / f"{name}-merged")
+        merged = logits(AutoModelForCausalLM.from_pretrained(folder / f"{name}-merged"))
+        off[name] = float((merged - logits(live)).abs().max() / logits(live).abs().max())
+    assert off["dequantised"] < 1e-5
+    assert off["base"] > 1e-3
+
+
+@both
 def test_a_base_that_is_stored_quantised_is_trained_as_one_that_is_loaded_so(folder: Path, quantization: str) -> None:
     """Bit for bit; packed rows, dropout and all; and activations computed again."""
     config = config_of(
@@ -157,7 +175,7 @@ def test_what_a_run_was_trained_on_is_told(folder: Path, capsys: pytest.CaptureF
     entries = slots + sum(parameter.numel() for parameter in model.parameters())
     assert f"  parameters  {slots:,} of {entries:,} (" in text
     assert "--quantization 4bit --tasks FILE" in text
-    assert "merging is onto the unquantised base" in text
+    assert "this merges into the unquantised base" in text
     assert load(folder / "out").layout.config["training"]["quantization"] == "4bit"
     assert 'quantization = "4bit"' in (folder / "out" / "train.toml").read_text()
     arguments = ["--adapter", str(folder / "out"), "--out", str(folder / "merged")]

@@ -166,4 +166,5 @@ def _after(config: TrainConfig, report: Any) -> Iterator[str]:
     yield f"  d2surgery eval --base {base} --adapter {out}{held} --tasks FILE"
     yield f"  d2surgery merge --base {whole} --adapter {out} --out {out}-merged"
     if report.quantization:
-        yield "merging is onto the unquantised base: the merged model lacks the rounding that was trained with"
+        yield "this merges into the unquantised base; exactly what was trained merges into the dequantised one,"
+        yield "which transformers' model.dequantize() gives"
