@@ -72,7 +72,8 @@ class Adapter(ABC):
     kind: ClassVar[str]
     dimensions: ClassVar[dict[str, list[str]]] = {}
     """The names of each slot's dimensions, read from its annotation: shapes are said once."""
-    scaling: float
+    scaling: float | Float[Tensor, ""]
+    """A tensor only while training warms it up: torch.compile takes a number for a constant."""
 
     def __init_subclass__(cls) -> None:
         annotations = inspect.get_annotations(cls).items()
@@ -665,7 +666,7 @@ class _Sign(torch.autograd.Function):
 
 
 def _with(adapter: Some, slots: dict[str, Tensor]) -> Some:
-    return replace(adapter, **slots)  # type: ignore[arg-type]
+    return replace(adapter, **slots)
 
 
 def _resolve(adapter: Adapter, dim: str) -> str:

@@ -39,7 +39,7 @@ class OverFrozen(nn.Module):
         super().__init__()
         _keep_unpacked(base_layer)
         self.base_layer = base_layer.requires_grad_(False)
-        self.warmup = 1.0
+        self.warmup: Tensor | None = None
         self.base_squares: dict[Axis, Tensor] = {}
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
         self.train(base_layer.training)
@@ -62,6 +62,9 @@ class OverFrozen(nn.Module):
         """The values around the live parameters."""
         raise NotImplementedError
 
+    def warmed(self, scaling: float) -> float | Tensor:
+        return scaling if self.warmup is None else scaling * self.warmup
+
     def through(self, adapter: Adapter, x: Tensor, update_input: Tensor | None) -> Tensor:
         """The adapter's forward over the base layer."""
         W0 = self.base_weight
@@ -76,6 +79,7 @@ class OverFrozen(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OverFrozen":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.warmup = None if self.warmup is None else self.warmup.to(self.weight.device)
         self.remember_squares()  # the weight may have another dtype or device now
         return self
 
@@ -100,7 +104,7 @@ class AdaptedLinear(OverFrozen):
     @property
     def adapter(self) -> Adapter:
         """The value around the live parameters."""
-        chosen = {**self._fields, "scaling": self._fields["scaling"] * self.warmup}
+        chosen = {**self._fields, "scaling": self.warmed(self._fields["scaling"])}
         return self._kind(**chosen, **{name: self.slots[name] for name in self._kind.dimensions})
 
     def adapters(self) -> list[Adapter]:
@@ -212,8 +216,11 @@ def snapshot(model: nn.Module, config: Mapping[str, Any] = MappingProxyType({}))
 def set_warmup(model: nn.Module, w: float) -> None:
     """Multiply every adapter's scaling by w: Dual LoRA starts at 0, where its delta would not be zero."""
     for layer in model.modules():
-        if isinstance(layer, OverFrozen):
-            layer.warmup = w
+        if not isinstance(layer, OverFrozen) or (layer.warmup is None and w == 1):
+            continue
+        if layer.warmup is None:
+            layer.warmup = torch.ones((), dtype=torch.float64, device=layer.weight.device)
+        layer.warmup.fill_(w)  # the same tensor at every step: a compiled model needs no other graph
 
 
 def options_of(kind: type[Adapter]) -> set[str]:

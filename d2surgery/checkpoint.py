@@ -155,7 +155,7 @@ def from_adapters(adapters: Mapping[str, Adapter], config: Mapping[str, Any] = M
         key: TensorInfo(Path(), NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
         for key, tensor in tensors.items()
     }
-    scaling = {module: adapter.scaling for module, adapter in adapters.items()}
+    scaling = {module: float(adapter.scaling) for module, adapter in adapters.items()}
     metadata = {peft.METADATA: json.dumps({"config": full, "scaling": scaling})}
     layout = formats.layout(Header((Path("adapter_model.safetensors"),), infos, metadata), full)
     return Checkpoint(layout, tensors)
@@ -165,7 +165,7 @@ def _config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     """The config that reads back as these adapters: the commonest rank and alpha, patterns for the rest."""
     kind = next(iter(adapters.values())).kind
     ranks = {module: _ranks(adapter) for module, adapter in adapters.items()}
-    alphas = {module: adapter.scaling * _divisor(adapter, ranks[module]) for module, adapter in adapters.items()}
+    alphas = {module: float(a.scaling) * _divisor(a, ranks[module]) for module, a in adapters.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     shown = {module: r[0] if kind != "duallora" else list(r) for module, r in ranks.items() if r != rank}

@@ -159,7 +159,7 @@ class _Layer(OverFrozen, BaseTunerLayer):  # type: ignore[misc]
     def adapter(self, name: str) -> Adapter:
         """The value around the live parameters."""
         slots = {slot: getattr(self, f"lora_{slot}")[name].weight for slot in self.kind.dimensions}
-        scaling = self.fields[name]["scaling"] * self.warmup
+        scaling = self.warmed(self.fields[name]["scaling"])
         return self.kind(**{**self.fields[name], "scaling": scaling}, **slots)
 
     def forward(self, x: Tensor) -> Tensor:

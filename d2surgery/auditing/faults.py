@@ -57,7 +57,7 @@ def _strength(case: Case) -> Iterator[Named]:
 
 def scalings(case: Case) -> dict[str, float]:
     """What usually stands in the place of the scaling, and which factor too much that is."""
-    s, config, entry = case.adapter.scaling, case.adapter_config, case.entry
+    s, config, entry = float(case.adapter.scaling), case.adapter_config, case.entry
     rank = sqrt(_product(entry)) if entry.kind == "duallora" else float(next(iter(entry.ranks.values())))
     alpha = s * (sqrt(rank) if config.get("use_rslora") else rank)
     wrong = {"alpha": alpha, "1, no scaling": 1.0, "the scaling squared": s * s, "1/the scaling": 1 / s if s else 0.0}
@@ -108,7 +108,7 @@ def _transposed(case: Case) -> Iterator[Named]:
     slots = adapter.slots()
     turned = {low: slots[up].T for low, up in pairs.items() if low in slots}
     turned |= {up: slots[low].T for low, up in pairs.items() if low in slots}
-    other = replace(adapter, **turned)  # type: ignore[arg-type]
+    other = replace(adapter, **turned)
     yield Named("DELTA_TRANSPOSED", "the update was transposed", lambda: case.with_(other))
 
 

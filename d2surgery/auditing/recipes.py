@@ -140,7 +140,7 @@ def _torchtune(it: Operands) -> Tensor:
 def _addmm(it: Operands) -> Tensor:
     assert isinstance(it.adapter, LoRA)
     low = it.adapter
-    return it.base.float().addmm_(low.B.float(), low.A.float(), alpha=low.scaling).to(it.dtype)
+    return it.base.float().addmm_(low.B.float(), low.A.float(), alpha=float(low.scaling)).to(it.dtype)
 
 
 def _in_float32(it: Operands) -> Tensor:
