@@ -255,7 +255,8 @@ CODES: dict[str, Code] = {
     ),
     # Audit.
     "BAD_MERGED": Code(
-        "The directory given as merged does not hold a merged checkpoint.", "Give the directory that merging wrote."
+        "The directory given as merged does not hold a merged checkpoint.",
+        "Give the directory that merging wrote; where it holds no safetensors, load the model and save it as such.",
     ),
     "NO_RECEIPT": Code(
         "The merged directory has no d2surgery_merge.json with hashes.", "Audit by the weights, without --receipt."
@@ -272,7 +273,9 @@ CODES: dict[str, Code] = {
     "DELTA_APPLIED_TWICE": Code(
         "The adapter was added two times.", "Merge once, onto the base as it was before any merge."
     ),
-    "SIGN_FLIPPED": Code("The delta was subtracted.", "Add it."),
+    "SIGN_FLIPPED": Code(
+        "The delta was subtracted.", "Add it; or, where base and merged were given in the other order, turn them."
+    ),
     "WRONG_STRENGTH": Code(
         "The delta was applied with another factor than the adapter's scaling.",
         "See how the merger gets its scaling: alpha/r, or alpha/√r with use_rslora, per module with patterns.",

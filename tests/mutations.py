@@ -291,6 +291,12 @@ def nothing(setting: Setting, out: Path) -> None:
     """Our own merge."""
 
 
+def merged_onto_merged(setting: Setting, out: Path) -> None:
+    """The whole merge again, on the checkpoint that a first one wrote."""
+    shutil.rmtree(out)
+    merge(setting.healthy, setting.adapter, out)
+
+
 def formula(f: Formula, modules: list[str] | None = None) -> Change:
     return lambda setting, out: rewrite(out, setting.by(f, modules))
 
@@ -815,6 +821,8 @@ def _formulas() -> Iterator[Case]:
         fail: dict[str, Any] = {"verdict": "fail", **at}
         yield Case(group="not applied", name="all", change=base_again(), codes=("DELTA_NOT_APPLIED",), **fail)
         yield Case(group="twice", name="merged again", change=formula(twice), codes=("DELTA_APPLIED_TWICE",), **fail)
+        yield Case(group="twice", name="onto the merged file", change=merged_onto_merged, **fail,
+                   codes=("DELTA_APPLIED_TWICE",))  # fmt: skip
         yield Case(group="twice", name="2·delta", change=formula(strength(2)), codes=DOUBLE, **fail)
         yield Case(group="sign", name="−delta", change=formula(strength(-1)), codes=("SIGN_FLIPPED",), **fail)
         yield Case(group="alpha", name="×0.5", change=formula(scaled(0.5)), codes=WRONG, **fail)
@@ -998,6 +1006,8 @@ def _small() -> Iterator[Case]:
             if kind in PEFT_KINDS:
                 yield Case(name="small delta, PEFT", change=peft_merge(safe=False), **low, **at)
             yield Case(group="not applied", name="small delta", change=base_again(), codes=("DELTA_NOT_APPLIED",),
+                       also=("LOW_SURVIVAL",), verdict="fail", **at)  # fmt: skip
+            yield Case(group="twice", name="small delta", change=merged_onto_merged, codes=("DELTA_APPLIED_TWICE",),
                        also=("LOW_SURVIVAL",), verdict="fail", **at)  # fmt: skip
             yield Case(group="sign", name="small delta", change=formula(strength(-1)), codes=("SIGN_FLIPPED",),
                        also=("LOW_SURVIVAL",), verdict="fail", **at)  # fmt: skip

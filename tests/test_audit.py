@@ -108,6 +108,17 @@ def test_one_unit_in_one_place_is_reported_as_exactly_that(inputs: Path, tmp_pat
     assert (exact.verdict, codes(exact)) == ("fail", {"TENSOR_CHANGED"})
 
 
+def test_a_few_elements_that_are_far_off_are_counted_and_not_decomposed(inputs: Path, tmp_path: Path) -> None:
+    def touch(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors[KEY][5, 11] += 1
+        return tensors
+
+    found = audit(inputs / "base", inputs / "lora", rewritten(inputs / "merged-lora", tmp_path / "merged", touch))
+    (reason,) = found.reasons
+    assert (found.verdict, reason.code) == ("fail", "DELTA_UNEXPLAINED")
+    assert reason.message == "1 of 65536 elements differs, 1 by more than rounding"
+
+
 def test_one_unit_in_a_tensor_without_an_adapter_fails(inputs: Path, tmp_path: Path) -> None:
     def touch(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         norm = tensors["model.norm.weight"]
@@ -238,6 +249,31 @@ def test_no_config_fails(inputs: Path, tmp_path: Path) -> None:
     assert (found.verdict, codes(found)) == ("fail", {"CONFIG_CHANGED"})
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "code", "part"),
+    [
+        ("generation_config.json", None, "CONFIG_CHANGED", "there is none"),
+        ("generation_config.json", {"eos_token_id": 3}, "CONFIG_CHANGED", "eos_token_id (wanted 2; got 3)"),
+        ("tokenizer_config.json", None, "TOKENIZER_CHANGED", "there is none"),
+        ("tokenizer_config.json", {"eos_token": "b"}, "TOKENIZER_CHANGED", 'eos_token (wanted "a"; got "b")'),
+        ("tokenizer_config.json", {"eos_token": {"content": "a"}, "model_max_length": 5}, "", ""),
+    ],
+)
+def test_what_changes_the_answers_and_not_the_model_is_a_warning(
+    inputs: Path, tmp_path: Path, name: str, content: dict[str, Any] | None, code: str, part: str
+) -> None:
+    usual = {"generation_config.json": {"eos_token_id": 2}, "tokenizer_config.json": {"eos_token": "a"}}
+    for side, files in (("base", usual), ("merged-lora", usual | {name: content})):
+        shutil.copytree(inputs / side, tmp_path / side)
+        for file, value in files.items():
+            if value is not None:
+                (tmp_path / side / file).write_text(json.dumps(value))
+    found = audit(tmp_path / "base", inputs / "lora", tmp_path / "merged-lora")
+    assert found.verdict == "pass"
+    assert [(r.code, r.severity, r.file) for r in found.reasons] == ([(code, "warning", name)] if code else [])
+    assert all(part in str(reason) for reason in found.reasons)
+
+
 # Receipts --------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +312,9 @@ def test_inputs_of_the_wrong_kind_are_refused(inputs: Path, tmp_path: Path) -> N
     ):
         with pytest.raises(D2SurgeryError, match=code):
             audit(inputs / base, inputs / adapter, inputs / merged)
+    (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(D2SurgeryError, match=r"no safetensors weights \(got pytorch_model.bin\)"):
+        audit(inputs / "base", inputs / "lora", tmp_path / "empty")
 
 
 def test_another_architecture_is_missing_and_extra(inputs: Path, built: Callable[[str], Built]) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from d2surgery.adapters import Adapter, Triple
 from d2surgery.auditing.diagnosis import Diagnosis, diagnose
 from d2surgery.auditing.faults import Case
-from d2surgery.auditing.findings import Audit, ModuleAudit, Thresholds, verdict_of
+from d2surgery.auditing.findings import Audit, ModuleAudit, Thresholds, several, verdict_of
 from d2surgery.auditing.judgement import (
     FEW,
     isolated,
@@ -45,6 +45,7 @@ from d2surgery.base import BaseWeights
 from d2surgery.behaviour import Behaviour, TaskGap, compare_outputs, compare_tasks
 from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.header import BITS, FLOATS
+from d2surgery.locate import PICKLES
 from d2surgery.merging.companions import companions
 from d2surgery.merging.job import Job, one_thread, peak_memory, prepare
 from d2surgery.merging.tiles import TILE, part_of, tiles
@@ -156,8 +157,9 @@ def open_merged(directory: str | os.PathLike[str]) -> BaseWeights:
         raise refuse("BAD_MERGED", "not a directory", file=str(path))
     weights = sorted(file.name for file in path.glob("*.safetensors"))
     if weights == ["adapter_model.safetensors"] or not weights:
+        other = sorted(file.name for file in path.iterdir() if file.suffix in (*PICKLES, ".gguf"))
         what = "it holds an adapter" if weights else "no safetensors weights"
-        raise refuse("BAD_MERGED", what, file=str(path))
+        raise refuse("BAD_MERGED", what, file=str(path), got=several(other))
     found = BaseWeights(path)
     if not found.header.tensors:
         raise refuse("BAD_MERGED", "it holds no tensors", file=str(path))
@@ -260,14 +262,16 @@ def _diagnosis(job: Job, tally: Tally, suspect: str) -> Diagnosis:
     rows = slice(first - patch.start, last - patch.start)
     adapter = job.merger.adapter(patch)
 
-    def delta_of(other: Adapter) -> Tensor:
+    def delta_on(other: Adapter, onto: Tensor) -> Tensor:
         part = other.take(in_=rows) if patch.transposed else other.take(out=rows)
         crosses = other.normalises and (other.along == "out_features") == patch.transposed
-        triple = _triple(job, pair, patch, other) if crosses and last - first < patch.stop - patch.start else None
-        return part.delta(base, triple) * job.strength
+        if crosses and last - first < patch.stop - patch.start:  # whole vectors are known of the base only
+            return part.delta(base, _triple(job, pair, patch, other)) * job.strength
+        return part.delta(onto) * job.strength
 
     config = job.layout.config
-    case = Case(patch.module, base, adapter, delta_of, job.layout.adapters[patch.module], config, job.base.config)
+    entry = job.layout.adapters[patch.module]
+    case = Case(patch.module, base, adapter, delta_on, entry, config, job.base.config, merged.dtype)
     return diagnose(case, merged.T if patch.transposed else merged, suspect)
 
 

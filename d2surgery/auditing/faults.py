@@ -14,6 +14,7 @@ from torch import Tensor
 
 from d2surgery.adapters import Adapter, Axis, D2LoRA, DoRA, DualLoRA, LoRA
 from d2surgery.layout import AdapterLayout
+from d2surgery.tensors import rounded
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,16 @@ class Case:
     module: str
     base: Tensor
     adapter: Adapter  # of the whole weight
-    delta_of: Callable[[Adapter], Tensor]  # the block's delta, were this the adapter
+    delta_on: Callable[
+        [Adapter, Tensor], Tensor
+    ]  # the block's delta, were this the adapter and these the base's values
     entry: AdapterLayout
     adapter_config: Mapping[str, Any]
     base_config: Mapping[str, Any]
+    dtype: torch.dtype  # of the merged file
+
+    def delta_of(self, adapter: Adapter) -> Tensor:
+        return self.delta_on(adapter, self.base)
 
     def with_(self, adapter: Adapter) -> Tensor:
         return self.base + self.delta_of(adapter)
@@ -53,6 +60,19 @@ def _strength(case: Case) -> Iterator[Named]:
     yield Named("DELTA_NOT_APPLIED", "the base, without the adapter", lambda: case.base)
     yield Named("SIGN_FLIPPED", "the delta was subtracted", lambda: case.base - case.delta_of(case.adapter))
     yield Named("DELTA_APPLIED_TWICE", "the delta counts twice", lambda: case.base + 2 * case.delta_of(case.adapter))
+
+
+def _merged_twice(case: Case) -> Iterator[Named]:
+    """A merged checkpoint taken for the base: its values were rounded once in between."""
+
+    def again() -> Tensor:
+        return _again(case, rounded(case.with_(case.adapter), case.dtype).to(case.base.dtype))
+
+    yield Named("DELTA_APPLIED_TWICE", "merged onto a checkpoint that held the delta already", again)
+
+
+def _again(case: Case, once: Tensor) -> Tensor:
+    return once + case.delta_on(case.adapter, once)
 
 
 def scalings(case: Case) -> dict[str, float]:
@@ -135,14 +155,10 @@ def _magnitude(case: Case) -> Iterator[Named]:
 
 
 def _dora_twice(case: Case) -> Iterator[Named]:
-    yield Named("DELTA_APPLIED_TWICE", "merged onto the merged weight", lambda: _again(case))
+    def again() -> Tensor:
+        return _again(case, case.with_(case.adapter))
 
-
-def _again(case: Case) -> Tensor:
-    once = case.with_(case.adapter)
-    if case.adapter.normalises and once.shape != (case.adapter.out_features, case.adapter.in_features):
-        return once + case.delta_of(case.adapter)  # a block lacks the rest of its vectors: to first order
-    return once + case.adapter.delta(once)
+    yield Named("DELTA_APPLIED_TWICE", "merged onto the merged weight", again)
 
 
 # D2-LoRA ---------------------------------------------------------------------------------------------------------
@@ -240,7 +256,7 @@ def head_size(case: Case) -> int | None:
 
 
 FAULTS: dict[str, tuple[Fault, ...]] = {
-    "": (_strength,),
+    "": (_strength, _merged_twice),
     "lora": (_scaling,),
     "dora": (_magnitude, _scaled_again, _scaling, _dora_twice),
     "duallora": (_direction, _scaling),

@@ -80,21 +80,23 @@ def _rule(tally: Tally, dtype: str, diagnosis: Diagnosis | None, limits: Thresho
         return _Ruling("replayed")
     assert diagnosis is not None
     said = "" if isnan(sums.strength) else f"strength {sums.strength:.5g} ± {max(sums.strength_error, 1e-9):.1g}"
+    if diagnosis.code == "DELTA_UNEXPLAINED" and sums.mismatched <= FEW and sums.beyond:
+        return _Ruling("wrong", "DELTA_UNEXPLAINED", _beyond(sums))  # a rank says nothing of a few elements
     if diagnosis.code and diagnosis.code != "WRONG_STRENGTH":
         return _Ruling("wrong", diagnosis.code, diagnosis.what if diagnosis.exact else f"{diagnosis.what}; {said}")
     ruling = _strength(sums, dtype, diagnosis, limits, said)
     if ruling is not None:
         return ruling
     if limits.exact:
-        return _Ruling("wrong", "TENSOR_CHANGED", f"{_count(sums)} differ from every recipe (--exact)")
+        return _Ruling("wrong", "TENSOR_CHANGED", f"{_count(sums)} {_differ(sums)} from every recipe (--exact)")
     if sums.beyond:
-        return _Ruling("wrong", "DELTA_UNEXPLAINED", f"{_count(sums)} differ, {sums.beyond} by more than rounding")
+        return _Ruling("wrong", "DELTA_UNEXPLAINED", _beyond(sums))
     excess = noise(sums, tally.survival)
     if excess > NOISY and sums.residual > 1e-3:
         return _Ruling("wrong", "ROUNDING_EXCESS", f"{excess:.1f} times the noise of rounding once; {said}")
     if excess > EXCESS:
         return _Ruling("rounding", "ROUNDING_EXCESS", f"{excess:.1f} times the noise of rounding once; {said}")
-    return _Ruling("rounding", "OTHER_ROUNDING", f"{_count(sums)} differ, by rounding; {said}")
+    return _Ruling("rounding", "OTHER_ROUNDING", f"{_count(sums)} {_differ(sums)}, by rounding; {said}")
 
 
 def _strength(sums: Comparison, dtype: str, diagnosis: Diagnosis, limits: Thresholds, said: str) -> _Ruling | None:
@@ -145,8 +147,15 @@ def noise(sums: Comparison, survival: Survival) -> float:
 
 
 def _count(sums: Comparison) -> str:
-    noun = "element" if sums.mismatched == 1 else "elements"
-    return f"{sums.mismatched} of {sums.elements} {noun}"
+    return f"{sums.mismatched} of {sums.elements} elements"
+
+
+def _differ(sums: Comparison) -> str:
+    return "differs" if sums.mismatched == 1 else "differ"
+
+
+def _beyond(sums: Comparison) -> str:
+    return f"{_count(sums)} {_differ(sums)}, {sums.beyond} by more than rounding"
 
 
 def isolated(modules: Mapping[str, ModuleAudit]) -> dict[str, ModuleAudit]:

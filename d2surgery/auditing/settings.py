@@ -6,6 +6,7 @@ tokenizer.json anew, and none of that changes the model.
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from d2surgery.base import BaseWeights
 from d2surgery.errors import Problem, Severity
 from d2surgery.ties import tie_flag
 
+_GENERATION, _TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+_TOKENIZING = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
 
 # Fields that say who wrote the config, or how it is used, not what the model computes.
@@ -22,7 +25,7 @@ _COSMETIC = frozenset((
     "task_specific_params", "initializer_range", "attention_dropout", "hidden_dropout", "dropout", "resid_pdrop",
     "embd_pdrop", "attn_pdrop", "pretraining_tp", "unsloth_version", "_attn_implementation", "attn_implementation",
     "gradient_checkpointing", "unsloth_fixed", "chunk_size_feed_forward", "is_llama_config", "transformers.js_config",
-    "finetuning_task", "prefix",
+    "finetuning_task", "prefix", "_model_name_or_path",
 ))  # fmt: skip
 _TOKENS = frozenset(("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"))
 # A missing field has transformers' default, which is the base's value unless it is one of these.
@@ -35,15 +38,13 @@ _NEEDED = frozenset((
 def compare_settings(expected: Mapping[str, bytes], merged: BaseWeights, *, tied: bool) -> list[Problem]:
     """All files beside the weights. `expected`: name -> content; tied: the file leaves an output to its tie."""
     want, got = _json(expected.get("config.json")), merged.config
-    path = merged.directory / "generation_config.json"
-    generation = _json(path.read_bytes() if path.is_file() else None)
     if want and not got:
         missing = Problem(code="CONFIG_CHANGED", message="there is none", file="config.json")
         return [missing, *compare_tokenizers(expected, merged.directory)]
     return [
         *(compare_config(want, got) if want else ()),
         *(_tie(want, got, tied) if want else ()),
-        *(compare_generation(_json(expected.get(path.name)), generation) if path.is_file() else ()),
+        *_generation(expected.get(_GENERATION), merged.directory / _GENERATION),
         *compare_tokenizers(expected, merged.directory),
     ]
 
@@ -84,6 +85,14 @@ def compare_config(expected: Mapping[str, Any], merged: Mapping[str, Any]) -> It
         yield Problem(code="CONFIG_CHANGED", severity="info", file="config.json", message=f"also {', '.join(notes)}")
 
 
+def _generation(expected: bytes | None, path: Path) -> Iterator[Problem]:
+    if path.is_file():
+        yield from compare_generation(_json(expected), _json(path.read_bytes()))
+    elif expected is not None:
+        message = "there is none: sampling and stop tokens become the defaults"
+        yield Problem(code="CONFIG_CHANGED", severity="warning", file=path.name, message=message)
+
+
 def compare_generation(expected: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[Problem]:
     """Sampling defaults and special tokens: they change answers, not the model."""
     for key in sorted(expected.keys() | merged.keys()):
@@ -100,6 +109,8 @@ def compare_tokenizers(expected: Mapping[str, bytes], merged: Path) -> Iterator[
     if wanted and not any((merged / name).is_file() for name in TOKENIZERS):
         got = "none of its files"
         yield Problem(code="TOKENIZER_CHANGED", message="there is no tokenizer", wanted=wanted[0], got=got)
+    else:
+        yield from _tokenizer_config(expected.get(_TOKENIZER_CONFIG), merged / _TOKENIZER_CONFIG)
     for name in there:
         content = (merged / name).read_bytes()
         if content != expected[name]:
@@ -189,15 +200,34 @@ def _part(tokenizer: Any, part: str) -> Any:
     return value
 
 
+def _tokenizer_config(expected: bytes | None, path: Path) -> Iterator[Problem]:
+    """The special tokens and whether they are added: what changes the ids that a text becomes."""
+    if expected is None:
+        return
+    if not path.is_file():
+        yield Problem(code="TOKENIZER_CHANGED", severity="warning", file=path.name, message="there is none")
+        return
+    want, got = _json(expected), _json(path.read_bytes())
+    for key in _TOKENIZING:
+        before, after = _token(want.get(key)), _token(got.get(key))
+        if before is not None and after is not None and before != after:
+            yield replace(_changed(path.name, key, before, after, "warning"), code="TOKENIZER_CHANGED")
+
+
+def _token(value: Any) -> Any:
+    """Older files keep a token as a record."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
 def _templates(expected: Mapping[str, bytes], merged: Path) -> Iterator[Problem]:
     """The chat template, wherever it is kept."""
     there = {
         path.name: path.read_bytes()
-        for path in (merged / "chat_template.jinja", merged / "tokenizer_config.json")
+        for path in (merged / "chat_template.jinja", merged / _TOKENIZER_CONFIG)
         if path.is_file()
     }
     want, got = _template(expected), _template(there)
-    if "tokenizer_config.json" in there and want != got:
+    if _TOKENIZER_CONFIG in there and want != got:
         yield Problem(code="TOKENIZER_CHANGED", message="another chat template", severity="warning")
 
 
@@ -205,7 +235,7 @@ def _template(files: Mapping[str, bytes]) -> str | None:
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode(errors="replace").strip()
     try:
-        template = json.loads(files.get("tokenizer_config.json", b"{}")).get("chat_template")
+        template = json.loads(files.get(_TOKENIZER_CONFIG, b"{}")).get("chat_template")
     except (ValueError, AttributeError):
         return None
     return template.strip() if isinstance(template, str) else None
