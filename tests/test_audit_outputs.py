@@ -19,8 +19,10 @@ from d2surgery.behaviour import compare_outputs, compare_scores
 from d2surgery.cli import main
 from d2surgery.reporting.audit_files import junit, sarif, schema
 from d2surgery.reporting.audit_page import audit_page
+from d2surgery.reporting.audit_plots import STATES, output_errors
 from d2surgery.reporting.report import report
 from d2surgery.tasks import Score
+from d2surgery.traces import Layer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
 GONE = "model.layers.0.input_layernorm.weight"
@@ -175,6 +177,28 @@ def test_a_page_needs_nothing_from_outside_and_escapes_what_strangers_wrote(made
     assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', own) == []
 
 
+def test_what_is_wrong_stands_first_in_the_table(made: Made) -> None:
+    found = made["broken"][0]
+    table = audit_page(found).split("Every adapted module")[1].split("</table>")[0]
+    wrong = sum(record.status == "wrong" for record in found.modules.values())
+    assert 0 < wrong < len(found.modules)
+    rows = table.split("<tr>")[2:]
+    assert [STATES["wrong"][2] in words(row) for row in rows] == [at < wrong for at in range(len(rows))]
+
+
+def _layer(module: str) -> Layer:
+    return Layer(
+        module=module, error=0.1, noise=0.1, served=0.1, effect=0.5, own_error=None, own_noise=None, own_effect=None
+    )
+
+
+def test_outputs_are_plotted_beside_the_number_of_their_layer() -> None:
+    names = [f"model.layers.{at}.{name}" for at in (0, 1, 2) for name in ("q_proj", "v_proj")]
+    layers = [_layer(name) for name in ("embed_tokens", *names)]
+    axis = output_errors(layers).figure.layout.xaxis
+    assert dict(zip(axis.ticktext, axis.tickvals, strict=True)) == {"0": 1, "1": 3, "2": 5}
+
+
 def test_the_page_shows_what_the_models_say_and_the_first_module_that_deviates(made: Made) -> None:
     found, (_, base, _, adapter, _, merged) = made["scaled"]
     said = compare_outputs(base, adapter, merged)
@@ -182,7 +206,7 @@ def test_the_page_shows_what_the_models_say_and_the_first_module_that_deviates(m
     page = audit_page(replace(found, behaviour=said, task=gap))
     text = words(page)
     assert said.first_deviating == Q
-    assert f"The first module whose output deviates is {Q} ." in text
+    assert f"The first module whose output deviates by 2 times what a right merge's does is {Q} ." in text
     assert said.logits is not None
     assert f"{said.logits.kl_mean:.3g}" in text
     assert "changes accuracy by -25.00 points" in text

@@ -8,7 +8,7 @@ from math import isfinite
 
 from d2surgery.auditing.findings import STATUSES, Audit, ModuleAudit, TensorAudit
 from d2surgery.auditing.recipes import RECIPES
-from d2surgery.behaviour import Behaviour, TaskGap
+from d2surgery.behaviour import LAYER_FACTOR, Behaviour, TaskGap
 from d2surgery.errors import CODES, Problem
 from d2surgery.measures.divergence import Logits
 from d2surgery.measures.fidelity import LOW_GAIN
@@ -246,19 +246,21 @@ def _modules(found: Audit) -> str:
         [
             *map(text_cell, (record.module, kinds[record.module], record.kind, STATES[record.status][2])),
             text_cell(record.code or "–", record.message),
-            text_cell(record.recipe or "–"),
+            text_cell(
+                (record.status != "wrong" and record.recipe) or "–"
+            ),  # what comes nearest to a fault says nothing
             number_cell(address(record.module).layer),
             *map(number_cell, (record.strength, record.strength_error, record.residual)),
             *map(number_cell, (record.mismatched_elements, record.elements, record.survival.gain)),
             text_cell(_furthest(record.ulps)),
         ]
-        for record in found.modules.values()
+        for record in sorted(found.modules.values(), key=lambda record: -[*STATES].index(record.status))
     ]
     note = (
-        "Press a heading to sort by it. result, recipe: which merger's arithmetic gives the file's bits, or comes "
-        "nearest. strength: 1 is the whole delta once. residual: what is left of the difference at the best strength, "
-        "relative to the delta. survival: share of the delta that rounding to this dtype left, in a right merge too. "
-        "furthest off: in units in the last place."
+        "What is wrong stands first; press a heading to sort by it. result, recipe: which merger's arithmetic gives "
+        "the file's bits, or comes nearest. strength: 1 is the whole delta once. residual: what is left of the "
+        "difference at the best strength, relative to the delta. survival: share of the delta that rounding to this "
+        "dtype left, in a right merge too. furthest off: in units in the last place."
     )
     return f'<p class="soft">{note}</p>{table(heads, lines, words=6, sortable=True)}'
 
@@ -315,9 +317,12 @@ def _behaviour(found: Behaviour, figures: Figures) -> str:
         "base with the adapter live in it against the merged model. "
     )
     if found.first_deviating:
-        what += f"The first module whose output deviates is <b>{monospace(found.first_deviating)}</b>.</p>"
+        name = f"<b>{monospace(found.first_deviating)}</b>"
+        what += (
+            f"The first module whose output deviates by {LAYER_FACTOR:g} times what a right merge's does is {name}.</p>"
+        )
     else:
-        what += "No module's output deviates more than a right merge's.</p>"
+        what += f"No module's output deviates by {LAYER_FACTOR:g} times what a right merge's does.</p>"
     parts = [what]
     if found.logits is not None:
         parts.append(_logits(found.logits))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -96,7 +97,7 @@ def output_errors(layers: Sequence[Layer]) -> Plot:
                 hovertemplate="%{customdata}: %{y:.3g}<extra>%{fullData.name}</extra>",
             )
         )  # fmt: skip
-    figure.update_xaxes(title_text="adapted modules, in the order in which they run")
+    figure.update_xaxes(title_text="adapted modules in the order in which they run, by layer", **_layer_starts(layers))
     figure.update_yaxes(title_text="‖y − y_reference‖ / ‖y_reference‖", type="log", exponentformat="power")
     sized(figure, 340)
     figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
@@ -113,6 +114,16 @@ def output_errors(layers: Sequence[Layer]) -> Plot:
         for layer, value in zip(layers, values, strict=True)
     ]  # fmt: skip
     return Plot("audit_outputs", "Outputs of the adapted modules", caption, figure, rows)
+
+
+def _layer_starts(layers: Sequence[Layer]) -> dict[str, Any]:
+    """A tick where a numbered layer begins, some of them where there are many."""
+    starts: dict[int, int] = {}
+    for at, layer in enumerate(layers):
+        if (number := address(layer.module).layer) is not None:
+            starts.setdefault(number, at)
+    shown = [number for number in layer_ticks(starts, False)["tickvals"] if number in starts]
+    return {"tickvals": [starts[number] for number in shown], "ticktext": [str(number) for number in shown]}
 
 
 def _said(record: ModuleAudit) -> str:

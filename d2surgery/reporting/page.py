@@ -107,7 +107,9 @@ _TEXT = ' class="text"'
 
 
 def text_cell(text: str, hint: str = "") -> str:
-    return f'<td class="text"{f" title={chr(34)}{safe(hint)}{chr(34)}" if hint else ""}>{safe(text)}</td>'
+    """Long names break after a dot, not inside a word."""
+    shown = safe(text).replace(".", ".<wbr>")
+    return f'<td class="text"{f" title={chr(34)}{safe(hint)}{chr(34)}" if hint else ""}>{shown}</td>'
 
 
 def number_cell(value: float | int | None, *, percent: bool = False) -> str:
