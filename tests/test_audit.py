@@ -33,6 +33,7 @@ from d2surgery import (
 )
 from d2surgery.auditing.findings import Audit
 from d2surgery.cli import demo
+from d2surgery.tensors import DTYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
 KEY = "model.layers.0.self_attn.q_proj.weight"
@@ -76,6 +77,19 @@ def test_our_own_merge_is_replayed_and_passes(inputs: Path, tmp_path: Path, kind
         "total": 38, "adapted": 28, "unchanged": 10, "replaced": 0, "tied": 0, "resized": 0, "changed": 0,
         "missing": 0, "extra": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_own_merge_stored_again_in_another_dtype_is_replayed(
+    inputs: Path, tmp_path: Path, kind: str, dtype: str
+) -> None:
+    def stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+
+    found = audit(inputs / "base", inputs / kind, rewritten(inputs / f"merged-{kind}", tmp_path / "merged", stored))
+    assert (found.verdict, found.recipe) == ("pass", "widened"), [str(reason) for reason in found.reasons]
+    assert {module.status for module in found.modules.values()} == {"replayed"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, DoRA, LoRA
+from d2surgery.adapters import Adapter, DoRA, DualLoRA, Formed, LoRA, Streamed
 from d2surgery.tensors import rounded
 
 OURS = "d2surgery"
@@ -45,8 +45,10 @@ ALL = ("lora", "dora", "duallora", "d2lora")
 
 
 def _ours(it: Operands) -> Tensor:
-    base = it.base.to(it.work_dtype)
-    return rounded(base + it.adapter.delta(base), it.dtype)
+    """In the order of our engine's operations, not of `delta`: an element of 100,000 would be rounded otherwise."""
+    kind = it.adapter
+    engine = Formed(kind, it.work_dtype) if isinstance(kind, DualLoRA) else Streamed(kind, it.work_dtype)
+    return rounded(engine.merged(it.base.to(it.work_dtype, copy=True)), it.dtype)
 
 
 # PEFT 0.21: tuners/lora/layer.py Linear.merge, Embedding.merge, get_delta_weight; variants.py DoraLinearVariant ---
