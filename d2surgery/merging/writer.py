@@ -185,7 +185,7 @@ class ShardWriter:
         self._write(data, self._positions[name])
         self._positions[name] += len(data)
         self._unsynced += len(data)
-        if self._unsynced >= FLUSH and not self._flusher.is_alive():
+        if self._sync and self._unsynced >= FLUSH and not self._flusher.is_alive():
             self._unsynced = 0  # the disk works while the tiles are computed, so that close has little to wait for
             self._flusher = threading.Thread(target=self._flush)
             self._flusher.start()
@@ -211,8 +211,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         try:
-            if self._sync:
-                os.fdatasync(self._fd)
+            os.fdatasync(self._fd)
             let_go(self._fd)
         except OSError as error:  # the kernel reports a lost write once, and here is where it was told
             self._failure = error
