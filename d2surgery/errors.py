@@ -286,7 +286,7 @@ CODES: dict[str, Code] = {
     ),
     "TENSOR_CHANGED": Code(
         "A tensor that the adapter leaves alone differs from the base.",
-        "Find out what wrote it; a merge copies such tensors bit for bit.",
+        "Find out what wrote it; a merge copies what no adapter touches bit for bit.",
     ),
     "TENSOR_MISSING": Code("A tensor of the base is not in the merged checkpoint.", "Save the merged model again."),
     "TENSOR_EXTRA": Code(

@@ -14,6 +14,7 @@ from d2surgery.measures.fidelity import LOW_GAIN, ULPS, Comparison, Survival
 
 FEW = 16  # differing elements that are a change, not another library's rounding, when all else is replayed
 COARSE = 0.05  # a strength known no better than this is not known
+FAR = 0.1  # |λ̂ − 1| beyond which λ̂ is a rough number
 NOISY = 2.5  # times the noise of rounding once: no merger known here makes more
 
 _OPEN_OR_BETTER: dict[str, Severity] = {  # every other code is an error
@@ -79,7 +80,7 @@ def _rule(tally: Tally, dtype: str, diagnosis: Diagnosis | None, limits: Thresho
     if not sums.mismatched:
         return _Ruling("replayed")
     assert diagnosis is not None
-    said = "" if isnan(sums.strength) else f"strength {sums.strength:.5g} ± {max(sums.strength_error, 1e-9):.1g}"
+    said = _said(sums)
     if diagnosis.code == "DELTA_UNEXPLAINED" and sums.mismatched <= FEW and sums.beyond:
         return _Ruling("wrong", "DELTA_UNEXPLAINED", _beyond(sums))  # a rank says nothing of a few elements
     if diagnosis.code and diagnosis.code != "WRONG_STRENGTH":
@@ -126,7 +127,7 @@ def pooled(
     sums = sum((tallies[name].comparison for name in alike), Comparison())
     if len(alike) < 2 or not sums.mismatched:
         return dict(found)
-    said = f"strength of {len(alike)} modules together {sums.strength:.5g} ± {max(sums.strength_error, 1e-9):.1g}"
+    said = f"{len(alike)} modules together: {_said(sums)}"
     ruling = _strength(sums, dtype, Diagnosis("", ""), limits, said)
     settled = dict(found)
     for name in alike:
@@ -144,6 +145,15 @@ def noise(sums: Comparison, survival: Survival) -> float:
     more = 2 * (sums.de - sums.d_delta) + sums.dd
     once = max(survival.error_squared - more, 1e-14 * survival.delta_squared, 1e-300)
     return sqrt(survival.error_squared / once)
+
+
+def _said(sums: Comparison) -> str:
+    """λ̂ in words. Far from 1 its error says too little: rounding keeps another share of λ·delta than of delta."""
+    if isnan(sums.strength):
+        return ""
+    if abs(sums.strength - 1) > FAR:
+        return f"strength about {sums.strength:.2g}"
+    return f"strength {sums.strength:.5g} ± {max(sums.strength_error, 1e-9):.1g}"
 
 
 def _count(sums: Comparison) -> str:
