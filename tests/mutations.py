@@ -393,7 +393,7 @@ def mlx(adapter: LoRA | DoRA, W: Tensor) -> Tensor:
 
 def unsloth(adapter: LoRA | DoRA, W: Tensor) -> Tensor:
     """unsloth_zoo 2026.10.9 _merge_lora: float32 addmm, one cast."""
-    merged = torch.addmm(W.float(), adapter.B.float(), adapter.A.float(), alpha=adapter.scaling)
+    merged = torch.addmm(W.float(), adapter.B.float(), adapter.A.float(), alpha=float(adapter.scaling))
     if isinstance(adapter, DoRA):
         merged = (adapter.magnitude / torch.linalg.norm(merged, dim=1).clamp_min(1e-9)).unsqueeze(1) * merged
     return merged.to(W.dtype)

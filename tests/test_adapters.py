@@ -125,7 +125,7 @@ def expected(case: str, adapter: Adapter, W0: Tensor, **changes: Any) -> Tensor:
 
 
 def learning(adapter: Adapter) -> Adapter:
-    return replace(adapter, **{k: v.detach().clone().requires_grad_() for k, v in adapter.slots().items()})  # type: ignore[arg-type]
+    return replace(adapter, **{k: v.detach().clone().requires_grad_() for k, v in adapter.slots().items()})
 
 
 def assert_same(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
@@ -164,7 +164,7 @@ def test_update_is_the_product_before_any_normalisation(case: str) -> None:
         assert update is None
     else:
         assert update is not None
-        assert_same(update.dense(), torch.from_numpy(product(kind, arrays(adapter), adapter.scaling)))
+        assert_same(update.dense(), torch.from_numpy(product(kind, arrays(adapter), float(adapter.scaling))))
 
 
 def test_a_scaling_that_sixteen_bits_cannot_hold_is_not_rounded_into_them() -> None:
@@ -300,7 +300,7 @@ def test_the_update_alone_sees_the_update_input(case: str) -> None:
     if kind == "duallora" or not adapter.normalises:
         on_base = W
     else:
-        V = W + product(kind, arrays(adapter), adapter.scaling)
+        V = W + product(kind, arrays(adapter), float(adapter.scaling))
         m = adapter.slots()["magnitude"].numpy() if kind == "dora" else norms(W, chosen["along"]).ravel()
         gain = m / norms(V, chosen["along"]).ravel()
         on_base = (gain[:, None] if chosen["along"] == "out_features" else gain) * W
@@ -540,7 +540,9 @@ def test_gradients_are_those_of_the_formula(case: str, detach_norm: bool) -> Non
     frozen = arrays(adapter) if detach_norm or kind == "dora" else None
 
     def loss(slots: Slots) -> float:
-        return float((G.numpy() * by_hand(kind, W0.numpy(), slots, adapter.scaling, frozen=frozen, **chosen)).sum())
+        return float(
+            (G.numpy() * by_hand(kind, W0.numpy(), slots, float(adapter.scaling), frozen=frozen, **chosen)).sum()
+        )
 
     wanted = numerical_gradient(loss, arrays(adapter))
     for ours in the_two_losses(W0, G):

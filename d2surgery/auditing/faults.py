@@ -24,9 +24,7 @@ class Case:
     module: str
     base: Tensor
     adapter: Adapter  # of the whole weight
-    delta_on: Callable[
-        [Adapter, Tensor], Tensor
-    ]  # the block's delta, were this the adapter and these the base's values
+    delta_on: Callable[[Adapter, Tensor], Tensor]  # the block's delta, were these the adapter and the base's values
     entry: AdapterLayout
     adapter_config: Mapping[str, Any]
     base_config: Mapping[str, Any]
