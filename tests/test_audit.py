@@ -145,7 +145,10 @@ def test_one_unit_in_a_tensor_without_an_adapter_fails(inputs: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "strength"), [("F32", 1.005), ("F32", 0.9999), ("BF16", 1.01), ("BF16", 0.995)])
+@pytest.mark.parametrize(
+    ("dtype", "strength"),
+    [("F32", 1.005), ("F32", 0.9999), ("F32", -0.7), ("BF16", 1.01), ("BF16", 0.995), ("BF16", 1.4), ("F16", 0.3)],
+)
 def test_a_strength_that_was_not_asked_for_fails(
     inputs: Path, tmp_path: Path, kind: str, dtype: str, strength: float
 ) -> None:
@@ -153,9 +156,25 @@ def test_a_strength_that_was_not_asked_for_fails(
     found = audit(inputs / "base", inputs / kind, tmp_path / "merged")
     assert (found.verdict, codes(found)) == ("fail", {"WRONG_STRENGTH"})
     for module in found.modules.values():
-        assert module.strength == pytest.approx(strength, abs=max(6 * module.strength_error, 1e-4))
+        assert module.strength == pytest.approx(strength, abs=max(6 * module.strength_error, 2e-5))
+        assert module.strength_error < 0.01
     asked = audit(inputs / "base", inputs / kind, tmp_path / "merged", strength=strength)
     assert (asked.verdict, asked.recipe) == ("pass", "d2surgery")
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.05, 1.3, 2.6])
+def test_a_strength_is_right_where_rounding_keeps_a_share_of_the_delta(
+    inputs: Path, tmp_path: Path, strength: float
+) -> None:
+    """One regression would not do: rounding to bfloat16 keeps more of 3·delta than of delta."""
+    small = {m: replace(a, scaling=a.scaling * 0.05) for m, a in load(inputs / "lora").items()}
+    save(from_adapters(small), tmp_path / "adapter")
+    merge(inputs / "base", tmp_path / "adapter", tmp_path / "merged", strength=strength)
+    found = audit(inputs / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert (found.verdict, codes(found)) == ("fail", {"WRONG_STRENGTH"})
+    for module in found.modules.values():
+        assert module.survival.gain < 0.95 * strength
+        assert module.strength == pytest.approx(strength, abs=6 * module.strength_error)
 
 
 def test_a_small_delta_in_bfloat16_passes_with_a_warning(inputs: Path, tmp_path: Path) -> None:

@@ -48,13 +48,14 @@ from d2surgery.header import BITS, FLOATS
 from d2surgery.locate import PICKLES
 from d2surgery.merging.companions import companions
 from d2surgery.merging.job import Job, one_thread, peak_memory, prepare
-from d2surgery.merging.tiles import TILE, part_of, tiles
+from d2surgery.merging.tiles import part_of, tiles
 from d2surgery.sites import Patch
 from d2surgery.tasks import Task
 from d2surgery.tensors import DTYPES, as_bytes
 
 Directory = str | os.PathLike[str]
 Found = TypeVar("Found")
+_BLOCK = 1 << 18  # entries on which faults are told apart
 _HEAD = 128  # a block begins at a multiple of this many rows, so that it holds whole attention heads
 
 
@@ -208,12 +209,12 @@ def _judged(job: Job, replay: Replay, pairs: tuple[Pair, ...], limits: Threshold
         for module in dict.fromkeys(p.module for p in pair.output.site.patches) if pair.output.site else ():
             if pair.status != "tied":
                 tensors.setdefault(module, []).append(pair)
-    suspect = ""
+    before = Diagnosis("", "")
     for module, tally in replay.modules.items():
         if tally.comparison.elements:
             held = tensors[module]
-            found = _diagnosis(job, tally, suspect) if tally.comparison.mismatched and tally.finite else None
-            suspect = found.what if found and found.code else suspect
+            found = _diagnosis(job, tally, before) if tally.comparison.mismatched and tally.finite else None
+            before = found if found and found.code else before
             names = tuple(pair.name for pair in held)
             yield module, judge_module(module, replay.kinds[module], names, held[0].info.dtype, tally, found, limits)
 
@@ -245,7 +246,7 @@ def _is_base(job: Job, pair: Pair) -> bool:
 # What is diagnosed -----------------------------------------------------------------------------------------------
 
 
-def _diagnosis(job: Job, tally: Tally, suspect: str) -> Diagnosis:
+def _diagnosis(job: Job, tally: Tally, before: Diagnosis) -> Diagnosis:
     """Of a block of the weight that holds the first mismatch."""
     assert tally.first is not None
     pair, patch, element = tally.first
@@ -272,12 +273,12 @@ def _diagnosis(job: Job, tally: Tally, suspect: str) -> Diagnosis:
     config = job.layout.config
     entry = job.layout.adapters[patch.module]
     case = Case(patch.module, base, adapter, delta_on, entry, config, job.base.config, merged.dtype)
-    return diagnose(case, merged.T if patch.transposed else merged, suspect)
+    return diagnose(case, merged.T if patch.transposed else merged, before)
 
 
 def _block(row: int, start: int, stop: int, width: int) -> tuple[int, int]:
-    """About a tile's entries in whole rows around `row`."""
-    count = max(TILE // max(width, 1) // _HEAD * _HEAD, _HEAD)
+    """About `_BLOCK` entries in whole rows around `row`."""
+    count = max(_BLOCK // max(width, 1) // _HEAD * _HEAD, _HEAD)
     first = start + (row - start) // _HEAD * _HEAD
     first = max(min(first, stop - count), start)
     return first, min(first + count, stop)

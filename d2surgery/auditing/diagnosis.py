@@ -1,19 +1,23 @@
 """What happened to one weight that no recipe replays: every usual fault is tried, and the one that fits is named."""
 
-from dataclasses import dataclass
-from math import inf, isnan, sqrt
+from dataclasses import dataclass, replace
+from math import hypot, isnan, sqrt
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from d2surgery.auditing.faults import Case, Named, head_size, hypotheses, scalings
-from d2surgery.measures.fidelity import Comparison, bits, compare
+from d2surgery.measures.fidelity import Comparison, bits, regress, strength_of
 from d2surgery.tensors import rounded
 
 SIGNIFICANT = 5.0  # standard errors
 EXCESS = 1.3  # noise above this many times the noise of rounding once is not rounding (double rounding: 1.01)
-_RANK_SIDE = 768  # rows and columns of the block whose residual is decomposed
+PLAIN = 1.1  # noise that is rounding and nothing else
+_HALF = 0.5  # of a fault's move must be in the file
+_SAMPLE = 64  # rows on which most faults are seen not to have been made
+_RANK_SIDE = 384  # rows and columns of the block whose residual is decomposed
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,23 @@ class Diagnosis:
     code: str
     what: str
     exact: bool = False  # every bit is as this fault gives it
+    fit: "Fit | None" = None  # where one strength explains all but rounding
     residual_rank: int | None = None  # of what nothing explains
+
+
+class Fit(NamedTuple):
+    """The strength of `strength_of`, and what it leaves."""
+
+    strength: float
+    error: float  # standard
+    noise: float  # in units of the noise of rounding once
+
+    def like(self, other: "Fit") -> bool:
+        """Whether the two may be one strength."""
+        return abs(self.strength - other.strength) <= SIGNIFICANT * hypot(self.error, other.error)
+
+
+_NOTHING = Diagnosis("", "")
 
 
 @dataclass(frozen=True)
@@ -31,6 +51,9 @@ class _Trial:
     named: Named
     against: Comparison  # strength: 0 for the right merge, 1 for this fault
     noise: float  # ‖merged − effective‖ over that of rounding once
+
+    def diagnosis(self, fit: "Fit | None") -> Diagnosis:
+        return Diagnosis(self.named.code, self.named.what, exact=not self.against.mismatched, fit=fit)
 
     def explains(self, own: float, fitted: float) -> bool:
         """Bit for bit, or with what a right merge (`own` noise) and a fitted strength leave far behind."""
@@ -40,8 +63,8 @@ class _Trial:
         return not plain_strength and (self.noise <= EXCESS or self.noise < 0.5 * min(own, fitted))
 
 
-def diagnose(case: Case, merged: Tensor, suspect: str = "") -> Diagnosis:
-    """`merged` as stored, of the same block as the case; `suspect` says what was done to the module before.
+def diagnose(case: Case, merged: Tensor, before: Diagnosis = _NOTHING) -> Diagnosis:
+    """`merged` as stored, of the same block as the case; `before`: of another module, suspected here first.
 
     A fault moves the weight from E to F. How much of that move is in the file is a strength with an error, like λ̂; the
     fault is believed when at least half of the move is there, significantly, and nothing else leaves less unexplained.
@@ -49,26 +72,28 @@ def diagnose(case: Case, merged: Tensor, suspect: str = "") -> Diagnosis:
     right = case.with_(case.adapter)
     look = _Look(case, merged, right, rounded(right, merged.dtype), _unit(right, merged.dtype))
     own = look.noise(right)
-    known = look.best_fault(suspect) if suspect else None
-    if known is not None and (not known.against.mismatched or known.noise <= 1.1):
-        return Diagnosis(known.named.code, known.named.what, not known.against.mismatched)
-    strength, error, left = look.fit()
+    known = look.best_fault(before.what) if before.what else None
+    if known is not None and (not known.against.mismatched or known.noise <= PLAIN):
+        return known.diagnosis(look.fit() if before.fit else None)
+    fit = look.fit()
+    if before.code == "WRONG_STRENGTH" and before.fit and fit.noise <= PLAIN and fit.like(before.fit):
+        return replace(before, fit=fit)
     fault = look.best_fault()
-    if fault is not None and fault.explains(own, left):
-        return Diagnosis(fault.named.code, fault.named.what, not fault.against.mismatched)
+    if fault is not None and fault.explains(own, fit.noise):
+        return fault.diagnosis(fit if fit.noise <= EXCESS else None)
     if own > EXCESS and (grid := _grid(look.stored, merged)):
         return Diagnosis("REQUANTIZED", grid)
     if what := look.base_rows():
         return Diagnosis("DELTA_UNEXPLAINED", what)
-    if left <= EXCESS or left < 0.5 * own:
-        off = abs(strength - 1) > SIGNIFICANT * error
-        return Diagnosis("WRONG_STRENGTH", _factor(case, strength, error)) if off else Diagnosis("", "")
+    if fit.noise <= EXCESS or fit.noise < 0.5 * own:
+        off = abs(fit.strength - 1) > SIGNIFICANT * fit.error
+        return Diagnosis("WRONG_STRENGTH", _factor(case, fit), fit=fit) if off else _NOTHING
     if own <= EXCESS or look.sloppy():
-        return Diagnosis("", "")
+        return _NOTHING
     if look.rows_moved():
         heads = head_size(case) is not None
         return Diagnosis("HEADS_PERMUTED" if heads else "DELTA_UNEXPLAINED", "its rows are in another order")
-    rank, side = look.residual_rank(strength)
+    rank, side = look.residual_rank(fit.strength)
     origin = "another base, or noise" if rank > side // 4 else "another adapter, or a change of low rank"
     what = f"what is left has rank {rank} of {side} above rounding noise: {origin}"
     return Diagnosis("DELTA_UNEXPLAINED", what, residual_rank=rank)
@@ -85,30 +110,34 @@ class _Look:
     unit: float
 
     def noise(self, effective: Tensor) -> float:
-        """‖merged − effective‖ in units of the noise of rounding once."""
-        return _norm(self.merged.to(effective.dtype) - effective) / self.unit
+        """‖merged − effective‖ in units of the noise of rounding once: the right merge or, if that makes more, this."""
+        unit = max(self.unit, _unit(effective, self.merged.dtype))
+        return _norm(self.merged.to(effective.dtype) - effective) / unit
 
     def best_fault(self, what: str = "") -> _Trial | None:
         """What is believed and leaves least, of all faults or of those so described."""
         trials = (self._try(named) for named in hypotheses(self.case) if what in ("", named.what))
-        believed = [trial for trial in trials if trial is not None and _believed(trial)]
+        believed = [trial for trial in trials if trial is not None]
         return min(believed, key=lambda trial: (trial.against.mismatched > 0, trial.against.dd), default=None)
 
     def _try(self, named: Named) -> _Trial | None:
+        """None for what was not done here, as a few rows show of most faults."""
         weight = named.weight()
-        if weight.shape != self.right.shape or not bool(torch.isfinite(weight).all()):
+        if weight.shape != self.right.shape:
             return None
-        wanted = rounded(weight, self.merged.dtype)
-        against = compare(self.stored.to(self.right.dtype), weight - self.right, wanted, self.merged)
-        return _Trial(named, against, self.noise(weight))
+        for rows in (slice(None, None, max(len(weight) // _SAMPLE, 1)), slice(None)):
+            wanted = rounded(weight[rows], self.merged.dtype)
+            stored, right = self.stored[rows].to(weight.dtype), self.right[rows]
+            against = regress(stored, weight[rows] - right, wanted, self.merged[rows])
+            if against.strength + SIGNIFICANT * against.strength_error < _HALF:
+                return None
+        finite = bool(torch.isfinite(weight).all())
+        return _Trial(named, against, self.noise(weight)) if finite and _believed(against) else None
 
-    def fit(self) -> tuple[float, float, float]:
-        """λ̂, its standard error, and the noise that W0 + λ̂·delta leaves."""
+    def fit(self) -> Fit:
         base, delta = self.case.base, self.right - self.case.base
-        sums = compare(base, delta, self.stored, self.merged)
-        if isnan(sums.strength):
-            return 1.0, inf, self.noise(self.right)
-        return sums.strength, sums.strength_error, self.noise(base + sums.strength * delta)
+        strength, error = strength_of(base, delta, self.merged)
+        return Fit(strength, error, self.noise(base + strength * delta))
 
     def base_rows(self) -> str:
         """Whether some rows, and not all, are still the base's."""
@@ -152,18 +181,17 @@ def _unit(effective: Tensor, dtype: torch.dtype) -> float:
     return max(_norm(once) + arithmetic, 1e-300)
 
 
-def _believed(trial: _Trial) -> bool:
-    sums = trial.against
+def _believed(sums: Comparison) -> bool:
     if isnan(sums.strength) or not sums.e_delta:
         return False  # the file's dtype cannot tell this fault from a right merge
-    return sums.strength >= 0.5 and sums.strength > SIGNIFICANT * sums.strength_error
+    return sums.strength >= _HALF and sums.strength > SIGNIFICANT * sums.strength_error
 
 
-def _factor(case: Case, strength: float, error: float) -> str:
-    """The strength, with the usual mistake that gives it where there is one."""
-    near = max(SIGNIFICANT * error, 2e-4 * abs(strength))
+def _factor(case: Case, fit: Fit) -> str:
+    """The usual mistake that gives this strength, where there is one."""
+    near = max(SIGNIFICANT * fit.error, 2e-4 * abs(fit.strength))
     for what, factor in scalings(case).items():
-        if case.adapter.kind in ("lora", "duallora") and abs(strength - factor) <= near:
+        if case.adapter.kind in ("lora", "duallora") and abs(fit.strength - factor) <= near:
             return what
     return "a factor of its own"
 
@@ -174,16 +202,16 @@ def _grid(right: Tensor, merged: Tensor) -> str:
     for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("float8", torch.float8_e4m3fn)):
         if dtype.itemsize < merged.dtype.itemsize and _holds(dtype, values) and not _holds(dtype, wanted):
             return f"every value is a {name}"
-    for size in (values.shape[1], 128, 64, 32, 16):
-        if values.shape[1] % size == 0:
-            levels, usual = _levels(values.reshape(-1, size)), _levels(wanted.reshape(-1, size))
-            if levels <= 16 and usual > 1.5 * levels:
-                return f"at most {levels} levels per group of {size}: 4 bits"
     for what, group in (("row", values), ("tensor", values.reshape(1, -1))):
         steps = (group.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
         small = (group / steps)[(group.abs() < 16 * steps) & (group != 0)]
         if small.numel() > 64 and float(((small - small.round()).abs() < 0.1).float().mean()) > 0.97:
             return f"multiples of 1/127 of the largest of each {what}: 8 bits"
+    for size in (values.shape[1], 128, 64, 32, 16):
+        if values.shape[1] % size == 0:
+            levels, usual = _levels(values.reshape(-1, size)), _levels(wanted.reshape(-1, size))
+            if levels <= 16 and usual > 1.25 * levels:
+                return f"at most {levels} levels per group of {size}: 4 bits"
     return ""
 
 

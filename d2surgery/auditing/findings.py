@@ -65,7 +65,7 @@ class ModuleAudit:
     mismatched_elements: int
     recipe: str | None  # that replays it, or comes nearest
     strength: float  # λ̂: 1 for a right merge; nan where rounding left nothing to measure
-    strength_error: float  # of a λ̂ near 1; far from it rounding bends λ̂ by more
+    strength_error: float  # standard
     residual: float  # ‖merged − W0 − λ̂·(expected − W0)‖/‖expected − W0‖
     survival: Survival  # of the delta, in the merged file
     ulps: Mapping[str, int] = field(default_factory=dict)  # mismatched elements by distance in units in the last place

@@ -50,6 +50,7 @@ def judge_module(
     """`diagnosis` of a module whose bits differ from every recipe's."""
     sums = tally.comparison
     ruling = _rule(tally, dtype, diagnosis, limits)
+    fit = diagnosis.fit if diagnosis else None
     names = [f"{low + 1}-{high}" if high > low + 1 else str(high) for low, high in zip((0, *ULPS), ULPS, strict=False)]
     first = tally.first
     return ModuleAudit(
@@ -61,8 +62,8 @@ def judge_module(
         elements=sums.elements,
         mismatched_elements=sums.mismatched,
         recipe=tally.nearest.name if tally.nearest else min(tally.recipes, default=None),
-        strength=sums.strength,
-        strength_error=sums.strength_error,
+        strength=fit.strength if fit else sums.strength,
+        strength_error=fit.error if fit else sums.strength_error,
         residual=sums.residual,
         survival=tally.survival,
         ulps=dict(zip([*names, f">{ULPS[-1]}"], sums.ulps, strict=True)) if sums.mismatched else {},
@@ -80,7 +81,7 @@ def _rule(tally: Tally, dtype: str, diagnosis: Diagnosis | None, limits: Thresho
     if not sums.mismatched:
         return _Ruling("replayed")
     assert diagnosis is not None
-    said = _said(sums)
+    said = _strength_is(*diagnosis.fit[:2]) if diagnosis.fit else _said(sums)
     if diagnosis.code == "DELTA_UNEXPLAINED" and sums.mismatched <= FEW and sums.beyond:
         return _Ruling("wrong", "DELTA_UNEXPLAINED", _beyond(sums))  # a rank says nothing of a few elements
     if diagnosis.code and diagnosis.code != "WRONG_STRENGTH":
@@ -108,7 +109,8 @@ def _strength(sums: Comparison, dtype: str, diagnosis: Diagnosis, limits: Thresh
     if dtype in ("F32", "F64"):
         right = min(right, 1e-5 + sums.residual)
         wrong = min(wrong, 2 * right)
-    off, error = abs(sums.strength - 1), sums.strength_error
+    strength, error = diagnosis.fit[:2] if diagnosis.fit else (sums.strength, sums.strength_error)
+    off = abs(strength - 1)
     if diagnosis.exact or (off > wrong and off > SIGNIFICANT * error):
         what = f"{diagnosis.what}; {said}" if diagnosis.what else said
         return _Ruling("wrong", diagnosis.code or "WRONG_STRENGTH", what)
@@ -148,12 +150,16 @@ def noise(sums: Comparison, survival: Survival) -> float:
 
 
 def _said(sums: Comparison) -> str:
-    """λ̂ in words. Far from 1 its error says too little: rounding keeps another share of λ·delta than of delta."""
+    """λ̂ in words; rough where it is far from 1, since rounding keeps another share of λ·delta than of delta."""
     if isnan(sums.strength):
         return ""
     if abs(sums.strength - 1) > FAR:
         return f"strength about {sums.strength:.2g}"
-    return f"strength {sums.strength:.5g} ± {max(sums.strength_error, 1e-9):.1g}"
+    return _strength_is(sums.strength, sums.strength_error)
+
+
+def _strength_is(strength: float, error: float) -> str:
+    return f"strength {strength:.5g} ± {max(error, 1e-9):.1g}"
 
 
 def _count(sums: Comparison) -> str:

@@ -157,13 +157,18 @@ class Replay:
         patch = tile.patch
         assert patch is not None
         if tally.nearest is None:
-            bank = self._bank(patch)
+            bank, apart = self._bank(patch), []
+            rows = tile.last - tile.first
             for recipe in bank:
-                if self._same(recipe, pair, tile, base_weight, ours, merged):
-                    self.favourite = recipe
-                    tally.recipes.add(recipe.name)
-                    return merged
-            tally.nearest = min(bank, key=lambda r: self._distance(r, pair, tile, base_weight, ours, merged))
+                few = self._made(recipe, pair, tile, base_weight, ours, min(_SAMPLE, rows))
+                if few is not None and _equal(few, merged[: few.numel()]):
+                    made = self._made(recipe, pair, tile, base_weight, ours, rows)
+                    if made is not None and _equal(made, merged):
+                        self.favourite = recipe
+                        tally.recipes.add(recipe.name)
+                        return merged
+                apart.append(inf if few is None else _distance(few, merged[: few.numel()]))
+            tally.nearest = bank[apart.index(min(apart))]
         tally.recipes.add(tally.nearest.name)
         made = self._made(tally.nearest, pair, tile, base_weight, ours, tile.last - tile.first)
         return ours if made is None else made
@@ -174,24 +179,6 @@ class Replay:
         if self.merger.strength != 1:
             fitting = [recipe for recipe in fitting if recipe.name == OURS]
         return sorted(fitting, key=lambda recipe: recipe is not self.favourite)
-
-    def _same(self, recipe: Recipe, pair: Pair, tile: Tile, base_weight: Tensor, ours: Tensor, merged: Tensor) -> bool:
-        """Whether the recipe gives these bits: on a few rows, then on all."""
-        rows = tile.last - tile.first
-        for count in (min(_SAMPLE, rows), rows):
-            made = self._made(recipe, pair, tile, base_weight, ours, count)
-            if made is None or not _equal(made, merged[: made.numel()]):
-                return False
-        return True
-
-    def _distance(
-        self, recipe: Recipe, pair: Pair, tile: Tile, base_weight: Tensor, ours: Tensor, merged: Tensor
-    ) -> float:
-        """‖recipe − file‖ on a few rows: where none fits, counting would prefer one that rounds coarsely."""
-        made = self._made(recipe, pair, tile, base_weight, ours, min(_SAMPLE, tile.last - tile.first))
-        if made is None:
-            return float("inf")
-        return float((made.double() - merged[: made.numel()].double()).nan_to_num(inf).norm())
 
     def _made(
         self, recipe: Recipe, pair: Pair, tile: Tile, base_weight: Tensor, ours: Tensor, count: int
@@ -282,6 +269,11 @@ def _laid_out(memory: Tensor, like: Tensor) -> Tensor:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNED) * _ALIGNED
+
+
+def _distance(made: Tensor, merged: Tensor) -> float:
+    """‖made − merged‖: where no recipe fits, counting would prefer one that rounds coarsely."""
+    return float((made.double() - merged.double()).nan_to_num(inf).norm())
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """How much of a delta outlives rounding, and how a merged weight compares with the one that was wanted."""
 
-from dataclasses import astuple, dataclass, fields
-from math import nan, sqrt
+from dataclasses import astuple, dataclass, fields, replace
+from itertools import pairwise
+from math import inf, nan, sqrt
 from operator import add
 from typing import Any
 
@@ -131,20 +132,27 @@ class Comparison:
 
 def compare(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comparison:
     """Of one tile. `base` and `delta` in the dtype of the computation; `wanted` and `merged` as stored, one dtype."""
-    different = bits(wanted) != bits(merged)
-    mismatched = int(torch.count_nonzero(different))
+    sums = regress(base, delta, wanted, merged)
+    if not sums.mismatched:
+        return sums
+    size = sqrt(_dot(delta, delta) / sums.elements)
+    at = (bits(wanted) != bits(merged)).reshape(-1).nonzero().squeeze(1)
+    base, delta, wanted, merged = (values.reshape(-1)[at] for values in (base, delta, wanted, merged))
+    return replace(sums, ulps=_histogram(ulps(wanted, merged)), beyond=_beyond(base, delta, wanted, merged, size))
+
+
+def regress(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comparison:
+    """As `compare`, without looking at single entries: `ulps` and `beyond` are left at 0, and it takes a third."""
+    mismatched = int(torch.count_nonzero(bits(wanted) != bits(merged)))
     e = wanted.to(base.dtype) - base  # not in place: `to` may give `wanted` itself
     both = Comparison(elements=base.numel(), e_delta=_dot(e, delta), ee=_dot(e, e))
     if not mismatched:
         return both
     d = merged.to(base.dtype) - wanted.to(base.dtype)
     e_delta, d_delta = e * delta, d * delta
-    return both + Comparison(
+    return replace(
+        both,
         mismatched=mismatched,
-        ulps=_histogram(ulps(wanted[different], merged[different])),
-        beyond=_beyond(
-            base[different], delta[different], wanted[different], d[different], sqrt(_dot(delta, delta) / delta.numel())
-        ),
         d_delta=_dot(d, delta),
         de=_dot(d, e),
         dd=_dot(d, d),
@@ -154,12 +162,52 @@ def compare(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comp
     )
 
 
-def _beyond(base: Tensor, delta: Tensor, wanted: Tensor, d: Tensor, size: float) -> int:
+def strength_of(base: Tensor, delta: Tensor, merged: Tensor) -> tuple[float, float]:
+    """λ with <merged − round(W0 + λ·delta), delta> = 0, and its standard error; (1, inf) where there is none.
+
+    `Comparison.strength` is the first step towards it, and right near 1 only: rounding keeps another share of λ·delta
+    than of delta. The error is White's, and no less than what one entry more or less would make of λ.
+    """
+    from scipy.optimize import brentq  # half a second, which a right merge need not spend
+
+    there = merged.to(base.dtype)
+
+    def terms(strength: float) -> Tensor:
+        return there.sub(rounded(base + strength * delta, merged.dtype)).mul_(delta)
+
+    def missing(strength: float) -> float:  # falls as the strength grows: rounding is monotone
+        return float(terms(strength).sum(dim=-1).sum(dtype=torch.float64))
+
+    each = missing(0.0) - missing(1.0)
+    if not each > 0:
+        return 1.0, inf
+    low = high = 1 + missing(1.0) / each
+    reach = 0.01 * max(1.0, abs(low))
+    for step in range(16):
+        low -= reach * 2**step * (missing(low) < 0)
+        high += reach * 2**step * (missing(high) > 0)
+    if not missing(low) >= 0 >= missing(high):
+        return 1.0, inf
+    strength = float(brentq(missing, low, high, xtol=1e-7, rtol=1e-7))
+    slope = (missing(strength - 0.01) - missing(strength + 0.01)) / 0.02 or each
+    one, left = terms(1.0).square(), terms(strength).square()
+    entry = float(one.sum()) / max(int(torch.count_nonzero(one)), 1)
+    return strength, sqrt(float(left.sum()) + entry) / slope
+
+
+def _beyond(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, size: float) -> int:
     """Entries off by more than 4 units in the last place of the larger of W0 and E, 1/64 of delta, and 1/256 of
     delta's `size`, its root mean square (products in TF32 err by the size of their terms): NaN too."""
     largest = torch.maximum(base.abs(), wanted.abs().to(base.dtype)).clamp(min=torch.finfo(wanted.dtype).tiny)
-    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent) * torch.finfo(wanted.dtype).eps / 2
-    return int(torch.count_nonzero(~(d.abs() <= 4 * unit + delta.abs() / 64 + size / 256)))
+    unit = _power_of_two(largest) * torch.finfo(wanted.dtype).eps
+    off = (merged.to(base.dtype) - wanted.to(base.dtype)).abs()
+    return int(torch.count_nonzero(~(off <= 4 * unit + delta.abs() / 64 + size / 256)))
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    """The largest that is not above; of positive normal numbers in float32 or float64."""
+    exponent = {4: 0x7F800000, 8: 0x7FF0000000000000}[values.itemsize]
+    return (bits(values) & exponent).view(values.dtype)
 
 
 def bits(values: Tensor) -> Tensor:
@@ -174,15 +222,14 @@ def ulps(a: Tensor, b: Tensor) -> Tensor:
 
 def _ordinal(values: Tensor) -> Tensor:
     """Integers in the order of the floats they stand for."""
-    stored = bits(values).to(torch.int64)
+    stored = bits(values).to(torch.int32 if values.itemsize < 4 else torch.int64)
     lowest = -(1 << (8 * values.itemsize - 1))
     return torch.where(stored < 0, lowest - stored, stored)
 
 
 def _histogram(distances: Tensor) -> tuple[int, ...]:
-    edges = torch.tensor(ULPS, device=distances.device)
-    counts = torch.bincount(torch.bucketize(distances, edges), minlength=len(ULPS) + 1)
-    return tuple(counts.tolist())
+    within = [0, *(int((distances <= edge).sum()) for edge in ULPS), len(distances)]
+    return tuple(upper - lower for lower, upper in pairwise(within))
 
 
 def _nonzero(values: Tensor, space: Tensor) -> int:
