@@ -113,7 +113,7 @@ def test_junit_has_a_case_per_module_and_tensor_and_a_failure_per_wrong_one(made
     failure = cases["modules", Q].find("failure")
     assert failure is not None
     assert failure.get("type") == "WRONG_STRENGTH"
-    assert "strength about 1.5" in (failure.get("message") or "")
+    assert "strength 1.5 ±" in (failure.get("message") or "")
     assert int(suite.get("tests", "")) == len(cases)
     assert int(suite.get("failures", "")) == len([case for case in cases.values() if case.find("failure") is not None])
 

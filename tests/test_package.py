@@ -62,6 +62,7 @@ LAYERS = (
     "auditing.findings",
     "auditing.pairing",
     "auditing.replay",
+    "auditing.blocks",
     "auditing.judgement",
     "auditing.settings",
     "auditing.receipts",

@@ -16,16 +16,17 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, Triple
-from d2surgery.auditing.diagnosis import Diagnosis, diagnose
-from d2surgery.auditing.faults import Case
+from d2surgery.auditing.blocks import diagnosis_of
+from d2surgery.auditing.diagnosis import Diagnosis
 from d2surgery.auditing.findings import Audit, ModuleAudit, Thresholds, several, verdict_of
 from d2surgery.auditing.judgement import (
     FEW,
@@ -39,24 +40,21 @@ from d2surgery.auditing.judgement import (
 )
 from d2surgery.auditing.pairing import Pair, pair_up
 from d2surgery.auditing.recipes import RECIPES
-from d2surgery.auditing.replay import WHOLE, Replay, Tally, read_part, read_tile
+from d2surgery.auditing.replay import Replay, Tally, read_part
 from d2surgery.auditing.settings import compare_settings
 from d2surgery.base import BaseWeights
-from d2surgery.behaviour import Behaviour, TaskGap, compare_outputs, compare_tasks
 from d2surgery.errors import D2SurgeryError, Problem, refuse
-from d2surgery.header import BITS, FLOATS
+from d2surgery.header import FLOATS
 from d2surgery.locate import PICKLES
 from d2surgery.merging.companions import companions
 from d2surgery.merging.job import Job, one_thread, peak_memory, prepare
-from d2surgery.merging.tiles import part_of, tiles
-from d2surgery.sites import Patch
-from d2surgery.tasks import Task
 from d2surgery.tensors import DTYPES, as_bytes
 
+if TYPE_CHECKING:
+    from d2surgery.behaviour import Behaviour, TaskGap
+    from d2surgery.tasks import Task
+
 Directory = str | os.PathLike[str]
-Found = TypeVar("Found")
-_BLOCK = 1 << 18  # entries on which faults are told apart
-_HEAD = 128  # a block begins at a multiple of this many rows, so that it holds whole attention heads
 
 
 def audit(
@@ -69,7 +67,7 @@ def audit(
     strength: float = 1.0,
     files: bool = True,
     prompts: Sequence[str] | None = None,
-    tasks: Sequence[Task] = (),
+    tasks: "Sequence[Task]" = (),
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Audit:
@@ -103,11 +101,10 @@ def audit(
         reasons += compare_settings(_expected_files(job, found), found, tied=pairing.tied)
     else:
         unread.append("config and tokenizer: not asked for")
-    behaviour, gap = _run(base, adapter, merged, levels, prompts, tasks, device)
-    for ran in (behaviour, gap):
-        reasons += [ran] if isinstance(ran, Problem) else ran.problems if ran else ()
-    unread += behaviour.not_checked if isinstance(behaviour, Behaviour) else ["outputs and logits"]
-    unread += [] if isinstance(gap, TaskGap) else ["answers to questions"]
+    behaviour, gap, problems = _run(base, adapter, merged, levels, prompts, tasks, device)
+    reasons += problems
+    unread += behaviour.not_checked if behaviour else ["outputs and logits"]
+    unread += [] if gap else ["answers to questions"]
     return Audit(
         verdict=verdict_of(tuple(reasons)),
         reasons=tuple(reasons),
@@ -120,8 +117,8 @@ def audit(
         modules=modules,
         tensors=tensors,
         not_checked=tuple(unread),
-        behaviour=behaviour if isinstance(behaviour, Behaviour) else None,
-        task=gap if isinstance(gap, TaskGap) else None,
+        behaviour=behaviour,
+        task=gap,
         seconds=time.monotonic() - began,
         peak_memory_bytes=peak_memory(),
     )
@@ -129,26 +126,35 @@ def audit(
 
 def _run(
     base: Directory, adapter: Directory, merged: Directory, levels: tuple[str, ...], prompts: Sequence[str] | None,
-    tasks: Sequence[Task], device: str,
-) -> tuple[Behaviour | Problem | None, TaskGap | Problem | None]:  # fmt: skip
-    """What the models say; a problem where they cannot be run, None where they were not asked to."""
-    behaviour: Behaviour | Problem | None = None
-    gap: TaskGap | Problem | None = None
+    tasks: "Sequence[Task]", device: str,
+) -> tuple["Behaviour | None", "TaskGap | None", list[Problem]]:  # fmt: skip
+    """What the models say, where they were asked to and can be run, and what is wrong with it."""
+    if not {"outputs", "logits", "task"} & {*levels}:
+        return None, None, []
+    from d2surgery.behaviour import compare_outputs, compare_tasks  # scipy.stats: a second
+
+    behaviour = gap = None
+    problems: list[Problem] = []
     if {"outputs", "logits"} & {*levels}:
-        behaviour = _unless_refused(lambda: compare_outputs(base, adapter, merged, prompts=prompts, device=device))
+        with _unless_refused(problems):
+            behaviour = compare_outputs(base, adapter, merged, prompts=prompts, device=device)
+            problems += behaviour.problems
     if "task" in levels:
         if not tasks:
             raise refuse("USAGE", "the level task needs tasks")
-        gap = _unless_refused(lambda: compare_tasks(base, adapter, merged, tasks, device=device))
-    return behaviour, gap
+        with _unless_refused(problems):
+            gap = compare_tasks(base, adapter, merged, tasks, device=device)
+            problems += gap.problems
+    return behaviour, gap, problems
 
 
-def _unless_refused(run: Callable[[], Found]) -> Found | Problem:
+@contextmanager
+def _unless_refused(problems: list[Problem]) -> Iterator[None]:
     """A model that cannot be run leaves its level open; what the weights said stands."""
     try:
-        return run()
+        yield
     except D2SurgeryError as error:
-        return replace(error.problems[0], code="NOT_RUNNABLE", severity="warning")
+        problems.append(replace(error.problems[0], code="NOT_RUNNABLE", severity="warning"))
 
 
 def open_merged(directory: str | os.PathLike[str]) -> BaseWeights:
@@ -209,14 +215,28 @@ def _judged(job: Job, replay: Replay, pairs: tuple[Pair, ...], limits: Threshold
         for module in dict.fromkeys(p.module for p in pair.output.site.patches) if pair.output.site else ():
             if pair.status != "tied":
                 tensors.setdefault(module, []).append(pair)
-    before = Diagnosis("", "")
+    found = _diagnoses(job, replay)
     for module, tally in replay.modules.items():
         if tally.comparison.elements:
             held = tensors[module]
-            found = _diagnosis(job, tally, before) if tally.comparison.mismatched and tally.finite else None
-            before = found if found and found.code else before
-            names = tuple(pair.name for pair in held)
-            yield module, judge_module(module, replay.kinds[module], names, held[0].info.dtype, tally, found, limits)
+            names, dtype = tuple(pair.name for pair in held), held[0].info.dtype
+            yield module, judge_module(module, replay.kinds[module], names, dtype, tally, found.get(module), limits)
+
+
+def _diagnoses(job: Job, replay: Replay) -> dict[str, Diagnosis]:
+    """Of modules whose bits differ, by two threads, which take turns: each suspects first what it found last."""
+    wrong = [(name, tally) for name, tally in replay.modules.items() if tally.comparison.mismatched and tally.finite]
+
+    def chain(share: list[tuple[str, Tally]]) -> dict[str, Diagnosis]:
+        before, found = Diagnosis("", ""), {}
+        for name, tally in share:
+            found[name] = diagnosis_of(job, tally, before)
+            before = found[name] if found[name].code else before
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(chain, (wrong[::2], wrong[1::2]))
+    return first | second
 
 
 def _commonest(modules: Mapping[str, ModuleAudit]) -> str | None:
@@ -241,60 +261,6 @@ def _is_base(job: Job, pair: Pair) -> bool:
         return torch.equal(merged.reshape(there.shape), there)
     rows = list(site.rows.indices)
     return torch.equal(merged.reshape(there.shape)[rows], there[rows])
-
-
-# What is diagnosed -----------------------------------------------------------------------------------------------
-
-
-def _diagnosis(job: Job, tally: Tally, before: Diagnosis) -> Diagnosis:
-    """Of a block of the weight that holds the first mismatch."""
-    assert tally.first is not None
-    pair, patch, element = tally.first
-    output, site = pair.output, pair.output.site
-    assert site is not None
-    width = site.matrix[1]
-    row = element // width
-    whole = job.merger.crosses_tiles(patch) and (patch.stop - patch.start) * width <= WHOLE
-    first, last = (patch.start, patch.stop) if whole else _block(row, patch.start, patch.stop, width)
-    tile = part_of(output, patch, first, last)
-    base = job.merger.base_weight(tile, read_tile(job.merger, tile)).clone()
-    row_bytes = width * BITS[pair.info.dtype] // 8
-    merged = _read(pair, first * row_bytes, (last - first) * row_bytes).view(last - first, width)
-    rows = slice(first - patch.start, last - patch.start)
-    adapter = job.merger.adapter(patch)
-
-    def delta_on(other: Adapter, onto: Tensor) -> Tensor:
-        part = other.take(in_=rows) if patch.transposed else other.take(out=rows)
-        crosses = other.normalises and (other.along == "out_features") == patch.transposed
-        if crosses and last - first < patch.stop - patch.start:  # whole vectors are known of the base only
-            return part.delta(base, _triple(job, pair, patch, other)) * job.strength
-        return part.delta(onto) * job.strength
-
-    config = job.layout.config
-    entry = job.layout.adapters[patch.module]
-    case = Case(patch.module, base, adapter, delta_on, entry, config, job.base.config, merged.dtype)
-    return diagnose(case, merged.T if patch.transposed else merged, before)
-
-
-def _block(row: int, start: int, stop: int, width: int) -> tuple[int, int]:
-    """About `_BLOCK` entries in whole rows around `row`."""
-    count = max(_BLOCK // max(width, 1) // _HEAD * _HEAD, _HEAD)
-    first = start + (row - start) // _HEAD * _HEAD
-    first = max(min(first, stop - count), start)
-    return first, min(first + count, stop)
-
-
-def _triple(job: Job, pair: Pair, patch: Patch, adapter: Adapter) -> Triple:
-    """Of whole vectors, from all tiles of a weight too large to be held."""
-    total: Triple | None = None
-    for tile in tiles(pair.output):
-        if tile.patch == patch:
-            rows = slice(tile.first - patch.start, tile.last - patch.start)
-            part = adapter.take(in_=rows) if patch.transposed else adapter.take(out=rows)
-            one = part.triple(job.merger.base_weight(tile, read_tile(job.merger, tile)))
-            total = one if total is None else total.plus(one)
-    assert total is not None
-    return total
 
 
 def _read(pair: Pair, start: int, nbytes: int) -> Tensor:

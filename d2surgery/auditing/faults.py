@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, Axis, D2LoRA, DoRA, DualLoRA, LoRA
+from d2surgery.adapters import Adapter, Axis, D2LoRA, DoRA, DualLoRA, LoRA, Triple
 from d2surgery.layout import AdapterLayout
 from d2surgery.tensors import rounded
 
@@ -24,14 +24,16 @@ class Case:
     module: str
     base: Tensor
     adapter: Adapter  # of the whole weight
-    delta_on: Callable[[Adapter, Tensor], Tensor]  # the block's delta, were these the adapter and the base's values
+    part: Callable[[Adapter], Adapter]  # what of such an adapter lands in the block
+    triple: Callable[[Adapter], Triple | None]  # of vectors that reach beyond the block; None: there are none
+    strength: float
     entry: AdapterLayout
     adapter_config: Mapping[str, Any]
     base_config: Mapping[str, Any]
     dtype: torch.dtype  # of the merged file
 
     def delta_of(self, adapter: Adapter) -> Tensor:
-        return self.delta_on(adapter, self.base)
+        return self.part(adapter).delta(self.base, self.triple(adapter)) * self.strength
 
     def with_(self, adapter: Adapter) -> Tensor:
         return self.base + self.delta_of(adapter)
@@ -70,7 +72,7 @@ def _merged_twice(case: Case) -> Iterator[Named]:
 
 
 def _again(case: Case, once: Tensor) -> Tensor:
-    return once + case.delta_on(case.adapter, once)
+    return once + case.part(case.adapter).delta(once) * case.strength
 
 
 def scalings(case: Case) -> dict[str, float]:
@@ -144,12 +146,15 @@ def _magnitude(case: Case) -> Iterator[Named]:
     if dora.out_features == dora.in_features:
         turned = replace(dora, along=other)
         yield Named("WRONG_AXIS", f"magnitude and norm along {other}", lambda: case.with_(turned))
-    dim = 1 if dora.along == "out_features" else 0
-    if len(dora.magnitude) == case.base.shape[1 - dim]:
-        shape = (-1, 1) if dim else (1, -1)
-        gain = dora.magnitude.to(case.base.dtype).view(shape) / case.base.norm(dim=dim, keepdim=True)
-        what = "divided by the norm of the base, not of base plus update"
-        yield Named("MAGNITUDE_DROPPED", what, lambda: gain * case.with_(plain))
+
+    def by_base_norm() -> Tensor:
+        here = case.part(dora)
+        assert isinstance(here, DoRA)
+        dim, shape = (1, (-1, 1)) if dora.along == "out_features" else (0, (1, -1))
+        norms: Tensor = case.base.norm(dim=dim, keepdim=True)
+        return case.with_(plain) * here.magnitude.to(case.base.dtype).view(shape) / norms
+
+    yield Named("MAGNITUDE_DROPPED", "divided by the norm of the base, not of base plus update", by_base_norm)
 
 
 def _dora_twice(case: Case) -> Iterator[Named]:

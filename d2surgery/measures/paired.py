@@ -7,14 +7,14 @@ rightly ("lost") and c only the second ("gained"), the gap is (c − b)/n.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtri
-from scipy.stats import binomtest
 
 Interval = tuple[float, float]
 DRAWS = 10_000
+_NORMAL = NormalDist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Gap:
     def items_needed(self, margin_pp: float) -> int:
         """n = f·(z₀.₉₅ + z₀.₉₅)²/margin², f the share of flips (b + c)/n: for 95 % power when there is no gap."""
         flips = (self.lost + self.gained + 1) / (self.items + 2)
-        return ceil(flips * (2 * float(ndtri(0.95))) ** 2 / (margin_pp / 100) ** 2)
+        return ceil(flips * (2 * _NORMAL.inv_cdf(0.95)) ** 2 / (margin_pp / 100) ** 2)
 
 
 def paired_gap(gold: Sequence[int], before: Sequence[int | None], after: Sequence[int | None], *, seed: int = 0) -> Gap:
@@ -92,11 +92,15 @@ def quantiles(draws: npt.NDArray[np.float64], level: float) -> Interval:
 
 def mcnemar(lost: int, gained: int) -> float:
     """Exact, two-sided: P(a split of the b + c flips at least as uneven | each way equally likely); 1 without flips."""
+    from scipy.stats import binomtest  # a second, which an audit of weights need not spend
+
     return float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
 def wilson(successes: int, items: int, level: float = 0.95) -> Interval:
     """Wilson's score interval of a share, 0 to 1."""
+    from scipy.stats import binomtest
+
     found = binomtest(successes, items).proportion_ci(level, method="wilson")
     return float(found.low), float(found.high)
 
@@ -105,6 +109,6 @@ def _wald(lost: int, gained: int, items: int, level: float) -> Interval:
     """gap ± z·√(b + c − (c − b)²/n)/n in percentage points, with half an item more in each cell of the table
     (b + ½, c + ½, n + 2): no flips among a few items are no proof of equivalence."""
     b, c, n = lost + 0.5, gained + 0.5, items + 2
-    centre, z = (c - b) / n, float(ndtri((1 + level) / 2))
+    centre, z = (c - b) / n, _NORMAL.inv_cdf((1 + level) / 2)
     half = z * sqrt(b + c - (c - b) ** 2 / n) / n
     return 100 * (centre - half), 100 * (centre + half)
