@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from mutations import DTYPES, KINDS, Case, World, cases, part
 
-from d2surgery.auditing import audit
+from d2surgery.auditing import audit, blocks
 from d2surgery.auditing.findings import Audit
 from d2surgery.errors import D2SurgeryError, Problem
 
 ALL = cases()
 CASES = ALL if os.environ.get("D2SURGERY_MUTATIONS") == "all" else part(ALL)
+NAMED = ("axis", "magnitude", "branch", "projection", "direction", "heads", "transposed", "twice")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
 
 
@@ -35,6 +36,19 @@ def test_the_verdict_and_the_reason(world: World, tmp_path: Path, case: Case) ->
         return
     found = audit(setting.base, setting.adapter, tmp_path / "merged")
     assert complaint(case, found) == ""
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in ALL if case.group in NAMED and case.dtype == "F32"], ids=lambda case: case.id
+)
+def test_a_part_of_a_weight_names_the_cause(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
+    """Of large weights a block is looked at: rows, or columns where the kind normalises these."""
+    monkeypatch.setattr(blocks, "_ENTRIES", 1 << 11)
+    monkeypatch.setattr(blocks, "_HEAD", 16)
+    setting = case.build(world, tmp_path / "merged")
+    assert complaint(case, audit(setting.base, setting.adapter, tmp_path / "merged")) == ""
 
 
 def complaint(case: Case, found: Audit) -> str:

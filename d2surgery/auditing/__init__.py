@@ -16,7 +16,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -215,28 +214,14 @@ def _judged(job: Job, replay: Replay, pairs: tuple[Pair, ...], limits: Threshold
         for module in dict.fromkeys(p.module for p in pair.output.site.patches) if pair.output.site else ():
             if pair.status != "tied":
                 tensors.setdefault(module, []).append(pair)
-    found = _diagnoses(job, replay)
+    before = Diagnosis("", "")
     for module, tally in replay.modules.items():
         if tally.comparison.elements:
             held = tensors[module]
-            names, dtype = tuple(pair.name for pair in held), held[0].info.dtype
-            yield module, judge_module(module, replay.kinds[module], names, dtype, tally, found.get(module), limits)
-
-
-def _diagnoses(job: Job, replay: Replay) -> dict[str, Diagnosis]:
-    """Of modules whose bits differ, by two threads, which take turns: each suspects first what it found last."""
-    wrong = [(name, tally) for name, tally in replay.modules.items() if tally.comparison.mismatched and tally.finite]
-
-    def chain(share: list[tuple[str, Tally]]) -> dict[str, Diagnosis]:
-        before, found = Diagnosis("", ""), {}
-        for name, tally in share:
-            found[name] = diagnosis_of(job, tally, before)
-            before = found[name] if found[name].code else before
-        return found
-
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(chain, (wrong[::2], wrong[1::2]))
-    return first | second
+            found = diagnosis_of(job, tally, before) if tally.comparison.mismatched and tally.finite else None
+            before = found if found and found.code else before
+            names = tuple(pair.name for pair in held)
+            yield module, judge_module(module, replay.kinds[module], names, held[0].info.dtype, tally, found, limits)
 
 
 def _commonest(modules: Mapping[str, ModuleAudit]) -> str | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from d2surgery.adapters import Adapter, Triple
-from d2surgery.auditing.diagnosis import Diagnosis, diagnose
+from d2surgery.auditing.diagnosis import Diagnosis, diagnose, rows_moved
 from d2surgery.auditing.faults import Case
 from d2surgery.auditing.pairing import Pair
 from d2surgery.auditing.replay import Tally, read_part, read_tile
@@ -26,28 +26,17 @@ def diagnosis_of(job: Job, tally: Tally, before: Diagnosis) -> Diagnosis:
     """Of the module whose sums these are, on a block that holds its first mismatch."""
     assert tally.first is not None
     pair, patch, element = tally.first
-    site = pair.output.site
-    assert site is not None
-    rows, columns = slice(patch.start, patch.stop), slice(0, site.matrix[1])
+    assert pair.output.site is not None
+    rows, columns = slice(patch.start, patch.stop), slice(0, pair.output.site.matrix[1])
     row, column = divmod(element, columns.stop)
-    if job.merger.crosses_tiles(patch):
-        columns = _about(column, columns, rows)
-    else:
-        rows = _about(row, rows, columns)
-    block = Block(job, pair, patch, rows, columns)
-    case = Case(
-        module=patch.module,
-        base=block.base(),
-        adapter=job.merger.adapter(patch),
-        part=block.part,
-        triple=block.triple,
-        strength=job.strength,
-        entry=job.layout.adapters[patch.module],
-        adapter_config=job.layout.config,
-        base_config=job.base.config,
-        dtype=DTYPES[pair.info.dtype],
-    )
-    return diagnose(case, block.merged(), before)
+    flat = Block(job, pair, patch, _about(row, rows, columns), columns)
+    tall = Block(job, pair, patch, rows, _about(column, columns, rows))
+    block = tall if job.merger.crosses_tiles(patch) else flat
+    found = diagnose(block.case(), block.merged(), before)
+    if found.residual_rank is None:
+        return found
+    block = flat if patch.transposed else tall  # of every out_feature: rows may have come from anywhere
+    return rows_moved(block.case(), block.merged()) or found
 
 
 def _about(place: int, all_: slice, others: slice) -> slice:
@@ -62,7 +51,7 @@ def _about(place: int, all_: slice, others: slice) -> slice:
 class Block:
     """Some rows and columns of a stored tensor that one adapter patches; it holds whole vectors that this normalises.
 
-    Matrices are given as (out_features, in_features).
+    Its matrices are (out_features, in_features).
     """
 
     job: Job
@@ -71,9 +60,20 @@ class Block:
     rows: slice
     columns: slice
 
-    def base(self) -> Tensor:
-        """W0, in the dtype of the work."""
-        return self._joined([weight for _, weight in self._base(self.rows, self.columns)])
+    def case(self) -> Case:
+        base = self._joined([weight for _, weight in self._base(self.rows, self.columns)])
+        return Case(
+            module=self.patch.module,
+            base=base,
+            adapter=self.job.merger.adapter(self.patch),
+            part=self.part,
+            triple=self.triple,
+            strength=self.job.strength,
+            entry=self.job.layout.adapters[self.patch.module],
+            adapter_config=self.job.layout.config,
+            base_config=self.job.base.config,
+            dtype=DTYPES[self.pair.info.dtype],
+        )
 
     def merged(self) -> Tensor:
         """The merged weight, as stored."""

@@ -1,7 +1,7 @@
 """What happened to one weight that no recipe replays: every usual fault is tried, and the one that fits is named."""
 
 from dataclasses import dataclass, replace
-from math import hypot, isnan, sqrt
+from math import hypot, inf, isnan, sqrt
 from typing import NamedTuple
 
 import torch
@@ -90,13 +90,22 @@ def diagnose(case: Case, merged: Tensor, before: Diagnosis = _NOTHING) -> Diagno
         return Diagnosis("WRONG_STRENGTH", _factor(case, fit), fit=fit) if off else _NOTHING
     if own <= EXCESS or look.sloppy():
         return _NOTHING
-    if look.rows_moved():
-        heads = head_size(case) is not None
-        return Diagnosis("HEADS_PERMUTED" if heads else "DELTA_UNEXPLAINED", "its rows are in another order")
     rank, side = look.residual_rank(fit.strength)
     origin = "another base, or noise" if rank > side // 4 else "another adapter, or a change of low rank"
     what = f"what is left has rank {rank} of {side} above rounding noise: {origin}"
     return Diagnosis("DELTA_UNEXPLAINED", what, residual_rank=rank)
+
+
+def rows_moved(case: Case, merged: Tensor) -> Diagnosis | None:
+    """Whether the rows are the right ones in another order, of a block that holds some columns of all rows."""
+    right = case.with_(case.adapter)
+    there, wanted = (F.normalize(x.to(right.dtype), dim=1) for x in (merged, right))
+    order = (there @ wanted.T).argmax(1)
+    right = right[order]
+    left = _norm(merged.to(right.dtype) - right)
+    if len(torch.unique(order)) < len(order) or left > EXCESS * _unit(right, merged.dtype):
+        return None
+    return Diagnosis("HEADS_PERMUTED" if head_size(case) else "DELTA_UNEXPLAINED", "its rows are in another order")
 
 
 @dataclass(frozen=True)
@@ -155,13 +164,6 @@ class _Look:
         delta = self.right - self.case.base
         return _norm(self.merged.to(delta.dtype) - self.right) <= _norm(delta) / 256 + EXCESS * self.unit
 
-    def rows_moved(self) -> bool:
-        """Whether the rows are the right ones in another order."""
-        right, there = (F.normalize(x.to(self.right.dtype), dim=1) for x in (self.right, self.merged))
-        order = (there @ right.T).argmax(1)
-        moved = bool((order.sort().values == torch.arange(len(order))).all())
-        return moved and self.noise(self.right[order]) <= EXCESS
-
     def residual_rank(self, strength: float) -> tuple[int, int]:
         """How many singular values of merged − W0 − λ̂·delta stand out of rounding noise, and of how many, in a leading
         block (Marchenko–Pastur edge)."""
@@ -202,11 +204,10 @@ def _grid(right: Tensor, merged: Tensor) -> str:
     for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("float8", torch.float8_e4m3fn)):
         if dtype.itemsize < merged.dtype.itemsize and _holds(dtype, values) and not _holds(dtype, wanted):
             return f"every value is a {name}"
-    for what, group in (("row", values), ("tensor", values.reshape(1, -1))):
-        steps = (group.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
-        small = (group / steps)[(group.abs() < 16 * steps) & (group != 0)]
-        if small.numel() > 64 and float(((small - small.round()).abs() < 0.1).float().mean()) > 0.97:
-            return f"multiples of 1/127 of the largest of each {what}: 8 bits"
+    for what, shape in (("row", values.shape), ("tensor", (1, -1))):
+        top = _multiples(values.reshape(shape))
+        if 0 < top <= 128 and not _multiples(wanted.reshape(shape)):
+            return f"multiples of one step per {what}: {4 if top <= 8 else 8} bits"
     for size in (values.shape[1], 128, 64, 32, 16):
         if values.shape[1] % size == 0:
             levels, usual = _levels(values.reshape(-1, size)), _levels(wanted.reshape(-1, size))
@@ -219,9 +220,24 @@ def _holds(dtype: torch.dtype, values: Tensor) -> bool:
     return torch.equal(values.to(dtype).to(torch.float32), values)
 
 
+def _multiples(groups: Tensor) -> float:
+    """How many steps the largest value of a group is, where all are multiples of one step; else 0.
+
+    The step is 1/127 of the largest or, in a block that holds part of a group, the smallest.
+    """
+    sizes = groups.abs()
+    for step in (sizes.amax(1, keepdim=True) / 127, sizes.masked_fill(sizes == 0, inf).amin(1, keepdim=True)):
+        steps = sizes / step
+        small = steps[(steps > 0) & (steps < 16)]
+        if small.numel() > 64 and float(((small - small.round()).abs() < 0.1).float().mean()) > 0.9:
+            return float(steps.amax(1).median())
+    return 0.0
+
+
 def _levels(groups: Tensor) -> int:
     """The median number of distinct values in a group, of some groups."""
-    return int(torch.tensor([len(torch.unique(group)) for group in groups[:: max(len(groups) // 32, 1)]]).median())
+    some = groups[:: max(len(groups) // 32, 1)].sort(1).values
+    return 1 + int((some.diff(dim=1) != 0).sum(1).median())
 
 
 def _norm(values: Tensor) -> float:

@@ -135,10 +135,12 @@ def compare(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comp
     sums = regress(base, delta, wanted, merged)
     if not sums.mismatched:
         return sums
-    size = sqrt(_dot(delta, delta) / sums.elements)
-    at = (bits(wanted) != bits(merged)).reshape(-1).nonzero().squeeze(1)
-    base, delta, wanted, merged = (values.reshape(-1)[at] for values in (base, delta, wanted, merged))
-    return replace(sums, ulps=_histogram(ulps(wanted, merged)), beyond=_beyond(base, delta, wanted, merged, size))
+    alike = bits(wanted) == bits(merged)
+    distances = ulps(wanted, merged)
+    within = [sums.elements - sums.mismatched, *(int((distances <= edge).sum()) for edge in ULPS), sums.elements]
+    beyond = ~(_by_rounding(base, delta, wanted, merged) | alike)
+    bins = tuple(upper - lower for lower, upper in pairwise(within))
+    return replace(sums, ulps=bins, beyond=int(torch.count_nonzero(beyond)))
 
 
 def regress(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comparison:
@@ -183,9 +185,10 @@ def strength_of(base: Tensor, delta: Tensor, merged: Tensor) -> tuple[float, flo
         return 1.0, inf
     low = high = 1 + missing(1.0) / each
     reach = 0.01 * max(1.0, abs(low))
-    for step in range(16):
-        low -= reach * 2**step * (missing(low) < 0)
-        high += reach * 2**step * (missing(high) > 0)
+    while missing(low) < 0 and reach < 1e6:
+        low, reach = low - reach, 2 * reach
+    while missing(high) > 0 and reach < 1e6:
+        high, reach = high + reach, 2 * reach
     if not missing(low) >= 0 >= missing(high):
         return 1.0, inf
     strength = float(brentq(missing, low, high, xtol=1e-7, rtol=1e-7))
@@ -195,13 +198,13 @@ def strength_of(base: Tensor, delta: Tensor, merged: Tensor) -> tuple[float, flo
     return strength, sqrt(float(left.sum()) + entry) / slope
 
 
-def _beyond(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, size: float) -> int:
-    """Entries off by more than 4 units in the last place of the larger of W0 and E, 1/64 of delta, and 1/256 of
-    delta's `size`, its root mean square (products in TF32 err by the size of their terms): NaN too."""
-    largest = torch.maximum(base.abs(), wanted.abs().to(base.dtype)).clamp(min=torch.finfo(wanted.dtype).tiny)
-    unit = _power_of_two(largest) * torch.finfo(wanted.dtype).eps
-    off = (merged.to(base.dtype) - wanted.to(base.dtype)).abs()
-    return int(torch.count_nonzero(~(off <= 4 * unit + delta.abs() / 64 + size / 256)))
+def _by_rounding(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Tensor:
+    """Which entries are off by no more than 4 units in the last place of the larger of W0 and E, 1/64 of delta, and
+    1/256 of delta's root mean square (products in TF32 err by the size of their terms). NaN is not."""
+    largest = torch.maximum(base.abs(), wanted.abs().to(base.dtype)).clamp_(min=torch.finfo(wanted.dtype).tiny)
+    bound = _power_of_two(largest).mul_(4 * torch.finfo(wanted.dtype).eps).add_(delta.abs(), alpha=1 / 64)
+    off = merged.to(base.dtype).sub(wanted).abs_()
+    return off <= bound.add_(sqrt(_dot(delta, delta) / delta.numel()) / 256)
 
 
 def _power_of_two(values: Tensor) -> Tensor:
@@ -223,13 +226,8 @@ def ulps(a: Tensor, b: Tensor) -> Tensor:
 def _ordinal(values: Tensor) -> Tensor:
     """Integers in the order of the floats they stand for."""
     stored = bits(values).to(torch.int32 if values.itemsize < 4 else torch.int64)
-    lowest = -(1 << (8 * values.itemsize - 1))
-    return torch.where(stored < 0, lowest - stored, stored)
-
-
-def _histogram(distances: Tensor) -> tuple[int, ...]:
-    within = [0, *(int((distances <= edge).sum()) for edge in ULPS), len(distances)]
-    return tuple(upper - lower for lower, upper in pairwise(within))
+    negative = stored >> (8 * stored.itemsize - 1)  # −1 or 0: floats are sign and size, integers two's complement
+    return (stored ^ (negative & ((1 << (8 * values.itemsize - 1)) - 1))) - negative
 
 
 def _nonzero(values: Tensor, space: Tensor) -> int:
