@@ -275,6 +275,16 @@ def test_what_changed_in_the_config(inputs: Path, tmp_path: Path, change: dict[s
     assert audit(inputs / "base", inputs / "lora", merged, files=False).verdict == "pass"
 
 
+def test_another_architecture_is_one_error_and_a_note(inputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(inputs / "merged-lora", tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    other = {"model_type": "gemma3_text", "hidden_size": 9, "num_attention_heads": 2}
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(config | other))
+    error, note = audit(inputs / "base", inputs / "lora", tmp_path / "merged").reasons
+    assert (error.severity, error.message, error.got) == ("error", "model_type", '"gemma3_text"')
+    assert note.message == "also hidden_size, num_attention_heads"
+
+
 def test_no_config_fails(inputs: Path, tmp_path: Path) -> None:
     shutil.copytree(inputs / "merged-lora", tmp_path / "merged")
     (tmp_path / "merged" / "config.json").unlink()
@@ -345,6 +355,11 @@ def test_inputs_of_the_wrong_kind_are_refused(inputs: Path, tmp_path: Path) -> N
     ):
         with pytest.raises(D2SurgeryError, match=code):
             audit(inputs / base, inputs / adapter, inputs / merged)
+    (tmp_path / "shards").mkdir()
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        shutil.copy(inputs / "merged-lora" / "model.safetensors", tmp_path / "shards" / name)
+    with pytest.raises(D2SurgeryError, match=r"BAD_MERGED.*no model.safetensors and no index"):
+        audit(inputs / "base", inputs / "lora", tmp_path / "shards")
     (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(D2SurgeryError, match=r"no safetensors weights \(got pytorch_model.bin\)"):
         audit(inputs / "base", inputs / "lora", tmp_path / "empty")

@@ -39,7 +39,7 @@ from d2surgery.auditing.judgement import (
 )
 from d2surgery.auditing.pairing import Pair, pair_up
 from d2surgery.auditing.recipes import RECIPES
-from d2surgery.auditing.replay import Replay, Tally, read_part
+from d2surgery.auditing.replay import Replay, read_part
 from d2surgery.auditing.settings import compare_settings
 from d2surgery.base import BaseWeights
 from d2surgery.errors import D2SurgeryError, Problem, refuse
@@ -166,7 +166,11 @@ def open_merged(directory: str | os.PathLike[str]) -> BaseWeights:
         other = sorted(file.name for file in path.iterdir() if file.suffix in (*PICKLES, ".gguf"))
         what = "it holds an adapter" if weights else "no safetensors weights"
         raise refuse("BAD_MERGED", what, file=str(path), got=several(other))
-    found = BaseWeights(path)
+    try:
+        found = BaseWeights(path)
+    except D2SurgeryError as error:
+        said = (replace(problem, code=problem.code.replace("BASE", "MERGED")) for problem in error.problems)
+        raise D2SurgeryError(*said) from None
     if not found.header.tensors:
         raise refuse("BAD_MERGED", "it holds no tensors", file=str(path))
     return found

@@ -69,15 +69,16 @@ def _tie(expected: Mapping[str, Any], merged: Mapping[str, Any], tied: bool) -> 
 
 
 def compare_config(expected: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[Problem]:
-    """Every field that matters and differs; cosmetic ones as one note."""
+    """Every field that matters and differs; cosmetic ones as one note, as is the rest of another architecture."""
     want, got = _normal(expected), _normal(merged)
+    other = want.get("model_type") != got.get("model_type")
     notes = []
     for key in sorted(want.keys() | got.keys()):
         before, after = want.get(key), got.get(key)
         if before == after or key.rpartition(".")[2] == "tie_word_embeddings":
             continue
         severity = _severity(key, key in want, key in got)
-        if severity == "info":
+        if severity == "info" or (other and key != "model_type"):
             notes.append(key)
         else:
             yield _changed("config.json", key, before, after, severity)
