@@ -101,10 +101,12 @@ def _made_by(found: Audit) -> str:
     states: list[str] = [record.status for record in found.modules.values()]
     if not states:
         return ""
-    parts = [f"{states.count(name)} {STATES[name][2]}" for name in STATES if states.count(name)]
-    what = {recipe.name: recipe.what for recipe in RECIPES}
-    recipe = f" by recipe {monospace(found.recipe)} ({safe(what.get(found.recipe, ''))})" if found.recipe else ""
-    return f"{counted(len(states), 'adapted module')}: {safe(joined(parts))}{recipe}."
+    parts = {name: safe(f"{states.count(name)} {STATES[name][2]}") for name in STATES if states.count(name)}
+    right = next((name for name in ("replayed", "rounding") if name in parts), None)
+    if found.recipe and right:
+        what = {recipe.name: recipe.what for recipe in RECIPES}
+        parts[right] += f" by recipe {monospace(found.recipe)} ({safe(what.get(found.recipe, ''))})"
+    return f"{counted(len(states), 'adapted module')}: {joined([*parts.values()])}."
 
 
 def _by_weight(found: Audit) -> list[Problem]:

@@ -97,7 +97,7 @@ def output_errors(layers: Sequence[Layer]) -> Plot:
                 hovertemplate="%{customdata}: %{y:.3g}<extra>%{fullData.name}</extra>",
             )
         )  # fmt: skip
-    figure.update_xaxes(title_text="adapted modules in the order in which they run, by layer", **_layer_starts(layers))
+    figure.update_xaxes(title_text="modules as they run, by layer", **_layer_starts(layers))
     figure.update_yaxes(title_text="‖y − y_reference‖ / ‖y_reference‖", type="log", exponentformat="power")
     sized(figure, 340)
     figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
