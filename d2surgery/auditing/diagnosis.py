@@ -16,6 +16,7 @@ SIGNIFICANT = 5.0  # standard errors
 EXCESS = 1.3  # noise above this many times the noise of rounding once is not rounding (double rounding: 1.01)
 PLAIN = 1.1  # noise that is rounding and nothing else
 _HALF = 0.5  # of a fault's move must be in the file
+_LEAST = 0.1  # of a strength that leaves more than rounding: with less, something else was merged
 _SAMPLE = 64  # rows on which most faults are seen not to have been made
 _RANK_SIDE = 384  # rows and columns of the block whose residual is decomposed
 
@@ -85,7 +86,7 @@ def diagnose(case: Case, merged: Tensor, before: Diagnosis = _NOTHING) -> Diagno
         return Diagnosis("REQUANTIZED", grid)
     if what := look.base_rows():
         return Diagnosis("DELTA_UNEXPLAINED", what)
-    if fit.noise <= EXCESS or fit.noise < 0.5 * own:
+    if fit.noise <= EXCESS or (fit.noise < 0.5 * own and abs(fit.strength) > _LEAST):
         off = abs(fit.strength - 1) > SIGNIFICANT * fit.error
         return Diagnosis("WRONG_STRENGTH", _factor(case, fit), fit=fit) if off else _NOTHING
     if own <= EXCESS or look.sloppy():
@@ -100,7 +101,7 @@ def rows_moved(case: Case, merged: Tensor) -> Diagnosis | None:
     """Whether the rows are the right ones in another order, of a block that holds some columns of all rows."""
     right = case.with_(case.adapter)
     there, wanted = (F.normalize(x.to(right.dtype), dim=1) for x in (merged, right))
-    order = (there @ wanted.T).argmax(1)
+    order = torch.cat([(part @ wanted.T).argmax(1) for part in torch.split(there, 256)])
     right = right[order]
     left = _norm(merged.to(right.dtype) - right)
     if len(torch.unique(order)) < len(order) or left > EXCESS * _unit(right, merged.dtype):
@@ -241,4 +242,4 @@ def _levels(groups: Tensor) -> int:
 
 
 def _norm(values: Tensor) -> float:
-    return float(values.double().norm())
+    return float(torch.linalg.vector_norm(values, dim=-1).double().norm())

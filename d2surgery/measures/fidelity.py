@@ -1,5 +1,6 @@
 """How much of a delta outlives rounding, and how a merged weight compares with the one that was wanted."""
 
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import pairwise
 from math import inf, nan, sqrt
@@ -80,6 +81,7 @@ def measured(base: Tensor, delta: Tensor, merged: Tensor, spaces: tuple[Tensor, 
     )
 
 
+_PIECE = 1 << 18  # entries compared at once: what is made of them stays in the cache
 ULPS = (1, 2, 4, 16)  # upper ends of the bins of Comparison.ulps; the last bin has no end
 
 
@@ -132,19 +134,38 @@ class Comparison:
 
 def compare(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comparison:
     """Of one tile. `base` and `delta` in the dtype of the computation; `wanted` and `merged` as stored, one dtype."""
-    sums = regress(base, delta, wanted, merged)
-    if not sums.mismatched:
-        return sums
-    alike = bits(wanted) == bits(merged)
-    distances = ulps(wanted, merged)
-    within = [sums.elements - sums.mismatched, *(int((distances <= edge).sum()) for edge in ULPS), sums.elements]
-    beyond = ~(_by_rounding(base, delta, wanted, merged) | alike)
-    bins = tuple(upper - lower for lower, upper in pairwise(within))
-    return replace(sums, ulps=bins, beyond=int(torch.count_nonzero(beyond)))
+    if torch.equal(bits(wanted), bits(merged)):
+        return regress(base, delta, wanted, merged)
+    size = sqrt(_dot(delta, delta) / delta.numel())
+    return sum((_compared(*piece, size) for piece in _pieces(base, delta, wanted, merged)), Comparison())
 
 
 def regress(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comparison:
     """As `compare`, without looking at single entries: `ulps` and `beyond` are left at 0, and it takes a third."""
+    return sum((_regressed(*piece) for piece in _pieces(base, delta, wanted, merged)), Comparison())
+
+
+def _pieces(
+    base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The same rows of each, or columns of matrices that lie so."""
+    dim = int(base.stride(0) < base.stride(1))
+    step = max(_PIECE * base.shape[dim] // max(base.numel(), 1), 1)
+    yield from zip(*(torch.split(values, step, dim) for values in (base, delta, wanted, merged)), strict=True)
+
+
+def _compared(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, size: float) -> Comparison:
+    """`size`: the root mean square of the tile's delta."""
+    sums = _regressed(base, delta, wanted, merged)
+    alike = bits(wanted) == bits(merged)
+    distances = ulps(wanted, merged)
+    within = [sums.elements - sums.mismatched, *(int((distances <= edge).sum()) for edge in ULPS), sums.elements]
+    beyond = ~(_by_rounding(base, delta, wanted, merged, size) | alike)
+    bins = tuple(upper - lower for lower, upper in pairwise(within))
+    return replace(sums, ulps=bins, beyond=int(torch.count_nonzero(beyond)))
+
+
+def _regressed(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comparison:
     mismatched = int(torch.count_nonzero(bits(wanted) != bits(merged)))
     e = wanted.to(base.dtype) - base  # not in place: `to` may give `wanted` itself
     both = Comparison(elements=base.numel(), e_delta=_dot(e, delta), ee=_dot(e, e))
@@ -198,13 +219,13 @@ def strength_of(base: Tensor, delta: Tensor, merged: Tensor) -> tuple[float, flo
     return strength, sqrt(float(left.sum()) + entry) / slope
 
 
-def _by_rounding(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Tensor:
+def _by_rounding(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, size: float) -> Tensor:
     """Which entries are off by no more than 4 units in the last place of the larger of W0 and E, 1/64 of delta, and
-    1/256 of delta's root mean square (products in TF32 err by the size of their terms). NaN is not."""
+    1/256 of delta's `size`, its root mean square (products in TF32 err by the size of their terms). NaN is not."""
     largest = torch.maximum(base.abs(), wanted.abs().to(base.dtype)).clamp_(min=torch.finfo(wanted.dtype).tiny)
     bound = _power_of_two(largest).mul_(4 * torch.finfo(wanted.dtype).eps).add_(delta.abs(), alpha=1 / 64)
     off = merged.to(base.dtype).sub(wanted).abs_()
-    return off <= bound.add_(sqrt(_dot(delta, delta) / delta.numel()) / 256)
+    return off <= bound.add_(size / 256)
 
 
 def _power_of_two(values: Tensor) -> Tensor:
