@@ -1,6 +1,6 @@
 """Survival: sums over tiles against numpy in float64, the closed form of rounding, and what merge then does."""
 
-from math import isnan, sqrt
+from math import inf, isnan, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from d2surgery import KINDS, BaseWeights, from_adapters, merge, plan, save
-from d2surgery.measures.fidelity import Comparison, Survival, compare, measured, survival, ulps
+from d2surgery.measures.fidelity import Comparison, Survival, compare, measured, strength_of, survival, ulps
 from d2surgery.tensors import rounded
 
 GENERATOR = torch.Generator().manual_seed(5)
@@ -103,6 +103,23 @@ def test_a_right_merge_that_rounding_nearly_loses_has_strength_one() -> None:
     assert compare(base, delta, right, right).strength == 1
     twice = compare(base, delta, right, merged_at(2, base, delta, torch.bfloat16))
     assert twice.strength > 1.5 + 5 * twice.strength_error
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.0005])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("strength", [-1.0, 0.0, 0.5, 0.98, 1.0, 1.005, 2.0, 30.0])
+def test_a_strength_is_solved_for_however_much_rounding_keeps(
+    strength: float, dtype: torch.dtype, ratio: float
+) -> None:
+    base, delta = base_and_delta(ratio)
+    found, error = strength_of(base, delta, merged_at(strength, base, delta, dtype))
+    assert abs(found - strength) <= 5 * error + 1e-6 * max(abs(strength), 1)
+    assert error < 0.02 * max(abs(strength), 1)  # near 0 bfloat16 shows little of a small delta
+
+
+def test_a_delta_that_does_not_reach_the_file_has_no_strength() -> None:
+    base, delta = base_and_delta(0.01)
+    assert strength_of(base, 0 * delta, base.bfloat16()) == (1.0, inf)
 
 
 def test_comparisons_are_numpys_sums_and_add_up_over_tiles() -> None:

@@ -64,7 +64,7 @@ class ModuleAudit:
     elements: int
     mismatched_elements: int
     recipe: str | None  # that replays it, or comes nearest
-    strength: float  # λ̂: 1 for a right merge; nan where rounding left nothing to measure
+    strength: float  # λ̂: 1 for a right merge; nan where rounding left nothing to measure; see `strength_of`
     strength_error: float  # standard
     residual: float  # ‖merged − W0 − λ̂·(expected − W0)‖/‖expected − W0‖
     survival: Survival  # of the delta, in the merged file

@@ -213,7 +213,7 @@ def strength_of(base: Tensor, delta: Tensor, merged: Tensor) -> tuple[float, flo
     if not missing(low) >= 0 >= missing(high):
         return 1.0, inf
     strength = float(brentq(missing, low, high, xtol=1e-7, rtol=1e-7))
-    slope = (missing(strength - 0.01) - missing(strength + 0.01)) / 0.02 or each
+    slope = max((missing(strength - 0.01) - missing(strength + 0.01)) / 0.02, 0.0) or each
     one, left = terms(1.0).square(), terms(strength).square()
     entry = float(one.sum()) / max(int(torch.count_nonzero(one)), 1)
     return strength, sqrt(float(left.sum()) + entry) / slope
