@@ -31,6 +31,7 @@ from d2surgery import (
     save,
     verify_receipt,
 )
+from d2surgery.auditing import blocks
 from d2surgery.auditing.findings import Audit
 from d2surgery.cli import demo
 from d2surgery.tensors import DTYPES
@@ -222,6 +223,25 @@ def test_every_architectures_merge_passes(built: Callable[[str], Built], name: s
     assert found.verdict == "pass", [str(reason) for reason in found.reasons]
     assert sum(module.mismatched_elements for module in found.modules.values()) == 0
     assert found.coverage["missing"] == found.coverage["extra"] == found.coverage["changed"] == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_architectures_merge_at_another_strength_fails(
+    built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On blocks of every kind of weight: fused, transposed, of experts, convolutions."""
+    monkeypatch.setattr(blocks, "_ENTRIES", 1 << 9)
+    monkeypatch.setattr(blocks, "_HEAD", 16)
+    case = built(name)
+    try:
+        merge(case.base, case.adapter, tmp_path / "merged", strength=1.3)
+    except D2SurgeryError as error:
+        if error.problems[0].code == "STRENGTH":
+            pytest.skip("what it replaces has no strength")
+        raise
+    found = audit(case.base, case.adapter, tmp_path / "merged")
+    assert {module.code for module in found.modules.values()} == {"WRONG_STRENGTH"}
+    assert [module.strength for module in found.modules.values()] == pytest.approx([1.3] * len(found.modules), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama dora", "gpt2 dora", "mixtral", "convnext dora", "bert lora_bias"])
