@@ -47,11 +47,11 @@ from d2surgery.header import FLOATS
 from d2surgery.locate import PICKLES
 from d2surgery.merging.companions import companions
 from d2surgery.merging.job import Job, one_thread, peak_memory, prepare
+from d2surgery.tasks import Task
 from d2surgery.tensors import DTYPES, as_bytes
 
 if TYPE_CHECKING:
     from d2surgery.behaviour import Behaviour, TaskGap
-    from d2surgery.tasks import Task
 
 Directory = str | os.PathLike[str]
 
@@ -66,7 +66,7 @@ def audit(
     strength: float = 1.0,
     files: bool = True,
     prompts: Sequence[str] | None = None,
-    tasks: "Sequence[Task]" = (),
+    tasks: Sequence[Task] = (),
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Audit:
@@ -125,12 +125,12 @@ def audit(
 
 def _run(
     base: Directory, adapter: Directory, merged: Directory, levels: tuple[str, ...], prompts: Sequence[str] | None,
-    tasks: "Sequence[Task]", device: str,
+    tasks: Sequence[Task], device: str,
 ) -> tuple["Behaviour | None", "TaskGap | None", list[Problem]]:  # fmt: skip
     """What the models say, where they were asked to and can be run, and what is wrong with it."""
     if not {"outputs", "logits", "task"} & {*levels}:
         return None, None, []
-    from d2surgery.behaviour import compare_outputs, compare_tasks  # scipy.stats: a second
+    from d2surgery.behaviour import compare_outputs, compare_tasks  # a third of a second
 
     behaviour = gap = None
     problems: list[Problem] = []
@@ -169,8 +169,9 @@ def open_merged(directory: str | os.PathLike[str]) -> BaseWeights:
     try:
         found = BaseWeights(path)
     except D2SurgeryError as error:
-        said = (replace(problem, code=problem.code.replace("BASE", "MERGED")) for problem in error.problems)
-        raise D2SurgeryError(*said) from None
+        raise D2SurgeryError(
+            *(replace(p, code="BAD_MERGED") if p.code == "BAD_BASE" else p for p in error.problems)
+        ) from None
     if not found.header.tensors:
         raise refuse("BAD_MERGED", "it holds no tensors", file=str(path))
     return found
@@ -218,7 +219,7 @@ def _judged(job: Job, replay: Replay, pairs: tuple[Pair, ...], limits: Threshold
         for module in dict.fromkeys(p.module for p in pair.output.site.patches) if pair.output.site else ():
             if pair.status != "tied":
                 tensors.setdefault(module, []).append(pair)
-    before = Diagnosis("", "")
+    before = Diagnosis()
     for module, tally in replay.modules.items():
         if tally.comparison.elements:
             held = tensors[module]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import reduce
+from itertools import starmap
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from d2surgery.adapters import Adapter, Triple
 from d2surgery.auditing.diagnosis import Diagnosis, diagnose, rows_moved
 from d2surgery.auditing.faults import Case
 from d2surgery.auditing.pairing import Pair
-from d2surgery.auditing.replay import Tally, base_part, cuts, merged_part, width_of
+from d2surgery.auditing.replay import Tally, base_part, merged_part, width_of
 from d2surgery.merging.job import Job
+from d2surgery.merging.tiles import cuts
 from d2surgery.sites import Patch
 from d2surgery.tensors import DTYPES
 
@@ -89,7 +91,7 @@ class Block:
             return None
         triples = [
             self._part(adapter, part, columns).triple(self._base(part, columns), adapter.along)
-            for part in cuts(self.pair, rows)
+            for part in starmap(slice, cuts(rows.start, rows.stop, width_of(self.pair)))
         ]
         if in_a_row:
             return Triple(*map(torch.cat, zip(*triples, strict=True)))

@@ -25,8 +25,8 @@ _RANK_SIDE = 384  # rows and columns of the block whose residual is decomposed
 class Diagnosis:
     """code "": nothing explains it better than a right merge does."""
 
-    code: str
-    what: str
+    code: str = ""
+    what: str = ""
     exact: bool = False  # every bit is as this fault gives it
     fit: "Fit | None" = None  # where one strength explains all but rounding
     residual_rank: int | None = None  # of what nothing explains
@@ -42,9 +42,6 @@ class Fit(NamedTuple):
     def like(self, other: "Fit") -> bool:
         """Whether the two may be one strength."""
         return abs(self.strength - other.strength) <= SIGNIFICANT * hypot(self.error, other.error)
-
-
-_NOTHING = Diagnosis("", "")
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class _Trial:
         return not plain_strength and (self.noise <= EXCESS or self.noise < 0.5 * min(own, fitted))
 
 
-def diagnose(case: Case, merged: Tensor, before: Diagnosis = _NOTHING) -> Diagnosis:
+def diagnose(case: Case, merged: Tensor, before: Diagnosis) -> Diagnosis:
     """`merged` as stored, of the same block as the case; `before`: of another module, suspected here first.
 
     A fault moves the weight from E to F. How much of that move is in the file is a strength with an error, like λ̂; the
@@ -88,9 +85,9 @@ def diagnose(case: Case, merged: Tensor, before: Diagnosis = _NOTHING) -> Diagno
         return Diagnosis("DELTA_UNEXPLAINED", what)
     if fit.noise <= EXCESS or (fit.noise < 0.5 * own and abs(fit.strength) > _LEAST):
         off = abs(fit.strength - 1) > SIGNIFICANT * fit.error
-        return Diagnosis("WRONG_STRENGTH", _factor(case, fit), fit=fit) if off else _NOTHING
+        return Diagnosis("WRONG_STRENGTH", _factor(case, fit), fit=fit) if off else Diagnosis()
     if own <= EXCESS or look.sloppy():
-        return _NOTHING
+        return Diagnosis()
     rank, side = look.residual_rank(fit.strength)
     origin = "another base, or noise" if rank > side // 4 else "another adapter, or a change of low rank"
     what = f"what is left has rank {rank} of {side} above rounding noise: {origin}"

@@ -130,7 +130,7 @@ def pooled(
     if len(alike) < 2 or not sums.mismatched:
         return dict(found)
     said = f"{len(alike)} modules together: {_said(sums)}"
-    ruling = _strength(sums, dtype, Diagnosis("", ""), limits, said)
+    ruling = _strength(sums, dtype, Diagnosis(), limits, said)
     settled = dict(found)
     for name in alike:
         module = found[name]

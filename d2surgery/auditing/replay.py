@@ -6,7 +6,7 @@ recipe gives every bit, the nearest is what the file is measured against.
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,7 +20,7 @@ from d2surgery.auditing.pairing import Pair
 from d2surgery.auditing.recipes import OURS, RECIPES, Operands, Recipe
 from d2surgery.header import BITS
 from d2surgery.measures.fidelity import Comparison, Survival, bits, compare, measured
-from d2surgery.merging.tiles import TILE, Tile, TileMerger, all_finite, part_of, tiles
+from d2surgery.merging.tiles import Tile, TileMerger, all_finite, cuts, part_of, tiles
 from d2surgery.sites import Patch
 from d2surgery.tensors import DTYPES, as_bytes, let_go, read_into
 from d2surgery.threads import pipeline
@@ -228,11 +228,11 @@ class Replay:
         patch = tile.patch
         assert patch is not None
         assert tile.opened is not None
-        every = part_of(pair.output, patch, patch.start, patch.stop)
-        if every.nbytes * 8 // BITS[pair.output.info.dtype] > WHOLE:
+        rows, columns = slice(patch.start, patch.stop), slice(0, width_of(pair))
+        if (patch.stop - patch.start) * columns.stop > WHOLE:
             return None
         if self.whole is None or self.whole[:2] != (patch, recipe.name):
-            base = self.merger.base_weight(every, read_tile(self.merger, every)).to(DTYPES[pair.output.info.dtype])
+            base = base_part(self.merger, pair, patch, rows, columns).to(DTYPES[pair.output.info.dtype])
             made = recipe.merge(Operands(base, tile.opened.adapter, DTYPES[pair.info.dtype]))
             self.whole = (patch, recipe.name, (made.T if patch.transposed else made).contiguous())
         return self.whole[2]
@@ -262,10 +262,10 @@ def read_tile(merger: TileMerger, tile: Tile) -> Tensor:
 def base_part(merger: TileMerger, pair: Pair, patch: Patch, rows: slice, columns: slice) -> Tensor:
     """W0 of some stored rows and columns, (out_features, in_features) in the dtype of the work."""
     whole = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=pair.output.work_dtype)
-    for part in cuts(pair, rows):
-        tile = part_of(pair.output, patch, part.start, part.stop)
+    for first, last in cuts(rows.start, rows.stop, width_of(pair)):
+        tile = part_of(pair.output, patch, first, last)
         weight = merger.base_weight(tile, read_tile(merger, tile))
-        whole[part.start - rows.start : part.stop - rows.start] = (weight.T if patch.transposed else weight)[:, columns]
+        whole[first - rows.start : last - rows.start] = (weight.T if patch.transposed else weight)[:, columns]
     return whole.T if patch.transposed else whole
 
 
@@ -273,10 +273,10 @@ def merged_part(pair: Pair, patch: Patch, rows: slice, columns: slice) -> Tensor
     """The same part of the merged weight, as stored."""
     width, dtype = width_of(pair), DTYPES[pair.info.dtype]
     whole = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=dtype)
-    for part in cuts(pair, rows):
-        values = torch.empty(part.stop - part.start, width, dtype=dtype)
-        read_part(pair, part.start * width * dtype.itemsize, as_bytes(values))
-        whole[part.start - rows.start : part.stop - rows.start] = values[:, columns]
+    for first, last in cuts(rows.start, rows.stop, width):
+        values = torch.empty(last - first, width, dtype=dtype)
+        read_part(pair, first * width * dtype.itemsize, as_bytes(values))
+        whole[first - rows.start : last - rows.start] = values[:, columns]
     return whole.T if patch.transposed else whole
 
 
@@ -284,13 +284,6 @@ def width_of(pair: Pair) -> int:
     """Stored columns."""
     assert pair.output.site is not None
     return pair.output.site.matrix[1]
-
-
-def cuts(pair: Pair, rows: slice) -> Iterator[slice]:
-    """Ranges of about a tile's entries."""
-    step = max(TILE // max(width_of(pair), 1), 1)
-    for first in range(rows.start, rows.stop, step):
-        yield slice(first, min(first + step, rows.stop))
 
 
 def read_part(pair: Pair, start: int, target: memoryview) -> None:

@@ -275,7 +275,7 @@ def tiles(output: Output) -> Iterator[Tile]:
     rows, _ = output.site.matrix
     row_bytes = output.info.nbytes // rows
     for patch in output.site.patches:
-        for first, last in _cuts(patch.start, patch.stop, row_bytes * 8 // BITS[output.info.dtype]):
+        for first, last in cuts(patch.start, patch.stop, row_bytes * 8 // BITS[output.info.dtype]):
             yield Tile(output, first * row_bytes, (last - first) * row_bytes, first, last, patch)
 
 
@@ -290,7 +290,7 @@ def _part(tile: Tile, patch: Patch) -> dict[str, slice]:
     return {"in_" if patch.transposed else "out": slice(tile.first - patch.start, tile.last - patch.start)}
 
 
-def _cuts(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+def cuts(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
     """Row ranges of about TILE entries; a short last range joins its neighbour."""
     step = max(TILE // max(width, 1), _LEAST_ROWS)
     while start < stop:
