@@ -1,6 +1,7 @@
 """Bytes on disk and torch tensors: dtypes by their safetensors names, positional reads, and rounding once."""
 
 import os
+import threading
 
 import torch
 from torch import Tensor
@@ -22,17 +23,38 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+_AHEAD = 1 << 22  # bytes
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class Workspace(threading.local):
+    """Memory of one thread, kept from one use to the next: fresh memory costs page faults."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, purpose: str, count: int, dtype: torch.dtype) -> Tensor:
+        """`count` elements, as the last use for this purpose left them."""
+        nbytes = count * dtype.itemsize
+        held = self._held.get(purpose)
+        if held is None or held.numel() < nbytes:
+            held = self._held[purpose] = torch.empty(nbytes, dtype=torch.uint8)
+        return held[:nbytes].view(dtype)
+
+
 def read_into(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill the buffer from a file position with pread: no mapping, so reading costs no resident memory."""
+    """Fill the buffer from a file position with pread: no mapping, so reading costs no resident memory.
+
+    The kernel is told that what follows will be wanted next: it reads that from the disk while this is worked on.
+    """
     done = 0
     while done < len(buffer):
         count = os.preadv(fd, [buffer[done:]], offset + done)
         if not count:
             raise refuse("TRUNCATED_FILE", "the file became shorter while it was read")
         done += count
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset + done, min(done, _AHEAD), os.POSIX_FADV_WILLNEED)
 
 
 def let_go(fd: int, start: int = 0, nbytes: int = 0) -> None:

@@ -80,6 +80,27 @@ def test_our_own_merge_is_replayed_and_passes(inputs: Path, tmp_path: Path, kind
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["qwen3 moe", "gpt2 dora"])
+def test_the_number_of_threads_changes_nothing_that_is_found(
+    built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of a merge at the wrong strength with one element changed, and of a right one: modules in one tensor or many."""
+    case = built(name)
+    merge(case.base, case.adapter, tmp_path / "right")
+    merge(case.base, case.adapter, tmp_path / "strong", strength=1.3)
+
+    def touch(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        next(iter(tensors.values())).view(-1)[3] += 1
+        return tensors
+
+    for merged in (tmp_path / "right", rewritten(tmp_path / "strong", tmp_path / "wrong", touch)):
+        found = []
+        for threads in (1, 2, 7):
+            monkeypatch.setattr("d2surgery.auditing.replay.workers", lambda threads=threads: threads)
+            found.append(replace(audit(case.base, case.adapter, merged), seconds=0, peak_memory_bytes=0))
+        assert repr(found[0]) == repr(found[1]) == repr(found[2])
+
+
 @pytest.mark.parametrize("dtype", ["F32", "F16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_our_own_merge_stored_again_in_another_dtype_is_replayed(

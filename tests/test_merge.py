@@ -8,13 +8,18 @@ test_peft_format; NaN here.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +40,8 @@ from d2surgery.formats import open_layout
 from d2surgery.merging import merge, plan
 from d2surgery.merging.ahead import HashAhead
 from d2surgery.merging.job import RECEIPT
+from d2surgery.merging.tiles import Output, Tile, TileMerger
+from d2surgery.merging.writer import ShardWriter
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 SHARE = {"BF16": 1 / 1024, "F16": 2 / 1024, "F32": 1.0}
@@ -284,12 +291,13 @@ def test_memory_changes_no_byte(
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-@pytest.mark.parametrize("buffers", [2, 3, 9])
-def test_the_number_of_buffers_changes_no_byte(
-    several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffers: int
+@pytest.mark.parametrize("threads", [2, 3, 9])
+def test_the_number_of_threads_changes_no_byte(
+    several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
+    monkeypatch.setattr(d2surgery.merging.job, "workers", lambda: 1)
     merge(*several, tmp_path / "one")
-    monkeypatch.setattr(d2surgery.merging.job, "_BUFFERS", buffers)
+    monkeypatch.setattr(d2surgery.merging.job, "workers", lambda: threads)
     merge(*several, tmp_path / "two")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
@@ -315,16 +323,66 @@ def test_hashes_taken_ahead_are_those_taken_from_the_tiles(
     known: list[int] = []
 
     def stopped(self: HashAhead, count: int) -> dict[str, str]:
-        self._thread.join()
+        if self._process is not None:
+            self._process.wait()
         found = stop(self)
         known.append(len(found))
         return dict(list(found.items())[:count])
 
+    monkeypatch.setattr(d2surgery.merging, "sys", SimpleNamespace(modules={}))  # as if torch were to be imported
     for count in (0, 2, 4):
         monkeypatch.setattr(HashAhead, "stop", partialmethod(stopped, count))
         merge(*several, tmp_path / str(count))
-    assert known == [4, 4, 4]
+    assert known == [4, 0] * 3  # the second time when the block ends
     assert contents(tmp_path / "0") == contents(tmp_path / "2") == contents(tmp_path / "4")
+
+
+def test_a_process_that_has_yet_to_import_torch_writes_the_same(
+    several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", 1 << 20)  # as in the other process
+    merge(*several, tmp_path / "one")
+    options = ["--base", several[0], "--adapter", several[1], "--out", tmp_path / "two", "--quiet"]
+    subprocess.run([sys.executable, "-m", "d2surgery", "merge", *options], check=True)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_progress_counts_every_byte_and_never_goes_back(
+    several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(d2surgery.merging.job, "workers", lambda: threads)
+    for dtype in (None, "F32"):
+        seen: list[tuple[int, int]] = []
+        report = merge(*several, tmp_path / str(dtype), dtype=dtype, progress=lambda *at, seen=seen: seen.append(at))
+        assert seen == sorted(seen)
+        assert seen[-1] == (report.bytes_written, report.bytes_written)
+
+
+def test_an_error_in_one_tensor_stops_the_others_and_leaves_no_thread(
+    several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second tensor never runs out of tiles: without a stop this would not end."""
+    monkeypatch.setattr(d2surgery.merging.job, "workers", lambda: 2)
+    before = threading.enumerate()
+    begun = threading.Event()
+    tiles = TileMerger.tiles
+
+    def endless(self: TileMerger, output: Output) -> Iterator[Tile]:
+        if output.name == "layers.0.proj.weight":
+            assert begun.wait(60)
+            raise MemoryError
+        if output.name == "layers.1.proj.weight":
+            begun.set()
+            yield from (tile for _ in itertools.count() for tile in tiles(self, output))
+        yield from tiles(self, output)
+
+    monkeypatch.setattr(TileMerger, "tiles", endless)
+    monkeypatch.setattr(ShardWriter, "write", lambda self, name, piece: None)
+    with pytest.raises(MemoryError):
+        merge(*several, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert threading.enumerate() == before
 
 
 @pytest.mark.parametrize("change", [lambda file: os.utime(file, ns=(1, 1)), lambda file: file.open("ab").write(b"x")])

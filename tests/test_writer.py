@@ -4,22 +4,17 @@ import errno
 import hashlib
 import json
 import os
-import threading
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
 from d2surgery.header import read_checkpoint_header
 from d2surgery.merging.writer import Entry, Shard, ShardWriter, hash_tensors, index_file, shards
 from d2surgery.tensors import NAMES
-from d2surgery.threads import pipeline
 
 TENSORS = {
     "a": torch.randn(5, 3, generator=torch.Generator().manual_seed(0)),
@@ -103,69 +98,6 @@ def test_a_tensor_that_was_not_written_to_its_last_byte_is_an_error(tmp_path: Pa
         writer.write("a", piece)
     with pytest.raises(RuntimeError, match=r"a$"):
         writer.close()
-
-
-# The pipeline ---------------------------------------------------------------------------------------------------------
-
-
-def run(
-    items: list[int], buffers: int, fail: dict[str, int], stop: type[BaseException] = ValueError
-) -> list[tuple[int, int]]:
-    """Items through three stages, each of which may fail at one item; what was written, with the value computed."""
-    written: list[tuple[int, int]] = []
-
-    def trip(stage: str, item: int) -> None:
-        if fail.get(stage) == item:
-            raise stop(f"{stage} {item}")
-
-    def read(item: int, buffer: Tensor) -> None:
-        trip("read", item)
-        buffer.fill_(item)
-
-    def compute(item: int, buffer: Tensor) -> Tensor | None:
-        trip("compute", item)
-        assert int(buffer[0]) == item, "the buffer was filled again before it was free"
-        return buffer.mul_(2) if item % 3 else None
-
-    def write(item: int, result: Tensor) -> None:
-        trip("write", item)
-        written.append((item, int(result[0])))
-
-    pipeline(items, read, compute, write, [torch.zeros(4, dtype=torch.int64) for _ in range(buffers)])
-    return written
-
-
-@given(st.lists(st.integers(0, 10**6), max_size=40), st.integers(1, 5))
-def test_everything_is_written_once_and_in_order(items: list[int], buffers: int) -> None:
-    assert run(items, buffers, {}) == [(item, 2 * item) for item in items if item % 3]
-
-
-@given(st.sampled_from(["read", "compute", "write"]), st.integers(1, 20), st.integers(1, 5))
-def test_an_error_of_any_stage_is_raised_and_leaves_no_thread(stage: str, at: int, buffers: int) -> None:
-    at = at if stage != "write" or at % 3 else at + 1
-    before = threading.enumerate()
-    with pytest.raises(ValueError, match=f"{stage} {at}$"):
-        run(list(range(30)), buffers, {stage: at})
-    assert threading.enumerate() == before
-
-
-@pytest.mark.parametrize("stage", ["read", "compute", "write"])
-def test_an_interrupt_stops_all_stages(stage: str) -> None:
-    before = threading.enumerate()
-    with pytest.raises(KeyboardInterrupt):
-        run(list(range(30)), 2, {stage: 7}, KeyboardInterrupt)
-    assert threading.enumerate() == before
-
-
-def test_an_error_of_the_items_themselves_is_raised() -> None:
-    def items() -> Any:
-        yield 1
-        raise ValueError("no more")
-
-    before = threading.enumerate()
-    with pytest.raises(ValueError, match="no more"):
-        pipeline(items(), lambda i, b: None, lambda i, b: b, lambda i, r: None, [torch.zeros(1)])
-    assert threading.enumerate() == before
 
 
 def test_a_write_that_the_disk_lost_meanwhile_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,7 +208,8 @@ def judge_tensor(
     pair: Pair, replay: Replay, modules: Mapping[str, ModuleAudit], forgotten: Mapping[str, bool]
 ) -> TensorAudit:
     """`forgotten`: of tensors that differ, whether they are still the base's."""
-    bad = replay.mismatched[pair.name]
+    found = replay.tensors[pair.name]
+    bad = found.mismatched
     code = ""
     wrong = [modules[name].code for name in pair.modules if name in modules and modules[name].verdict == "fail"]
     patched = pair.output.site is not None and bool(pair.output.site.patches)
@@ -216,9 +217,9 @@ def judge_tensor(
         code = pair.otherwise if bad else ""
     elif patched:
         code = wrong[0] if wrong and bad else ""
-    elif bad and not replay.finite[pair.name]:
+    elif bad and not found.finite:
         code = "NOT_FINITE"
-    elif bad and not (replay.rounding.get(pair.name)):
+    elif bad and not found.rounding:
         code = "TENSOR_CHANGED"
         if pair.status != "unchanged" and forgotten.get(pair.name):
             code = "BIAS_FORGOTTEN" if pair.name.endswith("bias") else "REPLACEMENT_FORGOTTEN"
@@ -229,7 +230,7 @@ def judge_tensor(
         shape=pair.output.shape,
         elements=prod(pair.output.shape),
         mismatched_elements=bad,
-        first_mismatch=index_of(replay.first[pair.name], pair.output.shape) if bad else None,
+        first_mismatch=None if found.first is None else index_of(found.first, pair.output.shape),
         modules=pair.modules,
         code=code,
     )
@@ -250,7 +251,7 @@ def index_of(element: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 def wrong_base(modules: Mapping[str, ModuleAudit], pairs: Iterable[Pair], replay: Replay) -> dict[str, ModuleAudit]:
     """Where untouched tensors changed too, what no fault explains in the modules is another base."""
     plain = [pair for pair in pairs if pair.status == "unchanged"]
-    changed = [pair for pair in plain if replay.mismatched[pair.name]]
+    changed = [pair for pair in plain if replay.tensors[pair.name].mismatched]
     strange = {name for name, m in modules.items() if m.code in ("DELTA_UNEXPLAINED", "ROUNDING_EXCESS")}
     full = [name for name in strange if (modules[name].residual_rank or 0) > 16]
     everywhere = len(changed) > 0.5 * len(plain) if plain else len(full) == len(modules)

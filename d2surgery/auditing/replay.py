@@ -5,11 +5,9 @@ recipe gives every bit, the nearest is what the file is measured against.
 """
 
 import os
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from math import inf
 from typing import NamedTuple
 
@@ -20,15 +18,13 @@ from d2surgery.auditing.pairing import Pair
 from d2surgery.auditing.recipes import OURS, RECIPES, Operands, Recipe
 from d2surgery.header import BITS
 from d2surgery.measures.fidelity import Comparison, Survival, bits, compare, measured
-from d2surgery.merging.tiles import Tile, TileMerger, all_finite, cuts, part_of, tiles
+from d2surgery.merging.tiles import Steps, Tile, TileMerger, all_finite, cuts, part_of
 from d2surgery.sites import Patch
 from d2surgery.tensors import DTYPES, as_bytes, let_go, read_into
-from d2surgery.threads import pipeline
+from d2surgery.threads import workers
 
 WHOLE = 1 << 24  # entries: the largest weight held whole, for recipes that normalise across tiles
 _SAMPLE = 64  # rows on which recipes are told apart
-_BUFFERS = 3
-_ALIGNED = 64
 
 
 class Made(NamedTuple):
@@ -51,6 +47,28 @@ class Tally:
     first: tuple[Pair, Patch, int] | None = None  # the first mismatched element
     finite: bool = True
 
+    def plus(self, other: "Tally") -> "Tally":
+        """The sums of two tensors of one module."""
+        return Tally(
+            self.survival + other.survival,
+            self.comparison + other.comparison,
+            self.recipes | other.recipes,
+            self.nearest or other.nearest,
+            self.first or other.first,
+            self.finite and other.finite,
+        )
+
+
+@dataclass
+class Found:
+    """What a pass over one pair found."""
+
+    modules: dict[str, Tally] = field(default_factory=dict)
+    mismatched: int = 0  # elements
+    first: int | None = None  # mismatched element
+    finite: bool = True
+    rounding: bool | None = None  # whether an added bias differs by no more; None where it does not differ
+
 
 @dataclass
 class Replay:
@@ -59,73 +77,80 @@ class Replay:
     merger: TileMerger
     kinds: dict[str, str]  # module -> kind
     recipes: tuple[Recipe, ...] = RECIPES
-    modules: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
-    mismatched: Counter[str] = field(default_factory=Counter)  # tensor -> elements
-    first: dict[str, int] = field(default_factory=dict)  # tensor -> element
-    finite: defaultdict[str, bool] = field(default_factory=lambda: defaultdict(lambda: True))
-    rounding: defaultdict[str, bool] = field(default_factory=lambda: defaultdict(lambda: True))  # of added biases
-    favourite: Recipe | None = None
-    current: Pair | None = None
-    whole: tuple[Patch, str, Tensor] | None = None  # what a recipe made of a whole patch
-    tall: tuple[tuple[str, Patch], Tensor, Tensor] | None = None  # some columns of a patch, of base and merged
-    spaces: list[Tensor] = field(default_factory=lambda: [torch.empty(0)] * 2)
+    modules: dict[str, Tally] = field(default_factory=dict)
+    tensors: dict[str, Found] = field(default_factory=dict)
 
     def run(self, pairs: Sequence[Pair], progress: Callable[[int, int], None]) -> None:
-        """Compare every pair; progress(done, total) in bytes of the merged file."""
-        grid = [(pair, tile) for pair in pairs for tile in tiles(pair.output)]
-        total = sum(_share(pair, tile)[1] for pair, tile in grid)
-        largest = max((_places(pair, tile)[-1] for pair, tile in grid), default=0)
-        done = 0
+        """Compare every pair; progress(done, total) in bytes of the merge as ours would be.
 
-        def compare(step: tuple[Pair, Tile], made: Made) -> None:
-            nonlocal done
-            pair, tile = step
-            if pair is not self.current:
-                self.current, self.whole = pair, None
-            self._compare(pair, tile, made)
-            done += made.merged.nbytes
-            progress(done, total)
+        Several at once, but one with an adapter before all others: the recipe that fits it is tried first on them.
+        """
+        total = sum(pair.output.entry.nbytes for pair in pairs)
+        first = [pair for pair in pairs if pair.output.site and pair.output.site.patches][:1]
+        favourite, done = None, 0
+        for part in (first, [pair for pair in pairs if pair not in first]):
+            passes = [Pass(self.merger, self.kinds, self.recipes, pair, favourite) for pair in part]
+            work = [(one.pair.output, one.run) for one in passes]
+            advance = partial(_advance, progress, done, total)
+            for one, found in zip(passes, self.merger.over(work, workers(), advance), strict=True):
+                self._add(one.pair, found)
+                favourite = one.favourite
+            done += sum(pair.output.entry.nbytes for pair in part)
 
-        buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(_BUFFERS)]
-        with closing(self.merger.tiles(pair.output for pair in pairs)) as opened:
-            queue = zip((pair for pair, _ in grid), opened, strict=True)
-            pipeline(queue, self._read, self._make, compare, buffers)
+    def _add(self, pair: Pair, found: Found) -> None:
+        self.tensors[pair.name] = found
+        for module, tally in found.modules.items():
+            self.modules[module] = self.modules[module].plus(tally) if module in self.modules else tally
 
-    def _read(self, step: tuple[Pair, Tile], buffer: Tensor) -> None:
-        pair, tile = step
-        self.merger.read(tile, buffer)
-        start, nbytes = _share(pair, tile)
-        at = _places(pair, tile)[0]
-        read_part(pair, start, as_bytes(buffer[at : at + nbytes]))
 
-    def _make(self, step: tuple[Pair, Tile], buffer: Tensor) -> Made:
-        """Our merge of a tile, all of it in the buffer's memory."""
-        pair, tile = step
-        first, second, third, end = _places(pair, tile)
-        merged = buffer[first : first + _share(pair, tile)[1]].view(DTYPES[pair.info.dtype])
-        stored = buffer[: tile.nbytes]
+@dataclass
+class Pass:
+    """The comparison of one pair, tile by tile."""
+
+    merger: TileMerger
+    kinds: dict[str, str]
+    recipes: tuple[Recipe, ...]
+    pair: Pair
+    favourite: Recipe | None  # that fitted last
+    found: Found = field(default_factory=Found)
+    whole: tuple[Patch, str, Tensor] | None = None  # what a recipe made of a whole patch
+    tall: tuple[Patch, Tensor, Tensor] | None = None  # some columns of a patch, of base and merged
+
+    def run(self, steps: Steps) -> Found:
+        for tile, stored in steps:
+            self._compare(tile, self._make(tile, stored))
+        self.whole = self.tall = None
+        return self.found
+
+    def _make(self, tile: Tile, stored: Tensor) -> Made:
+        """Our merge of a tile, in memory of this thread."""
+        first, nbytes = _share(self.pair, tile)
+        merged = self.merger.workspace.take("merged", nbytes, torch.uint8)
+        read_part(self.pair, first, as_bytes(merged))
+        merged = merged.view(DTYPES[self.pair.info.dtype])
         if tile.patch is None:
             return Made(self.merger.merge(tile, stored).reshape(-1).view(merged.dtype), merged)
-        working = self.merger.base_weight(tile, buffer)
-        base_weight = _laid_out(buffer[second:third].view(working.dtype), working).copy_(working)
+        working = self.merger.base_weight(tile, stored)
+        base_weight = self._space("base_weight", working).copy_(working)
         effective = self.merger.effective(tile, working)
-        delta = torch.sub(effective, base_weight, out=_laid_out(buffer[third:end].view(working.dtype), working))
+        delta = torch.sub(effective, base_weight, out=self._space("delta", working))
         return Made(self.merger.finish(tile, effective, stored).reshape(-1), merged, base_weight, delta)
 
-    def _compare(self, pair: Pair, tile: Tile, made: Made) -> None:
+    def _compare(self, tile: Tile, made: Made) -> None:
         ours, merged, base_weight, delta = made
-        patch = tile.patch
+        pair, patch = self.pair, tile.patch
         if patch is None or base_weight is None or delta is None:
             site = pair.output.site
-            if self._note(pair, tile, ours, merged) and site is not None and site.bias is not None:
-                self.rounding[pair.name] &= self._rounding_only(site.bias, tile, ours, merged)
+            if self._note(tile, ours, merged) and site is not None and site.bias is not None:
+                within = self._rounding_only(site.bias, tile, ours, merged)
+                self.found.rounding = within and self.found.rounding is not False
             return
-        tally = self.modules[patch.module] if pair.status != "tied" else Tally()
-        wanted = self._wanted(tally, pair, tile, base_weight, ours, merged)
+        tally = self.found.modules.setdefault(patch.module, Tally()) if pair.status != "tied" else Tally()
+        wanted = self._wanted(tally, tile, base_weight, ours, merged)
         if pair.status != "tied":
             base, change = (base_weight.T, delta.T) if patch.transposed else (base_weight, delta)
             there = merged.view(base.shape)
-            survival = measured(base, change, there, (self._space(0, base), self._space(1, base)))
+            survival = measured(base, change, there, (self._space("change", base), self._space("product", base)))
             tally.survival += survival
             if wanted is merged:
                 tally.comparison += Comparison(
@@ -134,8 +159,9 @@ class Replay:
                 return
             tally.comparison += compare(base, change, wanted.view(base.shape), there)
             tally.finite &= all_finite(merged)
-        if self._note(pair, tile, wanted, merged) and tally.first is None:
-            tally.first = (pair, patch, self.first[pair.name])
+        if self._note(tile, wanted, merged) and tally.first is None:
+            assert self.found.first is not None
+            tally.first = (pair, patch, self.found.first)
 
     def _rounding_only(self, module: str, tile: Tile, wanted: Tensor, merged: Tensor) -> bool:
         """Whether base + s·bias differs by no more than rounding a product and a sum."""
@@ -143,29 +169,25 @@ class Replay:
         size = right.abs() + self.merger.bias(module, tile, right).abs()
         return bool(((merged.double() - right).abs() <= 2 * torch.finfo(merged.dtype).eps * size).all())
 
-    def _space(self, which: int, like: Tensor) -> Tensor:
-        """Memory of the shape and layout of another matrix, the same at every call."""
-        space = self.spaces[which]
-        if space.dtype != like.dtype or space.numel() < like.numel():
-            space = self.spaces[which] = torch.empty(like.numel(), dtype=like.dtype)
-        return _laid_out(space, like)
+    def _space(self, purpose: str, like: Tensor) -> Tensor:
+        """Memory of this thread in the shape and layout of another matrix."""
+        flat = self.merger.workspace.take(purpose, like.numel(), like.dtype)
+        return flat.view(like.T.shape).T if like.stride(0) < like.stride(1) else flat.view(like.shape)
 
     # Recipes -----------------------------------------------------------------------------------------------------
 
-    def _wanted(
-        self, tally: Tally, pair: Pair, tile: Tile, base_weight: Tensor, ours: Tensor, merged: Tensor
-    ) -> Tensor:
+    def _wanted(self, tally: Tally, tile: Tile, base_weight: Tensor, ours: Tensor, merged: Tensor) -> Tensor:
         """What the right recipe makes of the tile: `merged` itself where one gives every bit, else the nearest's."""
         patch = tile.patch
         assert patch is not None
         if tally.nearest is None:
             bank = self._bank(patch)
-            few = cache(lambda recipe: self._few(recipe, pair, tile, base_weight, ours, merged))
+            few = cache(lambda recipe: self._few(recipe, tile, base_weight, ours, merged))
             # Products of other shapes than the whole may differ in their last bits, of which 16 bits show few.
             share = (1 / 8 if merged.itemsize > 2 else 1 / 64) if self.merger.crosses_tiles(patch) else 0
             for recipe in bank:
                 if recipe.name == OURS or _differing(*few(recipe)) <= share:
-                    made = self._made(recipe, pair, tile, base_weight, ours, tile.last - tile.first)
+                    made = self._made(recipe, tile, base_weight, ours, tile.last - tile.first)
                     if made is not None and _equal(made, merged):
                         self.favourite = recipe
                         tally.recipes.add(recipe.name)
@@ -173,7 +195,7 @@ class Replay:
             # Ours stands for all that are as near: it can be had tile by tile.
             tally.nearest = min(bank, key=lambda recipe: _distance(*few(recipe)) * (1 + 0.01 * (recipe.name != OURS)))
         tally.recipes.add(tally.nearest.name)
-        made = self._made(tally.nearest, pair, tile, base_weight, ours, tile.last - tile.first)
+        made = self._made(tally.nearest, tile, base_weight, ours, tile.last - tile.first)
         return ours if made is None else made
 
     def _bank(self, patch: Patch) -> list[Recipe]:
@@ -184,28 +206,26 @@ class Replay:
         return sorted(fitting, key=lambda recipe: recipe is not self.favourite)
 
     def _few(
-        self, recipe: Recipe, pair: Pair, tile: Tile, base_weight: Tensor, ours: Tensor, merged: Tensor
+        self, recipe: Recipe, tile: Tile, base_weight: Tensor, ours: Tensor, merged: Tensor
     ) -> tuple[Tensor, Tensor]:
         """A few vectors as the recipe makes them, and as they are in the file."""
         patch, opened = tile.patch, tile.opened
         assert patch is not None
         assert opened is not None
         if not self.merger.crosses_tiles(patch):
-            made = self._made(recipe, pair, tile, base_weight, ours, min(_SAMPLE, tile.last - tile.first))
+            made = self._made(recipe, tile, base_weight, ours, min(_SAMPLE, tile.last - tile.first))
             assert made is not None
             return made, merged[: made.numel()]
-        columns = slice(0, min(_SAMPLE, width_of(pair)))
-        if self.tall is None or self.tall[0] != (pair.name, patch):
+        columns = slice(0, min(_SAMPLE, width_of(self.pair)))
+        if self.tall is None or self.tall[0] != patch:
             rows = slice(patch.start, patch.stop)
-            base = base_part(self.merger, pair, patch, rows, columns).to(DTYPES[pair.output.info.dtype])
-            self.tall = (pair.name, patch), base, merged_part(pair, patch, rows, columns)
+            base = base_part(self.merger, self.pair, patch, rows, columns).to(DTYPES[self.pair.output.info.dtype])
+            self.tall = patch, base, merged_part(self.pair, patch, rows, columns)
         _, base, there = self.tall
         adapter = opened.adapter.take(**{"out" if patch.transposed else "in_": columns})
-        return recipe.merge(Operands(base, adapter, DTYPES[pair.info.dtype])), there
+        return recipe.merge(Operands(base, adapter, DTYPES[self.pair.info.dtype])), there
 
-    def _made(
-        self, recipe: Recipe, pair: Pair, tile: Tile, base_weight: Tensor, ours: Tensor, count: int
-    ) -> Tensor | None:
+    def _made(self, recipe: Recipe, tile: Tile, base_weight: Tensor, ours: Tensor, count: int) -> Tensor | None:
         """The first `count` stored rows of the tile, flat; None where the recipe cannot be had tile by tile."""
         patch = tile.patch
         assert patch is not None
@@ -214,49 +234,48 @@ class Replay:
             return ours[: count * width]
         first = tile.first - patch.start
         if self.merger.crosses_tiles(patch):
-            whole = self._made_whole(recipe, pair, tile)
+            whole = self._made_whole(recipe, tile)
             return None if whole is None else whole[first : first + count].reshape(-1)
         part = slice(first, first + count)
         assert tile.opened is not None
         adapter = tile.opened.adapter.take(**{"in_" if patch.transposed else "out": part})
         base = base_weight[:, :count] if patch.transposed else base_weight[:count]
-        made = recipe.merge(Operands(base.to(DTYPES[pair.output.info.dtype]), adapter, DTYPES[pair.info.dtype]))
+        made = recipe.merge(
+            Operands(base.to(DTYPES[self.pair.output.info.dtype]), adapter, DTYPES[self.pair.info.dtype])
+        )
         return (made.T if patch.transposed else made).reshape(-1)
 
-    def _made_whole(self, recipe: Recipe, pair: Pair, tile: Tile) -> Tensor | None:
+    def _made_whole(self, recipe: Recipe, tile: Tile) -> Tensor | None:
         """What the recipe makes of the whole patch, as stored; kept while its tiles pass by."""
         patch = tile.patch
         assert patch is not None
         assert tile.opened is not None
-        rows, columns = slice(patch.start, patch.stop), slice(0, width_of(pair))
+        rows, columns = slice(patch.start, patch.stop), slice(0, width_of(self.pair))
         if (patch.stop - patch.start) * columns.stop > WHOLE:
             return None
         if self.whole is None or self.whole[:2] != (patch, recipe.name):
-            base = base_part(self.merger, pair, patch, rows, columns).to(DTYPES[pair.output.info.dtype])
-            made = recipe.merge(Operands(base, tile.opened.adapter, DTYPES[pair.info.dtype]))
+            base = base_part(self.merger, self.pair, patch, rows, columns).to(DTYPES[self.pair.output.info.dtype])
+            made = recipe.merge(Operands(base, tile.opened.adapter, DTYPES[self.pair.info.dtype]))
             self.whole = (patch, recipe.name, (made.T if patch.transposed else made).contiguous())
         return self.whole[2]
 
-    def _note(self, pair: Pair, tile: Tile, wanted: Tensor, merged: Tensor) -> int:
+    def _note(self, tile: Tile, wanted: Tensor, merged: Tensor) -> int:
         """Count mismatched elements; remember the first."""
         if _equal(wanted, merged):
             return 0
         different = bits(wanted) != bits(merged)
         count = int(torch.count_nonzero(different))
-        if count and pair.name not in self.first:
+        if count and self.found.first is None:
             at = int(different.to(torch.uint8).argmax())
-            self.first[pair.name] = tile.start * 8 // BITS[pair.output.info.dtype] + at
-        self.mismatched[pair.name] += count
+            self.found.first = tile.start * 8 // BITS[self.pair.output.info.dtype] + at
+        self.found.mismatched += count
         if merged.is_floating_point():
-            self.finite[pair.name] &= all_finite(merged)
+            self.found.finite &= all_finite(merged)
         return count
 
 
-def read_tile(merger: TileMerger, tile: Tile) -> Tensor:
-    """The tile's bytes in memory of their own."""
-    buffer = torch.empty(tile.nbytes, dtype=torch.uint8)
-    merger.read(tile, buffer)
-    return buffer
+def _advance(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
 def base_part(merger: TileMerger, pair: Pair, patch: Patch, rows: slice, columns: slice) -> Tensor:
@@ -264,7 +283,7 @@ def base_part(merger: TileMerger, pair: Pair, patch: Patch, rows: slice, columns
     whole = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=pair.output.work_dtype)
     for first, last in cuts(rows.start, rows.stop, width_of(pair)):
         tile = part_of(pair.output, patch, first, last)
-        weight = merger.base_weight(tile, read_tile(merger, tile))
+        weight = merger.base_weight(tile, merger.read(tile, keep=True))
         whole[first - rows.start : last - rows.start] = (weight.T if patch.transposed else weight)[:, columns]
     return whole.T if patch.transposed else whole
 
@@ -300,25 +319,6 @@ def _share(pair: Pair, tile: Tile) -> tuple[int, int]:
     """Where the tile's elements are in the merged tensor: first byte and number of bytes."""
     source, own = BITS[pair.output.info.dtype], BITS[pair.info.dtype]
     return tile.start * own // source, tile.nbytes * own // source
-
-
-def _places(pair: Pair, tile: Tile) -> tuple[int, int, int, int]:
-    """Where in a buffer, after the stored tile, lie the file's elements, W0 and delta, and where they end."""
-    entries = tile.nbytes * 8 // BITS[pair.output.info.dtype] if tile.patch else 0
-    merged = _aligned(tile.nbytes)
-    base_weight = _aligned(merged + _share(pair, tile)[1])
-    delta = _aligned(base_weight + entries * pair.output.work_dtype.itemsize)
-    return merged, base_weight, delta, delta + delta - base_weight
-
-
-def _laid_out(memory: Tensor, like: Tensor) -> Tensor:
-    """Flat memory in the shape and layout of a matrix."""
-    flat = memory[: like.numel()]
-    return flat.view(like.T.shape).T if like.stride(0) < like.stride(1) else flat.view(like.shape)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNED) * _ALIGNED
 
 
 def _differing(made: Tensor, merged: Tensor) -> float:

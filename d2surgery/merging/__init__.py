@@ -6,6 +6,7 @@ Torch is imported by the functions, when names and shapes have been found to fit
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -81,8 +82,8 @@ def merge(
     """
     began = time.monotonic()
     fitted = fit(base, adapter, strength)
-    with HashAhead(fitted.computed if verify else {}) as ahead:
-        from d2surgery.merging.job import RECEIPT, Job, peak_memory  # torch: its import leaves a core for hashing
+    with HashAhead(fitted.computed if verify and "torch" not in sys.modules else {}) as ahead:
+        from d2surgery.merging.job import RECEIPT, Job, peak_memory  # torch: its import leaves cores for hashing
 
         job = Job.of(fitted, dtype, device)
         written = job.write(
@@ -130,15 +131,14 @@ def plan(
     files = shards((output.entry for output in job.outputs), shard_size)
     with one_thread():
         job.check_adapter(hashes=False)
-        buffers = job.buffers(max_memory)
-        found = job.survival(buffers, dtypes, progress)
-    tile_bytes = job.merger.grid * 8 * 4
+        threads = job.threads(max_memory)
+        found = job.survival(threads, dtypes, progress)
     return PlanReport(
         out=str(out),
         tensors=len(job.outputs),
         bytes=sum(shard.nbytes for shard in files),
         disk_free_bytes=shutil.disk_usage(existing(Path(out))).free,
-        peak_memory_bytes=max(peak_memory(), resident_memory() + tile_bytes),
+        peak_memory_bytes=max(peak_memory(), resident_memory() + threads * job.memory_of_one()),
         shards=len(files),
         modules=len(job.layout.adapters),
         untied=job.landing.untied,

@@ -1,59 +1,82 @@
-"""Hashing stored tensors before their bytes are needed: while torch is imported, the other cores have nothing to do."""
+"""Hashing stored tensors before their bytes are needed: while torch is imported, the other cores have nothing to do.
+
+Done by a process of its own, which runs this file: an import rarely lets another thread have the interpreter.
+"""
 
 import hashlib
-import threading
-from collections.abc import Mapping
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from d2surgery.header import TensorInfo
+if TYPE_CHECKING:  # the other process has this file and the standard library
+    from d2surgery.header import TensorInfo
 
-_PIECE = 1 << 22  # an import gives the interpreter away every few milliseconds: small pieces would wait more than work
+_PIECE = 1 << 20  # bytes
+_MOST = 1024  # tensors: more than an import leaves time for, and their digests fit into a pipe
+_DIGEST = hashlib.sha256().digest_size
 
 
 class HashAhead:
-    """Hashes tensors in a thread of its own, one after the other, from the moment it is made until `stop`."""
+    """Hashes tensors one after the other, from the moment it is made until `stop`."""
 
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
-        self._tensors = tensors
-        self._digests: dict[str, str] = {}
-        self._failures: list[Exception] = []
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+    def __init__(self, tensors: "Mapping[str, TensorInfo]") -> None:
+        self._names = list(islice(tensors, _MOST))
+        self._process = _started([tensors[name] for name in self._names])
 
     def stop(self) -> dict[str, str]:
-        """The sha256 of every tensor that was hashed to its end. Raises OSError where one could not be read."""
-        self._stopping.set()
-        self._thread.join()
-        if self._failures:
-            raise self._failures[0]
-        return self._digests
+        """The sha256 of every tensor that was hashed to its end."""
+        if self._process is None or self._process.stdout is None:
+            return {}
+        self._process.kill()
+        with self._process, self._process.stdout as pipe:
+            said, self._process = pipe.read(), None
+        digests = [said[at : at + _DIGEST].hex() for at in range(0, len(said), _DIGEST)]
+        return dict(zip(self._names, digests, strict=False))
 
     def __enter__(self) -> "HashAhead":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._stopping.set()
-        self._thread.join()
+        self.stop()
 
-    def _run(self) -> None:
-        try:
-            buffer = memoryview(bytearray(_PIECE))
-            for name, info in self._tensors.items():
-                if not self._hash(name, info, buffer):
-                    return
-        except Exception as error:
-            self._failures.append(error)
 
-    def _hash(self, name: str, info: TensorInfo, buffer: memoryview) -> bool:
-        digest, left = hashlib.sha256(), info.nbytes
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.start)
+def _started(tensors: "list[TensorInfo]") -> "subprocess.Popen[bytes] | None":
+    """None where there is nothing to do, or no Python to do it: the tensors are then hashed when they are read.
+
+    So is what this process cannot read; whoever reads it says what is wrong.
+    """
+    if not tensors or not sys.executable or hasattr(sys, "frozen"):
+        return None
+    files = list(dict.fromkeys(str(info.file) for info in tensors))
+    wanted = json.dumps([files, [(files.index(str(info.file)), info.start, info.nbytes) for info in tensors]])
+    command = [sys.executable, "-I", "-S", __file__, wanted]
+    try:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:  # no more processes, or none allowed
+        return None
+
+
+def hash_all(files: list[str], tensors: Iterable[tuple[int, int, int]]) -> None:
+    """Write the digest of each tensor (file, first byte, number of bytes) to standard output, once it is known."""
+    buffer = memoryview(bytearray(_PIECE))
+    for number, start, left in tensors:
+        digest = hashlib.sha256()
+        with Path(files[number]).open("rb", buffering=0) as file:
+            file.seek(start)
             while left:
-                count = 0 if self._stopping.is_set() else file.readinto(buffer[:left])
+                count = file.readinto(buffer[:left])
                 if not count:
-                    return False  # asked to stop, or the file became shorter: who reads the tensor will say so
+                    return  # the file became shorter
                 digest.update(buffer[:count])
                 left -= count
-        self._digests[name] = digest.hexdigest()
-        return True
+        sys.stdout.buffer.write(digest.digest())
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    hash_all(*json.loads(sys.argv[1]))

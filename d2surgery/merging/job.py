@@ -5,16 +5,15 @@ import json
 import os
 import resource
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from d2surgery.base import BaseWeights
 from d2surgery.checkpoint import Checkpoint, opened
@@ -24,7 +23,7 @@ from d2surgery.layout import Layout
 from d2surgery.measures.fidelity import Survival, survival
 from d2surgery.merging.companions import companions
 from d2surgery.merging.fit import Fit, fit
-from d2surgery.merging.tiles import Output, Tile, TileMerger, all_finite, tiles
+from d2surgery.merging.tiles import Output, Steps, TileMerger, all_finite, tiles
 from d2surgery.merging.writer import (
     Partial,
     Shard,
@@ -35,10 +34,9 @@ from d2surgery.merging.writer import (
 )
 from d2surgery.sites import Landing, Site
 from d2surgery.tensors import DTYPES, as_bytes, find_device
-from d2surgery.threads import pipeline
+from d2surgery.threads import workers
 
 RECEIPT = "d2surgery_merge.json"
-_BUFFERS = 8
 
 
 def prepare(
@@ -131,25 +129,27 @@ class Job:
             "verify": verify,
         }
 
-    def buffers(self, max_memory: int | None) -> list[Tensor]:
-        """Read buffers, as many as the memory allows, between 2 and 8."""
-        largest = max((tile.nbytes for output in self.outputs for tile in tiles(output)), default=0)
-        count = _BUFFERS
+    def threads(self, max_memory: int | None) -> int:
+        """That merge a tensor each: no more than the memory allows."""
+        count = workers()
         if max_memory is not None:
-            need = resident_memory() + self._work(largest)
-            count = min(_BUFFERS, (max_memory - need) // max(2 * largest, 1))
-            if count < 2:
-                want = f"at least {-(-(need + 4 * largest) // 1_000_000)} MB"
-                raise refuse("MEMORY", "too little for two tiles", wanted=want, got=f"{max_memory // 1_000_000} MB")
-        return [torch.empty(largest, dtype=torch.uint8) for _ in range(count)]
+            used, each = resident_memory(), self.memory_of_one()
+            if used + each > max_memory:
+                want = f"at least {-(-(used + each) // 1_000_000)} MB"
+                raise refuse("MEMORY", "too little for one tile", wanted=want, got=f"{max_memory // 1_000_000} MB")
+            count = min(count, (max_memory - used) // max(each, 1))
+        return count
 
-    def _work(self, largest: int) -> int:
-        """About the bytes used beside the buffers: tiles in the dtype of the work, merged and summed; open adapters."""
+    def memory_of_one(self) -> int:
+        """About the bytes that a thread uses: a tile as stored and in the dtype of the work, open adapters."""
+        largest = max((tile.nbytes for output in self.outputs for tile in tiles(output)), default=0)
         widened = 2 if any(output.info.dtype in ("F32", "F64") for output in self.outputs) else 4
         patches = (patch for output in self.outputs if output.site for patch in output.site.patches)
         count = 6 if any(map(self.merger.crosses_tiles, patches)) else 4
         sizes = [(a.out_features + a.in_features) * sum(a.ranks.values()) for a in self.layout.adapters.values()]
-        return count * widened * largest + 3 * 24 * max(sizes, default=0)  # as stored, in float64, in the work's dtype
+        return (1 + count * widened) * largest + 3 * 24 * max(
+            sizes, default=0
+        )  # as stored, in float64, in the work's dtype
 
     # Writing -----------------------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class Job:
         with one_thread():
             adapter_hashes = self.check_adapter(hashes=verify)
             recipe = self.recipe(shard_size, verify, adapter_hashes)
-            buffers = self.buffers(max_memory)
+            threads = self.threads(max_memory)
             _check_disk(partial, total)
             partial.open(recipe, resume)
             known = hashed_ahead()
@@ -188,7 +188,7 @@ class Job:
             for shard in files:
                 line = partial.finished.get(shard.file)
                 if line is None or hash_tensors(partial.path / shard.file, shard) != line["outputs"]:
-                    line = self.write_shard(partial, shard, buffers, known, verify, advance)
+                    line = self.write_shard(partial, shard, threads, known, verify, advance)
                 inputs |= line["inputs"]
                 outputs |= line["outputs"]
                 written += shard.nbytes
@@ -229,73 +229,72 @@ class Job:
 
     def write_shard(
         self,
-        partial: Partial,
+        directory: Partial,
         shard: Shard,
-        buffers: list[Tensor],
+        threads: int,
         known: Mapping[str, str],
         verify: bool,
         progress: Callable[[int], None],
     ) -> dict[str, Any]:
         """Fill one shard and put its line in the journal. `known` are sha256 of tensors of the base."""
-        names = {entry.name for entry in shard.entries}
-        ordered = {output.name: output for output in self.outputs if output.name in names}
-        inputs: dict[str, Any] = {}
-        writer = ShardWriter(partial.path / shard.file, shard, hashes=verify, sync=verify)
-        done = 0
+        outputs = {output.name: output for output in self.outputs}
+        ordered = [outputs[entry.name] for entry in shard.entries]
+        writer = ShardWriter(directory.path / shard.file, shard, hashes=verify, sync=verify)
 
-        def read(tile: Tile, buffer: Tensor) -> None:
-            self.merger.read(tile, buffer)
-            hashed = tile.output.name in known or tile.output.copied
-            if verify and not hashed and self._from_base(tile.output):
-                digest = inputs.setdefault(tile.output.name, hashlib.sha256())
-                digest.update(as_bytes(buffer[: tile.nbytes]))
-
-        def write(tile: Tile, piece: Tensor) -> None:
-            nonlocal done
-            writer.write(tile.output.name, piece)
-            done += piece.nbytes
-            progress(done)
+        def write_tensor(output: Output, steps: Steps) -> str | None:
+            """The sha256 of the tensor of the base that it is computed from, unless that is known."""
+            digest = hashlib.sha256() if verify and output.name not in known and self._computed(output) else None
+            for tile, stored in steps:
+                if digest is not None:
+                    digest.update(as_bytes(stored))
+                writer.write(output.name, self.merger.merge(tile, stored))
+            return digest.hexdigest() if digest else None
 
         try:
-            with closing(self.merger.tiles(ordered[entry.name] for entry in shard.entries)) as queue:
-                pipeline(queue, read, self.merger.merge, write, buffers)
+            work = [(output, partial(write_tensor, output)) for output in ordered]
+            found = dict(
+                zip((output.name for output in ordered), self.merger.over(work, threads, progress), strict=True)
+            )
         except BaseException:
             writer.abandon()
             raise
-        outputs = writer.close()
-        hashed = {name: digest.hexdigest() for name, digest in inputs.items()}
-        hashed |= {name: known[name] for name in ordered if name in known}
-        copied = {name: outputs[name] for name, output in ordered.items() if output.copied and name in outputs}
-        line = {"file": shard.file, "inputs": hashed | copied, "outputs": outputs}
-        partial.append(json.dumps(line))
+        written = writer.close()
+        inputs = {name: digest for name, digest in found.items() if digest}
+        inputs |= {name: known[name] for name in found if name in known}
+        inputs |= {output.name: written[output.name] for output in ordered if output.copied and verify}
+        line = {"file": shard.file, "inputs": inputs, "outputs": written}
+        directory.append(json.dumps(line))
         return line
 
-    def _from_base(self, output: Output) -> bool:
-        return output.site is None or (output.site.replacement is None and output.site.source == output.name)
+    def _computed(self, output: Output) -> bool:
+        """Whether it is made of the base's tensor of the same name, and not copied."""
+        if output.site is None:
+            return not output.copied
+        return output.site.replacement is None and output.site.source == output.name
 
     # Forecast ----------------------------------------------------------------------------------------------------
 
     def survival(
-        self, buffers: list[Tensor], dtypes: tuple[str, ...], progress: Callable[[int, int], None]
+        self, threads: int, dtypes: tuple[str, ...], progress: Callable[[int, int], None]
     ) -> dict[str, dict[str, Survival]]:
         """Per module and output dtype, from the deltas themselves."""
-        found: dict[str, dict[str, Survival]] = {}
         adapted = [output for output in self.outputs if output.site and output.site.patches]
         total = sum(output.entry.nbytes for output in adapted)
-        done = 0
 
-        def compute(tile: Tile, buffer: Tensor) -> None:
-            nonlocal done
-            if tile.patch is not None:
-                base_weight, delta = self.merger.delta(tile, buffer)
-                sums = found.setdefault(tile.patch.module, dict.fromkeys(dtypes, Survival()))
-                for dtype in dtypes:
-                    sums[dtype] += survival(base_weight, delta, DTYPES[dtype])
-                done += tile.nbytes
-                progress(done, total)
+        def measure(steps: Steps) -> dict[tuple[str, str], Survival]:
+            sums: defaultdict[tuple[str, str], Survival] = defaultdict(Survival)
+            for tile, stored in steps:
+                if tile.patch is not None:
+                    base_weight, delta = self.merger.delta(tile, stored)
+                    for dtype in dtypes:
+                        sums[tile.patch.module, dtype] += survival(base_weight, delta, DTYPES[dtype])
+            return sums
 
-        with closing(self.merger.tiles(adapted)) as queue:
-            pipeline(queue, self.merger.read, compute, lambda tile, piece: None, buffers)
+        found: dict[str, dict[str, Survival]] = {}
+        for sums in self.merger.over([(o, measure) for o in adapted], threads, lambda done: progress(done, total)):
+            for (module, dtype), part in sums.items():
+                of_module = found.setdefault(module, dict.fromkeys(dtypes, Survival()))
+                of_module[dtype] += part
         return found
 
 

@@ -5,13 +5,13 @@ vectors that no single tile holds, the tiles are read twice: once to sum each ve
 """
 
 import os
-import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from math import isfinite, prod
-from typing import NamedTuple
+from threading import Event, Lock
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from d2surgery.errors import D2SurgeryError, refuse
 from d2surgery.header import BITS, FLOATS, TensorInfo
 from d2surgery.merging.writer import Entry
 from d2surgery.sites import Patch, Site
-from d2surgery.tensors import DTYPES, as_bytes, read_into, rounded
+from d2surgery.tensors import DTYPES, Workspace, as_bytes, read_into, rounded
 from d2surgery.threads import ahead
 
 TILE = 1 << 20  # entries; 4 MB in float32, small enough for the cache
@@ -67,6 +67,11 @@ class Tile(NamedTuple):
     patch: Patch | None = None
     opened: "Opened | None" = None
 
+    @property
+    def written(self) -> int:
+        """Bytes in the output."""
+        return self.nbytes * BITS[self.output.dtype] // BITS[self.output.info.dtype]
+
 
 class Opened(NamedTuple):
     """The adapter of a patch, and what its tiles share."""
@@ -75,53 +80,82 @@ class Opened(NamedTuple):
     streamed: Streamed | Formed
 
 
-class _Workspace(threading.local):
-    """Memory of one thread, the same for every tile: fresh memory costs page faults."""
-
-    memory: Tensor = torch.empty(0)
+Steps = Iterator[tuple[Tile, Tensor]]
+"""The tiles of an output, each with the bytes read, which the next step overwrites."""
+Result = TypeVar("Result")
 
 
 @dataclass
 class TileMerger:
-    """Reads and merges tiles."""
+    """Reads and merges tiles, each thread in memory of its own."""
 
     checkpoint: Checkpoint
     strength: float
     device: torch.device
-    workspace: _Workspace = field(default_factory=_Workspace)
+    workspace: Workspace = field(default_factory=Workspace)
 
     @property
     def grid(self) -> int:
         """Entries per tile: with the shapes, all that decides the grid."""
         return TILE
 
-    def tiles(self, outputs: Iterable[Output]) -> Generator[Tile]:
-        """The tiles of the outputs, in order, adapters opened: by a thread of its own, a patch or two ahead."""
-        patches = (list(part) for output in outputs for _, part in groupby(tiles(output), lambda tile: tile.patch))
-        with closing(ahead(self._opened, patches)) as opened:
-            for part in opened:
-                yield from part
+    def over(
+        self, work: Sequence[tuple[Output, Callable[[Steps], Result]]], threads: int, progress: Callable[[int], None]
+    ) -> Iterator[Result]:
+        """What each function makes of the tiles of its output, in order. Each thread does one output from end to end.
 
-    def read(self, tile: Tile, buffer: Tensor) -> None:
-        """Fill the buffer with the tile's bytes."""
+        An output's bytes are hashed one after another, so it is what cores can share; and a tile stays in one core's
+        cache. progress(bytes of the outputs done) is called by one thread at a time.
+        """
+        lock, stopping, done = Lock(), Event(), 0
+
+        def steps(output: Output) -> Steps:
+            nonlocal done
+            for tile in self.tiles(output):
+                if stopping.is_set():
+                    return
+                yield tile, self.read(tile)
+                with lock:
+                    done += tile.written
+                    progress(done)
+
+        def one(item: tuple[Output, Callable[[Steps], Result]]) -> Result:
+            output, function = item
+            return function(steps(output))
+
+        with closing(ahead(one, work, threads, in_hand=len(work), stopping=stopping)) as results:
+            yield from results
+
+    def tiles(self, output: Output) -> Iterator[Tile]:
+        """The tiles of an output, in order, each patch's adapter opened when its first tile is due."""
+        for _, part in groupby(tiles(output), lambda tile: tile.patch):
+            yield from self._opened(list(part))
+
+    def read(self, tile: Tile, *, keep: bool = False) -> Tensor:
+        """The tile's bytes, in memory that this thread's next tile is read into unless they are to be kept."""
         info = tile.output.info
-        target = as_bytes(buffer[: tile.nbytes])
+        buffer = (
+            torch.empty(tile.nbytes, dtype=torch.uint8)
+            if keep
+            else self.workspace.take("read", tile.nbytes, torch.uint8)
+        )
+        target = as_bytes(buffer)
         if info.file == self.checkpoint.layout.path and self.checkpoint.in_memory:
             site = tile.output.site
             key = site.replacement if site else None
             assert key is not None
             whole = as_bytes(self.checkpoint.tensor(key).contiguous())
             target[:] = whole[tile.start : tile.start + tile.nbytes]
-            return
+            return buffer
         fd = os.open(info.file, os.O_RDONLY)
         try:
             read_into(fd, target, info.start + tile.start)
         finally:
             os.close(fd)
+        return buffer
 
-    def merge(self, tile: Tile, buffer: Tensor) -> Tensor:
-        """The tile's elements as they will be written. May overwrite the buffer."""
-        raw = buffer[: tile.nbytes]
+    def merge(self, tile: Tile, raw: Tensor) -> Tensor:
+        """The tile's elements as they will be written, made of the bytes read. May overwrite them."""
         if tile.output.copied:
             return raw
         stored = raw.view(DTYPES[tile.output.info.dtype])
@@ -131,27 +165,27 @@ class TileMerger:
             return self.finish(tile, self._values(tile, raw), raw)
         return self.finish(tile, self.effective(tile, self.base_weight(tile, raw)), raw)
 
-    def finish(self, tile: Tile, effective: Tensor, buffer: Tensor) -> Tensor:
-        """The effective weight as it will be written: its bias added, rounded once. May overwrite the buffer."""
+    def finish(self, tile: Tile, effective: Tensor, raw: Tensor) -> Tensor:
+        """The effective weight as it will be written: its bias added, rounded once. May overwrite the bytes read."""
         transposed = tile.patch is not None and tile.patch.transposed
         values = (effective.T if transposed else effective).reshape(-1)
         site = tile.output.site
         if site is not None and site.bias is not None:
             values = values + self.bias(site.bias, tile, values)
-        result = self._rounded_into(buffer[: tile.nbytes], values, DTYPES[tile.output.dtype])
+        result = self._rounded_into(raw, values, DTYPES[tile.output.dtype])
         if site is not None or tile.output.dtype != tile.output.info.dtype:
             self._check_finite(tile, values, result)
         return result
 
-    def delta(self, tile: Tile, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    def delta(self, tile: Tile, raw: Tensor) -> tuple[Tensor, Tensor]:
         """The tile's base weight as an (out_features, in_features) matrix, and strength·delta."""
-        base_weight = self.base_weight(tile, buffer)
+        base_weight = self.base_weight(tile, raw)
         return base_weight, self._patched(tile, base_weight, over=False)
 
-    def base_weight(self, tile: Tile, buffer: Tensor) -> Tensor:
-        """The tile as an (out_features, in_features) matrix in the dtype of the work; the next one lies over it."""
+    def base_weight(self, tile: Tile, raw: Tensor) -> Tensor:
+        """The tile as an (out_features, in_features) matrix in the dtype of the work, until this thread's next one."""
         assert tile.patch is not None
-        matrix = self._values(tile, buffer).view(tile.last - tile.first, -1)
+        matrix = self._values(tile, raw).view(tile.last - tile.first, -1)
         return matrix.T if tile.patch.transposed else matrix
 
     def effective(self, tile: Tile, base_weight: Tensor) -> Tensor:
@@ -172,9 +206,7 @@ class TileMerger:
         """The tile in the dtype of the work; on a CPU always in the same memory, which costs no page faults."""
         if self.device.type != "cpu":
             return stored.to(self.device, dtype)
-        if self.workspace.memory.dtype != dtype or self.workspace.memory.numel() < stored.numel():
-            self.workspace.memory = torch.empty(stored.numel(), dtype=dtype)
-        return self.workspace.memory[: stored.numel()].copy_(stored)
+        return self.workspace.take("working", stored.numel(), dtype).copy_(stored)
 
     def _rounded_into(self, raw: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Rounded once; over the bytes that were read where it fits, since nobody needs them any more."""
@@ -184,8 +216,8 @@ class TileMerger:
         once = rounded(values, dtype) if values.dtype == torch.float64 else values  # copy_ rounds float32 once
         return raw[: values.numel() * dtype.itemsize].view(dtype).copy_(once)
 
-    def _values(self, tile: Tile, buffer: Tensor) -> Tensor:
-        stored = buffer[: tile.nbytes].view(DTYPES[tile.output.info.dtype])
+    def _values(self, tile: Tile, raw: Tensor) -> Tensor:
+        stored = raw.view(DTYPES[tile.output.info.dtype])
         return self._with_rows(tile, self._working_copy(stored, tile.output.work_dtype))
 
     def _patched(self, tile: Tile, base_weight: Tensor, *, over: bool) -> Tensor:
@@ -220,18 +252,12 @@ class TileMerger:
 
     def _sum(self, parts: list[Tile], patch: Patch, streamed: Streamed) -> None:
         """Add every tile to the sums of the vectors; again, in float64, to those whose norm nearly cancels."""
-        buffer = torch.empty(max(tile.nbytes for tile in parts), dtype=torch.uint8)
-
-        def base_weight(tile: Tile) -> Tensor:
-            self.read(tile, buffer)
-            return self.base_weight(tile, buffer)
-
         for tile in parts:
-            streamed.add(base_weight(tile), **_part(tile, patch))
+            streamed.add(self.base_weight(tile, self.read(tile)), **_part(tile, patch))
         doubtful = streamed.doubtful()
         streamed.forget(doubtful)
         for tile in parts if len(doubtful) else ():
-            streamed.add_exactly(base_weight(tile), doubtful, **_part(tile, patch))
+            streamed.add_exactly(self.base_weight(tile, self.read(tile)), doubtful, **_part(tile, patch))
 
     def bias(self, module: str, tile: Tile, values: Tensor) -> Tensor:
         """What the module's own bias adds to the values of a tile."""

@@ -162,7 +162,7 @@ class Partial:
 
 
 class ShardWriter:
-    """Writes one shard's tensors piece by piece, each tensor's pieces in order, and hashes them."""
+    """Writes one shard's tensors piece by piece and hashes them: each tensor's pieces in order, by one thread."""
 
     def __init__(self, path: Path, shard: Shard, *, hashes: bool, sync: bool) -> None:
         self.shard = shard
@@ -170,6 +170,7 @@ class ShardWriter:
         self._positions = dict(shard.starts)
         self._sync = sync
         self._unsynced = 0
+        self._lock = threading.Lock()
         self._flusher = threading.Thread()  # one that never ran
         self._failure: OSError | None = None
         self._fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
@@ -184,11 +185,12 @@ class ShardWriter:
             self.hashes[name].update(data)
         self._write(data, self._positions[name])
         self._positions[name] += len(data)
-        self._unsynced += len(data)
-        if self._sync and self._unsynced >= FLUSH and not self._flusher.is_alive():
-            self._unsynced = 0  # the disk works while the tiles are computed, so that close has little to wait for
-            self._flusher = threading.Thread(target=self._flush)
-            self._flusher.start()
+        with self._lock:
+            self._unsynced += len(data)
+            if self._sync and self._unsynced >= FLUSH and not self._flusher.is_alive():
+                self._unsynced = 0  # the disk works while the tiles are computed, so that close has little to wait for
+                self._flusher = threading.Thread(target=self._flush)
+                self._flusher.start()
 
     def close(self) -> dict[str, str]:
         """Returns the sha256 of each tensor, {} when not hashing."""
