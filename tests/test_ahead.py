@@ -74,6 +74,7 @@ def test_stopped_early_it_has_whole_tensors_only(tmp_path: Path) -> None:
     ahead = HashAhead(tensors | {"hole": hole, "after": tensors["model 0"]})
     process = ahead._process
     assert process is not None
+    assert process.stdout is not None
     select.select([process.stdout], [], [], 60)
     assert ahead.stop() == hashed(tensors)
     assert process.returncode is not None

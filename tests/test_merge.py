@@ -342,7 +342,7 @@ def test_a_process_that_has_yet_to_import_torch_writes_the_same(
 ) -> None:
     monkeypatch.setattr(d2surgery.merging.tiles, "TILE", 1 << 20)  # as in the other process
     merge(*several, tmp_path / "one")
-    options = ["--base", several[0], "--adapter", several[1], "--out", tmp_path / "two", "--quiet"]
+    options = ["--base", str(several[0]), "--adapter", str(several[1]), "--out", str(tmp_path / "two"), "--quiet"]
     subprocess.run([sys.executable, "-m", "d2surgery", "merge", *options], check=True)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 

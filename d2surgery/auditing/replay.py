@@ -7,7 +7,7 @@ recipe gives every bit, the nearest is what the file is measured against.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from math import inf
 from typing import NamedTuple
 
@@ -88,10 +88,13 @@ class Replay:
         total = sum(pair.output.entry.nbytes for pair in pairs)
         first = [pair for pair in pairs if pair.output.site and pair.output.site.patches][:1]
         favourite, done = None, 0
+
+        def advance(nbytes: int) -> None:
+            progress(done + nbytes, total)
+
         for part in (first, [pair for pair in pairs if pair not in first]):
             passes = [Pass(self.merger, self.kinds, self.recipes, pair, favourite) for pair in part]
             work = [(one.pair.output, one.run) for one in passes]
-            advance = partial(_advance, progress, done, total)
             for one, found in zip(passes, self.merger.over(work, workers(), advance), strict=True):
                 self._add(one.pair, found)
                 favourite = one.favourite
@@ -272,10 +275,6 @@ class Pass:
         if merged.is_floating_point():
             self.found.finite &= all_finite(merged)
         return count
-
-
-def _advance(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
-    progress(before + done, total)
 
 
 def base_part(merger: TileMerger, pair: Pair, patch: Patch, rows: slice, columns: slice) -> Tensor:

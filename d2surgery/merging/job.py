@@ -8,7 +8,6 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -147,9 +146,8 @@ class Job:
         patches = (patch for output in self.outputs if output.site for patch in output.site.patches)
         count = 6 if any(map(self.merger.crosses_tiles, patches)) else 4
         sizes = [(a.out_features + a.in_features) * sum(a.ranks.values()) for a in self.layout.adapters.values()]
-        return (1 + count * widened) * largest + 3 * 24 * max(
-            sizes, default=0
-        )  # as stored, in float64, in the work's dtype
+        adapters = 3 * 24 * max(sizes, default=0)  # as stored, in float64, in the work's dtype
+        return (1 + count * widened) * largest + adapters
 
     # Writing -----------------------------------------------------------------------------------------------------
 
@@ -229,7 +227,7 @@ class Job:
 
     def write_shard(
         self,
-        directory: Partial,
+        partial: Partial,
         shard: Shard,
         threads: int,
         known: Mapping[str, str],
@@ -239,31 +237,31 @@ class Job:
         """Fill one shard and put its line in the journal. `known` are sha256 of tensors of the base."""
         outputs = {output.name: output for output in self.outputs}
         ordered = [outputs[entry.name] for entry in shard.entries]
-        writer = ShardWriter(directory.path / shard.file, shard, hashes=verify, sync=verify)
+        computed = {output.name for output in ordered if verify and self._computed(output)}
+        unknown = computed - known.keys()
+        writer = ShardWriter(partial.path / shard.file, shard, hashes=verify, sync=verify)
 
-        def write_tensor(output: Output, steps: Steps) -> str | None:
-            """The sha256 of the tensor of the base that it is computed from, unless that is known."""
-            digest = hashlib.sha256() if verify and output.name not in known and self._computed(output) else None
+        def write_tensor(steps: Steps) -> str:
+            """The sha256 of what it is computed from, unless that is known."""
+            digest = hashlib.sha256()
             for tile, stored in steps:
-                if digest is not None:
+                if tile.output.name in unknown:
                     digest.update(as_bytes(stored))
-                writer.write(output.name, self.merger.merge(tile, stored))
-            return digest.hexdigest() if digest else None
+                writer.write(tile.output.name, self.merger.merge(tile, stored))
+            return digest.hexdigest()
 
         try:
-            work = [(output, partial(write_tensor, output)) for output in ordered]
-            found = dict(
-                zip((output.name for output in ordered), self.merger.over(work, threads, progress), strict=True)
-            )
+            work = [(output, write_tensor) for output in ordered]
+            digests = list(self.merger.over(work, threads, progress))
         except BaseException:
             writer.abandon()
             raise
         written = writer.close()
-        inputs = {name: digest for name, digest in found.items() if digest}
-        inputs |= {name: known[name] for name in found if name in known}
-        inputs |= {output.name: written[output.name] for output in ordered if output.copied and verify}
+        read = {output.name: digest for output, digest in zip(ordered, digests, strict=True)}
+        inputs = {name: known.get(name, read[name]) for name in computed}
+        inputs |= {output.name: written[output.name] for output in ordered if verify and output.copied}
         line = {"file": shard.file, "inputs": inputs, "outputs": written}
-        directory.append(json.dumps(line))
+        partial.append(json.dumps(line))
         return line
 
     def _computed(self, output: Output) -> bool:
@@ -323,7 +321,7 @@ def resident_memory() -> int:
 
 
 class one_thread:
-    """One intra-op thread while reading and writing have threads of their own: more would fight over the cores."""
+    """One intra-op thread while each core has a tensor of its own: more would fight over the cores."""
 
     def __enter__(self) -> None:
         self.before = torch.get_num_threads()
