@@ -26,6 +26,7 @@ LAYERS = (
     "merging.ahead",
     "items",
     "tensors",
+    "importing",
     "threads",
     "locate",
     "layout",

@@ -17,6 +17,7 @@ import click
 
 from d2surgery.cli import output
 from d2surgery.errors import D2SurgeryError, Problem
+from d2surgery.importing import uncollected
 
 
 class Verb(NamedTuple):
@@ -136,7 +137,8 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command: click.Command = import_module(f"d2surgery.cli.{cmd_name}").command
+        with uncollected():
+            command: click.Command = import_module(f"d2surgery.cli.{cmd_name}").command
         command.epilog = f"\b\nExample:\n  {VERBS[cmd_name].example}"
         return command
 

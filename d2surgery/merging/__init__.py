@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2surgery.errors import Problem
+from d2surgery.importing import uncollected
 from d2surgery.merging.ahead import HashAhead
 from d2surgery.merging.fit import fit
 
@@ -83,7 +84,8 @@ def merge(
     began = time.monotonic()
     fitted = fit(base, adapter, strength)
     with HashAhead(fitted.computed if verify and "torch" not in sys.modules else {}) as ahead:
-        from d2surgery.merging.job import RECEIPT, Job, peak_memory  # torch: its import leaves cores for hashing
+        with uncollected():  # torch, which leaves cores for hashing
+            from d2surgery.merging.job import RECEIPT, Job, peak_memory
 
         job = Job.of(fitted, dtype, device)
         written = job.write(

@@ -25,7 +25,7 @@ from d2surgery.sites import Patch, Site
 from d2surgery.tensors import DTYPES, Workspace, as_bytes, read_into, rounded
 from d2surgery.threads import ahead
 
-TILE = 1 << 20  # entries; 4 MB in float32, small enough for the cache
+TILE = 1 << 19  # entries; with what is computed from them, small enough for the cache that cores share
 _LEAST_ROWS = 4  # products of one to three rows take other code paths in the linear-algebra library
 
 

@@ -21,7 +21,7 @@ from d2surgery.header import BITS, INDEX
 from d2surgery.tensors import as_bytes, let_go
 
 JOURNAL = "journal.jsonl"
-FLUSH = 1 << 28  # bytes written before the disk is asked to begin
+FLUSH = 1 << 26  # bytes written before the disk is asked to begin: what it has taken can be used again
 
 
 class Entry(NamedTuple):
