@@ -40,7 +40,7 @@ from d2surgery.formats import open_layout
 from d2surgery.merging import merge, plan
 from d2surgery.merging.ahead import HashAhead
 from d2surgery.merging.job import RECEIPT
-from d2surgery.merging.tiles import Output, Tile, TileMerger
+from d2surgery.merging.tiles import TILE, Output, Tile, TileMerger
 from d2surgery.merging.writer import ShardWriter
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -340,7 +340,7 @@ def test_hashes_taken_ahead_are_those_taken_from_the_tiles(
 def test_a_process_that_has_yet_to_import_torch_writes_the_same(
     several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", 1 << 20)  # as in the other process
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", TILE)  # as in the other process
     merge(*several, tmp_path / "one")
     options = ["--base", str(several[0]), "--adapter", str(several[1]), "--out", str(tmp_path / "two"), "--quiet"]
     subprocess.run([sys.executable, "-m", "d2surgery", "merge", *options], check=True)

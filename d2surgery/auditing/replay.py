@@ -136,8 +136,8 @@ class Pass:
         working = self.merger.base_weight(tile, stored)
         base_weight = self._space("base_weight", working).copy_(working)
         effective = self.merger.effective(tile, working)
-        delta = torch.sub(effective, base_weight, out=self._space("delta", working))
-        return Made(self.merger.finish(tile, effective, stored).reshape(-1), merged, base_weight, delta)
+        ours = self.merger.finish(tile, effective, stored).reshape(-1)
+        return Made(ours, merged, base_weight, effective.sub_(base_weight))
 
     def _compare(self, tile: Tile, made: Made) -> None:
         ours, merged, base_weight, delta = made
