@@ -279,10 +279,11 @@ class Pass:
 
 def base_part(merger: TileMerger, pair: Pair, patch: Patch, rows: slice, columns: slice) -> Tensor:
     """W0 of some stored rows and columns, (out_features, in_features) in the dtype of the work."""
+    merger = merger.apart()
     whole = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=pair.output.work_dtype)
     for first, last in cuts(rows.start, rows.stop, width_of(pair)):
         tile = part_of(pair.output, patch, first, last)
-        weight = merger.base_weight(tile, merger.read(tile, keep=True))
+        weight = merger.base_weight(tile, merger.read(tile))
         whole[first - rows.start : last - rows.start] = (weight.T if patch.transposed else weight)[:, columns]
     return whole.T if patch.transposed else whole
 

@@ -94,6 +94,10 @@ class TileMerger:
     device: torch.device
     workspace: Workspace = field(default_factory=Workspace)
 
+    def apart(self) -> "TileMerger":
+        """The same with memory of its own: what this one has read and made stays as it is."""
+        return replace(self, workspace=Workspace())
+
     @property
     def grid(self) -> int:
         """Entries per tile: with the shapes, all that decides the grid."""
@@ -131,14 +135,10 @@ class TileMerger:
         for _, part in groupby(tiles(output), lambda tile: tile.patch):
             yield from self._opened(list(part))
 
-    def read(self, tile: Tile, *, keep: bool = False) -> Tensor:
-        """The tile's bytes, in memory that this thread's next tile is read into unless they are to be kept."""
+    def read(self, tile: Tile) -> Tensor:
+        """The tile's bytes, until this thread's next one."""
         info = tile.output.info
-        buffer = (
-            torch.empty(tile.nbytes, dtype=torch.uint8)
-            if keep
-            else self.workspace.take("read", tile.nbytes, torch.uint8)
-        )
+        buffer = self.workspace.take("read", tile.nbytes, torch.uint8)
         target = as_bytes(buffer)
         if info.file == self.checkpoint.layout.path and self.checkpoint.in_memory:
             site = tile.output.site
