@@ -1,9 +1,11 @@
-"""The streaming writer: files that safetensors reads, tensors whole, stages in order, errors that stop all of them."""
+"""The streaming writer: files that safetensors reads, tensors whole, what the disk lost is said."""
 
 import errno
 import hashlib
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -109,3 +111,25 @@ def test_a_write_that_the_disk_lost_meanwhile_is_an_error(tmp_path: Path, monkey
     with pytest.raises(OSError, match="lost"):
         writer.close()
     assert fail.call_count == 1
+
+
+def test_several_threads_may_write_a_tensor_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the disk is asked after every piece."""
+    monkeypatch.setattr("d2surgery.merging.writer.FLUSH", 1)
+    before = threading.enumerate()
+    tensors = {
+        f"t{i}": torch.randint(256, (1000,), generator=torch.Generator().manual_seed(i)).byte() for i in range(8)
+    }
+    (shard,) = shards(entries(tensors), 10**9)
+    writer = ShardWriter(tmp_path / shard.file, shard, hashes=True, sync=True)
+
+    def write(name: str) -> None:
+        for piece in tensors[name].split(10):
+            writer.write(name, piece)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, tensors))
+    found = writer.close()
+    assert threading.enumerate() == before
+    assert found == {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / shard.file).items())
