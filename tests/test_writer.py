@@ -124,7 +124,7 @@ def test_several_threads_may_write_a_tensor_each(tmp_path: Path, monkeypatch: py
     writer = ShardWriter(tmp_path / shard.file, shard, hashes=True, sync=True)
 
     def write(name: str) -> None:
-        for piece in tensors[name].split(10):
+        for piece in torch.split(tensors[name], 10):
             writer.write(name, piece)
 
     with ThreadPoolExecutor(4) as pool:
