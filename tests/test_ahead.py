@@ -75,7 +75,7 @@ def test_stopped_early_it_has_whole_tensors_only(tmp_path: Path) -> None:
     process = ahead._process
     assert process is not None
     assert process.stdout is not None
-    select.select([process.stdout], [], [], 60)
+    select.select([process.stdout], [], [], 60)  # what was asked and the first digest come together
     assert ahead.stop() == hashed(tensors)
     assert process.returncode is not None
     assert ahead.stop() == {}
@@ -111,12 +111,16 @@ def test_what_it_is_told_and_says_fits_whatever_the_model(tmp_path: Path, monkey
     assert 32 * count < 1 << 16
 
 
-@pytest.mark.parametrize("executable", ["", "/no/such/python"])
+@pytest.mark.parametrize("executable", ["", "/no/such/python", "/bin/echo", "/bin/true"])
 def test_without_a_python_to_run_nothing_is_hashed_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executable: str
 ) -> None:
+    """Nor where it is another program, whatever that says."""
     monkeypatch.setattr(sys, "executable", executable)
-    assert HashAhead(infos(tmp_path / "model", [10])).stop() == {}
+    ahead = HashAhead(infos(tmp_path / "model", [10]))
+    if ahead._process is not None:
+        ahead._process.wait()
+    assert ahead.stop() == {}
 
 
 def test_no_process_outlives_the_block_whatever_ends_it(tmp_path: Path) -> None:

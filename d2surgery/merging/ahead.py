@@ -26,7 +26,8 @@ class HashAhead:
 
     def __init__(self, tensors: "Mapping[str, TensorInfo]") -> None:
         self._names = list(islice(tensors, _MOST))
-        self._process = _started([tensors[name] for name in self._names])
+        self._wanted = _asked([tensors[name] for name in self._names])
+        self._process = _started(self._wanted) if self._names else None
 
     def stop(self) -> dict[str, str]:
         """The sha256 of every tensor that was hashed to its end."""
@@ -35,8 +36,10 @@ class HashAhead:
         self._process.kill()
         with self._process, self._process.stdout as pipe:
             said, self._process = pipe.read(), None
-        digests = [said[at : at + _DIGEST].hex() for at in range(0, len(said), _DIGEST)]
-        return dict(zip(self._names, digests, strict=False))
+        asked, *digests = [said[at : at + _DIGEST] for at in range(0, len(said), _DIGEST)] or [b""]
+        if asked != hashlib.sha256(self._wanted.encode()).digest():
+            return {}
+        return {name: digest.hex() for name, digest in zip(self._names, digests, strict=False)}
 
     def __enter__(self) -> "HashAhead":
         return self
@@ -45,15 +48,18 @@ class HashAhead:
         self.stop()
 
 
-def _started(tensors: "list[TensorInfo]") -> "subprocess.Popen[bytes] | None":
-    """None where there is nothing to do, or no Python to do it: the tensors are then hashed when they are read.
-
-    So is what this process cannot read; whoever reads it says what is wrong.
-    """
-    if not tensors or not sys.executable or hasattr(sys, "frozen"):
-        return None
+def _asked(tensors: "list[TensorInfo]") -> str:
     files = list(dict.fromkeys(str(info.file) for info in tensors))
-    wanted = json.dumps([files, [(files.index(str(info.file)), info.start, info.nbytes) for info in tensors]])
+    return json.dumps([files, [(files.index(str(info.file)), info.start, info.nbytes) for info in tensors]])
+
+
+def _started(wanted: str) -> "subprocess.Popen[bytes] | None":
+    """None where there is no Python to do it: the tensors are then hashed when they are read.
+
+    So is what that process cannot read; whoever reads it says what is wrong.
+    """
+    if not sys.executable or hasattr(sys, "frozen"):
+        return None
     command = [sys.executable, "-I", "-S", __file__, wanted]
     try:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -79,4 +85,6 @@ def hash_all(files: list[str], tensors: Iterable[tuple[int, int, int]]) -> None:
 
 
 if __name__ == "__main__":
+    # First what was asked: who embeds Python may have set sys.executable to a program that says something else.
+    sys.stdout.buffer.write(hashlib.sha256(sys.argv[1].encode()).digest())
     hash_all(*json.loads(sys.argv[1]))
