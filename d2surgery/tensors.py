@@ -23,8 +23,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_AHEAD = 1 << 22  # bytes
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_AHEAD = 1 << 22  # bytes at most that the kernel is asked to read ahead
 
 
 class Workspace(threading.local):

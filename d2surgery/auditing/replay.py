@@ -144,7 +144,7 @@ class Pass:
         pair, patch = self.pair, tile.patch
         if patch is None or base_weight is None or delta is None:
             site = pair.output.site
-            if self._note(tile, ours, merged) and site is not None and site.bias is not None:
+            if self._note(tile, ours, merged) is not None and site is not None and site.bias is not None:
                 within = self._rounding_only(site.bias, tile, ours, merged)
                 self.found.rounding = within and self.found.rounding is not False
             return
@@ -162,9 +162,9 @@ class Pass:
                 return
             tally.comparison += compare(base, change, wanted.view(base.shape), there)
             tally.finite &= all_finite(merged)
-        if self._note(tile, wanted, merged) and tally.first is None:
-            assert self.found.first is not None
-            tally.first = (pair, patch, self.found.first)
+        first = self._note(tile, wanted, merged)
+        if first is not None and tally.first is None:
+            tally.first = (pair, patch, first)
 
     def _rounding_only(self, module: str, tile: Tile, wanted: Tensor, merged: Tensor) -> bool:
         """Whether base + s·bias differs by no more than rounding a product and a sum."""
@@ -262,19 +262,20 @@ class Pass:
             self.whole = (patch, recipe.name, (made.T if patch.transposed else made).contiguous())
         return self.whole[2]
 
-    def _note(self, tile: Tile, wanted: Tensor, merged: Tensor) -> int:
-        """Count mismatched elements; remember the first."""
+    def _note(self, tile: Tile, wanted: Tensor, merged: Tensor) -> int | None:
+        """Count mismatched elements; where in the tensor the tile's first is."""
         if _equal(wanted, merged):
-            return 0
+            return None
         different = bits(wanted) != bits(merged)
         count = int(torch.count_nonzero(different))
-        if count and self.found.first is None:
-            at = int(different.to(torch.uint8).argmax())
-            self.found.first = tile.start * 8 // BITS[self.pair.output.info.dtype] + at
         self.found.mismatched += count
         if merged.is_floating_point():
             self.found.finite &= all_finite(merged)
-        return count
+        if not count:
+            return None
+        at = tile.start * 8 // BITS[self.pair.output.info.dtype] + int(different.to(torch.uint8).argmax())
+        self.found.first = at if self.found.first is None else self.found.first
+        return at
 
 
 def base_part(merger: TileMerger, pair: Pair, patch: Patch, rows: slice, columns: slice) -> Tensor:
