@@ -5,21 +5,23 @@ from typing import Any
 
 _PUBLIC = {  # name -> the module that defines it
     **dict.fromkeys(("Problem", "D2SurgeryError"), "errors"),
-    **dict.fromkeys(("Layout", "AdapterLayout"), "layout"),
+    **dict.fromkeys(("Layout", "AdapterLayout"), "formats.layout"),
     "open_layout": "formats",
-    "LowRank": "lowrank",
+    "LowRank": "adapters.lowrank",
     **dict.fromkeys(("Adapter", "LoRA", "DoRA", "DualLoRA", "D2LoRA", "KINDS"), "adapters"),
     **dict.fromkeys(("Checkpoint", "load", "save", "from_adapters"), "checkpoint"),
-    "BaseWeights": "base",
+    "BaseWeights": "files.base",
     **dict.fromkeys(("Spectrum", "delta_spectrum", "update_spectrum"), "measures.spectrum"),
     **dict.fromkeys(("Drift", "drift"), "measures.drift"),
-    **dict.fromkeys(("spectra", "drifts", "differences"), "survey"),
+    **dict.fromkeys(("spectra", "drifts", "differences"), "surveying.modules"),
     "audit": "auditing",
     "verify_receipt": "auditing.receipts",
     **dict.fromkeys(("Audit", "ModuleAudit", "TensorAudit", "Thresholds"), "auditing.findings"),
     **dict.fromkeys(("merge", "plan", "MergeReport", "PlanReport"), "merging"),
-    **dict.fromkeys(("AdaptedLinear", "attach", "initial", "adapted", "detach", "snapshot", "set_warmup"), "attaching"),
-    **dict.fromkeys(("compare_outputs", "compare_tasks"), "behaviour"),
+    **dict.fromkeys(
+        ("AdaptedLinear", "attach", "initial", "adapted", "detach", "snapshot", "set_warmup"), "live.attaching"
+    ),
+    **dict.fromkeys(("compare_outputs", "compare_tasks"), "evaluating.behaviour"),
     **dict.fromkeys(("train", "TrainReport"), "training.loop"),
     **dict.fromkeys(("TrainConfig", "read_config"), "training.config"),
 }

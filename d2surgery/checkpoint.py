@@ -15,10 +15,10 @@ from torch import Tensor
 from d2surgery import formats
 from d2surgery.adapters import KINDS, Adapter
 from d2surgery.errors import raise_errors, refuse
+from d2surgery.files.header import Header, TensorInfo, is_pickle
+from d2surgery.files.tensors import NAMES, read_tensor
 from d2surgery.formats import peft
-from d2surgery.header import Header, TensorInfo, is_pickle
-from d2surgery.layout import RANK_GROUPS, Layout
-from d2surgery.tensors import NAMES, read_tensor
+from d2surgery.formats.layout import RANK_GROUPS, Layout
 
 _OF_TRAINING: dict[str, tuple[str, ...]] = {"lora": (), "dora": (), "duallora": ("ste",), "d2lora": ("detach_norm",)}
 """Fields that change no value, only the gradient: the config keeps them under `training`."""
@@ -97,7 +97,7 @@ def opened(layout: Layout) -> Checkpoint:
     """The checkpoint of a layout that was read from a file."""
     if not is_pickle(layout.path):
         return Checkpoint(layout)
-    from d2surgery.pickled import read_pickled  # the one reader that must load everything
+    from d2surgery.files.pickled import read_pickled  # the one reader that must load everything
 
     return Checkpoint(layout, read_pickled(layout.path))
 

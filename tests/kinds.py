@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, Axis, D2LoRA, DoRA, DualLoRA, LoRA
+from d2surgery.adapters import Adapter, D2LoRA, DoRA, DualLoRA, LoRA
+from d2surgery.adapters.forwards import Axis
 
 KINDS_AND_AXES: list[tuple[str, Axis]] = [
     ("lora", "out_features"),

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from d2surgery import KINDS
-from d2surgery.attaching import adapted, attach, initial, snapshot
+from d2surgery.live.attaching import adapted, attach, initial, snapshot
 from d2surgery.training.trainer import restore
 
 IDS = torch.arange(20)[None] % 32

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from d2surgery.adapters import KINDS, Adapter, D2LoRA, DoRA, DualLoRA, LoRA
-from d2surgery.base import BaseWeights
 from d2surgery.checkpoint import Checkpoint, from_adapters, load, save
 from d2surgery.errors import D2SurgeryError
+from d2surgery.files.base import BaseWeights
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

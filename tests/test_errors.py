@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import d2surgery.errors
-from d2surgery.errors import CODES, D2SurgeryError, Problem, raise_errors, refuse
+from d2surgery.codes import CODES
+from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
 
 PACKAGE = Path(d2surgery.errors.__file__).parent
 

@@ -14,71 +14,17 @@ from typing import Any
 import pytest
 
 import d2surgery
-from d2surgery.errors import CODES
+from d2surgery.codes import CODES
 
 PACKAGE = Path(d2surgery.__file__).parent
 ROOT = PACKAGE.parent
 
-# A module imports only what stands above it (ARCHITECTURE: dependencies point down).
-LAYERS = (
-    "errors",
-    "header",
-    "merging.ahead",
-    "items",
-    "tensors",
-    "importing",
-    "threads",
-    "locate",
-    "layout",
-    "pickled",
-    "formats",
-    "lowrank",
-    "forwards",
-    "quantization",
-    "adapters",
-    "checkpoint",
-    "base",
-    "ties",
-    "sites",
-    "merging.fit",
-    "measures",
-    "survey",
-    "merging.writer",
-    "merging.tiles",
-    "merging.companions",
-    "merging.job",
-    "merging",
-    "attaching",
-    "peft_plugin",
-    "models",
-    "tasks",
-    "harness",
-    "prompts",
-    "traces",
-    "behaviour",
-    "training",
-    "auditing.recipes",
-    "auditing.faults",
-    "auditing.diagnosis",
-    "auditing.findings",
-    "auditing.pairing",
-    "auditing.replay",
-    "auditing.blocks",
-    "auditing.judgement",
-    "auditing.settings",
-    "auditing.receipts",
-    "auditing",
-    "reporting.audit_files",
-    "reporting",
-    "reporting.tidy",
-    "reporting.plots",
-    "reporting.page",
-    "reporting.audit_plots",
-    "reporting.audit_page",
-    "reporting.report",
-    "cli",
+# The wings of the house: a module imports only from its own wing and from those that stand above it here.
+WINGS = (
+    "codes", "errors", "machine", "files", "adapters", "formats", "placement", "checkpoint", "measures",
+    "surveying", "merging", "live", "peft_plugin", "evaluating", "auditing", "training", "reporting", "cli",
     "__main__",
-)
+)  # fmt: skip
 HEAVY = ("torch", "numpy", "scipy", "transformers", "plotly", "peft", "safetensors", "huggingface_hub", "click")
 
 
@@ -86,19 +32,21 @@ def source_files() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def layer(dotted: str) -> str:
-    """The longest beginning of a dotted name that stands in LAYERS; else its first part."""
-    parts = dotted.split(".")
-    beginnings = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
-    return next((name for name in beginnings if name in LAYERS), parts[0])
+def name_of(path: Path) -> str:
+    """The dotted name within the package: `files.header`, `merging` for its `__init__`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def layer_of(path: Path) -> str:
-    return layer(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+def wing(dotted: str) -> str:
+    return dotted.partition(".")[0]
+
+
+MODULES = {name_of(path): path for path in source_files()}
 
 
 def imported(path: Path) -> Iterator[tuple[str, int]]:
-    """The layers of the package that a file imports, inside functions too, with the line."""
+    """The modules of the package that a file imports, inside functions too, with the line."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -107,7 +55,10 @@ def imported(path: Path) -> Iterator[tuple[str, int]]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        yield from ((layer(name.partition(".")[2]), node.lineno) for name in names if name.startswith("d2surgery."))
+        for name in names:
+            if name.startswith("d2surgery."):
+                inner = name.removeprefix("d2surgery.")
+                yield inner if inner in MODULES else inner.rpartition(".")[0], node.lineno
 
 
 def run(code: str, *options: str) -> str:
@@ -123,34 +74,48 @@ def project() -> dict[str, Any]:
     return tomllib.loads(path.read_text())
 
 
-# Layers ----------------------------------------------------------------------------------------------------------
+# Wings -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_of_layers_names_every_module() -> None:
-    assert {layer_of(path) for path in source_files()} - set(LAYERS) == set()
-    assert len(set(LAYERS)) == len(LAYERS)
+def test_every_module_stands_in_a_wing() -> None:
+    assert {wing(name) for name in MODULES} == set(WINGS)
+    assert len(set(WINGS)) == len(WINGS)
 
 
-@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_to_lower_layers(path: Path) -> None:
-    own = LAYERS.index(layer_of(path))
-    above = [f"line {line}: {name}" for name, line in imported(path) if LAYERS.index(name) > own]
-    assert above == []
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_to_wings_above(name: str) -> None:
+    below = [
+        f"line {line}: {other}"
+        for other, line in imported(MODULES[name])
+        if WINGS.index(wing(other)) > WINGS.index(wing(name))
+    ]
+    assert below == []
 
 
-def test_the_layer_test_sees_imports_of_every_spelling(tmp_path: Path) -> None:
+def test_no_imports_go_round_in_a_circle() -> None:
+    """Inside functions and for type checkers too. A package stands for its `__init__`."""
+    left = {name: {other for other, _ in imported(path)} & set(MODULES) - {name} for name, path in MODULES.items()}
+    while free := {name for name, others in left.items() if not others & left.keys()}:
+        left = {name: others for name, others in left.items() if name not in free}
+    assert left == {}
+
+
+def test_the_wing_test_sees_imports_of_every_spelling(tmp_path: Path) -> None:
     path = tmp_path / "x.py"
     path.write_text(
-        "import d2surgery.base\nfrom d2surgery.merging import tiles\n"
+        "import d2surgery.files.base\nfrom d2surgery.merging import tiles\n"
         "from d2surgery import cli\nfrom d2surgery.formats import peft\nimport os\n"
         "def f():\n    from d2surgery.cli.output import emit\n"
     )
-    assert sorted(imported(path)) == [("base", 1), ("cli", 3), ("cli", 7), ("formats", 4), ("merging.tiles", 2)]
+    assert sorted(imported(path)) == [
+        ("cli", 3), ("cli.output", 7), ("files.base", 1), ("formats.peft", 4), ("merging.tiles", 2)
+    ]  # fmt: skip
 
 
 def test_measures_know_tensors_only() -> None:
     for path in (PACKAGE / "measures").rglob("*.py"):
-        assert {name for name, _ in imported(path)} <= {"errors", "lowrank", "adapters", "tensors", "measures"}, path
+        wings = {wing(name) for name, _ in imported(path) if name != "files.tensors"}
+        assert wings <= {"errors", "adapters", "measures"}, path
 
 
 # Imports ---------------------------------------------------------------------------------------------------------
@@ -313,7 +278,7 @@ def test_every_code_raised_is_one_that_explain_knows() -> None:
 
 
 def test_every_code_that_explain_knows_is_used() -> None:
-    sources = [path.read_text() for path in source_files() if path.name != "errors.py"]
+    sources = [path.read_text() for path in source_files() if path.name != "codes.py"]
     constants = {node.value for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
     assert set(CODES) - constants == set()
 

@@ -41,17 +41,18 @@ from d2surgery.auditing.pairing import Pair, pair_up
 from d2surgery.auditing.recipes import RECIPES
 from d2surgery.auditing.replay import Replay, read_part
 from d2surgery.auditing.settings import compare_settings
-from d2surgery.base import BaseWeights
 from d2surgery.errors import D2SurgeryError, Problem, refuse
-from d2surgery.header import FLOATS
-from d2surgery.locate import PICKLES
+from d2surgery.evaluating.tasks import Task
+from d2surgery.files.base import BaseWeights
+from d2surgery.files.header import FLOATS
+from d2surgery.files.locate import PICKLES
+from d2surgery.files.tensors import DTYPES, as_bytes
+from d2surgery.machine import one_thread, peak_memory
 from d2surgery.merging.companions import companions
-from d2surgery.merging.job import Job, one_thread, peak_memory, prepare
-from d2surgery.tasks import Task
-from d2surgery.tensors import DTYPES, as_bytes
+from d2surgery.merging.job import Job, prepare
 
 if TYPE_CHECKING:
-    from d2surgery.behaviour import Behaviour, TaskGap
+    from d2surgery.evaluating.behaviour import Behaviour, TaskGap
 
 Directory = str | os.PathLike[str]
 
@@ -130,7 +131,7 @@ def _run(
     """What the models say, where they were asked to and can be run, and what is wrong with it."""
     if not {"outputs", "logits", "task"} & {*levels}:
         return None, None, []
-    from d2surgery.behaviour import compare_outputs, compare_tasks  # a third of a second
+    from d2surgery.evaluating.behaviour import compare_outputs, compare_tasks  # a third of a second
 
     behaviour = gap = None
     problems: list[Problem] = []

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2surgery.auditing.faults import Case, Named, head_size, hypotheses, scalings
+from d2surgery.files.tensors import rounded
 from d2surgery.measures.fidelity import Comparison, bits, regress, strength_of
-from d2surgery.tensors import rounded
 
 SIGNIFICANT = 5.0  # standard errors
 EXCESS = 1.3  # noise above this many times the noise of rounding once is not rounding (double rounding: 1.01)

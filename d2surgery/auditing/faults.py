@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, Axis, D2LoRA, DoRA, DualLoRA, LoRA, Triple
-from d2surgery.layout import AdapterLayout
-from d2surgery.tensors import rounded
+from d2surgery.adapters import Adapter, D2LoRA, DoRA, DualLoRA, LoRA
+from d2surgery.adapters.forwards import Axis
+from d2surgery.adapters.vectors import Triple
+from d2surgery.files.tensors import rounded
+from d2surgery.formats.layout import AdapterLayout
 
 
 @dataclass(frozen=True)

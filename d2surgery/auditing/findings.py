@@ -9,7 +9,7 @@ from d2surgery.errors import Problem
 from d2surgery.measures.fidelity import Survival
 
 if TYPE_CHECKING:
-    from d2surgery.behaviour import Behaviour, TaskGap
+    from d2surgery.evaluating.behaviour import Behaviour, TaskGap
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 Status = Literal["adapted", "unchanged", "replaced", "tied", "resized", "changed", "missing", "extra"]

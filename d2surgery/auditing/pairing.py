@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from math import prod
 
 from d2surgery.auditing.findings import Status, TensorAudit
-from d2surgery.base import BaseWeights
-from d2surgery.header import FLOATS, TensorInfo
+from d2surgery.files.base import BaseWeights
+from d2surgery.files.header import FLOATS, TensorInfo
 from d2surgery.merging.job import Job
 from d2surgery.merging.tiles import Output
-from d2surgery.ties import find_tie, tie_flag
+from d2surgery.placement.ties import find_tie, tie_flag
 
 
 @dataclass(frozen=True)

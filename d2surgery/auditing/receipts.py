@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from d2surgery.auditing.findings import Audit, ReceiptAudit, Status, TensorAudit, Thresholds, several, verdict_of
-from d2surgery.base import BaseWeights
 from d2surgery.checkpoint import load
 from d2surgery.errors import Problem, refuse
-from d2surgery.header import TensorInfo, read_json
-from d2surgery.merging.job import RECEIPT, peak_memory
-from d2surgery.tensors import as_bytes, read_into
+from d2surgery.files.base import BaseWeights
+from d2surgery.files.header import TensorInfo, read_json
+from d2surgery.files.tensors import as_bytes, read_into
+from d2surgery.machine import peak_memory
+from d2surgery.merging.job import RECEIPT
 
 _PIECE = 1 << 22
 

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, DoRA, DualLoRA, Formed, LoRA, Streamed
-from d2surgery.tensors import rounded
+from d2surgery.adapters import Adapter, DoRA, DualLoRA, LoRA
+from d2surgery.adapters.duallora import Formed
+from d2surgery.adapters.thin import Streamed
+from d2surgery.files.tensors import rounded
 
 OURS = "d2surgery"
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from d2surgery.auditing.pairing import Pair
 from d2surgery.auditing.recipes import OURS, RECIPES, Operands, Recipe
-from d2surgery.header import BITS
+from d2surgery.files.header import BITS
+from d2surgery.files.tensors import DTYPES, as_bytes, let_go, read_into
+from d2surgery.machine import workers
 from d2surgery.measures.fidelity import Comparison, Survival, bits, compare, measured
 from d2surgery.merging.tiles import Steps, Tile, TileMerger, all_finite, cuts, part_of
-from d2surgery.sites import Patch
-from d2surgery.tensors import DTYPES, as_bytes, let_go, read_into
-from d2surgery.threads import workers
+from d2surgery.placement.sites import Patch
 
 WHOLE = 1 << 24  # entries: the largest weight held whole, for recipes that normalise across tiles
 _SAMPLE = 64  # rows on which recipes are told apart

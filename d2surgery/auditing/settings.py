@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from d2surgery.base import BaseWeights
 from d2surgery.errors import Problem, Severity
-from d2surgery.ties import tie_flag
+from d2surgery.files.base import BaseWeights
+from d2surgery.placement.ties import tie_flag
 
 _GENERATION, _TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 _TOKENIZING = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")

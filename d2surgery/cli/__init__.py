@@ -17,7 +17,7 @@ import click
 
 from d2surgery.cli import output
 from d2surgery.errors import D2SurgeryError, Problem
-from d2surgery.importing import uncollected
+from d2surgery.machine import uncollected
 
 
 class Verb(NamedTuple):

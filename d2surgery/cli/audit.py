@@ -13,9 +13,9 @@ from d2surgery.auditing.recipes import RECIPES
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import device_option, progress_bar
 from d2surgery.errors import refuse
-from d2surgery.items import read_prompts
+from d2surgery.evaluating.items import read_prompts
+from d2surgery.evaluating.tasks import read_task
 from d2surgery.reporting import audit_files
-from d2surgery.tasks import read_task
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _DIRECTORY = click.Path(path_type=Path)
@@ -118,7 +118,7 @@ def _write(found: Audit, html: Path | None, junit: Path | None, sarif: Path | No
     if sarif is not None:
         measured.write_whole(sarif, audit_files.sarif(found))
     if html is not None:
-        from d2surgery.reporting.audit_page import audit_page  # plotly, where a page is asked for
+        from d2surgery.reporting.pages.audit import audit_page  # plotly, where a page is asked for
 
         measured.write_whole(html, audit_page(found))
 

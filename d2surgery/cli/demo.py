@@ -16,16 +16,17 @@ from safetensors.torch import save_file
 
 from d2surgery.adapters import KINDS, Adapter, DoRA
 from d2surgery.auditing import audit
-from d2surgery.base import BaseWeights
 from d2surgery.checkpoint import Checkpoint, from_adapters, load, save
 from d2surgery.cli import output
 from d2surgery.cli.audit import describe as describe_audit
 from d2surgery.cli.inspect import describe
+from d2surgery.files.base import BaseWeights
+from d2surgery.files.tensors import rounded
 from d2surgery.formats import open_layout
-from d2surgery.layout import NAMES
+from d2surgery.formats.layout import NAMES
+from d2surgery.machine import one_thread
 from d2surgery.measures.fidelity import Survival
 from d2surgery.merging import merge, plan
-from d2surgery.tensors import rounded
 
 SEED = 20260214
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCABULARY, RANK = 256, 688, 4, 4, 1024, 8
@@ -68,8 +69,9 @@ def command(out: Path | None) -> int:
     """
     with ExitStack() as stack:
         work = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="d2surgery-")))
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)  # matrices of this size are too small for more: several times slower on a busy machine
+        stack.enter_context(
+            one_thread()
+        )  # matrices of this size are too small for more: several times slower on a busy machine
         base = work / "base"
         base.mkdir(parents=True)
         _make_base(base)
@@ -167,7 +169,7 @@ def _broken(base: Path, adapter: Path, merged: Path, broken: Path) -> Iterator[s
 
 
 def _report(base: Path, adapters: Sequence[Path], path: Path, *, kept: bool) -> Iterator[str]:
-    from d2surgery.reporting.report import report  # plotly
+    from d2surgery.reporting.pages.report import report  # plotly
 
     began = time.monotonic()
     path.write_text(report([str(adapter) for adapter in adapters], base=base), encoding="utf-8")

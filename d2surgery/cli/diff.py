@@ -13,7 +13,7 @@ from d2surgery.cli.options import progress_bar
 from d2surgery.errors import refuse
 from d2surgery.measures.subspace import Similarity
 from d2surgery.reporting.tidy import Pair, Row, difference_rows, pair, phi
-from d2surgery.survey import Difference, differences, places
+from d2surgery.surveying.modules import Difference, differences, places
 
 SIDES = ("in_features", "out_features")
 
@@ -66,7 +66,7 @@ def _compared(
 
 
 def _draw(path: Path, adapters: Sequence[str], found: Sequence[Compared], *, say: bool) -> None:
-    from d2surgery.reporting import plots
+    from d2surgery.reporting.figures import parts as plots
 
     labels = [Path(adapter).name or adapter for adapter in adapters]
     wholes = dict(zip(combinations(range(len(adapters)), 2), (each.whole for each in found), strict=True))

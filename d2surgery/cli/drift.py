@@ -6,14 +6,14 @@ from typing import Any, get_args
 
 import click
 
-from d2surgery.adapters import Axis
-from d2surgery.base import BaseWeights
+from d2surgery.adapters.forwards import Axis
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import device_option, progress_bar
+from d2surgery.files.base import BaseWeights
 from d2surgery.measures.drift import Correlation, Drift, correlation
 from d2surgery.reporting.tidy import QUANTILES, drift_rows, quantiles
-from d2surgery.survey import drifts
+from d2surgery.surveying.modules import drifts
 
 Found = Mapping[str, Drift]
 
@@ -48,7 +48,7 @@ def command(adapter: str, base: Path, along: Axis | None, device: str, **options
 
 
 def _draw(path: Path, adapter: str, found: Found, *, say: bool) -> None:
-    from d2surgery.reporting import plots
+    from d2surgery.reporting.figures import parts as plots
 
     figures = [
         plots.drift_by_depth(found),

@@ -11,20 +11,20 @@ import click
 import torch
 from torch import nn
 
-from d2surgery.base import BaseWeights
-from d2surgery.behaviour import as_json, compare_scores
 from d2surgery.checkpoint import load
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import DTYPES, device_option, progress_bar
 from d2surgery.errors import refuse
-from d2surgery.harness import harness_scores
-from d2surgery.items import TEMPLATES, Template
-from d2surgery.measures.paired import mean_accuracy
-from d2surgery.models import load_model, stored_dtype, tokenizer_of, unmerged
-from d2surgery.quantization import QUANTIZATIONS, Quantization
-from d2surgery.tasks import WAYS, By, Progress, Score, Task, read_task, score_all
-from d2surgery.tensors import DTYPES as TORCH_DTYPES
-from d2surgery.tensors import find_device
+from d2surgery.evaluating.behaviour import as_json, compare_scores
+from d2surgery.evaluating.harness import harness_scores
+from d2surgery.evaluating.items import TEMPLATES, Template
+from d2surgery.evaluating.paired import mean_accuracy
+from d2surgery.evaluating.tasks import WAYS, By, Progress, Score, Task, read_task, score_all
+from d2surgery.files.base import BaseWeights
+from d2surgery.files.tensors import DTYPES as TORCH_DTYPES
+from d2surgery.files.tensors import find_device
+from d2surgery.live.loading import load_model, stored_dtype, tokenizer_of, unmerged
+from d2surgery.live.quantization import QUANTIZATIONS, Quantization
 
 _PATH = click.Path(path_type=Path)
 _WORDS = {"likelihood": "likelihood", "normalised": "likelihood per byte", "generation": "its own words"}

@@ -5,7 +5,8 @@ from difflib import get_close_matches
 import click
 
 from d2surgery.cli import output
-from d2surgery.errors import CODES, refuse
+from d2surgery.codes import CODES
+from d2surgery.errors import refuse
 
 
 @click.command(name="explain")

@@ -11,7 +11,7 @@ import click
 from d2surgery.cli import output
 from d2surgery.errors import Problem
 from d2surgery.formats import open_layout
-from d2surgery.layout import NAMES, AdapterLayout, Layout
+from d2surgery.formats.layout import NAMES, AdapterLayout, Layout
 
 SEVERITIES = ("info", "warning", "error")  # from the mildest
 MANY = 3  # problems that differ only in their module are shown together from here
@@ -68,15 +68,15 @@ def _worst(problems: Iterable[Problem]) -> int:
 
 
 def _read_numbers(layout: Layout) -> tuple[Numbers, list[Problem]]:
-    from d2surgery.cli.numbers import read_numbers  # torch, and only here
+    from d2surgery.surveying.numbers import read_numbers  # torch, and only here
 
     return read_numbers(layout)
 
 
 def _land(layout: Layout, base: Path) -> tuple[int, list[Problem]]:
     """How many of the base's tensors the adapter touches, and what does not fit."""
-    from d2surgery.header import read_checkpoint_header, read_json
-    from d2surgery.sites import sites
+    from d2surgery.files.header import read_checkpoint_header, read_json
+    from d2surgery.placement.sites import sites
 
     config = base / "config.json"
     landing = sites(layout, read_checkpoint_header(base), read_json(config) if config.exists() else {})

@@ -14,11 +14,11 @@ from torch import Tensor
 from d2surgery.checkpoint import Checkpoint, load
 from d2surgery.cli import output
 from d2surgery.errors import raise_errors, refuse
-from d2surgery.layout import NAMES
+from d2surgery.formats.layout import NAMES
 from d2surgery.reporting.tidy import COLUMNS, Row, types
 
 if TYPE_CHECKING:
-    from d2surgery.reporting.plots import Plot
+    from d2surgery.reporting.figures.parts import Plot
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 IMAGES = (".png", ".svg")
@@ -112,7 +112,7 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
 
 def write_figures(plots: Sequence["Plot"], path: Path, title: str) -> list[Path]:
     """One page, or an image per figure: the first has the name asked for, the others a suffix before the ending."""
-    from d2surgery.reporting import page  # plotly, and only where figures are drawn
+    from d2surgery.reporting.pages import parts as page  # plotly, and only where figures are drawn
 
     if path.suffix.lower() not in IMAGES:
         path.write_text(page.figures_page(plots, title), encoding="utf-8")

@@ -6,13 +6,13 @@ from typing import Any, get_args
 
 import click
 
-from d2surgery.base import BaseWeights
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import cache_option, device_option, progress_bar
+from d2surgery.files.base import BaseWeights
 from d2surgery.measures.spectrum import NUMBERS, Method, Of, Spectrum
 from d2surgery.reporting.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
-from d2surgery.survey import places, spectra
+from d2surgery.surveying.modules import places, spectra
 
 Found = Mapping[str, Spectrum]
 
@@ -61,7 +61,7 @@ def ranks_of(checkpoint: Checkpoint) -> dict[str, int | None]:
 
 
 def _draw(path: Path, adapter: str, found: Found, nominal: Mapping[str, int | None], *, say: bool) -> None:
-    from d2surgery.reporting import plots
+    from d2surgery.reporting.figures import parts as plots
 
     figures = [
         plots.rank_map(found, nominal),

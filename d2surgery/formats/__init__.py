@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from d2surgery.files.header import Header, is_pickle, read_header, read_json
+from d2surgery.files.locate import PICKLES, locate
 from d2surgery.formats import foreign, peft
-from d2surgery.header import Header, is_pickle, read_header, read_json
-from d2surgery.layout import Layout
-from d2surgery.locate import PICKLES, locate
+from d2surgery.formats.layout import Layout
 
 
 def open_layout(adapter: str | os.PathLike[str]) -> Layout:
@@ -27,7 +27,7 @@ def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
 
 def _header(weights: Path) -> Header:
     if weights.suffix in PICKLES and is_pickle(weights):
-        from d2surgery.pickled import read_pickled_header  # torch, and only here
+        from d2surgery.files.pickled import read_pickled_header  # torch, and only here
 
         return read_pickled_header(weights)
     return read_header(weights)

@@ -18,8 +18,8 @@ from math import prod
 from typing import Any, NamedTuple
 
 from d2surgery.errors import Problem
-from d2surgery.header import Header
-from d2surgery.layout import AdapterLayout, Layout
+from d2surgery.files.header import Header
+from d2surgery.formats.layout import AdapterLayout, Layout
 
 
 class _Pairs(NamedTuple):

@@ -30,8 +30,8 @@ from math import prod, sqrt
 from typing import Any, NamedTuple
 
 from d2surgery.errors import Problem, Severity
-from d2surgery.header import FLOATS, Header
-from d2surgery.layout import PAIRS, RANK_GROUPS, AdapterLayout, Layout, Rows, Stored
+from d2surgery.files.header import FLOATS, Header
+from d2surgery.formats.layout import PAIRS, RANK_GROUPS, AdapterLayout, Layout, Rows, Stored
 
 PREFIX = "base_model.model."
 METADATA = "d2surgery"  # our key in the safetensors metadata: JSON {"config": …, "scaling": {module: …}}

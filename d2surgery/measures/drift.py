@@ -13,9 +13,12 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, Axis, Triple, gains_of
+from d2surgery.adapters import Adapter
+from d2surgery.adapters.forwards import Axis
+from d2surgery.adapters.lowrank import LowRank
+from d2surgery.adapters.thin import gains_of
+from d2surgery.adapters.vectors import Triple
 from d2surgery.errors import refuse
-from d2surgery.lowrank import LowRank
 from d2surgery.measures.spectrum import Delta, cuts
 
 Vectors = Float64[Tensor, " vectors"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2surgery.tensors import rounded
+from d2surgery.files.tensors import rounded
 
 LOW_GAIN = 0.95  # below it a right merge has visibly lost part of the adapter (MATH, section 4)
 

@@ -14,9 +14,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from d2surgery.adapters import Adapter, D2LoRA, Triple
+from d2surgery.adapters import Adapter, D2LoRA
+from d2surgery.adapters.lowrank import LowRank
+from d2surgery.adapters.vectors import Triple
 from d2surgery.errors import refuse
-from d2surgery.lowrank import LowRank
 
 Of = Literal["update", "delta"]
 Method = Literal["structural", "exact", "head-tail"]

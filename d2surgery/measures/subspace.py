@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, Axis
+from d2surgery.adapters import Adapter
+from d2surgery.adapters.forwards import Axis
+from d2surgery.adapters.lowrank import LowRank
 from d2surgery.errors import refuse
-from d2surgery.lowrank import LowRank
 from d2surgery.measures.spectrum import Delta, cuts, lower_gram
 
 RELIABLE = 1e-6

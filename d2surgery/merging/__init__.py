@@ -5,7 +5,6 @@ Torch is imported by the functions, when names and shapes have been found to fit
 """
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2surgery.errors import Problem
-from d2surgery.importing import uncollected
+from d2surgery.machine import one_thread, peak_memory, resident_memory, uncollected
 from d2surgery.merging.ahead import HashAhead
-from d2surgery.merging.fit import fit
+from d2surgery.placement.fit import fit
 
 if TYPE_CHECKING:
     from d2surgery.measures.fidelity import Survival
@@ -85,7 +84,7 @@ def merge(
     fitted = fit(base, adapter, strength)
     with HashAhead(fitted.computed if verify and "torch" not in sys.modules else {}) as ahead:
         with uncollected():  # torch, which leaves cores for hashing
-            from d2surgery.merging.job import RECEIPT, Job, peak_memory
+            from d2surgery.merging.job import RECEIPT, Job
 
         job = Job.of(fitted, dtype, device)
         written = job.write(
@@ -126,8 +125,8 @@ def plan(
 
     Reads the adapted tensors once or twice, writes nothing. Raises what merge raises before it writes.
     """
-    from d2surgery.merging.job import existing, one_thread, peak_memory, prepare, resident_memory
-    from d2surgery.merging.writer import shards
+    from d2surgery.files.writer import free_space, shards
+    from d2surgery.merging.job import prepare
 
     job = prepare(base, adapter, dtype, strength, device)
     files = shards((output.entry for output in job.outputs), shard_size)
@@ -139,7 +138,7 @@ def plan(
         out=str(out),
         tensors=len(job.outputs),
         bytes=sum(shard.nbytes for shard in files),
-        disk_free_bytes=shutil.disk_usage(existing(Path(out))).free,
+        disk_free_bytes=free_space(Path(out)),
         peak_memory_bytes=max(peak_memory(), resident_memory() + threads * job.memory_of_one()),
         shards=len(files),
         modules=len(job.layout.adapters),

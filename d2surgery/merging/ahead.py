@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the other process has this file and the standard library
-    from d2surgery.header import TensorInfo
+    from d2surgery.files.header import TensorInfo
 
 _PIECE = 1 << 20  # bytes
 _MOST = 1024  # tensors: more than an import leaves time for, and their digests fit into a pipe

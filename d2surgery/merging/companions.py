@@ -3,10 +3,10 @@
 import json
 from typing import Any
 
-from d2surgery.base import BaseWeights
-from d2surgery.layout import Layout
-from d2surgery.sites import Landing
-from d2surgery.tensors import DTYPES
+from d2surgery.files.base import BaseWeights
+from d2surgery.files.tensors import DTYPES
+from d2surgery.formats.layout import Layout
+from d2surgery.placement.sites import Landing
 
 _TOKENIZER_FILES = ("token", "vocab", "merges", "special_", "added_", "spiece", "sentencepiece", "chat_template")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import resource
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,26 +12,27 @@ from typing import Any
 
 import torch
 
-from d2surgery.base import BaseWeights
 from d2surgery.checkpoint import Checkpoint, opened
 from d2surgery.errors import Problem, raise_errors, refuse
-from d2surgery.header import FLOATS, TensorInfo
-from d2surgery.layout import Layout
-from d2surgery.measures.fidelity import Survival, survival
-from d2surgery.merging.companions import companions
-from d2surgery.merging.fit import Fit, fit
-from d2surgery.merging.tiles import Output, Steps, TileMerger, all_finite, tiles
-from d2surgery.merging.writer import (
+from d2surgery.files.base import BaseWeights
+from d2surgery.files.header import FLOATS, TensorInfo
+from d2surgery.files.tensors import DTYPES, as_bytes, find_device
+from d2surgery.files.writer import (
     Partial,
     Shard,
     ShardWriter,
+    free_space,
     hash_tensors,
     index_file,
     shards,
 )
-from d2surgery.sites import Landing, Site
-from d2surgery.tensors import DTYPES, as_bytes, find_device
-from d2surgery.threads import workers
+from d2surgery.formats.layout import Layout
+from d2surgery.machine import one_thread, resident_memory, workers
+from d2surgery.measures.fidelity import Survival, survival
+from d2surgery.merging.companions import companions
+from d2surgery.merging.tiles import Output, Steps, TileMerger, all_finite, tiles
+from d2surgery.placement.fit import Fit, fit
+from d2surgery.placement.sites import Landing, Site
 
 RECEIPT = "d2surgery_merge.json"
 
@@ -298,34 +297,10 @@ class Job:
 
 def _check_disk(partial: Partial, need: int) -> None:
     done = sum(path.stat().st_size for path in partial.path.iterdir()) if partial.path.exists() else 0
-    free = shutil.disk_usage(existing(partial.out)).free
+    free = free_space(partial.out)
     if need - done > free:
         raise refuse("DISK_FULL", "not begun", file=str(partial.out), wanted=f"{need - done} bytes", got=f"{free}")
 
 
 def _is_path(base_model: str | None) -> bool:
     return base_model is not None and Path(base_model).is_absolute()
-
-
-def existing(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
-
-
-def peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def resident_memory() -> int:
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_memory()
-
-
-class one_thread:
-    """One intra-op thread while each core has a tensor of its own: more would fight over the cores."""
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)

@@ -16,14 +16,16 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, DualLoRA, Formed, Streamed
+from d2surgery.adapters import Adapter, DualLoRA
+from d2surgery.adapters.duallora import Formed
+from d2surgery.adapters.thin import Streamed
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, refuse
-from d2surgery.header import BITS, FLOATS, TensorInfo
-from d2surgery.merging.writer import Entry
-from d2surgery.sites import Patch, Site
-from d2surgery.tensors import DTYPES, Workspace, as_bytes, read_into, rounded
-from d2surgery.threads import ahead
+from d2surgery.files.header import BITS, FLOATS, TensorInfo
+from d2surgery.files.tensors import DTYPES, Workspace, as_bytes, read_into, rounded
+from d2surgery.files.writer import Entry
+from d2surgery.machine import ahead
+from d2surgery.placement.sites import Patch, Site
 
 TILE = 1 << 19  # entries; with what is computed from them, small enough for the cache that cores share
 _LEAST_ROWS = 4  # products of one to three rows take other code paths in the linear-algebra library

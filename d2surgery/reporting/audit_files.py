@@ -9,7 +9,8 @@ from urllib.parse import quote
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from d2surgery.auditing.findings import OPEN, Audit, ModuleAudit
-from d2surgery.errors import CODES, Problem
+from d2surgery.codes import CODES
+from d2surgery.errors import Problem
 
 SARIF = "https://json.schemastore.org/sarif-2.1.0.json"
 LEVEL = {"error": "error", "warning": "warning", "info": "note"}

@@ -15,7 +15,7 @@ from torch import Tensor
 from d2surgery.measures.drift import Drift
 from d2surgery.measures.spectrum import NUMBERS, Spectrum
 from d2surgery.measures.subspace import Similarity
-from d2surgery.survey import Difference
+from d2surgery.surveying.modules import Difference
 
 Row = dict[str, str | int | float | None]
 SIDES = ("in_features", "out_features")

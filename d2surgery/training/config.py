@@ -14,12 +14,13 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass,
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from d2surgery.adapters import KINDS, Axis, Form
-from d2surgery.attaching import options_of
+from d2surgery.adapters import KINDS
+from d2surgery.adapters.d2lora import Form
+from d2surgery.adapters.forwards import Axis, Straight
 from d2surgery.errors import Problem, raise_errors, refuse
-from d2surgery.forwards import Straight
-from d2surgery.items import Template
-from d2surgery.quantization import Quantization
+from d2surgery.evaluating.items import Template
+from d2surgery.live.attaching import options_of
+from d2surgery.live.quantization import Quantization
 
 Kind = Literal["lora", "dora", "duallora", "d2lora"]
 Batching = Literal["shuffled", "by_length", "packed"]

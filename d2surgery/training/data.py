@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import Dataset
 
 from d2surgery.errors import refuse
-from d2surgery.items import Item, Template, encode, read_items, render
+from d2surgery.evaluating.items import Item, Template, encode, read_items, render
 from d2surgery.training.config import Batching, DataSettings
 
 IGNORED = -100

@@ -1,0 +1,171 @@
+"""What an adapter is: the interface of every kind, and the shapes its slots must have."""
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal, TypeVar, get_args, get_origin
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Generator, Tensor
+
+from d2surgery.adapters.forwards import Axis
+from d2surgery.adapters.lowrank import LowRank
+from d2surgery.adapters.vectors import Triple, Weight
+from d2surgery.errors import Problem, raise_errors
+
+Some = TypeVar("Some", bound="Adapter")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter(ABC):
+    """What was learnt for one module. A value: no method changes it. Construction raises SHAPE_UNEXPECTED."""
+
+    kind: ClassVar[str]
+    dimensions: ClassVar[dict[str, list[str]]] = {}
+    """The names of each slot's dimensions, read from its annotation: shapes are said once."""
+    scaling: float | Float[Tensor, ""]
+    """A tensor only while training warms it up: torch.compile takes a number for a constant."""
+
+    def __init_subclass__(cls) -> None:
+        annotations = inspect.get_annotations(cls).items()
+        own = {name: hint.dim_str.split() for name, hint in annotations if hasattr(hint, "dim_str")}
+        cls.dimensions = cls.dimensions | own
+
+    def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():
+            check_shapes(self)
+
+    @classmethod
+    @abstractmethod
+    def init(
+        cls,
+        base_weight: Weight,
+        *,
+        rank: int,
+        scaling: float,
+        generator: Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "Adapter":
+        """What training starts from, on `base_weight`'s device; other fields by dataclasses.replace."""
+
+    @property
+    def along(self) -> Axis | None:
+        """The axis whose vectors the kind normalises; None if it has none."""
+        return None
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the delta of a part needs the triple of the whole vectors."""
+        return False
+
+    @property
+    def out_features(self) -> int:
+        return next(_sizes(self, "out_features"))
+
+    @property
+    def in_features(self) -> int:
+        return next(_sizes(self, "in_features"))
+
+    def slots(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {name: getattr(self, name) for name in self.dimensions}
+
+    def to(self: Some, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Some:
+        return _with(self, {name: slot.to(device=device, dtype=dtype) for name, slot in self.slots().items()})
+
+    def take(self: Some, *, out: slice = slice(None), in_: slice = slice(None)) -> Some:
+        """The adapter of the sub-matrix W0[out, in_]."""
+        chosen = {"out_features": out, "in_features": in_}
+        parts = {
+            name: tuple(chosen.get(_resolve(self, dim), slice(None)) for dim in dims)
+            for name, dims in self.dimensions.items()
+        }
+        return _with(self, {name: getattr(self, name)[part] for name, part in parts.items()})
+
+    @abstractmethod
+    def update(self) -> LowRank | None:
+        """ΔW in float64, before any normalisation; None if it has no thin form."""
+
+    @abstractmethod
+    def triple(self, base_weight: Weight, along: Axis | None = None) -> Triple:
+        """Sums over the entries of `base_weight` only, so the triples of disjoint tiles add up to that of the whole.
+
+        `along` is the adapter's own axis by default, else "out_features". Not differentiable.
+        """
+
+    @abstractmethod
+    def delta(self, base_weight: Weight, triple: Triple | None = None) -> Weight:
+        """W' − W0 in `base_weight`'s dtype, differentiable in every slot.
+
+        For a tile of a kind that `normalises`, `triple` is the triple of the whole vectors the tile's entries belong
+        to (a constant to the gradient). Raises ZERO_NORM where a vector without length would have to be rescaled.
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Float[Tensor, "*batch in_features"],
+        base_weight: Weight,
+        bias: Float[Tensor, " out_features"] | None = None,
+        update_input: Float[Tensor, "*batch in_features"] | None = None,
+        base_squares: Float64[Tensor, " vectors"] | None = None,
+    ) -> Float[Tensor, "*batch out_features"]:
+        """F.linear(x, W0 + delta, bias), W0 a constant to the gradient. Products run in the dtype of x, or autocast's.
+
+        `update_input` (dropout) is what the update sees instead of x: W0 always sees x, where in PEFT's DoRA the
+        dropped-out input also reaches W0, through its rescaling. `base_squares` is `squared_norms` of W0 along the
+        adapter's axis, which never change.
+        """
+
+
+def check_shapes(adapter: Adapter) -> None:
+    """Every slot has the dimensions its annotation names, equal names equal sizes; every choice is one of its words."""
+    sizes: dict[str, int] = {}
+    problems = []
+    for name, words in adapter.dimensions.items():
+        dims = [_resolve(adapter, word) for word in words]
+        got = tuple(getattr(adapter, name).shape)
+        wanted = f"({', '.join(dims)}) = ({', '.join(str(sizes.get(dim, dim)) for dim in dims)})"
+        if len(got) != len(dims) or [sizes.setdefault(*pair) for pair in zip(dims, got, strict=True)] != list(got):
+            message = f"{name} does not fit."
+            problems.append(Problem(code="SHAPE_UNEXPECTED", message=message, wanted=wanted, got=str(got)))
+    for field in fields(adapter):
+        value, choices = getattr(adapter, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal and value not in choices:
+            message = f"No such {field.name}."
+            problems.append(Problem(code="BAD_CONFIG", message=message, wanted=" or ".join(choices), got=repr(value)))
+    raise_errors(problems)
+
+
+def _with(adapter: Some, slots: dict[str, Tensor]) -> Some:
+    return replace(adapter, **slots)
+
+
+def _resolve(adapter: Adapter, dim: str) -> str:
+    return adapter.along if dim == "vectors" and adapter.along else dim
+
+
+def _sizes(adapter: Adapter, axis: Axis) -> Iterator[int]:
+    for name, dims in adapter.dimensions.items():
+        if axis in dims:
+            yield getattr(adapter, name).shape[dims.index(axis)]
+
+
+def learns(adapter: Adapter) -> bool:
+    return torch.is_grad_enabled() and any(slot.requires_grad for slot in adapter.slots().values())
+
+
+def kaiming(W: Tensor, rank: int, dtype: torch.dtype, generator: Generator | None) -> Tensor:
+    bound = 1 / math.sqrt(W.shape[1])
+    return torch.empty(rank, W.shape[1], dtype=dtype, device=W.device).uniform_(-bound, bound, generator=generator)
+
+
+def zeros(W: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(W.shape[0], rank, dtype=dtype, device=W.device)
+
+
+def normal(W: Tensor, shape: tuple[int, int], sigma: float, dtype: torch.dtype, generator: Generator | None) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=W.device).normal_(0, sigma, generator=generator)

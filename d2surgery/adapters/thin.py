@@ -1,0 +1,249 @@
+"""The kinds whose update is a thin product, one formula: W' = base_gain ⊙ W0 + update_gain ⊙ P·Q per vector."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from d2surgery.adapters.adapter import Adapter, learns
+from d2surgery.adapters.forwards import Axis, at_least_float32, no_autocast, sums, thin_linear
+from d2surgery.adapters.lowrank import LowRank
+from d2surgery.adapters.vectors import (
+    Gains,
+    Triple,
+    Weight,
+    doubtful,
+    norms_by_qr,
+    product_like,
+    refuse_zero_norms,
+    row_squares,
+    rows_first,
+    squared_norms,
+    triple_of_rows,
+)
+from d2surgery.errors import refuse
+
+
+class Thin(Adapter):
+    """The kinds whose update is a thin product; each gives its factors and, if it normalises, its gains."""
+
+    @abstractmethod
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(P, Q) with ΔW = P·Q, the scaling folded in."""
+
+    @property
+    def _norm_learns(self) -> bool:
+        """Whether the gradient goes through the norm of w + u."""
+        return False
+
+    @property
+    def sets_norm(self) -> bool:
+        """Whether ‖w'‖ is the target, of a kind that normalises."""
+        return True
+
+    def _target(self, triple: Triple) -> Tensor:
+        """The norm each vector w + u is brought to."""
+        raise NotImplementedError
+
+    def _gains(self, triple: Triple) -> Gains:
+        raise NotImplementedError
+
+    def update(self) -> LowRank:
+        return LowRank(*self._factors(torch.float64))
+
+    @torch.no_grad()
+    def triple(self, base_weight: Weight, along: Axis | None = None) -> Triple:
+        along = along or self.along or "out_features"
+        W, P, Q = rows_first(at_least_float32(base_weight), *self._factors(torch.float64), along)
+        triple = triple_of_rows(W, P, Q)
+        bad = doubtful(triple)
+        if W.dtype == torch.float64 or bad.numel() == 0:
+            return triple
+        exact = triple_of_rows(W[bad].double(), P[bad], Q)
+        return Triple(*(sums.index_copy(0, bad, better) for sums, better in zip(triple, exact, strict=True)))
+
+    def delta(self, base_weight: Weight, triple: Triple | None = None) -> Weight:
+        if self.normalises and triple is None:
+            factors = self._factors(torch.float64)
+            triple = self._training_triple(base_weight, *factors) if learns(self) else self.triple(base_weight)
+        W, P, Q = rows_first(base_weight, *self._factors(torch.float64), self.along or "out_features")
+        with no_autocast(W):
+            if triple is None or not self.normalises:
+                delta = product_like(W, P.to(W.dtype), Q.to(W.dtype))
+            else:
+                refuse_zero_norms(triple, self._target(triple), self.along)
+                delta = _combine(W, P, Q, self._gains(triple))
+        return delta.T if self.along == "in_features" else delta
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch in_features"],
+        base_weight: Weight,
+        bias: Float[Tensor, " out_features"] | None = None,
+        update_input: Float[Tensor, "*batch in_features"] | None = None,
+        base_squares: Float64[Tensor, " vectors"] | None = None,
+    ) -> Float[Tensor, "*batch out_features"]:
+        """Thin: out axis y = a⊙(W0·x) + b⊙P(Q·u), in axis y = W0(a⊙x) + P(Q(b⊙u)), u the update's input.
+
+        A vector without length stays zero here: whether it should have had one is asked when merging, not in each
+        step.
+        """
+        P, Q = self._factors(torch.promote_types(x.dtype, torch.float32))
+        if not self.normalises:
+            y = thin_linear(x, base_weight, P, Q, update_input=update_input)
+        else:
+            gains = self._gains(self._training_triple(base_weight, P, Q, base_squares))
+            a, b = (1 + gains.base_excess).to(P.dtype), gains.update_gain.to(P.dtype)
+            P, Q = (b[:, None] * P, Q) if self.along == "out_features" else (P, b * Q)
+            y = thin_linear(x, base_weight, P, Q, gain=a, along=self.along or "out_features", update_input=update_input)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _training_triple(self, base_weight: Weight, P: Tensor, Q: Tensor, base_squares: Tensor | None = None) -> Triple:
+        """As `triple`, without a look at the data, and differentiable where the kind's norm is."""
+        along = self.along or "out_features"
+        squares = squared_norms(base_weight, along) if base_squares is None else base_squares
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._norm_learns):
+            return Triple(squares, *sums(*rows_first(base_weight, P, Q, along)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OneProduct(Thin):
+    """ΔW = s·B·A."""
+
+    A: Float[Tensor, "rank in_features"]
+    B: Float[Tensor, "out_features rank"]
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.scaling * self.B.to(dtype), self.A.to(dtype)
+
+
+def gains_of(adapter: Adapter, triple: Triple) -> tuple[Gains, Tensor | None]:
+    """The gains of a kind with a thin update, and ‖w'‖ per vector where the kind itself sets it (float64).
+
+    Raises ZERO_NORM, and USAGE for Dual LoRA.
+    """
+    if not isinstance(adapter, Thin):
+        raise refuse("USAGE", "it has no thin update", got=adapter.kind)
+    if not adapter.normalises:
+        return Gains(torch.zeros_like(triple.base), torch.ones_like(triple.base)), None
+    target = adapter._target(triple)
+    refuse_zero_norms(triple, target, adapter.along)
+    return adapter._gains(triple), target.abs() if adapter.sets_norm else None
+
+
+class Streamed:
+    """A kind with a thin update, over the tiles of one base weight: `strength` times `take(tile).delta(tile, triple)`,
+    with all that the tiles share computed once: the factors in the tiles' dtype, ‖u‖², the gains.
+
+    A tile is a range of one axis and the whole of the other. Where it holds whole vectors, or the kind normalises none,
+    `delta` and `merged` may come at once; otherwise after every tile has been added. Not differentiable.
+    """
+
+    def __init__(self, adapter: Adapter, dtype: torch.dtype, strength: float = 1.0) -> None:
+        if not isinstance(adapter, Thin):
+            raise refuse("USAGE", "it has no thin update", got=adapter.kind)
+        self.adapter = adapter
+        self.dtype = dtype
+        self.strength = strength
+        P, Q = adapter._factors(torch.float64)
+        self.P, self.Q = (P, Q) if adapter.along != "in_features" else (Q.T, P.T)
+        self.Q_low = self.Q.to(dtype)
+        self.added = False
+        self.gains: _Gained | None = None  # of all vectors
+        if adapter.normalises:
+            self.norms = norms_by_qr(self.P, self.Q)
+            self.base = torch.zeros_like(self.norms)
+            self.products = torch.zeros_like(self.P.T)  # Q·Wᵀ, summed over tiles
+        else:
+            self.gains = _Gained(None, None, (strength * self.P).to(dtype))
+
+    def add(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> None:
+        """Add a tile to the sums of its vectors."""
+        W, vectors, others = self._rows_first(tile, out, in_)
+        self.base[vectors] += row_squares(W)
+        self.products[:, vectors] += self.Q_low[:, others] @ W.T
+        self.added = True
+
+    def doubtful(self) -> Tensor:
+        """The vectors whose norm nearly cancels: sums of float32 products do not hold it."""
+        return doubtful(self._triple(slice(None)))
+
+    def forget(self, vectors: Tensor) -> None:
+        """Begin their sums again."""
+        self.base[vectors] = 0
+        self.products[:, vectors] = 0
+
+    def add_exactly(self, tile: Weight, vectors: Tensor, *, out: slice = slice(None), in_: slice = slice(None)) -> None:
+        """Add a tile to the sums of some vectors that it crosses, in float64."""
+        W, _, others = self._rows_first(tile, out, in_)
+        W = W[vectors].double()
+        self.base[vectors] += (W * W).sum(1)
+        self.products[:, vectors] += self.Q[:, others] @ W.T
+
+    def delta(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> Weight:
+        """The tile's strength·delta, laid out as the tile. Raises ZERO_NORM, counting vectors within the tile."""
+        W, vectors, others = self._rows_first(tile, out, in_)
+        excess, _, P = self._gains(W, vectors, out, in_)
+        if excess is None:
+            delta = product_like(W, P, self.Q_low[:, others])
+        else:
+            delta = (W * excess[:, None]).addmm_(P, self.Q_low[:, others])
+        return delta.T if self.adapter.along == "in_features" else delta
+
+    def merged(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> Weight:
+        """The tile + strength·delta, written over the tile."""
+        W, vectors, others = self._rows_first(tile, out, in_)
+        _, scale, P = self._gains(W, vectors, out, in_)
+        if scale is None:
+            W += product_like(W, P, self.Q_low[:, others])  # not addmm_: a product that is rounded, as PEFT's
+        else:
+            W.mul_(scale[:, None]).addmm_(P, self.Q_low[:, others])
+        return tile
+
+    def _rows_first(self, tile: Tensor, out: slice, in_: slice) -> tuple[Tensor, slice, slice]:
+        return (tile, out, in_) if self.adapter.along != "in_features" else (tile.T, in_, out)
+
+    def _triple(self, vectors: slice) -> Triple:
+        cross = (self.P[vectors].T * self.products[:, vectors]).sum(0)
+        return Triple(self.base[vectors], cross, self.norms[vectors])
+
+    def _gains(self, W: Tensor, vectors: slice, out: slice, in_: slice) -> "_Gained":
+        """Those of the tile's vectors, whose sums are taken now if no tile was added."""
+        if self.added:
+            self.gains = self.gains or self._gained(self.adapter, slice(None))
+        if self.gains is not None:
+            return self.gains.take(vectors)
+        self.base[vectors] = row_squares(W)
+        self.products[:, vectors] = self.Q_low @ W.T
+        bad = doubtful(self._triple(vectors))
+        exact = W[bad].double()
+        self.base[vectors].index_copy_(0, bad, (exact * exact).sum(1))  # a view: it writes through
+        self.products[:, vectors].index_copy_(1, bad, self.Q @ exact.T)
+        return self._gained(self.adapter.take(out=out, in_=in_), vectors)
+
+    def _gained(self, adapter: Adapter, vectors: slice) -> "_Gained":
+        gains, _ = gains_of(adapter, self._triple(vectors))
+        excess = self.strength * gains.base_excess
+        P = self.strength * gains.update_gain[:, None] * self.P[vectors]
+        return _Gained(excess.to(self.dtype), (1 + excess).to(self.dtype), P.to(self.dtype))
+
+
+class _Gained(NamedTuple):
+    """W' = scale ⊙ W + P·Q per vector, scale = 1 + excess; None for a kind that does not rescale."""
+
+    excess: Tensor | None
+    scale: Tensor | None
+    P: Tensor
+
+    def take(self, vectors: slice) -> "_Gained":
+        excess, scale = (None if gain is None else gain[vectors] for gain in (self.excess, self.scale))
+        return _Gained(excess, scale, self.P[vectors])
+
+
+def _combine(W: Tensor, P: Tensor, Q: Tensor, gains: Gains) -> Tensor:
+    """base_excess ⊙ W + update_gain ⊙ P·Q per row: the gain goes into the thin factor, so two passes over W."""
+    result = W * gains.base_excess[:, None].to(W.dtype)
+    return result.addmm_((gains.update_gain[:, None] * P).to(W.dtype), Q.to(W.dtype))

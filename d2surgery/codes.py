@@ -1,0 +1,383 @@
+"""Every problem code: what it means and what to do about it."""
+
+from typing import NamedTuple
+
+
+class Code(NamedTuple):
+    meaning: str
+    remedy: str
+
+
+CODES: dict[str, Code] = {
+    # The file itself.
+    "FILE_MISSING": Code("There is nothing at this path.", "Check the path; a hub id is written org/name[@revision]."),
+    "FILE_EMPTY": Code("The file has no bytes.", "Download or save it again."),
+    "FILE_UNREADABLE": Code("The operating system refused to read or write here.", "Check permissions and the disk."),
+    "LFS_POINTER": Code(
+        "The file is a Git LFS pointer: a clone without LFS left the address of the weights, not the weights.",
+        "Run `git lfs pull` in the clone, or download the file from the hub.",
+    ),
+    "NOT_SAFETENSORS": Code("The file does not begin like a safetensors file.", "Give a .safetensors or .bin file."),
+    "PICKLE": Code(
+        "The file is a pickle that holds more than tensors; loading it would run code.",
+        "Load it where you trust it and save its tensors as safetensors.",
+    ),
+    "TRUNCATED_FILE": Code("The file ends before its header says it does.", "Download or copy it again."),
+    "CORRUPT_HEADER": Code(
+        "The safetensors header is not one JSON object of tensor entries within its stated length.",
+        "Download or save the file again.",
+    ),
+    "DUPLICATE_KEY": Code(
+        "The header names one tensor twice; readers would silently keep the last.",
+        "Save the file again with distinct names.",
+    ),
+    "BAD_TENSOR_ENTRY": Code(
+        "A tensor's entry in the header contradicts itself, its neighbours or the file's size.",
+        "Save the file again; its bytes cannot be trusted to belong to the names.",
+    ),
+    "NO_WEIGHTS": Code("The directory holds no adapter weights.", "Expected adapter_model.safetensors or .bin in it."),
+    "SEVERAL_WEIGHTS": Code("The directory holds several weight files.", "Name the one you mean."),
+    "HUB_UNREACHABLE": Code("The hub id could not be downloaded.", "Check the id, the network and your token."),
+    # What an adapter file says.
+    "MISSING_CONFIG": Code(
+        "There is no adapter_config.json beside the weights and none inside the file, so the scaling is unknown.",
+        "Put the adapter_config.json of the same training beside the weights.",
+    ),
+    "BAD_CONFIG": Code("A config cannot be used as it stands.", "Correct the named field."),
+    "CONFIG_DISAGREES": Code(
+        "adapter_config.json and the config inside the weights file differ; the former was used.",
+        "Save the adapter again so that both agree.",
+    ),
+    "UNKNOWN_CONFIG_FIELD": Code(
+        "The config has a field this version does not know; it may change the numbers.",
+        "Check what wrote it; PEFT drops such fields with a warning.",
+    ),
+    "UNSUPPORTED_METHOD": Code(
+        "The file holds another method than LoRA, DoRA, Dual LoRA or D2-LoRA.",
+        "Use the tool that trained it to merge or convert it.",
+    ),
+    "UNSUPPORTED_VARIANT": Code(
+        "A LoRA variant whose update is not scaling times B times A.",
+        "Merge it with PEFT where PEFT can, or train without the variant.",
+    ),
+    "MUTATED_BASE": Code(
+        "The initialisation changed the base weights, so base + scaling·B·A is not the trained model.",
+        "Save with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA.",
+    ),
+    "LAYER_REPLICATION": Code(
+        "The adapter belongs to a model with repeated layers; its layer numbers do not name layers of this base.",
+        "Materialise the replicated base first.",
+    ),
+    "OLD_EXPERT_PACKING": Code(
+        "PEFT before 0.19.1 packed the experts' factors in another order and shape.",
+        "Load and save the adapter with the PEFT that trained it through a plain per-expert form, or retrain.",
+    ),
+    "AMBIGUOUS_PARAMETER": Code(
+        "Several parameters of one module are adapted and the file does not say which factors belong to which.",
+        "Only gate_up_proj and down_proj have a known order; train one parameter per adapter otherwise.",
+    ),
+    "FOREIGN_FORMAT": Code(
+        "The keys are those of another adapter format than PEFT's; its scaling is not read by this version.",
+        "Convert it to PEFT's form with the tool that wrote it.",
+    ),
+    "UNKNOWN_FORMAT": Code("No adapter format known here uses these keys.", "Check that this is an adapter file."),
+    "UNKNOWN_TENSOR": Code(
+        "A tensor that no known adapter form explains.",
+        "Find out what wrote it; merging without it would lose part of the adapter.",
+    ),
+    "MISSING_HALF": Code(
+        "One factor of a pair is missing; PEFT would quietly use the untrained initial value.",
+        "Get the complete file.",
+    ),
+    "MISSING_MAGNITUDE": Code(
+        "The config says DoRA but this module has no magnitude vector.",
+        "Get the complete file, or correct use_dora if it never was DoRA.",
+    ),
+    "RANK_MISMATCH": Code("The two factors of a pair do not share a rank.", "The file is damaged or a variant."),
+    "RANK_DISAGREES": Code(
+        "The rank of the tensors is not the rank the config gives for this module.",
+        "Correct r or rank_pattern; the scaling depends on it.",
+    ),
+    "SHAPE_UNEXPECTED": Code("A tensor does not have the shape its slot needs.", "Get the complete file."),
+    "EMPTY_TENSOR": Code(
+        "A tensor has no elements: a sharded trainer (ZeRO-3, FSDP) saved it without gathering.",
+        "Save again from the trainer with its parameters gathered.",
+    ),
+    "NOT_FINITE": Code("A tensor holds NaN or infinity.", "The training diverged or the file is damaged."),
+    "TWO_ADAPTERS": Code("The file holds the same slot under several adapter names.", "Save one adapter per file."),
+    "NOT_TARGETED": Code(
+        "The file has factors for a module the config does not target; PEFT would silently ignore them.",
+        "Correct target_modules, or remove the tensors.",
+    ),
+    "AMBIGUOUS_PATTERN": Code(
+        "Two rank or alpha patterns with different values match this module; the first in file order counts.",
+        "Make the patterns disjoint: PEFT sorts them when it saves, which changes the first.",
+    ),
+    "PATTERN_UNMATCHED": Code("A rank or alpha pattern matches no module of the file.", "Remove or correct it."),
+    "UNDECLARED_REPLACEMENT": Code(
+        "The file holds full weights that its config does not name; PEFT loads them over the base's, and so do we.",
+        "Nothing to do if they were trained.",
+    ),
+    "SUPERSEDED": Code(
+        "PEFT saved the weight of a saved module three times: as trained, untrained, and as trained again. Loading, it "
+        "takes the first alone, and so do we.",
+        "Nothing to do.",
+    ),
+    "BIAS_NOT_SAVED": Code(
+        "bias='lora_only' was trained, but PEFT 0.7 to 0.20 did not save those biases: they are lost.",
+        "Train again with PEFT 0.21 or later if the biases matter.",
+    ),
+    "PEFT_IGNORES_BIAS": Code(
+        "A full bias of an adapted module under its old name; today's PEFT ignores it, we apply it.",
+        "Nothing to do if it was trained.",
+    ),
+    "UNEXPECTED_BIAS": Code(
+        "A full bias of an adapted module, although the config says bias='none'.",
+        "Correct the config's bias field, or remove the tensor.",
+    ),
+    "TOKEN_INDICES": Code(
+        "Trained token rows and the config's trainable_token_indices do not fit.", "Correct the config."
+    ),
+    # Where an adapter lands in a base.
+    "BAD_BASE": Code("The base is not a directory of safetensors weights.", "Give a Hugging Face model directory."),
+    "MISSING_SHARD": Code("The index names a weight file or tensor that is not there.", "Complete the download."),
+    "QUANTIZED_BASE": Code(
+        "The base is quantised; adding the adapter on its grid would lose most of it.",
+        "Merge into the unquantised base and quantise once afterwards. What was trained on the quantised base merges "
+        "exactly into what dequantize() of transformers' model gives, saved.",
+    ),
+    "OTHER_QUANTIZATION": Code(
+        "The base is stored in a quantisation other than bitsandbytes' 4 and 8 bit: no adapter runs on it here.",
+        "Give the unquantised base; with quantization 4bit or 8bit it takes as little memory.",
+    ),
+    "REPACKED_BASE": Code(
+        "bitsandbytes has packed 4-bit layers anew for CPUs: their scales were rounded, and no gradient passes them.",
+        "Load the base again, and attach the adapter before the model runs.",
+    ),
+    "NO_SUCH_MODULE": Code("The base has no tensor for this module.", "Is this the base the adapter was trained on?"),
+    "AMBIGUOUS_MODULE": Code(
+        "The module's name fits several tensors of the base.", "Rename the modules to the base's full names."
+    ),
+    "SHAPE_MISMATCH": Code(
+        "The adapter's shape does not fit the base tensor.", "Is this the base the adapter was trained on?"
+    ),
+    "VOCABULARY_SPLIT": Code(
+        "The file holds one side of a resized vocabulary, input embedding or output, and not the other.",
+        "Save the adapter again with save_embedding_layers=True, or with both in modules_to_save.",
+    ),
+    "AMBIGUOUS_ORIENTATION": Code(
+        "A square weight, and nothing tells whether the base stores it (out, in) or (in, out).",
+        "Give the base with a config.json that names its model_type.",
+    ),
+    "GROUPED_CONV": Code("The base convolution is grouped; its update is not one product.", "PEFT refuses it too."),
+    "UNKNOWN_TIE": Code(
+        "The input embedding is tied to an output whose name is not known for this architecture.",
+        "Untie the base (save it with tie_word_embeddings=false) and merge again.",
+    ),
+    "NEVER_CALLED": Code(
+        "An encoder-decoder's `shared` embedding is adapted, but transformers 5 never calls that module: it reads the "
+        "tied encoder and decoder embeddings, which this adapter leaves as they are.",
+        "If it was trained with transformers 4, where `shared` was the input embedding, rename the module.",
+    ),
+    "ZERO_NORM": Code(
+        "A vector of the adapted weight has length zero, so its direction is undefined.",
+        "The base or the adapter is not the one that was trained.",
+    ),
+    "TIE_BROKEN_BY_FILE": Code(
+        "ensure_weight_tying is set, but the two tied adapters in the file differ.",
+        "Correct ensure_weight_tying, or save the adapter again.",
+    ),
+    # Attaching and training.
+    "TARGETS_UNMATCHED": Code(
+        "A target names no module of the model, or one that is not a linear layer.",
+        "Correct the targets; the layers there are stand beside it.",
+    ),
+    "RANK_TOO_HIGH": Code(
+        "The rank is larger than the smaller side of a layer's weight, so part of it could learn nothing.",
+        "Choose a lower rank, or leave the layer out of the targets.",
+    ),
+    "UNATTACHABLE": Code(
+        "The file holds more than adapters of linear layers, and a live model would go on without it.",
+        "Merge it into the base instead.",
+    ),
+    "PEFT_RELEASE": Code(
+        "The plug-in adds to lists inside PEFT, which another release may keep elsewhere.",
+        "Install a PEFT release of the tested range.",
+    ),
+    "LOSS_NOT_FINITE": Code(
+        "The loss or a trained tensor became NaN or infinite, so training stopped.",
+        "Lower the learning rate or the scaling, or train in bf16 or fp32; the last checkpoint, where there is one, is "
+        "whole and loads as an adapter.",
+    ),
+    "NO_TRAINER": Code(
+        "Training uses transformers' Trainer, and a package it needs is missing.",
+        "Run `pip install 'd2surgery[train]'`.",
+    ),
+    "REPORTER_FAILED": Code(
+        "A service that training reports to could not be used, as its own package says.",
+        "Log in or work offline as its package documents (WANDB_MODE=offline), or leave it out of report_to.",
+    ),
+    "NO_BITSANDBYTES": Code(
+        "Bases in 4 and 8 bit are held by bitsandbytes, an extra that is not installed.",
+        "Run `pip install 'd2surgery[quantized]'`.",
+    ),
+    # Merging.
+    "STRENGTH": Code(
+        "Replaced weights and rows have no strength between 0 and 1.", "Merge with --strength 1, or without them."
+    ),
+    "OUTPUT_EXISTS": Code("There is something at the output path.", "Remove it or choose another path."),
+    "RESUME_MISMATCH": Code(
+        "What is unfinished at this path, a merge or a training, was made from other inputs, options or versions.",
+        "Give the same again, or remove what is there (a merge's .partial directory) and begin anew.",
+    ),
+    "DAMAGED_CHECKPOINT": Code(
+        "A file of the checkpoint to resume from is missing or cut short.",
+        "Remove that checkpoint's directory: --resume goes on from the one before it, or begins again.",
+    ),
+    "BASE_CHANGED": Code(
+        "A weight file of the base was changed while it was merged.",
+        "Remove the .partial directory and merge again when nothing writes to the base.",
+    ),
+    "DISK_FULL": Code("There is not enough space on the disk.", "Free space and run again with --resume."),
+    "MEMORY": Code("The merge needs more memory than --max-memory allows.", "Raise --max-memory."),
+    # Questions, answers and prompts.
+    "BAD_DATA": Code(
+        "A file of items or prompts is empty, damaged, or holds items that cannot be used.",
+        'Give {"instruction", "output", "answer"} or {"question", "answer", "choices"} objects, as a JSON list or one '
+        "per line.",
+    ),
+    "ITEMS_TOO_LONG": Code(
+        "Items of the data are longer than a row.", "Raise max_length if the beginnings of those prompts matter."
+    ),
+    # Audit.
+    "BAD_MERGED": Code(
+        "The directory given as merged does not hold a merged checkpoint.",
+        "Give the directory that merging wrote; where it holds no safetensors, load the model and save it as such.",
+    ),
+    "NO_RECEIPT": Code(
+        "The merged directory has no d2surgery_merge.json with hashes.", "Audit by the weights, without --receipt."
+    ),
+    "WRONG_ADAPTER": Code("The receipt names an adapter with other tensors.", "Give the adapter that was merged."),
+    "DELTA_NOT_APPLIED": Code(
+        "Adapted weights are those of the base: the adapter was not merged there.",
+        "Merge again; see that the merger loads the adapter and activates it.",
+    ),
+    "PARTIAL_MERGE": Code(
+        "Some adapted modules were merged and others were left as in the base.",
+        "Merge again, and compare the merger's list of modules with the adapter's.",
+    ),
+    "DELTA_APPLIED_TWICE": Code(
+        "The adapter was added two times.", "Merge once, onto the base as it was before any merge."
+    ),
+    "SIGN_FLIPPED": Code(
+        "The delta was subtracted.", "Add it; or, where base and merged were given in the other order, turn them."
+    ),
+    "WRONG_STRENGTH": Code(
+        "The delta was applied with another factor than the adapter's scaling.",
+        "See how the merger gets its scaling: alpha/r, or alpha/√r with use_rslora, per module with patterns.",
+    ),
+    "STRENGTH_UNCERTAIN": Code(
+        "The strength can neither be confirmed nor refuted: its deviation is small or its standard error large.",
+        "Merge again with a known merger, or compare outputs (--level logits).",
+    ),
+    "TENSOR_CHANGED": Code(
+        "A tensor that the adapter leaves alone differs from the base.",
+        "Find out what wrote it; a merge copies what no adapter touches bit for bit.",
+    ),
+    "TENSOR_MISSING": Code("A tensor of the base is not in the merged checkpoint.", "Save the merged model again."),
+    "TENSOR_EXTRA": Code(
+        "The merged checkpoint holds a tensor that neither base nor adapter explains.", "Find out what wrote it."
+    ),
+    "TENSOR_RESIZED": Code(
+        "A tensor has another shape than base and adapter give it.", "See whether the vocabulary was resized."
+    ),
+    "REQUANTIZED": Code(
+        "The merged weights lie on a coarser grid than their dtype: they were quantised.",
+        "Audit the unquantised merge, and quantise it once afterwards.",
+    ),
+    "OTHER_ROUNDING": Code(
+        "No known recipe gives every bit, and the differences are within rounding: merged with another library, or, "
+        "where it is a few elements and all else is replayed, touched afterwards.",
+        "Nothing to do, unless every bit matters: --exact makes it a failure.",
+    ),
+    "LOW_SURVIVAL": Code(
+        "A right merge, but rounding to this dtype lost part of a small delta.",
+        "Store the merged checkpoint in float32 if that part matters, or serve the adapter unmerged.",
+    ),
+    # What models say.
+    "LAYER_DIFFERS": Code(
+        "The output of a module differs from that of base and adapter by more than rounding explains.",
+        "Look at this module's weights: the audit of weights says what is wrong with them.",
+    ),
+    "LOGITS_DIFFER": Code(
+        "The merged model's next-token distributions differ from those of base and adapter by more than noise.",
+        "Look at the first module that differs, and at the audit of weights.",
+    ),
+    "NOT_RUNNABLE": Code(
+        "transformers cannot build, fill or run this model here.",
+        "Check that the directory is whole and that this version of transformers knows the architecture.",
+    ),
+    "ROUNDING_EXCESS": Code(
+        "The delta is there at the right strength, with more noise than rounding once makes.",
+        "Merge in float32 and round once; norms and magnitudes in 16 bits cost most.",
+    ),
+    "WRONG_BASE": Code(
+        "The merged checkpoint was made from another base: also tensors without an adapter differ, or what is left has "
+        "full rank.",
+        "Give the base that was merged into, in its own revision.",
+    ),
+    "DELTA_TRANSPOSED": Code("The update was added transposed.", "See fan_in_fan_out, and the order of the factors."),
+    "MAGNITUDE_DROPPED": Code(
+        "DoRA was merged without its magnitude or its norm.", "Use a merger that knows DoRA (use_dora)."
+    ),
+    "WRONG_AXIS": Code(
+        "Norms were taken along the other axis.", "See `along`; PEFT's DoRA keeps out_features (norm over dim 1)."
+    ),
+    "BRANCH_MISSING": Code("Part of the adapter was left out.", "Merge again with every factor of the adapter."),
+    "PROJECTION_MISSING": Code(
+        "D2-LoRA was merged in another form: without the directional projection, or without the update after it.",
+        "The form stands in the adapter's config; Ŵ = W* + ΔW by default.",
+    ),
+    "DIRECTION_MISSING": Code(
+        "Dual LoRA was merged without its direction group, or with another sign at zero.",
+        "W' = W0 + s·ReLU(BA) ⊙ sign(DC), sign +1 for positive values and −1 otherwise.",
+    ),
+    "HEADS_PERMUTED": Code(
+        "Rows of a query or key weight are in another order within each head: the two layouts of rotary embeddings.",
+        "Convert base and adapter by the same permutation, or neither.",
+    ),
+    "DELTA_UNEXPLAINED": Code(
+        "An adapted tensor differs from the right merge and no known fault explains how.",
+        "Merge again; check that base, adapter and merged belong together.",
+    ),
+    "BIAS_FORGOTTEN": Code("A trained bias was not merged.", "Merge with the biases of the adapter file."),
+    "REPLACEMENT_FORGOTTEN": Code(
+        "A saved module or trained token rows are still those of the base.",
+        "Merge with modules_to_save and trainable_token_indices.",
+    ),
+    "TIE_DOUBLED": Code(
+        "Two tied sides share one tensor in the merged checkpoint although the adapter makes them differ: it was "
+        "patched on behalf of both, or one side's update reached the other.",
+        "Untie: write both sides and set tie_word_embeddings to false.",
+    ),
+    "CONFIG_CHANGED": Code(
+        "A config beside the merged weights differs from what merging writes.", "Copy the base's file, or see why."
+    ),
+    "TOKENIZER_CHANGED": Code(
+        "The tokenizer differs from the one that belongs to the base or adapter, or is missing.",
+        "Copy its files into the merged directory.",
+    ),
+    "TASK_GAP": Code(
+        "Base with adapter and the merged model answer questions with different accuracy, or too few were asked.",
+        "Look at the first module that differs; ask more questions where the note says how many.",
+    ),
+    "NO_HARNESS": Code(
+        "The lm-eval harness is an extra that is not installed.", "Run `pip install 'd2surgery[harness]'`."
+    ),
+    # Figures.
+    "NO_IMAGES": Code(
+        "PNG and SVG images are drawn by kaleido with Chrome or Chromium, and one of them is missing or failed.",
+        "Run `pip install 'd2surgery[images]'` and install Chromium, or give a file name that ends in .html.",
+    ),
+    "USAGE": Code("The arguments do not fit together.", "See --help."),
+}

@@ -1,0 +1,1 @@
+"""What models say: questions, answers, and how two models differ."""

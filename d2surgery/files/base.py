@@ -1,0 +1,54 @@
+"""BaseWeights: the tensors of a model directory, read by row ranges with pread, never held or mapped."""
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2surgery.errors import refuse
+from d2surgery.files.header import Header, read_checkpoint_header, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class BaseWeights(Mapping[str, "Tensor"]):
+    """A Hugging Face model directory of safetensors. Each access reads one tensor; `header` has names and shapes.
+
+    Raises D2SurgeryError BAD_BASE, MISSING_SHARD or what read_header raises.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise refuse("BAD_BASE", "not a directory", file=str(directory))
+        self.header: Header = read_checkpoint_header(self.directory)
+        self.opened = self._stamps()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json; {} when there is none."""
+        path = self.directory / "config.json"
+        return read_json(path) if path.exists() else {}
+
+    def refuse_changes(self) -> None:
+        """Raises D2SurgeryError BASE_CHANGED when a weight file is not the one whose header was read."""
+        changed = [before[0] for before, now in zip(self.opened, self._stamps(), strict=True) if before != now]
+        if changed:
+            raise refuse("BASE_CHANGED", ", ".join(changed), file=str(self.directory))
+
+    def _stamps(self) -> tuple[tuple[str, int, int], ...]:
+        stats = [(file, file.stat()) for file in self.header.files]
+        return tuple((file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+
+    def __getitem__(self, name: str) -> "Tensor":
+        from d2surgery.files.tensors import read_tensor  # torch, which names and shapes do not need
+
+        return read_tensor(self.header.tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.header.tensors)
+
+    def __len__(self) -> int:
+        return len(self.header.tensors)

@@ -1,0 +1,102 @@
+"""Bytes on disk and torch tensors: dtypes by their safetensors names, positional reads, and rounding once."""
+
+import os
+import threading
+
+import torch
+from torch import Tensor
+
+from d2surgery.errors import refuse
+from d2surgery.files.header import TensorInfo
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_AHEAD = 1 << 22  # bytes at most that the kernel is asked to read ahead
+
+
+class Workspace(threading.local):
+    """Memory of one thread, kept from one use to the next: fresh memory costs page faults."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, purpose: str, count: int, dtype: torch.dtype) -> Tensor:
+        """`count` elements, as the last use for this purpose left them."""
+        nbytes = count * dtype.itemsize
+        held = self._held.get(purpose)
+        if held is None or held.numel() < nbytes:
+            held = self._held[purpose] = torch.empty(nbytes, dtype=torch.uint8)
+        return held[:nbytes].view(dtype)
+
+
+def read_into(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill the buffer from a file position with pread: no mapping, so reading costs no resident memory.
+
+    The kernel is told that what follows will be wanted next: it reads that from the disk while this is worked on.
+    """
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], offset + done)
+        if not count:
+            raise refuse("TRUNCATED_FILE", "the file became shorter while it was read")
+        done += count
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset + done, min(done, _AHEAD), os.POSIX_FADV_WILLNEED)
+
+
+def let_go(fd: int, start: int = 0, nbytes: int = 0) -> None:
+    """Let the kernel drop its copy of a part of a file (0 bytes: to the end), and begin writing what is not on disk.
+
+    Files as large as a model push all else out of its cache, and taking fresh memory for them can cost more than the
+    arithmetic: 2 s a GB on a virtual machine whose host has lent that memory to others.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """One whole tensor in its stored dtype."""
+    data = torch.empty(info.nbytes, dtype=torch.uint8)
+    if info.nbytes:
+        with info.file.open("rb", buffering=0) as file:
+            read_into(file.fileno(), as_bytes(data), info.start)
+    return data.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, shared."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to nearest even, once. torch goes from float64 to a 16-bit dtype through float32 and rounds twice;
+    rounding to odd in float32 first keeps what the second rounding needs to know (Boldo and Melquiond, 2008)."""
+    if values.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
+        return values.to(dtype)
+    near = values.to(torch.float32)
+    error = values - near.double()
+    even = near.view(torch.int32) & 1 == 0
+    toward = torch.copysign(torch.full_like(near, torch.inf), error.float())
+    odd = torch.where((error != 0) & even & near.isfinite(), torch.nextafter(near, toward), near)
+    return odd.to(dtype)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name. Raises D2SurgeryError USAGE when torch cannot use it here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise refuse("USAGE", f"no such device here: {str(error).splitlines()[0]}", got=name) from None

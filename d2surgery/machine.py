@@ -1,0 +1,85 @@
+"""The machine: threads whose results come in order, the memory in use, and importing what makes many objects."""
+
+import gc
+import os
+import resource
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from threading import Event
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ahead(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int = 1,
+    *,
+    in_hand: int | None = None,
+    stopping: Event | None = None,
+) -> Generator[Result]:
+    """The results in the order of the items, while the next ones are worked on.
+
+    No more than `in_hand` items (threads + 1) are worked on or wait for their turn. The first error in that order is
+    raised. Whatever ends it waits for the items being worked on; `stopping` is set to let them come to an end sooner.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        todo = iter(items)
+        running = deque(pool.submit(work, item) for item in islice(todo, in_hand or threads + 1))
+        try:
+            while running:
+                yield running.popleft().result()
+                running.extend(pool.submit(work, item) for item in islice(todo, 1))
+        finally:
+            if stopping is not None:
+                stopping.set()
+            for future in running:
+                future.cancel()
+
+
+def workers() -> int:
+    """Threads for work that also reads and writes: one for each core that this process may use, up to four."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One intra-op thread of torch while each core has work of its own: more would fight over the cores."""
+    import torch  # what this module is asked for before torch is imported needs none
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No search for garbage meanwhile: torch's import makes none, and would be searched again and again (0.2 s)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def peak_memory() -> int:
+    """Bytes of resident memory that this process has had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_memory() -> int:
+    """Bytes of resident memory that this process has now; at most, where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_memory()

@@ -1,0 +1,1 @@
+"""Where an adapter lands in a base."""

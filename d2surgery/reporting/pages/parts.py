@@ -1,0 +1,140 @@
+"""Parts of a page: the template filled, figures, tables, and a stranger's text made safe.
+
+A page needs no network: style, script and plotly.js (about 5 MB) are inside it, and its content security policy
+forbids anything from outside.
+"""
+
+import base64
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from math import isfinite
+from pathlib import Path
+
+import plotly.io
+from plotly.offline import get_plotlyjs
+
+from d2surgery.errors import refuse
+from d2surgery.reporting.figures.parts import Plot
+from d2surgery.reporting.tidy import COLUMNS
+
+MOST_ROWS = 5000  # of a figure's table inside the page
+
+
+def whole_page(title: str, parts: Iterable[str]) -> str:
+    """The template filled in one pass, so that nothing filled in is looked at again."""
+    filling = {"title": safe(title), "body": "\n".join(parts), "plotly": get_plotlyjs()}
+    template = files("d2surgery").joinpath("report.html").read_text(encoding="utf-8")
+    return re.sub("<!--(title|body|plotly)-->", lambda found: filling[found[1]], template)
+
+
+class Figures:
+    """Figures of one page, each with its own id."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, plot: Plot, subtitle: str = "", heading: str = "", *, caption: bool = True) -> str:
+        """Without its caption where one caption above serves several figures."""
+        self.count += 1
+        name = f"figure{self.count}"
+        many = any(key.startswith("xaxis") and key != "xaxis" for key in plot.figure.to_dict()["layout"])
+        top = f"<{heading}>{safe(plot.title)}</{heading}>" if heading else ""
+        top += f"<h4>{safe(subtitle)}</h4>" if subtitle else ""
+        data = plot.figure.to_json().replace("<", "\\u003c")
+        return (
+            f'<figure class="{"panels wide" if many else "single"}">{top}'
+            f'<div class="pan"><div class="canvas" id="{name}" role="img" aria-label="{safe(plot.title)}" '
+            f'style="height:{plot.figure.layout.height}px"></div></div>'
+            f"<figcaption>{safe(plot.caption) if caption else ''} {_download(plot)}</figcaption>"
+            f'<script type="application/json" id="{name}-data">{data}</script></figure>'
+        )
+
+
+def _download(plot: Plot) -> str:
+    if len(plot.rows) > MOST_ROWS:
+        return f"({len(plot.rows)} numbers: --csv writes them.)"
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(plot.rows)
+    data = base64.b64encode(text.getvalue().encode()).decode()
+    return f'<a class="csv" download="{plot.name}.csv" href="data:text/csv;base64,{data}">Numbers as CSV</a>'
+
+
+def figures_page(shown: Sequence[Plot], title: str) -> str:
+    """A page of figures alone."""
+    figures = Figures()
+    return whole_page(title, [f"<h1>{safe(title)}</h1>", *(figures.add(plot, heading="h2") for plot in shown)])
+
+
+def write_images(shown: Sequence[Plot], paths: Sequence[Path]) -> None:
+    """PNG or SVG, by the ending. Raises NO_IMAGES where kaleido or its browser is missing or fails."""
+    pictures = []
+    for plot in shown:
+        picture = plot.figure.to_dict()
+        top = {"t": 90 if plot.figure.layout.legend.orientation else 70}
+        picture["layout"]["title"] = {"text": plot.title, "x": 0.02, "y": 0.98, "yanchor": "top", "font": {"size": 17}}
+        picture["layout"]["margin"] = {**picture["layout"]["margin"], **top}
+        picture["layout"]["height"] += 40
+        pictures.append(picture)
+    try:
+        plotly.io.write_images(pictures, list(paths), width=1100, scale=1.5, validate=False)
+    except Exception as error:  # kaleido and the browser it starts fail in many ways, and all mean this
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise refuse("NO_IMAGES", reason, file=str(paths[0])) from error
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]], *, words: int, sortable: bool = False) -> str:
+    """`words` columns are text; the others are numbers."""
+    inside = [f"<button>{safe(head)}</button>" if sortable else safe(head) for head in heads]
+    top = "".join(f'<th scope="col"{_TEXT * (at < words)}>{head}</th>' for at, head in enumerate(inside))
+    body = "".join(f"<tr>{''.join(line)}</tr>\n" for line in lines)
+    kind = 'class="scroll tall"' if sortable else 'class="scroll"'
+    return (
+        f'<div {kind} tabindex="0" role="region" aria-label="table"><table><thead><tr>{top}</tr></thead>'
+        f"<tbody>\n{body}</tbody></table></div>"
+    )
+
+
+_TEXT = ' class="text"'
+
+
+def text_cell(text: str, hint: str = "") -> str:
+    """Long names break after a dot, not inside a word."""
+    shown = safe(text).replace(".", ".<wbr>")
+    return f'<td class="text"{f" title={chr(34)}{safe(hint)}{chr(34)}" if hint else ""}>{shown}</td>'
+
+
+def number_cell(value: float | int | None, *, percent: bool = False) -> str:
+    if value is None or not isfinite(value):
+        return "<td>–</td>"
+    shown = f"{100 * value:.3g} %" if percent else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f'<td data-v="{value!r}">{shown}</td>'
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def safe(text: str) -> str:
+    """For HTML, in text and in attributes; control characters spelled out."""
+    plain = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    return escape(plain)
+
+
+def joined(words: Sequence[str]) -> str:
+    return " and ".join([*([", ".join(words[:-1])] if len(words) > 1 else []), *words[-1:]])
+
+
+def monospace(module: str) -> str:
+    return f"<code>{safe(module)}</code>"
+
+
+def counted(amount: int, noun: str) -> str:
+    return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"

@@ -1,0 +1,1 @@
+"""Measures over every module of an adapter."""

@@ -1,0 +1,274 @@
+"""Survey: measure every module of an adapter, one at a time, over a base of any size.
+
+Each function yields (name, record) in the order of the file. A module with several experts is one name per expert:
+`module[3]`. Only one base weight is held at a time, read with pread.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from d2surgery.adapters import Adapter
+from d2surgery.adapters.forwards import Axis
+from d2surgery.checkpoint import Checkpoint
+from d2surgery.errors import D2SurgeryError, raise_errors, refuse
+from d2surgery.files.base import BaseWeights
+from d2surgery.files.tensors import as_bytes, find_device, read_tensor
+from d2surgery.machine import ahead, one_thread
+from d2surgery.measures.drift import Drift, drift
+from d2surgery.measures.spectrum import Delta, Method, Of, Spectrum, delta_spectrum, update_spectrum
+from d2surgery.measures.subspace import Cosine, SignAgreement, Similarity, agreement, cosine, similarity
+from d2surgery.placement.sites import Patch, Site, sites
+
+Progress = Callable[[int, int], None]
+Result = TypeVar("Result")
+
+
+class Place(NamedTuple):
+    """One adapter of a checkpoint."""
+
+    module: str
+    expert: int | None  # None: the module is one matrix
+
+    @property
+    def name(self) -> str:
+        return self.module if self.expert is None else f"{self.module}[{self.expert}]"
+
+
+def places(checkpoint: Checkpoint) -> list[Place]:
+    """Every adapter of a checkpoint, in the order of the file."""
+    return [
+        Place(module, None if entry.experts == 1 else expert)
+        for module, entry in checkpoint.layout.adapters.items()
+        for expert in range(entry.experts)
+    ]
+
+
+class BaseMatrices:
+    """The base weights that a checkpoint's adapters land on, as (out_features, in_features) in their stored dtype.
+
+    Raises every misfit that `sites` finds.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, base: BaseWeights) -> None:
+        landing = sites(checkpoint.layout, base.header, base.config)
+        raise_errors([*checkpoint.layout.problems, *landing.problems])
+        self.base = base
+        self.parts: dict[tuple[str, int], list[tuple[Site, Patch]]] = {}
+        for site in landing.sites.values():
+            for patch in site.patches:
+                self.parts.setdefault((patch.module, patch.expert), []).append((site, patch))
+
+    def __getitem__(self, place: Place) -> Tensor:
+        """A module that lies in several tensors (an expert's gate and up) is their rows put together."""
+        parts = sorted(self.parts[place.module, place.expert or 0], key=lambda part: part[1].out[0])
+        pieces = [self._read(site, patch) for site, patch in parts]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _read(self, site: Site, patch: Patch) -> Tensor:
+        assert site.source is not None
+        info = self.base.header.tensors[site.source]
+        rows, columns = site.matrix
+        row_bytes = info.nbytes // rows
+        start, stop = info.start + patch.start * row_bytes, info.start + patch.stop * row_bytes
+        part = read_tensor(info._replace(shape=(patch.stop - patch.start, columns), start=start, stop=stop))
+        return part.T if patch.transposed else part
+
+
+# Spectra ---------------------------------------------------------------------------------------------------------
+
+
+def spectra(
+    checkpoint: Checkpoint,
+    base: BaseWeights | None = None,
+    *,
+    of: Of | None = None,
+    method: Method | None = None,
+    device: str = "cpu",
+    cache: str | os.PathLike[str] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Iterator[tuple[str, Spectrum]]:
+    """The spectrum of every module's update or delta.
+
+    of: None is the delta where it can be had (the base is given, or the kind needs none), else the update; the record
+    says which. method: None chooses by kind and size, see `delta_spectrum`. cache: a directory where finished spectra
+    of dense deltas are kept by the content of their inputs, so that a second run takes up where the first stopped.
+
+    Raises D2SurgeryError, naming the module: NOT_FINITE, ZERO_NORM, MISSING_CONFIG (unknown scaling), what `load` and
+    `sites` found, and USAGE for a delta that depends on a base that is not given.
+    """
+    raise_errors(checkpoint.layout.problems)
+    target = find_device(device)
+    where = BaseMatrices(checkpoint, base) if base is not None else None
+    store = _Cache(Path(cache)) if cache is not None else None
+
+    def measure(place: Place) -> Spectrum:
+        adapter = checkpoint.adapter(place.module, place.expert or 0).to(target)
+        wanted = of or ("update" if adapter.normalises and where is None else "delta")
+        if wanted == "update":
+            return update_spectrum(adapter)
+        if not adapter.normalises and adapter.update() is not None and method in (None, "structural"):
+            return delta_spectrum(adapter, None, method)
+        if adapter.normalises and where is None:
+            raise refuse("USAGE", "this delta depends on the base weight", wanted="a base", got=adapter.kind)
+        weight = where[place] if where is not None and adapter.normalises else None
+
+        def compute() -> Spectrum:
+            return delta_spectrum(adapter, None if weight is None else weight.to(target), method)
+
+        return store.get(adapter, weight, method, compute) if store else compute()
+
+    kinds = {entry.kind for entry in checkpoint.layout.adapters.values()}
+    thin = of == "update" or kinds == {"lora"} or (where is None and "duallora" not in kinds)
+    yield from _each(places(checkpoint), measure, progress, threads=_cores() if thin and target.type == "cpu" else 1)
+
+
+def drifts(
+    checkpoint: Checkpoint,
+    base: BaseWeights,
+    *,
+    along: Axis | None = None,
+    device: str = "cpu",
+    progress: Progress = lambda done, total: None,
+) -> Iterator[tuple[str, Drift]]:
+    """The drift of every module along an axis; None is each adapter's own, else "out_features"."""
+    target = find_device(device)
+    where = BaseMatrices(checkpoint, base)
+
+    def measure(place: Place) -> Drift:
+        adapter = checkpoint.adapter(place.module, place.expert or 0).to(target)
+        return drift(adapter, where[place].to(target), along)
+
+    yield from _each(places(checkpoint), measure, progress)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Difference:
+    """What two adapters of one module have in common: of their updates, or of Dual LoRA's delta, without subspaces."""
+
+    shape: tuple[int, int]
+    norms: tuple[float, float]
+    """‖·‖_F of the first and of the second."""
+    cosine: Cosine
+    signs: SignAgreement
+    out_features: Similarity | None
+    in_features: Similarity | None
+
+
+def differences(
+    first: Checkpoint, second: Checkpoint, *, progress: Progress = lambda done, total: None
+) -> Iterator[tuple[str, Difference]]:
+    """Of every module that both checkpoints adapt; the others are left out.
+
+    Raises SHAPE_MISMATCH, naming the module, where the two have different shapes, and what `load` found.
+    """
+    raise_errors([*first.layout.problems, *second.layout.problems])
+
+    def measure(place: Place) -> Difference:
+        return difference(*(c.adapter(place.module, place.expert or 0) for c in (first, second)))
+
+    theirs = set(places(second))
+    yield from _each([place for place in places(first) if place in theirs], measure, progress)
+
+
+def difference(first: Adapter, second: Adapter) -> Difference:
+    """Of two adapters of one module."""
+    M, N = (update if (update := a.update()) is not None else Delta(a, None) for a in (first, second))
+    signs, value, norms = agreement(M, N)
+    if isinstance(M, Delta) or isinstance(N, Delta):
+        return Difference(shape=M.shape, norms=norms, cosine=value, signs=signs, out_features=None, in_features=None)
+    return Difference(
+        shape=M.shape,
+        norms=norms,
+        cosine=cosine(M, N),
+        signs=signs,
+        out_features=similarity(M, N, "out_features"),
+        in_features=similarity(M, N, "in_features"),
+    )
+
+
+# One after another -----------------------------------------------------------------------------------------------
+
+
+def _each(
+    wanted: list[Place], measure: Callable[[Place], Result], progress: Progress, threads: int = 1
+) -> Iterator[tuple[str, Result]]:
+    """In order. With several threads, each uses one core, and no more modules are in hand than threads + 1."""
+
+    def named(place: Place) -> Result:
+        try:
+            return measure(place)
+        except D2SurgeryError as error:
+            problems = (replace(problem, module=problem.module or place.name) for problem in error.problems)
+            raise D2SurgeryError(*problems) from None
+
+    for done, result in enumerate(_ahead(named, wanted, threads), 1):
+        progress(done, len(wanted))
+        yield wanted[done - 1].name, result
+
+
+def _ahead(measure: Callable[[Place], Result], wanted: list[Place], threads: int) -> Iterator[Result]:
+    if threads < 2:
+        yield from map(measure, wanted)
+        return
+    with one_thread():
+        yield from ahead(measure, wanted, threads)
+
+
+def _cores() -> int:
+    return min(torch.get_num_threads(), 8)
+
+
+# Cache -----------------------------------------------------------------------------------------------------------
+
+
+class _Cache:
+    """One JSON file per spectrum, named by the sha256 of all that decides it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def get(
+        self, adapter: Adapter, weight: Tensor | None, method: Method | None, compute: Callable[[], Spectrum]
+    ) -> Spectrum:
+        """The stored spectrum, else a computed one, then stored. A file that cannot be read counts as absent."""
+        path = self.directory / f"{_digest(adapter, weight, method)}.json"
+        try:
+            return _from_json(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError, KeyError):
+            spectrum = compute()
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(_to_json(spectrum)))
+        partial.replace(path)
+        return spectrum
+
+
+def _digest(adapter: Adapter, weight: Tensor | None, method: Method | None) -> str:
+    slots = adapter.slots()
+    choices = {f.name: getattr(adapter, f.name) for f in fields(adapter) if f.name not in slots}
+    digest = hashlib.sha256(json.dumps([version("d2surgery"), adapter.kind, choices, method]).encode())
+    for name, tensor in [*slots.items(), *([("base", weight)] if weight is not None else [])]:
+        stored = tensor if tensor.is_contiguous() else tensor.T
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.is_contiguous()}".encode())
+        digest.update(as_bytes(stored.contiguous().cpu()))
+    return digest.hexdigest()
+
+
+def _to_json(spectrum: Spectrum) -> dict[str, Any]:
+    record = {f.name: getattr(spectrum, f.name) for f in fields(spectrum)}
+    mappings = {name: dict(value) for name, value in record.items() if isinstance(value, Mapping)}
+    return record | mappings | {"singular_values": spectrum.singular_values.tolist()}
+
+
+def _from_json(record: dict[str, Any]) -> Spectrum:
+    values = torch.tensor(record["singular_values"], dtype=torch.float64)
+    return Spectrum(**(record | {"singular_values": values}))

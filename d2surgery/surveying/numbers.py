@@ -1,0 +1,57 @@
+"""What `inspect --numbers` computes from the values: norms and ranks of every update, and what is not finite."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from d2surgery.checkpoint import Checkpoint
+from d2surgery.errors import Problem
+from d2surgery.files.header import is_pickle
+from d2surgery.files.pickled import read_pickled
+from d2surgery.formats.layout import AdapterLayout, Layout
+from d2surgery.measures.spectrum import ranks
+
+Numbers = dict[str, float | int | None]
+
+
+def read_numbers(layout: Layout) -> tuple[dict[str, Numbers], list[Problem]]:
+    """Module -> numbers of its update, before any normalisation, and a NOT_FINITE for every tensor that is.
+
+    The numbers are None for Dual LoRA, whose update is dense, for values that are not finite, and, where the scaling
+    is unknown, for the norms.
+    """
+    scaled = {
+        module: replace(entry, scaling=1.0 if entry.scaling is None else entry.scaling)
+        for module, entry in layout.adapters.items()
+    }
+    tensors = read_pickled(layout.path) if is_pickle(layout.path) else None
+    checkpoint = Checkpoint(replace(layout, adapters=scaled), tensors)
+    broken = [key for key in layout.header.tensors if not _is_finite(checkpoint.tensor(key))]
+    problems = [
+        Problem(code="NOT_FINITE", message="holds NaN or infinity", file=str(layout.path), module=key) for key in broken
+    ]
+    numbers = {
+        module: _numbers(checkpoint, entry)
+        for module, entry in layout.adapters.items()
+        if layout.format != "mlx" and not set(entry.slots.values()) & set(broken)
+    }
+    return numbers, problems
+
+
+def _numbers(checkpoint: Checkpoint, entry: AdapterLayout) -> Numbers:
+    """Of all experts together, as one block-diagonal matrix."""
+    updates = [checkpoint.adapter(entry.module, expert).update() for expert in range(entry.experts)]
+    spectra = [update.singular_values() for update in updates if update is not None]
+    if len(spectra) < len(updates):
+        return {}
+    found = ranks(torch.cat(spectra))
+    numbers: Numbers = {name: int(x) if name.startswith("energy_rank_") else x for name, x in found.items()}
+    unscaled: Numbers = {name: None for name in numbers if name.endswith("_norm") and entry.scaling is None}
+    return numbers | unscaled
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())

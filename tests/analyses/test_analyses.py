@@ -1,0 +1,153 @@
+"""Studies run on a tiny example, use public names only, and say in their README what their results say."""
+
+import ast
+import json
+import math
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import d2surgery
+
+ANALYSES = Path(__file__).resolve().parents[2] / "analyses"
+STUDIES = sorted(path.parent for path in ANALYSES.glob("*/study.py"))
+of_each_study = pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+
+
+@of_each_study
+def test_a_study_uses_public_names_only(study: Path) -> None:
+    sources = [path.read_text() for path in study.glob("*.py")]
+    inner = [node.value for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    programs = [text for text in inner if isinstance(text, str) and "import" in text and "d2surgery" in text]
+    for text in [*sources, *(program for program in programs if is_python(program))]:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("d2surgery"):
+                assert node.module == "d2surgery"
+                assert {alias.name for alias in node.names} <= set(d2surgery.__all__)
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("d2surgery.") for alias in node.names)
+
+
+def is_python(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True
+
+
+@of_each_study
+def test_a_study_can_be_rerun_and_judged(study: Path) -> None:
+    readme = (study / "README.md").read_text()
+    for heading in ("Question", "Method", "Result", "Cost", "What would refute it"):
+        assert f"\n## {heading}\n" in readme
+    for file in re.findall(r"!\[[^]]*\]\(([^)]+)\)", readme):
+        assert (study / file).exists()
+    results = json.loads((study / "results.json").read_text())
+    assert {"question", "machine", "versions", "seed"} <= set(results)
+    assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in leaves(results["inputs_sha256"]))
+    assert all(math.isfinite(value) for value in leaves(results) if isinstance(value, float))
+
+
+@of_each_study
+def test_a_readme_has_the_table_of_its_results(study: Path) -> None:
+    results = json.loads((study / "results.json").read_text())
+    assert runpy.run_path(str(study / "study.py"))["table"](results) in (study / "README.md").read_text()
+
+
+def leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for each in value.values() for leaf in leaves(each)]
+    if isinstance(value, list):
+        return [leaf for each in value for leaf in leaves(each)]
+    return [value]
+
+
+# merge_speed -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def merge_speed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
+    """Results, what was printed, and the directory, of one tiny run."""
+    directory = tmp_path_factory.mktemp("merge_speed")
+    command = [sys.executable, str(ANALYSES / "merge_speed" / "study.py"), "--tiny"]
+    options = ["--work", str(directory), "--results", str(directory / "results")]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((directory / "results" / "results.json").read_text()), done.stdout, directory
+
+
+def test_merge_speed_measures_every_run(merge_speed: tuple[dict[str, Any], str, Path]) -> None:
+    results, printed, _ = merge_speed
+    names = [run["run"] for run in results["runs"] if run["layers"] == results["shape"]["num_hidden_layers"]]
+    assert len(names) == len(set(names)) == 8
+    assert {run["layers"] for run in results["runs"]} == {1, 2}
+    assert all(run["seconds"] >= 0 and run["peak_bytes"] > 0 for run in results["runs"])
+    assert all(math.isfinite(one[key]) for one in results["ratios"] for key in ("median", "min", "max"))
+    assert all(f"| {name} | " in printed for name in names)
+    assert {set(digests) == {f"{d}/model.safetensors" for d in ("base",)} | ADAPTERS for digests in
+            results["inputs_sha256"].values()} == {True}  # fmt: skip
+
+
+ADAPTERS = {f"{kind}/adapter_model.safetensors" for kind in ("lora", "dora", "d2lora", "duallora")}
+
+
+def test_merge_speed_compares_with_pefts_merge(merge_speed: tuple[dict[str, Any], str, Path]) -> None:
+    results, _, _ = merge_speed
+    assert {one["run"] for one in results["agreement_with_peft"]} == {"d2surgery LoRA", "d2surgery DoRA"}
+    for one in results["agreement_with_peft"]:
+        assert one["elements"] > 0
+        assert one["differing"] <= one["elements"] / 1024
+
+
+def test_merge_speed_draws_and_leaves_only_its_results(merge_speed: tuple[dict[str, Any], str, Path]) -> None:
+    results, _, directory = merge_speed
+    figure = (directory / "results" / "figure.svg").read_text()
+    assert all(f">{run['run']}<" in figure for run in results["runs"])
+    assert sorted(path.name for path in directory.rglob("*")) == ["figure.svg", "results", "results.json"]
+
+
+def test_merge_speed_says_what_failed(tmp_path: Path) -> None:
+    study = runpy.run_path(str(ANALYSES / "merge_speed" / "study.py"))
+    (tmp_path / "base").mkdir()
+    with pytest.raises(RuntimeError, match=r"(?s)d2surgery LoRA failed:.*FILE_MISSING"):
+        study["measure"](tmp_path, "d2surgery LoRA")
+
+
+# training_cost ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def training_cost(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
+    """Results, what was printed, and the directory, of one tiny run."""
+    directory = tmp_path_factory.mktemp("training_cost")
+    command = [sys.executable, str(ANALYSES / "training_cost" / "study.py"), "--tiny", "--results", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((directory / "results.json").read_text()), done.stdout, directory
+
+
+def test_training_cost_measures_every_run_at_equal_parameters(training_cost: tuple[dict[str, Any], str, Path]) -> None:
+    results, printed, directory = training_cost
+    runs = {run["run"]: run for run in results["runs"]}
+    assert len(runs) == len(results["runs"]) == 7
+    assert all(f"| {name} | " in printed for name in runs)
+    assert all(run["seconds"] >= 0 and run["memory_bytes"] > 0 for run in runs.values())
+    for name, run in runs.items():
+        magnitudes = runs["DoRA"]["trainable"] - runs["LoRA"]["trainable"]
+        assert run["trainable"] == runs["LoRA"]["trainable"] + ("DoRA" in name) * magnitudes
+    assert all(run["loss"] == pytest.approx(runs["LoRA"]["loss"]) for name, run in runs.items() if name != "Dual LoRA")
+    assert "target" in printed
+    assert all(f">{name}<" in (directory / "figure.svg").read_text() for name in runs)
+
+
+def test_training_cost_sees_what_is_kept(training_cost: tuple[dict[str, Any], str, Path]) -> None:
+    """In bytes; at 8 tokens the thin matrices weigh most."""
+    kept = {run["run"]: run["memory_bytes"] for run in training_cost[0]["runs"]}
+    assert kept["PEFT DoRA"] > kept["DoRA"]
+    assert kept["DoRA"] > kept["LoRA"]

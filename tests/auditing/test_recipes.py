@@ -1,0 +1,153 @@
+"""Recipes against the mergers themselves where they install here: every bit, on PEFT's own layers."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kinds import KINDS_AND_AXES, make
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from d2surgery.adapters import Adapter, DoRA, LoRA
+from d2surgery.auditing.recipes import OURS, RECIPES, Operands
+from d2surgery.files.tensors import rounded
+from d2surgery.measures.fidelity import bits
+
+BY_NAME = {recipe.name: recipe for recipe in RECIPES}
+ALL_LOW = ("peft-low", "torchtune")
+IN_THE_BASES_DTYPE = ("widened", "peft-safe", "peft-low-cpu")
+LOW = (torch.bfloat16, torch.float16)
+
+
+class Model(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.up = nn.Linear(96, 160, bias=False)
+        self.words = nn.Embedding(80, 48)
+        for module in (self.up, self.words):
+            module.weight.data = (0.02 * torch.randn(module.weight.shape, generator=generator)).to(dtype)
+
+
+def peft_model(dtype: torch.dtype, *, dora: bool = False, **options: Any) -> tuple[Any, dict[str, Adapter], Model]:
+    """A model with random adapters by PEFT, the same adapters as ours, and the base."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = LoraConfig(r=6, lora_alpha=10, target_modules=["up", "words"], use_dora=dora)
+        model = get_peft_model(Model(dtype), config, **options)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data.mul_(1 + 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+        elif parameter.requires_grad:
+            parameter.data = (0.01 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
+    parts = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return model, {module: _ours(parts, module, dora) for module in ("up", "words")}, Model(dtype)
+
+
+def _ours(parts: dict[str, Tensor], module: str, dora: bool) -> Adapter:
+    """PEFT's embedding keeps A (r, vocabulary) and B (dim, r) and adds (B·A)ᵀ."""
+    kind, end = ("lora_embedding_", "") if module == "words" else ("lora_", ".weight")
+    A, B = (parts[f"base_model.model.{module}.{kind}{side}.default{end}"] for side in "AB")
+    if not dora:
+        return LoRA(A=A, B=B, scaling=10 / 6)
+    magnitude = parts[f"base_model.model.{module}.lora_magnitude_vector.default.weight"]
+    return DoRA(A=A, B=B, scaling=10 / 6, magnitude=magnitude)
+
+
+def stored(weight: Tensor, module: str) -> Tensor:
+    """As (out_features, in_features)."""
+    return weight.T if module == "words" else weight
+
+
+def assert_same_bits(recipe: str, base: Tensor, adapter: Adapter, merged: Tensor) -> None:
+    made = BY_NAME[recipe].merge(Operands(base, adapter, merged.dtype))
+    assert made.dtype == merged.dtype
+    assert torch.equal(bits(made.contiguous()), bits(merged.contiguous())), recipe
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_merges_a_linear_layer_as_its_recipe_does(dtype: torch.dtype, dora: bool) -> None:
+    model, ours, base = peft_model(dtype, dora=dora)
+    merged = model.merge_and_unload()
+    assert_same_bits("peft", base.up.weight.data, ours["up"], merged.up.weight.data)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_peft_merges_safely_and_embeddings_by_the_safe_recipe(dtype: torch.dtype) -> None:
+    model, ours, base = peft_model(dtype)
+    merged = model.merge_and_unload(safe_merge=True)
+    for module in ("up", "words"):
+        before, after = (stored(getattr(m, module).weight.data, module) for m in (base, merged))
+        assert_same_bits("peft-safe", before, ours[module], after)
+    once = BY_NAME["peft"].merge(Operands(base.up.weight.data, ours["up"], dtype))
+    assert not torch.equal(once, merged.up.weight.data), "the two recipes must differ here"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_peft_merges_a_dora_embedding_over_the_whole_vocabulary(dtype: torch.dtype) -> None:
+    model, ours, base = peft_model(dtype, dora=True)
+    merged = model.merge_and_unload()
+    assert_same_bits("peft", base.words.weight.data.T, ours["words"], merged.words.weight.data.T)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_without_autocast_works_in_the_low_dtype(dtype: torch.dtype, dora: bool) -> None:
+    model, ours, base = peft_model(dtype, dora=dora, autocast_adapter_dtype=False)
+    merged = model.merge_and_unload()
+    assert ours["up"].slots()["A"].dtype == dtype
+    assert_same_bits("peft-low", base.up.weight.data, ours["up"], merged.up.weight.data)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_peft_merged_unmerged_and_merged_again(dtype: torch.dtype) -> None:
+    model, ours, base = peft_model(dtype)
+    layer = model.base_model.model.up
+    layer.merge()
+    layer.unmerge()
+    layer.merge()
+    assert_same_bits("peft-again", base.up.weight.data, ours["up"], layer.base_layer.weight.data)
+
+
+@pytest.mark.parametrize("load", LOW)
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_on_a_base_cast_when_it_was_loaded(load: torch.dtype, dora: bool) -> None:
+    model, ours, base = peft_model(load, dora=dora)
+    wide = Model(torch.float32)
+    merged = model.merge_and_unload()
+    assert torch.equal(wide.up.weight.data.to(load), base.up.weight.data)
+    assert_same_bits("peft-loaded", wide.up.weight.data, ours["up"], merged.up.weight.data)
+
+
+@pytest.mark.parametrize(("kind", "axis"), KINDS_AND_AXES)
+@settings(max_examples=12)
+@given(seed=st.integers(0, 50), dtype=st.sampled_from([torch.float32, *LOW]))
+def test_every_recipe_is_a_right_merge_within_rounding(kind: str, axis: Any, seed: int, dtype: torch.dtype) -> None:
+    base = (0.02 * torch.randn(24, 32, generator=torch.Generator().manual_seed(seed))).bfloat16()
+    adapter = make(kind, base.float(), axis, seed=seed).to(dtype=torch.float32)
+    if kind == "dora" and axis == "in_features":
+        return  # no merger but ours knows it
+    right = base.double() + adapter.delta(base.double())
+    delta = float((right - base.double()).norm())
+    for recipe in RECIPES:
+        if adapter.kind in recipe.kinds:
+            made = recipe.merge(Operands(base, adapter, dtype))
+            coarsest = base.dtype if recipe.name in IN_THE_BASES_DTYPE else dtype
+            once = float((rounded(right, coarsest).double() - right).norm())
+            low = 2 * float(right.norm()) if recipe.name in ALL_LOW and kind == "dora" else delta  # magnitudes too
+            limit = (
+                2 * once + torch.finfo(coarsest).eps * low + 1e-6 * delta + 2**-23 * float(right.norm())
+            )  # gains in float32
+            assert made.dtype == dtype, recipe.name
+            assert float((made.double() - right).norm()) <= limit, recipe.name
+
+
+def test_recipes_have_names_of_their_own_and_ours_is_first() -> None:
+    assert RECIPES[0].name == OURS
+    assert len(BY_NAME) == len(RECIPES)
+    assert {kind for recipe in RECIPES for kind in recipe.kinds} == {"lora", "dora", "duallora", "d2lora"}
