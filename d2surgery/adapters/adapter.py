@@ -3,9 +3,9 @@
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import ClassVar, Literal, TypedDict, TypeVar, get_args, get_origin
 
 import torch
 from jaxtyping import Float, Float64
@@ -17,6 +17,13 @@ from d2surgery.adapters.vectors import Triple, Weight
 from d2surgery.errors import Problem, raise_errors
 
 Some = TypeVar("Some", bound="Adapter")
+
+
+class Part(TypedDict, total=False):
+    """Which features of the whole weight a tile holds; all, where an axis is left out."""
+
+    out: slice
+    in_: slice
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,6 +112,10 @@ class Adapter(ABC):
         """
 
     @abstractmethod
+    def over_tiles(self, dtype: torch.dtype, strength: float = 1.0) -> "OverTiles":
+        """The same delta over the tiles of one base weight, computed in `dtype`, times `strength`."""
+
+    @abstractmethod
     def forward(
         self,
         x: Float[Tensor, "*batch in_features"],
@@ -119,6 +130,25 @@ class Adapter(ABC):
         dropped-out input also reaches W0, through its rescaling. `base_squares` is `squared_norms` of W0 along the
         adapter's axis, which never change.
         """
+
+
+class OverTiles(ABC):
+    """An adapter over the tiles of one base weight, with all that the tiles share computed once. Not differentiable.
+
+    A tile is a range of one axis and the whole of the other. Where it holds whole vectors, or the kind normalises none,
+    `delta` and `merged` may come at once; otherwise after `sum_over` all tiles.
+    """
+
+    def sum_over(self, tiles: Callable[[], Iterator[tuple[Weight, Part]]]) -> None:  # noqa: B027
+        """Take the sums of vectors that lie across tiles; `tiles()` gives them all, as often as it is asked."""
+
+    @abstractmethod
+    def delta(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> Weight:
+        """The tile's strength·delta, laid out as the tile. Raises ZERO_NORM, counting vectors within the tile."""
+
+    @abstractmethod
+    def merged(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> Weight:
+        """The tile + strength·delta, written over the tile. Raises as `delta`."""
 
 
 def check_shapes(adapter: Adapter) -> None:

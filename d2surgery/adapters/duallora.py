@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Generator, Tensor
 
-from d2surgery.adapters.adapter import Adapter, learns, normal
+from d2surgery.adapters.adapter import Adapter, OverTiles, learns, normal
 from d2surgery.adapters.forwards import (
     Axis,
     Straight,
@@ -77,6 +77,9 @@ class DualLoRA(Adapter):
         sign: Tensor = _Sign.apply(z, self.ste)  # type: ignore[no-untyped-call]
         return size * sign.to(size.dtype)
 
+    def over_tiles(self, dtype: torch.dtype, strength: float = 1.0) -> "Formed":
+        return Formed(self, dtype, strength)
+
     def forward(
         self,
         x: Float[Tensor, "*batch in_features"],
@@ -92,8 +95,8 @@ class DualLoRA(Adapter):
         return y if bias is None else y + bias.to(y.dtype)
 
 
-class Formed:
-    """Dual LoRA, which has no thin update, over the tiles of one base weight: `Streamed`'s methods.
+class Formed(OverTiles):
+    """Dual LoRA, which has no thin update.
 
     In blocks of entries as they lie in memory, small enough for the cache: fresh memory costs more than the arithmetic.
     """
@@ -106,7 +109,6 @@ class Formed:
 
     @torch.no_grad()
     def delta(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> Weight:
-        """The tile's strength·delta, laid out as the tile."""
         result = torch.empty_like(tile)
         for block, delta in self._blocks(result, out, in_):
             block.copy_(delta)
@@ -114,7 +116,6 @@ class Formed:
 
     @torch.no_grad()
     def merged(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> Weight:
-        """The tile + strength·delta, written over the tile."""
         for block, delta in self._blocks(tile, out, in_):
             block += delta
         return tile

@@ -1,6 +1,7 @@
 """The kinds whose update is a thin product, one formula: W' = base_gain ⊙ W0 + update_gain ⊙ P·Q per vector."""
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from d2surgery.adapters.adapter import Adapter, learns
+from d2surgery.adapters.adapter import Adapter, OverTiles, Part, learns
 from d2surgery.adapters.forwards import Axis, at_least_float32, no_autocast, sums, thin_linear
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.adapters.vectors import (
@@ -101,6 +102,9 @@ class Thin(Adapter):
             y = thin_linear(x, base_weight, P, Q, gain=a, along=self.along or "out_features", update_input=update_input)
         return y if bias is None else y + bias.to(y.dtype)
 
+    def over_tiles(self, dtype: torch.dtype, strength: float = 1.0) -> "Streamed":
+        return Streamed(self, dtype, strength)
+
     def _training_triple(self, base_weight: Weight, P: Tensor, Q: Tensor, base_squares: Tensor | None = None) -> Triple:
         """As `triple`, without a look at the data, and differentiable where the kind's norm is."""
         along = self.along or "out_features"
@@ -134,17 +138,10 @@ def gains_of(adapter: Adapter, triple: Triple) -> tuple[Gains, Tensor | None]:
     return adapter._gains(triple), target.abs() if adapter.sets_norm else None
 
 
-class Streamed:
-    """A kind with a thin update, over the tiles of one base weight: `strength` times `take(tile).delta(tile, triple)`,
-    with all that the tiles share computed once: the factors in the tiles' dtype, ‖u‖², the gains.
+class Streamed(OverTiles):
+    """`strength` times `take(tile).delta(tile, triple)`; shared: the factors in the tiles' dtype, ‖u‖², the gains."""
 
-    A tile is a range of one axis and the whole of the other. Where it holds whole vectors, or the kind normalises none,
-    `delta` and `merged` may come at once; otherwise after every tile has been added. Not differentiable.
-    """
-
-    def __init__(self, adapter: Adapter, dtype: torch.dtype, strength: float = 1.0) -> None:
-        if not isinstance(adapter, Thin):
-            raise refuse("USAGE", "it has no thin update", got=adapter.kind)
+    def __init__(self, adapter: Thin, dtype: torch.dtype, strength: float = 1.0) -> None:
         self.adapter = adapter
         self.dtype = dtype
         self.strength = strength
@@ -160,6 +157,18 @@ class Streamed:
         else:
             self.gains = _Gained(None, None, (strength * self.P).to(dtype))
 
+    def sum_over(self, tiles: Callable[[], Iterator[tuple[Weight, Part]]]) -> None:
+        """Again, in float64, of vectors whose norm nearly cancels: sums of float32 products do not hold it."""
+        for tile, part in tiles():
+            self.add(tile, **part)
+        bad = doubtful(self._triple(slice(None)))
+        if not len(bad):
+            return
+        self.base[bad] = 0
+        self.products[:, bad] = 0
+        for tile, part in tiles():
+            self._add_exactly(tile, bad, **part)
+
     def add(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> None:
         """Add a tile to the sums of its vectors."""
         W, vectors, others = self._rows_first(tile, out, in_)
@@ -167,16 +176,9 @@ class Streamed:
         self.products[:, vectors] += self.Q_low[:, others] @ W.T
         self.added = True
 
-    def doubtful(self) -> Tensor:
-        """The vectors whose norm nearly cancels: sums of float32 products do not hold it."""
-        return doubtful(self._triple(slice(None)))
-
-    def forget(self, vectors: Tensor) -> None:
-        """Begin their sums again."""
-        self.base[vectors] = 0
-        self.products[:, vectors] = 0
-
-    def add_exactly(self, tile: Weight, vectors: Tensor, *, out: slice = slice(None), in_: slice = slice(None)) -> None:
+    def _add_exactly(
+        self, tile: Weight, vectors: Tensor, *, out: slice = slice(None), in_: slice = slice(None)
+    ) -> None:
         """Add a tile to the sums of some vectors that it crosses, in float64."""
         W, _, others = self._rows_first(tile, out, in_)
         W = W[vectors].double()
@@ -184,7 +186,6 @@ class Streamed:
         self.products[:, vectors] += self.Q[:, others] @ W.T
 
     def delta(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> Weight:
-        """The tile's strength·delta, laid out as the tile. Raises ZERO_NORM, counting vectors within the tile."""
         W, vectors, others = self._rows_first(tile, out, in_)
         excess, _, P = self._gains(W, vectors, out, in_)
         if excess is None:
@@ -194,7 +195,6 @@ class Streamed:
         return delta.T if self.adapter.along == "in_features" else delta
 
     def merged(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> Weight:
-        """The tile + strength·delta, written over the tile."""
         W, vectors, others = self._rows_first(tile, out, in_)
         _, scale, P = self._gains(W, vectors, out, in_)
         if scale is None:

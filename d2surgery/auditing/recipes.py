@@ -11,9 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, DoRA, DualLoRA, LoRA
-from d2surgery.adapters.duallora import Formed
-from d2surgery.adapters.thin import Streamed
+from d2surgery.adapters import Adapter, DoRA, LoRA
 from d2surgery.files.tensors import rounded
 
 OURS = "d2surgery"
@@ -48,8 +46,7 @@ ALL = ("lora", "dora", "duallora", "d2lora")
 
 def _ours(it: Operands) -> Tensor:
     """In the order of our engine's operations, not of `delta`: an element of 100,000 would be rounded otherwise."""
-    kind = it.adapter
-    engine = Formed(kind, it.work_dtype) if isinstance(kind, DualLoRA) else Streamed(kind, it.work_dtype)
+    engine = it.adapter.over_tiles(it.work_dtype)
     return rounded(engine.merged(it.base.to(it.work_dtype, copy=True)), it.dtype)
 
 

@@ -16,9 +16,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, DualLoRA
-from d2surgery.adapters.duallora import Formed
-from d2surgery.adapters.thin import Streamed
+from d2surgery.adapters import Adapter
+from d2surgery.adapters.adapter import OverTiles, Part
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, refuse
 from d2surgery.files.header import BITS, FLOATS, TensorInfo
@@ -79,7 +78,7 @@ class Opened(NamedTuple):
     """The adapter of a patch, and what its tiles share."""
 
     adapter: Adapter
-    streamed: Streamed | Formed
+    streamed: OverTiles
 
 
 Steps = Iterator[tuple[Tile, Tensor]]
@@ -243,23 +242,10 @@ class TileMerger:
         if patch is None:
             return patch_tiles
         adapter = self.adapter(patch)
-        if isinstance(adapter, DualLoRA):
-            opened = Opened(adapter, Formed(adapter, output.work_dtype, self.strength))
-        else:
-            streamed = Streamed(adapter, output.work_dtype, self.strength)
-            if len(patch_tiles) > 1 and self.crosses_tiles(patch):
-                self._sum(patch_tiles, patch, streamed)
-            opened = Opened(adapter, streamed)
-        return [tile._replace(opened=opened) for tile in patch_tiles]
-
-    def _sum(self, parts: list[Tile], patch: Patch, streamed: Streamed) -> None:
-        """Add every tile to the sums of the vectors; again, in float64, to those whose norm nearly cancels."""
-        for tile in parts:
-            streamed.add(self.base_weight(tile, self.read(tile)), **_part(tile, patch))
-        doubtful = streamed.doubtful()
-        streamed.forget(doubtful)
-        for tile in parts if len(doubtful) else ():
-            streamed.add_exactly(self.base_weight(tile, self.read(tile)), doubtful, **_part(tile, patch))
+        streamed = adapter.over_tiles(output.work_dtype, self.strength)
+        if len(patch_tiles) > 1 and self.crosses_tiles(patch):
+            streamed.sum_over(lambda: ((self.base_weight(t, self.read(t)), _part(t, patch)) for t in patch_tiles))
+        return [tile._replace(opened=Opened(adapter, streamed)) for tile in patch_tiles]
 
     def bias(self, module: str, tile: Tile, values: Tensor) -> Tensor:
         """What the module's own bias adds to the values of a tile."""
@@ -313,9 +299,10 @@ def part_of(output: Output, patch: Patch, first: int, last: int) -> Tile:
     return Tile(output, first * row_bytes, (last - first) * row_bytes, first, last, patch)
 
 
-def _part(tile: Tile, patch: Patch) -> dict[str, slice]:
+def _part(tile: Tile, patch: Patch) -> Part:
     """Which features of the patch's adapter the tile holds."""
-    return {"in_" if patch.transposed else "out": slice(tile.first - patch.start, tile.last - patch.start)}
+    held = slice(tile.first - patch.start, tile.last - patch.start)
+    return {"in_": held} if patch.transposed else {"out": held}
 
 
 def cuts(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:

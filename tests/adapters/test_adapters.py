@@ -22,6 +22,7 @@ with install_import_hook(
     ["d2surgery.adapters", "d2surgery.adapters.forwards", "d2surgery.adapters.lowrank"], "beartype.beartype"
 ):
     from d2surgery.adapters import KINDS, Adapter, D2LoRA, DoRA, DualLoRA, LoRA
+    from d2surgery.adapters.adapter import Part
     from d2surgery.adapters.duallora import Formed
     from d2surgery.adapters.thin import Streamed
     from d2surgery.adapters.vectors import Triple
@@ -780,13 +781,12 @@ def test_streamed_tiles_are_the_deltas_of_the_parts(kind: str, along: str, cut: 
     if kind == "dora":
         slots["magnitude"] = 1 + torch.rand(70 if along == "out_features" else 90, generator=generator)
     adapter = KINDS[kind](scaling=0.7, along=along, **slots)  # type: ignore[call-arg]
-    parts = [{cut: slice(0, 33)}, {cut: slice(33, 64)}, {cut: slice(64, None)}]
+    parts: list[Part] = [{cut: held} for held in (slice(0, 33), slice(33, 64), slice(64, None))]  # type: ignore[misc]
     tiles = [W[part.get("out", slice(None)), part.get("in_", slice(None))] for part in parts]
     whole_vectors = (cut == "out") == (along == "out_features")
-    streamed = Streamed(adapter, dtype)
+    streamed = adapter.over_tiles(dtype)
     if not whole_vectors:
-        for tile, part in zip(tiles, parts, strict=True):
-            streamed.add(tile, **part)
+        streamed.sum_over(lambda: zip(tiles, parts, strict=True))
     triple = None if whole_vectors else adapter.triple(W)
     for tile, part in zip(tiles, parts, strict=True):
         wanted = adapter.take(**part).delta(tile, triple)
@@ -823,15 +823,16 @@ def test_streamed_norms_that_nearly_cancel_are_summed_in_float64(whole_vectors: 
     W = rest - B @ A
     adapter = DoRA(A=A, B=B, magnitude=torch.ones(64), scaling=1.0)
     streamed = Streamed(adapter, torch.float32)
+    asked = []
+
+    def tiles() -> Iterator[tuple[torch.Tensor, Part]]:
+        asked.append("all")
+        return ((W[:, part], {"in_": part}) for part in parts)
+
+    parts = [slice(0, 40), slice(40, 96)]
     if not whole_vectors:
-        parts = [slice(0, 40), slice(40, 96)]
-        for part in parts:
-            streamed.add(W[:, part], in_=part)
-        bad = streamed.doubtful()
-        assert len(bad) == 64
-        streamed.forget(bad)
-        for part in parts:
-            streamed.add_exactly(W[:, part].double(), bad, in_=part)
+        streamed.sum_over(tiles)
+        assert asked == ["all", "all"]
     found = streamed.delta(W) if whole_vectors else torch.cat([streamed.delta(W[:, p], in_=p) for p in parts], 1)
     norms = (W.double() + B.double() @ A.double()).square().sum(1).sqrt()
     squares = streamed.base + 2 * (streamed.P.T * streamed.products).sum(0) + streamed.norms
