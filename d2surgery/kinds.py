@@ -38,7 +38,7 @@ class Kind:
         yield from self.vectors
 
 
-TABLE: dict[str, Kind] = {  # in the order of detection: the first of which a slot of its own is there, else the last
+TABLE: dict[str, Kind] = {  # in the order of detection
     "duallora": Kind(
         title="Dual LoRA",
         groups={"magnitude": Group("A", "B", "r1"), "direction": Group("C", "D", "r2")},
@@ -66,7 +66,6 @@ TABLE: dict[str, Kind] = {  # in the order of detection: the first of which a sl
 
 
 def kind_with(slots: set[str]) -> str:
-    """The kind that these slots are of, complete or not: the first in the table with a slot that the last lacks."""
-    *others, plain = TABLE
-    shared = set(TABLE[plain].slots)
-    return next((name for name in others if slots & (set(TABLE[name].slots) - shared)), plain)
+    """The kind that these slots are of, complete or not: the first with a slot that LoRA lacks, or LoRA."""
+    plain = set(TABLE["lora"].slots)
+    return next((name for name, kind in TABLE.items() if slots & (set(kind.slots) - plain)), "lora")

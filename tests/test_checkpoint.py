@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,44 @@ def test_a_file_of_pefts_reads_and_writes_back_to_the_bit(
     loaded, said = loading(case, tmp_path / "a")
     assert said == loading(case, case.adapter)[1]
     assert torch.equal(case.forward(loaded), case.unmerged)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_the_same_checkpoint_made_of_its_parts_is_the_same_to_peft(
+    built: Callable[[str], Built], tmp_path: Path, name: str
+) -> None:
+    """Nothing of the file's config is given: it is made anew from the adapters and what the file says of itself."""
+    case = built(name)
+    first = load(case.adapter)
+    save(rebuilt(first), tmp_path / "a")
+    again = load(tmp_path / "a")
+    assert [p for p in again.layout.problems if p.severity != "info"] == []
+    assert again.layout.adapters.keys() == first.layout.adapters.keys()
+    for module, entry in first.layout.adapters.items():
+        for expert in range(entry.experts):
+            assert_same(again.adapter(module, expert), first.adapter(module, expert))
+    loaded, _ = loading(case, tmp_path / "a")
+    assert torch.equal(case.forward(loaded), case.unmerged)
+
+
+def rebuilt(checkpoint: Checkpoint) -> Checkpoint:
+    """Through `from_adapters`, from values alone."""
+    layout = checkpoint.layout
+    stored = {module: entry.stored for module, entry in layout.adapters.items()}
+    adapters = {
+        module: [checkpoint.adapter(module, expert) for expert in range(entry.experts)]
+        if entry.stored == "experts" else checkpoint[module]
+        for module, entry in layout.adapters.items()
+    }  # fmt: skip
+    return from_adapters(
+        adapters,
+        replace(layout.about, settings={}),
+        embeddings=[module for module in stored if stored[module] == "embedding"],
+        kernels={module: entry.kernel for module, entry in layout.adapters.items() if entry.kernel},
+        biases={module: checkpoint.bias(module) for module, e in layout.adapters.items() if "bias" in e.slots},
+        replacements={target: checkpoint.tensor(key) for target, key in layout.replacements.items()},
+        rows={target: (rows.indices, checkpoint.tensor(rows.key)) for target, rows in layout.rows.items()},
+    )
 
 
 def loading(case: Built, adapter: Path) -> tuple[Any, list[str]]:
