@@ -179,7 +179,7 @@ def delta_spectrum(
 
 
 def cancellation(adapter: Adapter) -> float | None:
-    """(‖ΔW₊‖ + ‖ΔW₋‖)/‖ΔW‖: 1 where a branch is alone, above 1/√2 always, large where the branches nearly cancel."""
+    """(‖ΔW₊‖ + ‖ΔW₋‖)/‖ΔW‖: 1 where a branch is alone, never less, large where the branches nearly cancel."""
     if not isinstance(adapter, D2LoRA):
         return None
     update = adapter.update()
