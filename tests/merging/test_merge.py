@@ -107,8 +107,8 @@ def write_base(directory: Path, tensors: Mapping[str, Tensor], **config: Any) ->
     return directory
 
 
-def write(directory: Path, modules: Mapping[str, Adapter], **config: Any) -> Path:
-    save(from_adapters(modules, config), directory)
+def write(directory: Path, modules: Mapping[str, Adapter]) -> Path:
+    save(from_adapters(modules), directory)
     return directory
 
 

@@ -17,7 +17,8 @@ from d2surgery.auditing.findings import Audit
 from d2surgery.checkpoint import Checkpoint, load
 from d2surgery.errors import raise_errors, refuse
 from d2surgery.files.base import BaseWeights
-from d2surgery.formats.layout import NAMES, Layout
+from d2surgery.formats.layout import Layout
+from d2surgery.kinds import TABLE
 from d2surgery.measures.drift import Drift
 from d2surgery.measures.spectrum import Method, Spectrum
 from d2surgery.measures.subspace import Intruders, intruders
@@ -178,7 +179,7 @@ def page(measured: Sequence[Measured], shared: Shared, base: str | None, found: 
 
 
 def _what(measured: Sequence[Measured], base: str | None) -> str:
-    kinds = Counter(" and ".join(NAMES[kind] for kind in m.layout.kinds) for m in measured)
+    kinds = Counter(" and ".join(TABLE[kind].title for kind in m.layout.kinds) for m in measured)
     what = joined([f"{_number_word(count)} {kind} adapter{'s' * (count > 1)}" for kind, count in kinds.items()])
     bases = sorted({m.layout.base_model for m in measured if m.layout.base_model})
     for_ = f" for {safe(joined(bases))}" if bases else ""
@@ -364,7 +365,7 @@ def _file_facts(m: Measured) -> list[str]:
     scalings = [entry.scaling for entry in entries if entry.scaling is not None]
     ranks = ["+".join(str(rank) for rank in entry.ranks.values()) for entry in entries]
     return [
-        " and ".join(NAMES[kind] for kind in m.layout.kinds),
+        " and ".join(TABLE[kind].title for kind in m.layout.kinds),
         str(len(m.spectra)),
         ", ".join(dict.fromkeys(ranks)),
         ", ".join(dict.fromkeys(f"{scaling:.4g}" for scaling in scalings)),
@@ -396,7 +397,7 @@ def _module_table(measured: Sequence[Measured]) -> str:
         named = types(m.spectra)
         for module in m.spectra:
             words = [text_cell(module), *([text_cell(m.label)] if several else []), text_cell(named[module])]
-            line = [*words, text_cell(NAMES[m.kinds[module]]), *_spectrum_cells(m, module)]
+            line = [*words, text_cell(TABLE[m.kinds[module]].title), *_spectrum_cells(m, module)]
             line += _drift_cells(m.drifts.get(module)) if drifted else []
             line += [number_cell(m.intruders[module].count if module in m.intruders else None)] if intruded else []
             lines.append(line)
