@@ -170,7 +170,7 @@ def _broken(base: Path, adapter: Path, merged: Path, broken: Path) -> Iterator[s
 
 
 def _report(base: Path, adapters: Sequence[Path], path: Path, *, kept: bool) -> Iterator[str]:
-    from d2surgery.reporting.pages.report import report  # plotly
+    from d2surgery.cli.report import report  # plotly
 
     began = time.monotonic()
     path.write_text(report([str(adapter) for adapter in adapters], base=base), encoding="utf-8")

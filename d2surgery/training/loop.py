@@ -17,12 +17,13 @@ import torch
 
 from d2surgery.adapters import KINDS, Adapter
 from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.files.whole import PARTIAL, write_whole
 from d2surgery.formats.layout import About
 from d2surgery.live.attaching import ALL_LINEAR, adapted, attach, initial, set_warmup
 from d2surgery.live.quantization import Quantization, entries, loading_options, quantization_in, quantization_of
 from d2surgery.training.config import TrainConfig, differences, read_config, to_toml
 from d2surgery.training.data import Collate, Corpus, Row, Rows, read_corpus, rows, tokens_of
-from d2surgery.training.disk import PARTIAL, check_whole, checkpoints, full_disk_named, read_json, step_of, write_whole
+from d2surgery.training.disk import check_whole, checkpoints, full_disk_named, read_json, step_of
 from d2surgery.training.reporters import check_reporters, failures_named
 
 if TYPE_CHECKING:

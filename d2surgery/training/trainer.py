@@ -24,9 +24,10 @@ from transformers import Trainer, TrainerCallback
 from d2surgery.adapters import Adapter
 from d2surgery.checkpoint import load, save
 from d2surgery.errors import refuse
+from d2surgery.files.whole import PARTIAL, write_whole
 from d2surgery.formats.layout import About
 from d2surgery.live.attaching import adapted, set_warmup, snapshot
-from d2surgery.training.disk import PARTIAL, PREFIX, checkpoints, write_whole
+from d2surgery.training.disk import PREFIX, checkpoints
 
 METRICS = "metrics.jsonl"
 
