@@ -72,6 +72,8 @@ def write(checkpoint: Holding, directory: Path) -> None:
 
 def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> Layout:
     """By the table that most keys fit."""
+    if not header.tensors:
+        return _layout(header, config, "unknown", {}, "NOTHING_TO_APPLY", "no tensor in the file")
     counts = [sum(key.endswith(pairs.down) for key in header.tensors) for pairs in _PAIRED]
     leaves = Counter(_LEAVES[leaf] for key in header.tensors for leaf in key.split(".") if leaf in _LEAVES)
     if not any(counts) and not leaves:

@@ -8,13 +8,13 @@ from math import sqrt
 from typing import Any
 
 from d2surgery.errors import Problem
-from d2surgery.formats.layout import About, alpha_divisor
+from d2surgery.formats.layout import About, alpha_divisor, lies_within
 from d2surgery.kinds import TABLE
 
 FORMS = ("projected_plus_update", "projected", "update")
 _PATTERN_FIELDS = ("rank_pattern", "alpha_pattern")
 _OURS = ("r1", "r2", "tau", "along", "form", "format_version", "training")
-_FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, and ours
+_FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, 0.2's two that are gone, and ours
     re.findall(
         r"\w+",
         """
@@ -23,7 +23,7 @@ _FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, and ours
         layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core
         trainable_token_indices loftq_config eva_config corda_config lora_ga_config use_dora alora_invocation_tokens
         use_qalora qalora_group_size layer_replication runtime_config lora_bias target_parameters use_bdlora
-        arrow_config ensure_weight_tying kasa_config velora_config monteclora_config
+        arrow_config ensure_weight_tying kasa_config velora_config monteclora_config enable_lora merge_weights
         """,
     )
 ) | frozenset(_OURS)
@@ -167,9 +167,8 @@ class Config:
         return False
 
     def declares(self, name: str) -> bool:
-        """Part of a module in modules_to_save: a BatchNorm's integer counter is, for one."""
-        saved = self.get("modules_to_save") or ()
-        return any(re.match(rf"(^|.*\.){re.escape(module)}\.", name) for module in saved)
+        """Part of a module that modules_to_save names: a BatchNorm's integer counter is, for one."""
+        return lies_within(self.get("modules_to_save") or (), name)
 
     def settings(self, kind: str) -> dict[str, Any]:
         """The kind's own settings; PEFT's DoRA has none of its own."""
@@ -208,19 +207,22 @@ class Config:
         init = self.found.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
             yield said("MUTATED_BASE", f"init_lora_weights is {init}")
+        if self.found.get("enable_lora"):
+            yield said("MERGED_LINEAR", f"enable_lora is {str(self.found['enable_lora'])[:60]}")
         if self.found.get("layer_replication"):
             yield said("LAYER_REPLICATION", f"layer_replication is {self.found['layer_replication']}")
         for _, problem in _misfits(self.found):
             yield said("BAD_CONFIG", **problem)
 
-    def pattern_problems(self, modules: Iterable[str], file: str) -> Iterator[Problem]:
-        """Patterns that match nothing, and modules for which several with different values match."""
+    def pattern_problems(self, modules: Iterable[str], file: str, *, complete: bool) -> Iterator[Problem]:
+        """Patterns that match nothing, where all modules are `complete`, and modules for which several with different
+        values match."""
         modules = list(modules)
         for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             matched = {module: patterns.matching(module) for module in modules}
             used = {key for found in matched.values() for key in found}
             for key in patterns.patterns:
-                if modules and key not in used:
+                if modules and complete and key not in used:
                     yield Problem(code="PATTERN_UNMATCHED", message=f"{name}: {key!r}", severity="warning", file=file)
             for module, found in matched.items():
                 values = sorted({str(patterns.patterns[key]) for key in found})
