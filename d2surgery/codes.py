@@ -115,8 +115,8 @@ CODES: dict[str, Code] = {
     "SHAPE_UNEXPECTED": Code("A tensor does not have the shape its slot needs.", "Get the complete file."),
     "DTYPE_UNEXPECTED": Code(
         "A factor is stored in a dtype that is no float of 16 bits or more: the adapter was quantised, or cast.",
-        "Give the adapter as it was trained; where that is lost, cast its tensors to F16, BF16 or F32 (with their scales, "
-        "where there are any) and save them.",
+        "Give the adapter as it was trained; where that is lost, cast its tensors to F16, BF16 or F32 (by their scales, if "
+        "there are any) and save them.",
     ),
     "EMPTY_TENSOR": Code(
         "A tensor has no elements: a sharded trainer (ZeRO-3, FSDP) saved it without gathering.",
