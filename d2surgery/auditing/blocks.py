@@ -68,7 +68,6 @@ class Block:
             triple=self.triple,
             strength=self.job.strength,
             entry=self.job.layout.adapters[self.patch.module],
-            adapter_config=self.job.layout.config,
             base_config=self.job.base.config,
             dtype=DTYPES[self.pair.info.dtype],
         )

@@ -203,7 +203,7 @@ class Pass:
 
     def _bank(self, patch: Patch) -> list[Recipe]:
         """The recipes of this kind, the one that fitted last first."""
-        fitting = [recipe for recipe in self.recipes if self.kinds[patch.module] in recipe.kinds]
+        fitting = [recipe for recipe in self.recipes if recipe.fits(self.kinds[patch.module])]
         if self.merger.strength != 1:
             fitting = [recipe for recipe in fitting if recipe.name == OURS]
         return sorted(fitting, key=lambda recipe: recipe is not self.favourite)

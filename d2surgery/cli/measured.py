@@ -15,7 +15,7 @@ from d2surgery.cli import output
 from d2surgery.errors import raise_errors, refuse
 from d2surgery.files.plain import plain
 from d2surgery.files.whole import write_whole
-from d2surgery.formats.layout import NAMES
+from d2surgery.kinds import TABLE
 from d2surgery.reporting.tidy import COLUMNS, Row, by_type
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def mean(values: Iterable[float | int | None]) -> float | None:
 
 
 def kinds(checkpoint: Checkpoint) -> str:
-    return " and ".join(NAMES[kind] for kind in checkpoint.layout.kinds)
+    return " and ".join(TABLE[kind].title for kind in checkpoint.layout.kinds)
 
 
 def prose(text: str) -> Iterator[str]:

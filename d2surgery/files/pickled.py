@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from d2surgery.errors import Problem, raise_errors, refuse
-from d2surgery.files.header import Header, TensorInfo
-from d2surgery.files.tensors import NAMES
+from d2surgery.files.header import Header
+from d2surgery.files.tensors import NAMES, header_of
 
 
 def read_pickled_header(path: Path) -> Header:
@@ -15,11 +15,7 @@ def read_pickled_header(path: Path) -> Header:
 
     Raises D2SurgeryError PICKLE, as `read_pickled` does.
     """
-    tensors = {
-        name: TensorInfo(path, NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
-        for name, tensor in read_pickled(path).items()
-    }
-    return Header((path,), tensors, {})
+    return header_of(read_pickled(path), path)
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:

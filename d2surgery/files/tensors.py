@@ -2,12 +2,14 @@
 
 import os
 import threading
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from d2surgery.errors import refuse
-from d2surgery.files.header import TensorInfo
+from d2surgery.files.header import Header, TensorInfo
 
 DTYPES = {
     "F64": torch.float64,
@@ -74,6 +76,15 @@ def read_tensor(info: TensorInfo) -> Tensor:
         with info.file.open("rb", buffering=0) as file:
             read_into(file.fileno(), as_bytes(data), info.start)
     return data.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def header_of(loaded: Mapping[str, Tensor], path: Path = Path()) -> Header:
+    """The header of tensors at hand; `path` is where they come from, if anywhere."""
+    tensors = {
+        name: TensorInfo(path, NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+        for name, tensor in loaded.items()
+    }
+    return Header((path,), tensors, {}, loaded)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -212,7 +212,7 @@ def _with_replacements(base: Directory, checkpoint: Checkpoint, dtype: torch.dty
     layout = checkpoint.layout
     weights = BaseWeights(base)
     raise_errors([*layout.problems, *sites(layout, weights.header, weights.config).problems])
-    kind = kind or model_kind(base, layout.config.get("task_type"))
+    kind = kind or model_kind(base, layout.about.task)
     labels = _new_labels(checkpoint)
     model, missing = _load(Path(base), kind, dtype, {} if labels is None else {"num_labels": labels})
     names = dict(model.named_modules())
@@ -235,7 +235,7 @@ def _with_replacements(base: Directory, checkpoint: Checkpoint, dtype: torch.dty
 def _new_labels(checkpoint: Checkpoint) -> int | None:
     """The classes of a classification head that the adapter brings; None when it brings none."""
     layout = checkpoint.layout
-    if layout.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+    if layout.about.task not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
     heads = [k for name, k in layout.replacements.items() if name.endswith(("score.weight", "classifier.weight"))]
     return layout.header.tensors[heads[0]].shape[0] if heads else None

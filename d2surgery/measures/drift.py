@@ -1,7 +1,8 @@
 """Drift: how far an adapter moves the length and the direction of every vector of a base weight.
 
-Everything follows, per vector, from how w' lies to w: `along` it and `across` it (MATH, section 3). The change of
-length along w, not the length itself, is what is computed, so that no result is a difference of nearly equal numbers.
+Everything follows, per vector, from how w' lies to w: `along` it and `across` it (docs/mathematics.md#drift). The
+change of length along w, not the length itself, is what is computed, so that no result is a difference of nearly equal
+numbers.
 """
 
 from collections.abc import Iterator, Sequence

@@ -54,7 +54,7 @@ def _config(base: dict[str, Any], layout: Layout, landing: Landing, dtype: str |
 
 def _new_labels(base: dict[str, Any], layout: Layout, landing: Landing) -> int | None:
     """The classes of a classification head that the adapter brings and the base's config does not expect."""
-    if layout.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+    if layout.about.task not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
     heads = [site for name, site in landing.sites.items() if name.endswith(("score.weight", "classifier.weight"))]
     count = next((site.shape[0] for site in heads if site.source is None), None)

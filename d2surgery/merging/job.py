@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from d2surgery.checkpoint import Checkpoint, opened
+from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import FLOATS, TensorInfo
@@ -63,7 +63,7 @@ class Job:
     @classmethod
     def of(cls, fitted: Fit, dtype: str | None, device: str) -> "Job":
         """`dtype`: of every floating-point output, None to keep the base's."""
-        checkpoint = opened(fitted.layout)
+        checkpoint = Checkpoint(fitted.layout)
         return cls(
             checkpoint, fitted.base, fitted.landing, fitted.problems, dtype, fitted.strength, find_device(device)
         )
@@ -117,7 +117,7 @@ class Job:
         """All that decides the bytes written. The files' times stand in the journal, not in the receipt."""
         return {
             "files": self.base.opened,
-            "adapter": hashlib.sha256(json.dumps([adapter_hashes, dict(self.layout.config)]).encode()).hexdigest(),
+            "adapter": hashlib.sha256(json.dumps([adapter_hashes, _decisive(self.layout)]).encode()).hexdigest(),
             "versions": [version("d2surgery"), torch.__version__],
             "dtype": self.dtype,
             "strength": self.strength,
@@ -300,6 +300,11 @@ def _check_disk(partial: Partial, need: int) -> None:
     free = free_space(partial.out)
     if need - done > free:
         raise refuse("DISK_FULL", "not begun", file=str(partial.out), wanted=f"{need - done} bytes", got=f"{free}")
+
+
+def _decisive(layout: Layout) -> list[Any]:
+    """What decides the values of an adapter beside its tensors."""
+    return [[module, entry.scaling, dict(entry.settings)] for module, entry in layout.adapters.items()]
 
 
 def _is_path(base_model: str | None) -> bool:

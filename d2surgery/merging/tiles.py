@@ -199,9 +199,8 @@ class TileMerger:
 
     def crosses_tiles(self, patch: Patch) -> bool:
         """Whether its adapter normalises vectors that lie across rows of the stored tensor."""
-        adapter = self.checkpoint.layout.adapters[patch.module]
-        normalises = adapter.kind == "dora" or (adapter.kind == "d2lora" and adapter.form != "update")
-        return normalises and (adapter.along == "out_features") == patch.transposed
+        axis = self.checkpoint.layout.adapters[patch.module].axis
+        return axis is not None and (axis == "out_features") == patch.transposed
 
     def _working_copy(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """The tile in the dtype of the work; on a CPU always in the same memory, which costs no page faults."""

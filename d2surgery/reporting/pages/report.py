@@ -9,7 +9,7 @@ from math import isfinite, sqrt
 from statistics import median
 
 from d2surgery.auditing.findings import Audit
-from d2surgery.formats.layout import NAMES
+from d2surgery.kinds import TABLE
 from d2surgery.measures.drift import Drift
 from d2surgery.measures.likeness import Likeness, likeness
 from d2surgery.reporting.figures import drifts, spectra
@@ -63,7 +63,7 @@ def report_page(survey: Survey, found: Audit | None = None) -> str:
 
 
 def _what(measured: Sequence[Measured], base: str | None) -> str:
-    kinds = Counter(" and ".join(NAMES[kind] for kind in m.layout.kinds) for m in measured)
+    kinds = Counter(" and ".join(TABLE[kind].title for kind in m.layout.kinds) for m in measured)
     what = joined([f"{_number_word(count)} {kind} adapter{'s' * (count > 1)}" for kind, count in kinds.items()])
     bases = sorted({m.layout.base_model for m in measured if m.layout.base_model})
     for_ = f" for {safe(joined(bases))}" if bases else ""
@@ -249,7 +249,7 @@ def _file_facts(m: Measured) -> list[str]:
     scalings = [entry.scaling for entry in entries if entry.scaling is not None]
     ranks = ["+".join(str(rank) for rank in entry.ranks.values()) for entry in entries]
     return [
-        " and ".join(NAMES[kind] for kind in m.layout.kinds),
+        " and ".join(TABLE[kind].title for kind in m.layout.kinds),
         str(len(m.spectra)),
         ", ".join(dict.fromkeys(ranks)),
         ", ".join(dict.fromkeys(f"{scaling:.4g}" for scaling in scalings)),
@@ -281,7 +281,7 @@ def _module_table(measured: Sequence[Measured]) -> str:
         named = types(m.spectra)
         for module in m.spectra:
             words = [text_cell(module), *([text_cell(m.label)] if several else []), text_cell(named[module])]
-            line = [*words, text_cell(NAMES[m.kinds[module]]), *_spectrum_cells(m, module)]
+            line = [*words, text_cell(TABLE[m.kinds[module]].title), *_spectrum_cells(m, module)]
             line += _drift_cells(m.drifts.get(module)) if drifted else []
             line += [number_cell(m.intruders[module].count if module in m.intruders else None)] if intruded else []
             lines.append(line)
