@@ -1,6 +1,6 @@
 """`d2surgery audit`: is the merged checkpoint the base with the adapter?"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,11 +15,10 @@ from d2surgery.cli import measured, output
 from d2surgery.cli.options import device_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.evaluating.items import read_prompts
-from d2surgery.evaluating.tasks import read_task
+from d2surgery.evaluating.tasks import Progress, read_task
 from d2surgery.files.whole import write_whole
 from d2surgery.reporting import audit_files
 
-Progress = Callable[[int, int], None]
 Given = TypeVar("Given")
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _DIRECTORY = click.Path(path_type=Path)

@@ -127,8 +127,10 @@ def spectra(
 
         return store.get(adapter, weight, method, compute) if store else compute()
 
-    kinds = {entry.kind for entry in checkpoint.layout.adapters.values()}
-    thin = of == "update" or kinds == {"lora"} or (where is None and "duallora" not in kinds)
+    thin = all(
+        entry.rank is not None and (of == "update" or where is None or entry.axis is None)
+        for entry in checkpoint.layout.adapters.values()
+    )  # from factors alone: each module is small work, so each core has one of its own
     yield from _each(places(checkpoint), measure, progress, threads=_cores() if thin and target.type == "cpu" else 1)
 
 

@@ -335,3 +335,8 @@ def test_pure_functions_write_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     first, second = (spectrum_figures.spectrum_fan(found, nominal(found)) for _ in range(2))
     assert texts(first.figure) == texts(second.figure)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plot_prints_in_a_line(found: dict[str, Spectrum]) -> None:
+    plot = spectrum_figures.size_map(found)
+    assert repr(plot) == f"Plot('size_map': Size, by layer and module type, {len(found)} numbers)"
