@@ -34,6 +34,18 @@ class Problem:
         return f"{self.code}{f' {where}' if where else ''}: {self.message}{f' ({details})' if details else ''}"
 
 
+class Problems:
+    """What has been found wrong so far, to be said all at once."""
+
+    def __init__(self, file: str = "") -> None:
+        self.file = file  # of problems that name none
+        self.all: list[Problem] = []
+
+    def __call__(self, code: str, message: str, severity: Severity = "error", **where: str) -> None:
+        where.setdefault("file", self.file)
+        self.all.append(Problem(code=code, message=message, severity=severity, **where))
+
+
 class D2SurgeryError(Exception):
     """Raised with every problem that was found, not only the first."""
 

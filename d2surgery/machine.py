@@ -5,7 +5,6 @@ import os
 import resource
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -29,6 +28,8 @@ def ahead(
     No more than `in_hand` items (threads + 1) are worked on or wait for their turn. The first error in that order is
     raised. Whatever ends it waits for the items being worked on; `stopping` is set to let them come to an end sooner.
     """
+    from concurrent.futures import ThreadPoolExecutor  # a tenth of what it takes to describe an adapter
+
     with ThreadPoolExecutor(threads) as pool:
         todo = iter(items)
         running = deque(pool.submit(work, item) for item in islice(todo, in_hand or threads + 1))

@@ -113,7 +113,7 @@ class Thin(Adapter):
             return Triple(squares, *sums(*rows_first(base_weight, P, Q, along)))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class OneProduct(Thin):
     """ΔW = s·B·A."""
 

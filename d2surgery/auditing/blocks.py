@@ -16,7 +16,7 @@ from d2surgery.auditing.replay import Tally, base_part, merged_part, width_of
 from d2surgery.files.tensors import DTYPES
 from d2surgery.merging.job import Job
 from d2surgery.merging.tiles import cuts
-from d2surgery.placement.sites import Patch
+from d2surgery.placement.site import Patch
 
 _ENTRIES = 1 << 18  # enough to tell a fault of which rounding leaves a few hundredths
 _HEAD = 128  # a block begins at a multiple of this many rows, so that it holds whole attention heads

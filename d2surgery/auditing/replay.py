@@ -21,7 +21,7 @@ from d2surgery.files.tensors import DTYPES, as_bytes, let_go, read_into
 from d2surgery.machine import workers
 from d2surgery.measures.fidelity import Comparison, Survival, bits, compare, measured
 from d2surgery.merging.tiles import Steps, Tile, TileMerger, all_finite, cuts, part_of
-from d2surgery.placement.sites import Patch
+from d2surgery.placement.site import Patch
 
 WHOLE = 1 << 24  # entries: the largest weight held whole, for recipes that normalise across tiles
 _SAMPLE = 64  # rows on which recipes are told apart

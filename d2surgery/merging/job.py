@@ -32,7 +32,8 @@ from d2surgery.measures.fidelity import Survival, survival
 from d2surgery.merging.companions import companions
 from d2surgery.merging.tiles import Output, Steps, TileMerger, all_finite, tiles
 from d2surgery.placement.fit import Fit, fit
-from d2surgery.placement.sites import Landing, Site
+from d2surgery.placement.site import Site
+from d2surgery.placement.sites import Landing
 
 RECEIPT = "d2surgery_merge.json"
 

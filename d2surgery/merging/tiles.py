@@ -24,7 +24,7 @@ from d2surgery.files.header import BITS, FLOATS, TensorInfo
 from d2surgery.files.tensors import DTYPES, Workspace, as_bytes, read_into, rounded
 from d2surgery.files.writer import Entry
 from d2surgery.machine import ahead
-from d2surgery.placement.sites import Patch, Site
+from d2surgery.placement.site import Patch, Site
 
 TILE = 1 << 19  # entries; with what is computed from them, small enough for the cache that cores share
 _LEAST_ROWS = 4  # products of one to three rows take other code paths in the linear-algebra library

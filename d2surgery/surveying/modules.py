@@ -27,7 +27,8 @@ from d2surgery.machine import ahead, one_thread
 from d2surgery.measures.drift import Drift, drift
 from d2surgery.measures.likeness import Difference, difference
 from d2surgery.measures.spectrum import Method, Of, Spectrum, delta_spectrum, update_spectrum
-from d2surgery.placement.sites import Patch, Site, sites
+from d2surgery.placement.site import Patch, Site
+from d2surgery.placement.sites import sites
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
@@ -127,10 +128,9 @@ def spectra(
 
         return store.get(adapter, weight, method, compute) if store else compute()
 
-    thin = all(
-        entry.rank is not None and (of == "update" or where is None or entry.axis is None)
-        for entry in checkpoint.layout.adapters.values()
-    )  # from factors alone: each module is small work, so each core has one of its own
+    entries = checkpoint.layout.adapters.values()
+    updates = all(entry.rank is not None for entry in entries)
+    thin = of == "update" or (updates and (where is None or all(entry.axis is None for entry in entries)))
     yield from _each(places(checkpoint), measure, progress, threads=_cores() if thin and target.type == "cpu" else 1)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from d2surgery import BaseWeights, D2LoRA, from_adapters, merge, save
 from d2surgery.files.header import TensorInfo
 from d2surgery.merging.tiles import TILE, Output, tiles
-from d2surgery.placement.sites import Patch, Site
+from d2surgery.placement.site import Patch, Site
 
 
 @given(rows=st.integers(1, 5000), columns=st.sampled_from([1, 7, 2048, 1 << 19, 1 << 22]))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from d2surgery.errors import Problem, Severity
+from d2surgery.errors import Problems
 from d2surgery.files.header import FLOATS, Header, TensorInfo
 from d2surgery.formats.layout import AdapterLayout, Layout, Rows, Slot, Stored
 from d2surgery.formats.peft.config import Config, ends_with, methods, peft_type, version_of
@@ -27,7 +27,7 @@ from d2surgery.kinds import TABLE, Kind, kind_with
 def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float], disagrees: bool) -> Layout:
     """The layout of a file. exact: scalings to the last bit; disagrees: the config inside the file is another."""
     config = Config(found, exact)
-    say = _Problems(header.files[0].name if header.files else "")
+    say = Problems(header.files[0].name if header.files else "")
     if disagrees:
         say("CONFIG_DISAGREES", "adapter_config.json is not the config inside the file", severity="warning")
     method = found.get("peft_type")
@@ -54,18 +54,6 @@ def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float]
     return _layout(header, config, keys, adapters, say)
 
 
-class _Problems:
-    """What has been found wrong so far."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-        self.all: list[Problem] = []
-
-    def __call__(self, code: str, message: str, severity: Severity = "error", **where: str) -> None:
-        where.setdefault("file", self.file)
-        self.all.append(Problem(code=code, message=message, severity=severity, **where))
-
-
 @dataclass
 class _Group:
     """The tensors found for one module, before they are known to fit."""
@@ -75,7 +63,7 @@ class _Group:
 
 
 def _layout(
-    header: Header, config: Config, keys: "_Keys", adapters: Mapping[str, AdapterLayout], say: _Problems
+    header: Header, config: Config, keys: "_Keys", adapters: Mapping[str, AdapterLayout], say: Problems
 ) -> Layout:
     return Layout(
         path=header.files[0],
@@ -100,7 +88,7 @@ class _Keys:
 
     header: Header
     config: Config
-    say: _Problems
+    say: Problems
     groups: dict[str, _Group] = field(default_factory=dict)
     replacements: dict[str, str] = field(default_factory=dict)
     rows: dict[str, Rows] = field(default_factory=dict)
@@ -204,7 +192,7 @@ class _Modules:
 
     header: Header
     config: Config
-    say: _Problems
+    say: Problems
 
     def adapter(self, name: str, group: _Group) -> AdapterLayout | None:
         """None when something is wrong with it."""
