@@ -16,7 +16,7 @@ from d2surgery import formats
 from d2surgery.adapters import KINDS, Adapter
 from d2surgery.errors import raise_errors, refuse
 from d2surgery.files.header import Header, TensorInfo, is_pickle
-from d2surgery.files.tensors import NAMES, read_tensor
+from d2surgery.files.tensors import STORED_NAMES, read_tensor
 from d2surgery.formats import peft
 from d2surgery.formats.layout import RANK_GROUPS, Layout
 
@@ -152,7 +152,7 @@ def from_adapters(adapters: Mapping[str, Adapter], config: Mapping[str, Any] = M
         for slot, tensor in adapter.slots().items()
     }
     infos = {
-        key: TensorInfo(Path(), NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+        key: TensorInfo(Path(), STORED_NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
         for key, tensor in tensors.items()
     }
     scaling = {module: float(adapter.scaling) for module, adapter in adapters.items()}

@@ -62,6 +62,12 @@ class Header:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
 
+    @property
+    def usual_dtype(self) -> str | None:
+        """The dtype of most floating-point tensors; None where there are none."""
+        count = Counter(info.dtype for info in self.tensors.values() if info.dtype in FLOATS)
+        return count.most_common(1)[0][0] if count else None
+
 
 def read_header(path: Path) -> Header:
     """Read and check the header of one file. Raises D2SurgeryError with every fault found."""

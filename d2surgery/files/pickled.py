@@ -7,7 +7,7 @@ from torch import Tensor
 
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.header import Header, TensorInfo
-from d2surgery.files.tensors import NAMES
+from d2surgery.files.tensors import STORED_NAMES
 
 
 def read_pickled_header(path: Path) -> Header:
@@ -16,7 +16,7 @@ def read_pickled_header(path: Path) -> Header:
     Raises D2SurgeryError PICKLE, as `read_pickled` does.
     """
     tensors = {
-        name: TensorInfo(path, NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+        name: TensorInfo(path, STORED_NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
         for name, tensor in read_pickled(path).items()
     }
     return Header((path,), tensors, {})
@@ -60,7 +60,7 @@ def _load(path: Path) -> object:
 
 
 def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and value.dtype in NAMES
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.dtype in STORED_NAMES
 
 
 def _kind(value: object) -> str:

@@ -48,6 +48,14 @@ def fit(base: str | os.PathLike[str], adapter: str | os.PathLike[str], strength:
     return Fit(layout, weights, landing, strength, tuple(problems))
 
 
+def new_labels(layout: Layout) -> int | None:
+    """The classes of a classification head that the adapter brings; None when it brings none."""
+    if layout.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None
+    heads = [k for name, k in layout.replacements.items() if name.endswith(("score.weight", "classifier.weight"))]
+    return layout.header.tensors[heads[0]].shape[0] if heads else None
+
+
 def _unconsumed(layout: Layout, landing: Landing) -> Iterator[Problem]:
     """Conservation: what no site uses and no problem names would be lost silently. Here it is named."""
     modules = {patch.module for site in landing.sites.values() for patch in site.patches}
