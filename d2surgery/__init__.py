@@ -5,7 +5,7 @@ from typing import Any
 
 _PUBLIC = {  # name -> the module that defines it
     **dict.fromkeys(("Problem", "D2SurgeryError"), "errors"),
-    **dict.fromkeys(("Layout", "AdapterLayout"), "formats.layout"),
+    **dict.fromkeys(("About", "Layout", "AdapterLayout"), "formats.layout"),
     "open_layout": "formats",
     "LowRank": "adapters.lowrank",
     **dict.fromkeys(("Adapter", "LoRA", "DoRA", "DualLoRA", "D2LoRA", "KINDS"), "adapters"),

@@ -1,43 +1,38 @@
-"""Checkpoint: a layout with its tensors, loaded when asked for."""
+"""Checkpoint: an adapter as a value. It knows no format: a layout says what there is, tensors come when asked for."""
 
-import json
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from math import prod, sqrt
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from d2surgery import formats
 from d2surgery.adapters import KINDS, Adapter
-from d2surgery.errors import raise_errors, refuse
-from d2surgery.files.header import Header, TensorInfo, is_pickle
-from d2surgery.files.tensors import STORED_NAMES, read_tensor
-from d2surgery.formats import peft
-from d2surgery.formats.layout import RANK_GROUPS, Layout
-
-_OF_TRAINING: dict[str, tuple[str, ...]] = {"lora": (), "dora": (), "duallora": ("ste",), "d2lora": ("detach_norm",)}
-"""Fields that change no value, only the gradient: the config keeps them under `training`."""
+from d2surgery.errors import refuse
+from d2surgery.files.tensors import NAMES, header_of, read_tensor
+from d2surgery.formats.layout import About, AdapterLayout, Layout, Rows, Slot, Stored
+from d2surgery.kinds import TABLE
 
 
 class Checkpoint(Mapping[str, Adapter]):
-    """The adapters of a file, by module; each access reads that module's tensors, in their stored dtype.
+    """The adapters by module; each access reads that module's tensors, in their stored dtype.
 
-    A module with several experts has one adapter per expert: ask `adapter(module, expert)`.
+    A module with several experts has one adapter per expert: ask `adapter(module, expert)`. `layout` has all that is
+    known without numbers: replaced tensors and token rows too, what the file says of itself, and its problems.
     """
 
-    def __init__(self, layout: Layout, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._tensors = tensors
+
+    def __repr__(self) -> str:
+        return f"Checkpoint{repr(self.layout).removeprefix('Layout')}"
 
     @property
     def in_memory(self) -> bool:
         """Whether the tensors are held, and not read from the file when asked for."""
-        return self._tensors is not None
+        return self.layout.header.loaded is not None
 
     def __getitem__(self, module: str) -> Adapter:
         experts = self.layout.adapters[module].experts
@@ -53,7 +48,8 @@ class Checkpoint(Mapping[str, Adapter]):
 
     def tensor(self, key: str) -> Tensor:
         """A tensor by its key in the file, as stored."""
-        return read_tensor(self.layout.header.tensors[key]) if self._tensors is None else self._tensors[key]
+        loaded = self.layout.header.loaded
+        return read_tensor(self.layout.header.tensors[key]) if loaded is None else loaded[key]
 
     def adapter(self, module: str, expert: int = 0) -> Adapter:
         """The adapter of one module: factors as (r, in) and (out, r), a convolution's kernel flattened into in.
@@ -63,26 +59,26 @@ class Checkpoint(Mapping[str, Adapter]):
         entry = self.layout.adapters[module]
         if entry.scaling is None:
             raise refuse("MISSING_CONFIG", "the scaling is unknown", file=str(self.layout.path), module=module)
-        slots = {slot: self._matrix(slot, key) for slot, key in entry.slots.items() if slot != "bias"}
+        vectors = TABLE[entry.kind].vectors
+        slots = {name: self._matrix(slot, flat=name in vectors) for name, slot in entry.slots.items() if name != "bias"}
         if entry.experts > 1:
             rank = entry.ranks["update"]
             slots["A"] = slots["A"][expert * rank : (expert + 1) * rank]
             slots["B"] = slots["B"][:, expert :: entry.experts]
-        extra: dict[str, Any] = {"along": entry.along} if entry.along else {}
-        if entry.kind == "d2lora":
-            extra |= {"tau": entry.tau, "form": entry.form}
-        training = self.layout.config.get("training")
-        if isinstance(training, Mapping):
-            extra |= {name: training[name] for name in _OF_TRAINING[entry.kind] if name in training}
-        return KINDS[entry.kind](scaling=entry.scaling, **slots, **extra)
+        return KINDS[entry.kind](scaling=entry.scaling, **slots, **entry.settings)
 
     def bias(self, module: str) -> Tensor:
         """lora_bias's vector (out,), which is added to the base's bias times the scaling."""
-        return self.tensor(self.layout.adapters[module].slots["bias"])
+        return self.tensor(self.layout.adapters[module].slots["bias"].key)
 
-    def _matrix(self, slot: str, key: str) -> Tensor:
-        tensor = self.tensor(key)
-        return tensor.reshape(-1) if slot == "magnitude" else tensor.reshape(tensor.shape[0], -1)
+    def _matrix(self, slot: Slot, *, flat: bool) -> Tensor:
+        tensor = self.tensor(slot.key)
+        if slot.rows is not None:
+            tensor = tensor[slice(*slot.rows)]
+        if flat:
+            return tensor.reshape(-1)
+        matrix = tensor.reshape(tensor.shape[0], -1)
+        return matrix.T if slot.transposed else matrix
 
 
 def load(adapter: str | os.PathLike[str]) -> Checkpoint:
@@ -90,124 +86,108 @@ def load(adapter: str | os.PathLike[str]) -> Checkpoint:
 
     Misfits are in `.layout.problems`. Raises D2SurgeryError when the file cannot be read at all.
     """
-    return opened(formats.open_layout(adapter))
+    return Checkpoint(formats.open_layout(adapter))
 
 
-def opened(layout: Layout) -> Checkpoint:
-    """The checkpoint of a layout that was read from a file."""
-    if not is_pickle(layout.path):
-        return Checkpoint(layout)
-    from d2surgery.files.pickled import read_pickled  # the one reader that must load everything
+def save(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, format: str = "peft") -> None:
+    """Write a checkpoint in a format: "peft" is adapter_config.json and adapter_model.safetensors as PEFT writes them.
 
-    return Checkpoint(layout, read_pickled(layout.path))
-
-
-def save(checkpoint: Checkpoint, directory: str | os.PathLike[str]) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as PEFT writes them, the config also in the header.
-
-    Raises D2SurgeryError OUTPUT_EXISTS when the directory already holds an adapter.
+    Raises D2SurgeryError OUTPUT_EXISTS when the directory already holds an adapter, FORMAT_CANNOT_HOLD with all that
+    the format has no place for, and the checkpoint's own problems; nothing is written then.
     """
     out = Path(directory)
-    layout = checkpoint.layout
-    raise_errors(layout.problems)
     target = out / "adapter_model.safetensors"
     if target.exists():
         raise refuse("OUTPUT_EXISTS", "an adapter is there already", file=str(target))
-    out.mkdir(parents=True, exist_ok=True)
-    config = dict(layout.config)
-    scaling = {module: entry.scaling for module, entry in layout.adapters.items()}
-    ours = json.dumps({"config": config, "scaling": scaling}, sort_keys=True)
-    tensors = {name: checkpoint.tensor(key).contiguous() for name, key in peft.names(layout).items()}
-    partial = target.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"format": "pt", peft.METADATA: ours})
-    _sort_metadata(partial)
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-    partial.replace(target)
+    formats.write(checkpoint, out, format)
 
 
-def _sort_metadata(file: Path) -> None:
-    """safetensors writes metadata in an order of chance: sorted, the same adapter is the same file, hash and all."""
-    with file.open("r+b") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length  # the same entries in another order, padded with spaces
-        stream.seek(8)
-        stream.write(text.ljust(length))
+def from_adapters(
+    adapters: Mapping[str, Adapter | Sequence[Adapter]],
+    about: About = About(),  # noqa: B008  # a frozen value
+    *,
+    embeddings: Collection[str] = (),
+    kernels: Mapping[str, tuple[int, ...]] | None = None,
+    biases: Mapping[str, Tensor] | None = None,
+    replacements: Mapping[str, Tensor] | None = None,
+    rows: Mapping[str, tuple[Sequence[int], Tensor]] | None = None,
+) -> Checkpoint:
+    """A checkpoint of adapters by module, of any kinds, ranks and scalings.
 
+    adapters: an adapter, or one per expert for a parameter that stacks experts. embeddings: the modules that are
+    embeddings, in_features their tokens. kernels: of the modules that are convolutions (in_channels, *kernel), whose
+    product is in_features. biases: by module, (out,), added to the base's bias times the scaling. replacements: by base
+    tensor name, what stands in its place. rows: by base tensor name, row numbers and what stands in theirs.
 
-def from_adapters(adapters: Mapping[str, Adapter], config: Mapping[str, Any] = MappingProxyType({})) -> Checkpoint:
-    """A checkpoint of linear modules from adapters of one kind, ready to be saved.
-
-    `config` adds or overrides fields of adapter_config.json (base_model_name_or_path, task_type, …).
+    Raises D2SurgeryError USAGE for nothing at all and for experts that differ in more than their numbers.
     """
-    kinds = {adapter.kind for adapter in adapters.values()}
-    if len(kinds) != 1:
-        raise refuse("USAGE", "one file holds one kind", got=", ".join(sorted(kinds)) or "no adapters")
-    full = {**_config(adapters), **config}
-    tensors = {
-        peft.key_of(module, slot): tensor.detach()
-        for module, adapter in adapters.items()
-        for slot, tensor in adapter.slots().items()
-    }
-    infos = {
-        key: TensorInfo(Path(), STORED_NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
-        for key, tensor in tensors.items()
-    }
-    scaling = {module: float(adapter.scaling) for module, adapter in adapters.items()}
-    metadata = {peft.METADATA: json.dumps({"config": full, "scaling": scaling})}
-    layout = formats.layout(Header((Path("adapter_model.safetensors"),), infos, metadata), full)
-    return Checkpoint(layout, tensors)
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, AdapterLayout] = {}
+    kernels, biases = kernels or {}, biases or {}
+    for module, given in adapters.items():
+        each = [given] if isinstance(given, Adapter) else list(given)
+        stored: Stored = (
+            "embedding" if module in embeddings
+            else "conv" if module in kernels
+            else "experts" if not isinstance(given, Adapter)
+            else "linear"
+        )  # fmt: skip
+        entry, own = _entry(module, each, stored, kernels.get(module, ()))
+        if module in biases:
+            own[f"{module}.bias"] = biases[module]
+            entry = replace(entry, slots={**entry.slots, "bias": Slot(f"{module}.bias")})
+        entries[module] = entry
+        tensors |= own
+    for target, tensor in (replacements or {}).items():
+        tensors[f"replacement {target}"] = tensor.detach()
+    for target, (_, tensor) in (rows or {}).items():
+        tensors[f"rows of {target}"] = tensor.detach()
+    if not tensors:
+        raise refuse("USAGE", "there is nothing in it", got="no adapters")
+    layout = Layout(
+        path=Path("adapter_model.safetensors"),
+        format="",
+        header=header_of(tensors),
+        about=about,
+        adapters=entries,
+        replacements={target: f"replacement {target}" for target in replacements or {}},
+        rows={target: Rows(f"rows of {target}", tuple(numbers)) for target, (numbers, _) in (rows or {}).items()},
+    )
+    return Checkpoint(layout)
 
 
-def _config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    """The config that reads back as these adapters: the commonest rank and alpha, patterns for the rest."""
-    kind = next(iter(adapters.values())).kind
-    ranks = {module: _ranks(adapter) for module, adapter in adapters.items()}
-    alphas = {module: float(a.scaling) * _divisor(a, ranks[module]) for module, a in adapters.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    shown = {module: r[0] if kind != "duallora" else list(r) for module, r in ranks.items() if r != rank}
-    config = {
-        "peft_type": peft.PEFT_TYPES[kind],
-        "base_model_name_or_path": None,
-        "task_type": None,
-        "inference_mode": True,
-        "lora_alpha": _plain(alpha),
-        "rank_pattern": shown,
-        "alpha_pattern": {module: _plain(a) for module, a in alphas.items() if a != alpha},
-        "target_modules": sorted(adapters),
-    }
-    training = {name: _same(adapters, name) for name in _OF_TRAINING[kind]}
-    if kind == "duallora":
-        return config | {"r1": rank[0], "r2": rank[1], "format_version": 1, "training": training}
-    config["r"] = rank[0]
-    if kind == "d2lora":
-        return config | {"tau": _same(adapters, "tau"), "along": _same(adapters, "along"),
-                         "form": _same(adapters, "form"), "format_version": 1, "training": training}  # fmt: skip
-    config |= {"use_dora": kind == "dora", "use_rslora": False, "bias": "none", "fan_in_fan_out": False}
-    if kind == "dora" and _same(adapters, "along") != "out_features":
-        raise refuse("USAGE", "PEFT's DoRA keeps one magnitude per output feature", got="along in_features")
-    return config
-
-
-def _ranks(adapter: Adapter) -> tuple[int, ...]:
-    slots = adapter.slots()
-    return tuple(slots[down].shape[0] for down in RANK_GROUPS[adapter.kind].values())
-
-
-def _divisor(adapter: Adapter, ranks: tuple[int, ...]) -> float:
-    """What alpha is divided by to give the scaling."""
-    return sqrt(prod(ranks)) if adapter.kind == "duallora" else ranks[0]
-
-
-def _same(adapters: Mapping[str, Adapter], field: str) -> Any:
-    values = {getattr(adapter, field) for adapter in adapters.values()}
-    if len(values) != 1:
-        raise refuse("USAGE", f"one file holds one {field}", got=", ".join(map(str, sorted(values))))
-    return values.pop()
-
-
-def _plain(number: float) -> float | int:
-    return int(number) if number == int(number) else number
+def _entry(
+    module: str, adapters: list[Adapter], stored: Stored, kernel: tuple[int, ...]
+) -> tuple[AdapterLayout, dict[str, Tensor]]:
+    """One module's adapters as names and shapes, and their tensors by key; experts packed as `adapter` unpacks them."""
+    first = adapters[0]
+    row = TABLE[first.kind]
+    settings = {f.name: getattr(first, f.name) for f in fields(first) if f.name in (*row.settings, *row.training)}
+    slots = first.slots()
+    if len(adapters) > 1 and first.kind != "lora":
+        raise refuse("USAGE", "only LoRA exists for parameters that stack experts", module=module, got=first.kind)
+    for other in adapters[1:]:
+        alike = {f.name: getattr(other, f.name) for f in fields(other) if f.name in settings}
+        same = (other.kind, other.scaling, alike) == (first.kind, first.scaling, settings)
+        if not same or {n: t.shape for n, t in other.slots().items()} != {n: t.shape for n, t in slots.items()}:
+            raise refuse("USAGE", "experts of one parameter have one kind, rank and scaling", module=module)
+    if len(adapters) > 1:
+        every = [adapter.slots() for adapter in adapters]
+        slots = {"A": torch.cat([each["A"] for each in every]),
+                 "B": torch.stack([each["B"] for each in every], 2).reshape(first.out_features, -1)}  # fmt: skip
+    tensors = {f"{module}.{slot}": tensor.detach() for slot, tensor in slots.items()}
+    entry = AdapterLayout(
+        module=module,
+        kind=first.kind,
+        stored=stored,
+        slots={slot: Slot(f"{module}.{slot}") for slot in slots},
+        ranks={name: first.slots()[group.down].shape[0] for name, group in row.groups.items()},
+        out_features=first.out_features,
+        in_features=first.in_features,
+        dtype=NAMES[next(iter(slots.values())).dtype],
+        scaling=float(first.scaling),
+        settings=settings,
+        kernel=kernel,
+        experts=len(adapters),
+    )
+    return entry, tensors

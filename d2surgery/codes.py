@@ -80,6 +80,10 @@ CODES: dict[str, Code] = {
         "The keys are those of another adapter format than PEFT's; its scaling is not read by this version.",
         "Convert it to PEFT's form with the tool that wrote it.",
     ),
+    "FORMAT_CANNOT_HOLD": Code(
+        "The format to be written has no place for part of the adapter.",
+        "Choose another format, or convert or leave out what it cannot hold.",
+    ),
     "UNKNOWN_FORMAT": Code("No adapter format known here uses these keys.", "Check that this is an adapter file."),
     "UNKNOWN_TENSOR": Code(
         "A tensor that no known adapter form explains.",

@@ -46,7 +46,7 @@ def make(
 
 
 def effective(adapter: Adapter, W: Tensor) -> Any:
-    """W' by the formulas of MATH, section 1, in the precision of numpy's long double."""
+    """W' by the formulas of docs/mathematics.md#the-four-kinds, in the precision of numpy's long double."""
     base = W.double().numpy().astype(np.longdouble)
     slots = {name: slot.double().numpy().astype(np.longdouble) for name, slot in adapter.slots().items()}
     s = np.longdouble(adapter.scaling)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2surgery import KINDS, Adapter, from_adapters, save
+from d2surgery import KINDS, About, Adapter, from_adapters, save
 
 TYPES = {"self_attn.q_proj": (20, 16), "mlp.down_proj": (16, 24)}
 RANK = 4
@@ -42,7 +42,7 @@ def write_adapter(
         moved: dict[str, Any] = {slot: _moved(slot, tensor, generator) for slot, tensor in fresh.slots().items()}
         name = list(names)[at] if names else list(modules(layers))[at]
         adapters[name] = replace(fresh, **moved)
-    save(from_adapters(adapters, {"base_model_name_or_path": "org/base"}), directory)
+    save(from_adapters(adapters, About(base_model="org/base")), directory)
     return directory
 
 

@@ -7,7 +7,7 @@ import torch
 from kinds import make
 from models import byte_tokenizer, llama, scatter
 
-from d2surgery import from_adapters, merge, save
+from d2surgery import About, from_adapters, merge, save
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 258}
 
@@ -31,6 +31,6 @@ def build(folder: Path, kind: str, dtype: str) -> Speaker:
         name.removesuffix(".weight"): make(kind, weight.float(), size=0.02, seed=seed).to(dtype=torch.float32)
         for seed, (name, weight) in enumerate(weights.items())
     }
-    save(from_adapters(adapters, {"task_type": "CAUSAL_LM"}), here.adapter)
+    save(from_adapters(adapters, About(task="CAUSAL_LM")), here.adapter)
     merge(here.base, here.adapter, here.merged)
     return here

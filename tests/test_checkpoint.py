@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from d2surgery.adapters import KINDS, Adapter, D2LoRA, DoRA, DualLoRA, LoRA
 from d2surgery.checkpoint import Checkpoint, from_adapters, load, save
 from d2surgery.errors import D2SurgeryError
 from d2surgery.files.base import BaseWeights
+from d2surgery.formats.layout import About
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -58,7 +60,7 @@ def test_adapters_read_back_to_the_bit(tmp_path: Path, kind: str, dtype: torch.d
         "layers.0.k": make(kind, rank=3, scaling=1 / 3, dtype=dtype),
         "layers.1.q": make(kind, rank=3, scaling=2 / 7 * 1e-5, dtype=dtype),
     }
-    save(from_adapters(adapters, {"base_model_name_or_path": "org/base"}), tmp_path / "a")
+    save(from_adapters(adapters, About(base_model="org/base")), tmp_path / "a")
     back = load(tmp_path / "a")
     assert back.layout.problems == ()
     assert back.layout.base_model == "org/base"
@@ -84,14 +86,17 @@ def test_choices_of_training_stand_in_the_config_and_come_back(
     adapter = make(kind, **options)
     save(from_adapters({"q": adapter}), tmp_path / "a")
     back = load(tmp_path / "a")
-    assert options.items() <= back.layout.config["training"].items()
-    for name in back.layout.config["training"]:
+    assert options.items() <= back.layout.about.training.items()
+    for name in back.layout.about.training:
         assert getattr(back["q"], name) == getattr(adapter, name)
 
 
 def test_a_choice_of_training_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)  # test_adapters' import hook would speak first
-    save(from_adapters({"q": make("duallora")}, {"training": {"ste": "straight"}}), tmp_path / "a")
+    save(from_adapters({"q": make("duallora")}), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"training": {"ste": "straight"}}))
     with pytest.raises(D2SurgeryError, match="BAD_CONFIG: No such ste"):
         load(tmp_path / "a")["q"]
 
@@ -142,6 +147,44 @@ def test_a_file_of_pefts_reads_and_writes_back_to_the_bit(
     assert torch.equal(case.forward(loaded), case.unmerged)
 
 
+@pytest.mark.parametrize("name", PLACES)
+def test_the_same_checkpoint_made_of_its_parts_is_the_same_to_peft(
+    built: Callable[[str], Built], tmp_path: Path, name: str
+) -> None:
+    """Nothing of the file's config is given: it is made anew from the adapters and what the file says of itself."""
+    case = built(name)
+    first = load(case.adapter)
+    save(rebuilt(first), tmp_path / "a")
+    again = load(tmp_path / "a")
+    assert [p for p in again.layout.problems if p.severity != "info"] == []
+    assert again.layout.adapters.keys() == first.layout.adapters.keys()
+    for module, entry in first.layout.adapters.items():
+        for expert in range(entry.experts):
+            assert_same(again.adapter(module, expert), first.adapter(module, expert))
+    loaded, _ = loading(case, tmp_path / "a")
+    assert torch.equal(case.forward(loaded), case.unmerged)
+
+
+def rebuilt(checkpoint: Checkpoint) -> Checkpoint:
+    """Through `from_adapters`, from values alone."""
+    layout = checkpoint.layout
+    stored = {module: entry.stored for module, entry in layout.adapters.items()}
+    adapters = {
+        module: [checkpoint.adapter(module, expert) for expert in range(entry.experts)]
+        if entry.stored == "experts" else checkpoint[module]
+        for module, entry in layout.adapters.items()
+    }  # fmt: skip
+    return from_adapters(
+        adapters,
+        replace(layout.about, settings={}),
+        embeddings=[module for module in stored if stored[module] == "embedding"],
+        kernels={module: entry.kernel for module, entry in layout.adapters.items() if entry.kernel},
+        biases={module: checkpoint.bias(module) for module, e in layout.adapters.items() if "bias" in e.slots},
+        replacements={target: checkpoint.tensor(key) for target, key in layout.replacements.items()},
+        rows={target: (rows.indices, checkpoint.tensor(rows.key)) for target, rows in layout.rows.items()},
+    )
+
+
 def loading(case: Built, adapter: Path) -> tuple[Any, list[str]]:
     """The model with the adapter by PEFT, and what PEFT and transformers warned of."""
     model = case.load(case.base)
@@ -174,7 +217,7 @@ def test_one_expert_is_asked_for_by_number(built: Callable[[str], Built]) -> Non
     module = next(m for m in checkpoint if m.endswith("down_proj"))
     with pytest.raises(D2SurgeryError, match="4 experts"):
         checkpoint[module]
-    A, B = (f64(checkpoint.tensor(checkpoint.layout.adapters[module].slots[slot])) for slot in "AB")
+    A, B = (f64(checkpoint.tensor(checkpoint.layout.adapters[module].keys[slot])) for slot in "AB")
     for expert in range(4):
         adapter = checkpoint.adapter(module, expert)
         assert (f64(adapter.slots()["A"]) == A[3 * expert : 3 * expert + 3]).all()
@@ -185,7 +228,7 @@ def test_the_same_adapter_is_the_same_file(tmp_path: Path) -> None:
     """safetensors alone would write two orders of metadata, by chance: 16 of one are a chance in 32,768."""
     adapter = LoRA.init(torch.zeros(3, 4), rank=1, scaling=1.0, generator=torch.Generator().manual_seed(0))
     for number in range(16):
-        save(from_adapters({"ä.\x7f": adapter}, {"base_model_name_or_path": 'a"ü\n\u2028'}), tmp_path / str(number))
+        save(from_adapters({"ä.\x7f": adapter}, About(base_model='a"ü\n\u2028')), tmp_path / str(number))
     assert len({file.read_bytes() for file in tmp_path.rglob("*.safetensors")}) == 1
     (found,) = load(tmp_path / "0").values()
     assert torch.equal(found.slots()["A"], adapter.A)
@@ -206,20 +249,31 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
 
 COLUMNS = DoRA(A=numbers(2, 5), B=numbers(6, 2), magnitude=numbers(5), scaling=1.0, along="in_features")
 REFUSED: list[tuple[Mapping[str, Adapter], str]] = [
-    ({}, "no adapters"),
-    ({"q": make("lora"), "k": make("dora")}, "dora, lora"),
+    ({"q": make("lora"), "k": make("dora")}, "dora on k, lora on q"),
     ({"q": make("dora", along="out_features"), "k": COLUMNS}, "one along"),
     ({"k": COLUMNS}, "per output"),
     ({"q": make("d2lora", tau=0.1), "k": make("d2lora", tau=0.2)}, "one tau"),
     ({"q": make("d2lora", form="update"), "k": make("d2lora")}, "one form"),
-]  # fmt: skip
+    ({"q": make("duallora", ste="mask"), "k": make("duallora")}, "one ste"),
+]
 
 
 @pytest.mark.parametrize(("adapters", "part"), REFUSED)
-def test_what_one_file_cannot_hold_is_refused(adapters: Mapping[str, Adapter], part: str) -> None:
+def test_what_one_file_cannot_hold_is_refused_before_anything_is_written(
+    tmp_path: Path, adapters: Mapping[str, Adapter], part: str
+) -> None:
+    checkpoint = from_adapters(adapters)
+    for module, adapter in adapters.items():
+        assert_same(checkpoint[module], adapter)
     with pytest.raises(D2SurgeryError, match=part) as error:
-        from_adapters(adapters)
-    assert [problem.code for problem in error.value.problems] == ["USAGE"]
+        save(checkpoint, tmp_path / "a")
+    assert {problem.code for problem in error.value.problems} == {"FORMAT_CANNOT_HOLD"}
+    assert not (tmp_path / "a").exists()
+
+
+def test_nothing_is_no_checkpoint() -> None:
+    with pytest.raises(D2SurgeryError, match="no adapters"):
+        from_adapters({})
 
 
 def test_without_a_scaling_there_is_no_adapter(built: Callable[[str], Built], tmp_path: Path) -> None:

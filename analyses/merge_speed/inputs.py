@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from d2surgery import KINDS, from_adapters, save
+from d2surgery import KINDS, About, from_adapters, save
 
 INIT, SCALING, TAU, MAGNITUDE_CHANGE = 0.02, 2.0, 0.5, 0.01
 
@@ -52,8 +52,7 @@ def write(directory: Path, shape: dict[str, int], rank: int, generator: torch.Ge
             if kind == "dora":
                 slots["magnitude"] = norms[module] * (1 + MAGNITUDE_CHANGE / INIT * normal(out_features))
             adapters[module] = cls(scaling=SCALING, **slots, **({"tau": TAU} if kind == "d2lora" else {}))
-        fields = {"base_model_name_or_path": "synthetic", "task_type": "CAUSAL_LM"}
-        save(from_adapters(adapters, fields), directory / kind)
+        save(from_adapters(adapters, About(base_model="synthetic", task="CAUSAL_LM")), directory / kind)
     files = sorted(directory.rglob("*.safetensors"))
     print(json.dumps({f"{path.parent.name}/{path.name}": sha256(path) for path in files}))
 

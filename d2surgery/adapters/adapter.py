@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal, TypedDict, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar, get_args, get_origin
 
 import torch
 from jaxtyping import Float, Float64
@@ -15,6 +15,7 @@ from d2surgery.adapters.forwards import Axis
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.adapters.vectors import Triple, Weight
 from d2surgery.errors import Problem, raise_errors
+from d2surgery.kinds import TABLE
 
 Some = TypeVar("Some", bound="Adapter")
 
@@ -64,9 +65,14 @@ class Adapter(ABC):
         return None
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the values beside the slots and the scaling."""
+        return {name: getattr(self, name) for name in TABLE[self.kind].settings}
+
+    @property
     def normalises(self) -> bool:
         """Whether the delta of a part needs the triple of the whole vectors."""
-        return False
+        return TABLE[self.kind].axis(self.settings) is not None
 
     @property
     def out_features(self) -> int:

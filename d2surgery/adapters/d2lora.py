@@ -55,10 +55,6 @@ class D2LoRA(Thin):
         )
 
     @property
-    def normalises(self) -> bool:
-        return self.form != "update"
-
-    @property
     def sets_norm(self) -> bool:
         return self.form != "projected_plus_update"
 

@@ -46,10 +46,6 @@ class DoRA(OneProduct):
             along=along,
         )
 
-    @property
-    def normalises(self) -> bool:
-        return True
-
     def _target(self, triple: Triple) -> Tensor:
         return self.magnitude.double()
 

@@ -3,7 +3,7 @@
 First the merge is replayed: our own way, then by the bank of recipes. What no recipe gives bit for bit is measured:
 its strength λ̂ with a standard error, and whether what is left is rounding. What is wrong gets a name.
 
-The rules, per module (MATH, section 4):
+The rules, per module (docs/mathematics.md#strength):
 - Every bit as a recipe gives it: right.
 - A usual fault leaves less unexplained than a right merge does, significantly: that fault.
 - λ̂ off by more than `strength_fail` and five standard errors: WRONG_STRENGTH; by less than `strength_pass`: right; in

@@ -14,7 +14,7 @@ from d2surgery.auditing.faults import Case
 from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.replay import Mismatch, base_part, merged_part
 from d2surgery.merging.prepared import Prepared
-from d2surgery.merging.tiles import crosses_tiles, row_ranges
+from d2surgery.merging.tiles import row_ranges
 from d2surgery.placement.sites import Patch
 
 _ENTRIES = 1 << 18  # enough to tell a fault of which rounding leaves a few hundredths
@@ -28,7 +28,7 @@ def diagnosis_of(prepared: Prepared, first: Mismatch, before: Diagnosis) -> Diag
     row, column = divmod(element, columns.stop)
     flat = Block(prepared, pair, patch, _about(row, rows, columns), columns)
     tall = Block(prepared, pair, patch, rows, _about(column, columns, rows))
-    block = tall if crosses_tiles(prepared.merger.adapter(patch), patch) else flat
+    block = tall if prepared.merger.crosses_tiles(patch) else flat
     found = diagnose(block.case(), block.merged(), before)
     if found.residual_rank is None:
         return found
@@ -67,7 +67,6 @@ class Block:
             triple=self.triple,
             strength=fit.strength,
             entry=fit.layout.adapters[self.patch.module],
-            adapter_config=fit.layout.config,
             base_config=fit.base.config,
             dtype=self.pair.dtype,
         )

@@ -6,7 +6,6 @@ does not apply (a rectangular weight has no transposed delta) and several weight
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import sqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from d2surgery.adapters.forwards import Axis
 from d2surgery.adapters.vectors import Triple
 from d2surgery.files.tensors import rounded
 from d2surgery.formats.layout import AdapterLayout
+from d2surgery.kinds import TABLE
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class Case:
     triple: Callable[[Adapter], Triple | None]  # of vectors that reach beyond the block; None: there are none
     strength: float
     entry: AdapterLayout
-    adapter_config: Mapping[str, Any]
     base_config: Mapping[str, Any]
     dtype: torch.dtype  # of the merged file
 
@@ -54,7 +53,7 @@ Fault = Callable[[Case], Iterator[Named]]
 
 def hypotheses(case: Case) -> Iterator[Named]:
     """Every fault that could have been made here, the plainest first."""
-    for fault in FAULTS[""] + FAULTS[case.adapter.kind] + LAST:
+    for fault in GENERAL + FAULTS.get(case.adapter.kind, (_scaled_again, _scaling)) + LAST:
         yield from fault(case)
 
 
@@ -79,30 +78,10 @@ def _again(case: Case, once: Tensor) -> Tensor:
 
 def scalings(case: Case) -> dict[str, float]:
     """What usually stands in the place of the scaling, and which factor too much that is."""
-    s, config, entry = float(case.adapter.scaling), case.adapter_config, case.entry
-    rank = sqrt(_product(entry)) if entry.kind == "duallora" else float(next(iter(entry.ranks.values())))
-    alpha = s * (sqrt(rank) if config.get("use_rslora") else rank)
-    wrong = {"alpha": alpha, "1, no scaling": 1.0, "the scaling squared": s * s, "1/the scaling": 1 / s if s else 0.0}
-    if config.get("use_rslora"):
-        wrong = {"alpha/r instead of alpha/√r": alpha / rank} | wrong
-    else:
-        wrong = {"alpha/√r instead of alpha/r": alpha / sqrt(rank)} | wrong
-    general = config.get("lora_alpha"), config.get("r")
-    if config.get("alpha_pattern") or config.get("rank_pattern"):
-        usual_alpha, usual_rank = (x if isinstance(x, int | float) else None for x in general)
-        if usual_alpha and usual_rank:
-            root = sqrt if config.get("use_rslora") else float
-            wrong["alpha/r of the config, no patterns"] = usual_alpha / root(usual_rank)
-            wrong["alpha of the config over this module's r"] = usual_alpha / root(rank)
-            wrong["this module's alpha over r of the config"] = alpha / root(usual_rank)
+    s = float(case.adapter.scaling)
+    wrong = dict(case.entry.misread) | {"1, no scaling": 1.0, "the scaling squared": s * s}
+    wrong["1/the scaling"] = 1 / s if s else 0.0
     return {what: value / s for what, value in wrong.items() if s and abs(value / s - 1) > 1e-6}
-
-
-def _product(entry: AdapterLayout) -> float:
-    product = 1.0
-    for rank in entry.ranks.values():
-        product *= rank
-    return product
 
 
 def _scaling(case: Case) -> Iterator[Named]:
@@ -126,10 +105,9 @@ def _transposed(case: Case) -> Iterator[Named]:
     adapter = case.adapter
     if adapter.out_features != adapter.in_features:
         return
-    pairs = {"A": "B", "C": "D", "A_plus": "B_plus", "A_minus": "B_minus"}
-    slots = adapter.slots()
-    turned = {low: slots[up].T for low, up in pairs.items() if low in slots}
-    turned |= {up: slots[low].T for low, up in pairs.items() if low in slots}
+    slots, turned = adapter.slots(), dict[str, Any]()
+    for group in TABLE[adapter.kind].groups.values():
+        turned |= {group.down: slots[group.up].T, group.up: slots[group.down].T}
     other = replace(adapter, **turned)
     yield Named("DELTA_TRANSPOSED", "the update was transposed", lambda: case.with_(other))
 
@@ -260,8 +238,8 @@ def head_size(case: Case) -> int | None:
     return size if isinstance(size, int) else None
 
 
-FAULTS: dict[str, tuple[Fault, ...]] = {
-    "": (_strength, _merged_twice),
+GENERAL: tuple[Fault, ...] = (_strength, _merged_twice)
+FAULTS: dict[str, tuple[Fault, ...]] = {  # of a kind; what is not listed may be wrong by its scaling
     "lora": (_scaling,),
     "dora": (_magnitude, _scaled_again, _scaling, _dora_twice),
     "duallora": (_direction, _scaling),

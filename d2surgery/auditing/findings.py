@@ -6,6 +6,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 from d2surgery.errors import Problem
+from d2surgery.files.plain import plain
 from d2surgery.measures.fidelity import Survival
 
 if TYPE_CHECKING:
@@ -157,17 +158,8 @@ def several(names: list[str]) -> str:
 
 
 def _plain(record: Any) -> dict[str, Any]:
-    """A record of other modules as JSON values, problems left out: they are among the reasons."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, float):
-            return finite(value)
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items() if key != "problems"}
-        return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-    document: dict[str, Any] = plain(asdict(record))
-    return document
+    """A record of other modules as JSON values, its problems left out: they are among the reasons."""
+    return {name: value for name, value in plain(record).items() if name != "problems"}
 
 
 def _problem(problem: Problem) -> dict[str, str]:

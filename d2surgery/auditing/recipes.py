@@ -37,11 +37,12 @@ class Recipe:
 
     name: str
     what: str
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...]  # none: any kind
     merge: Callable[[Operands], Tensor]
 
-
-ALL = ("lora", "dora", "duallora", "d2lora")
+    def fits(self, kind: str) -> bool:
+        """Whether its merger knows the kind."""
+        return not self.kinds or kind in self.kinds
 
 
 def _ours(it: Operands) -> Tensor:
@@ -165,7 +166,7 @@ def _widened(it: Operands) -> Tensor:
 LORA, DORA = ("lora",), ("dora",)
 BOTH = LORA + DORA
 RECIPES = (
-    Recipe(OURS, "one precision above the output, rounded once", ALL, _ours),
+    Recipe(OURS, "one precision above the output, rounded once", (), _ours),
     Recipe("peft", "PEFT merge_and_unload: delta in float32, rounded once", BOTH, _peft_once),
     Recipe("peft-safe", "PEFT safe_merge, and embeddings: delta first rounded to the base's dtype", LORA, _peft_safe),
     Recipe("peft-loaded", "PEFT, the base first cast to the file's dtype", BOTH, _peft_loaded),
@@ -178,8 +179,8 @@ RECIPES = (
     Recipe("scaled-first", "(s·B)·A in float32, added, rounded once", LORA, _scaled_once),
     Recipe("torchtune", "torchtune: all in the file's dtype, (s·B)·A first", LORA + DORA, _torchtune),
     Recipe("addmm", "unsloth: addmm(W0, B, A, alpha=s) in float32, rounded once", LORA, _addmm),
-    Recipe("float32", "everything in float32, rounded once", ALL, _in_float32),
-    Recipe("delta-rounded", "delta rounded to the file's dtype, then added", ALL, _delta_rounded),
-    Recipe("loaded", "as ours, the base first cast to the file's dtype", ALL, _loaded),
-    Recipe("widened", "merged in the base's dtype, then stored in a wider one", ALL, _widened),
+    Recipe("float32", "everything in float32, rounded once", (), _in_float32),
+    Recipe("delta-rounded", "delta rounded to the file's dtype, then added", (), _delta_rounded),
+    Recipe("loaded", "as ours, the base first cast to the file's dtype", (), _loaded),
+    Recipe("widened", "merged in the base's dtype, then stored in a wider one", (), _widened),
 )

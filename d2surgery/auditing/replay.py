@@ -25,7 +25,6 @@ from d2surgery.merging.tiles import (
     Tile,
     TileMerger,
     all_finite,
-    crosses_tiles,
     row_ranges,
     row_tile,
 )
@@ -210,7 +209,7 @@ class Pass:
             bank = self._bank(patch)
             few = cache(lambda recipe: self._few(recipe, made))
             # Products of other shapes than the whole may differ in their last bits, of which 16 bits show few.
-            crosses = crosses_tiles(made.tile.adapter, patch)
+            crosses = self.merger.crosses_tiles(patch)
             share = (1 / 8 if merged.itemsize > 2 else 1 / 64) if crosses else 0
             for recipe in bank:
                 if recipe.name == OURS or _differing(*few(recipe)) <= share:
@@ -227,7 +226,7 @@ class Pass:
 
     def _bank(self, patch: Patch) -> list[Recipe]:
         """The recipes of this kind, the one that fitted last first."""
-        fitting = [recipe for recipe in self.recipes if self.kinds[patch.module] in recipe.kinds]
+        fitting = [recipe for recipe in self.recipes if recipe.fits(self.kinds[patch.module])]
         if self.merger.strength != 1:
             fitting = [recipe for recipe in fitting if recipe.name == OURS]
         return sorted(fitting, key=lambda recipe: recipe is not self.favourite)
@@ -235,7 +234,7 @@ class Pass:
     def _few(self, recipe: Recipe, made: Made) -> tuple[Tensor, Tensor]:
         """A few vectors as the recipe makes them, and as they are in the file."""
         tile, pair = made.tile, self.pair
-        if not crosses_tiles(tile.adapter, tile.patch):
+        if not self.merger.crosses_tiles(tile.patch):
             rows = self._rows_by(recipe, made, min(_SAMPLE, tile.last - tile.first))
             return rows, made.merged[: rows.numel()]
         patch, columns = tile.patch, slice(0, min(_SAMPLE, pair.output.matrix[1]))
@@ -252,7 +251,7 @@ class Pass:
         tile = made.tile
         if recipe.name == OURS:
             return made.ours
-        if not crosses_tiles(tile.adapter, tile.patch):
+        if not self.merger.crosses_tiles(tile.patch):
             return self._rows_by(recipe, made, tile.last - tile.first)
         whole = self._whole_by(recipe, tile)
         first = tile.patch.start

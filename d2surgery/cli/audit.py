@@ -15,6 +15,7 @@ from d2surgery.cli.options import device_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.evaluating.items import read_prompts
 from d2surgery.evaluating.tasks import read_task
+from d2surgery.files.whole import write_whole
 from d2surgery.reporting import audit_files
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -114,13 +115,13 @@ def _by_receipt(asked: dict[str, Any], progress: Any) -> Audit:
 
 def _write(found: Audit, html: Path | None, junit: Path | None, sarif: Path | None) -> None:
     if junit is not None:
-        measured.write_whole(junit, audit_files.junit(found))
+        write_whole(junit, audit_files.junit(found))
     if sarif is not None:
-        measured.write_whole(sarif, audit_files.sarif(found))
+        write_whole(sarif, audit_files.sarif(found))
     if html is not None:
         from d2surgery.reporting.pages.audit import audit_page  # plotly, where a page is asked for
 
-        measured.write_whole(html, audit_page(found))
+        write_whole(html, audit_page(found))
 
 
 # Text ------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from d2surgery.cli.inspect import describe
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.tensors import rounded
 from d2surgery.formats import open_layout
-from d2surgery.formats.layout import NAMES
+from d2surgery.formats.layout import About
+from d2surgery.kinds import TABLE
 from d2surgery.machine import one_thread
 from d2surgery.measures.fidelity import Survival
 from d2surgery.merging import merge, plan
@@ -129,7 +130,7 @@ def _trained(kind: str, weights: BaseWeights) -> Checkpoint:
             base_weight = weights[name].float()
             fresh = KINDS[kind].init(base_weight, rank=RANK, scaling=2.0, generator=generator)
             adapters[name.removesuffix(".weight")] = _moved(fresh, generator)
-    return from_adapters(adapters, {"base_model_name_or_path": "d2surgery/demo", "task_type": "CAUSAL_LM"})
+    return from_adapters(adapters, About(base_model="d2surgery/demo", task="CAUSAL_LM"))
 
 
 def _moved(fresh: Adapter, generator: torch.Generator) -> Adapter:
@@ -169,7 +170,7 @@ def _broken(base: Path, adapter: Path, merged: Path, broken: Path) -> Iterator[s
 
 
 def _report(base: Path, adapters: Sequence[Path], path: Path, *, kept: bool) -> Iterator[str]:
-    from d2surgery.reporting.pages.report import report  # plotly
+    from d2surgery.cli.report import report  # plotly
 
     began = time.monotonic()
     path.write_text(report([str(adapter) for adapter in adapters], base=base), encoding="utf-8")
@@ -183,6 +184,6 @@ def _summary(outcomes: Sequence[Outcome]) -> Iterator[str]:
     rows = [["kind", "kept by rounding", "elements rounded otherwise", "audit", "seconds"]]
     for kind, survival, wrong, verdict, seconds in outcomes:
         kept = f"{100 * survival.gain:.1f} %"
-        rows.append([NAMES[kind], kept, f"{wrong} of {survival.elements}", verdict, f"{seconds:.1f}"])
+        rows.append([TABLE[kind].title, kept, f"{wrong} of {survival.elements}", verdict, f"{seconds:.1f}"])
     yield from output.table(rows)
     yield "Rounding otherwise is by one unit in the last place, where float32 and float64 fall on two sides of a tie."

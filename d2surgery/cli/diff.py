@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -11,11 +11,13 @@ from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import progress_bar
 from d2surgery.errors import refuse
+from d2surgery.measures.likeness import SIDES, Difference, Likeness, likeness, phi
 from d2surgery.measures.subspace import Similarity
-from d2surgery.reporting.tidy import Pair, Row, difference_rows, pair, phi
-from d2surgery.surveying.modules import Difference, differences, places
+from d2surgery.reporting.tidy import Row, difference_rows
+from d2surgery.surveying.modules import differences, places
 
-SIDES = ("in_features", "out_features")
+if TYPE_CHECKING:
+    from d2surgery.reporting.figures.parts import Plot
 
 
 class Compared(NamedTuple):
@@ -24,7 +26,7 @@ class Compared(NamedTuple):
     modules: Mapping[str, Difference]
     only_first: list[str]
     only_second: list[str]
-    whole: Pair
+    whole: Likeness
 
 
 @click.command(name="diff")
@@ -50,8 +52,7 @@ def command(adapters: tuple[str, ...], **options: Any) -> int:
         return [row for each in found for row in difference_rows(each.modules, f"{each.first} and {each.second}")]
 
     measured.show(outputs, {"pairs": [_record(each) for each in found]}, _text(found, outputs.per_layer), rows)
-    if outputs.plot is not None:
-        _draw(outputs.plot, adapters, found, say=outputs.show_progress)
+    measured.draw(outputs, lambda: _figures(adapters, found), f"{len(adapters)} adapters compared")
     return 0
 
 
@@ -62,21 +63,19 @@ def _compared(
         raise refuse("USAGE", "the adapters have no module in common", wanted=first[0], got=second[0])
     names = [[place.name for place in places(checkpoint)] for _, checkpoint in (first, second)]
     only = [[name for name in each if name not in modules] for each in names]
-    return Compared(first[0], second[0], modules, only[0], only[1], pair(modules))
+    return Compared(first[0], second[0], modules, only[0], only[1], likeness(modules))
 
 
-def _draw(path: Path, adapters: Sequence[str], found: Sequence[Compared], *, say: bool) -> None:
-    from d2surgery.reporting.figures import parts as plots
+def _figures(adapters: Sequence[str], found: Sequence[Compared]) -> list["Plot"]:
+    from d2surgery.reporting.figures import likeness as figures  # plotly, and only where figures are drawn
 
     labels = [Path(adapter).name or adapter for adapter in adapters]
     wholes = dict(zip(combinations(range(len(adapters)), 2), (each.whole for each in found), strict=True))
-    figures = [plots.similarity_matrix(labels, wholes)]
+    plots = [figures.similarity_matrix(labels, wholes)]
     for (i, j), each in zip(wholes, found, strict=True):
         names = (labels[i], labels[j])
-        figures += [plots.similarity_by_depth(each.modules, names), plots.subspaces_by_depth(each.modules, names)]
-    for line in measured.wrote(measured.write_figures(figures, path, f"{len(adapters)} adapters compared")):
-        if say:
-            output.emit(line)
+        plots += [figures.similarity_by_depth(each.modules, names), figures.subspaces_by_depth(each.modules, names)]
+    return plots
 
 
 # As JSON --------------------------------------------------------------------------------------------------------------
@@ -115,7 +114,7 @@ def _text(found: Sequence[Compared], per_layer: bool) -> Iterator[str]:
         yield ""
         rows = [["", "cosine", "φ in", "φ out", "signs"], ["all modules", *_cells(compared.whole)]]
         for name, modules in measured.groups(compared.modules, per_layer).items():
-            rows.append([name, *_cells(pair({module: compared.modules[module] for module in modules}))])
+            rows.append([name, *_cells(likeness({module: compared.modules[module] for module in modules}))])
         rows.append(["by chance", *_chance(compared.whole)])
         yield from output.table(rows)
         yield ""
@@ -126,16 +125,16 @@ def _text(found: Sequence[Compared], per_layer: bool) -> Iterator[str]:
     )
 
 
-def verdict(whole: Pair) -> str:
+def verdict(whole: Likeness) -> str:
     """One sentence on how alike two adapters are."""
-    return f"{whole.likeness()}: cosine {whole.cosine:z.3f}, by chance ±{whole.cosine_null:.1g}."
+    return f"{whole.in_words()}: cosine {whole.cosine:z.3f}, by chance ±{whole.cosine_null:.1g}."
 
 
-def _cells(whole: Pair) -> list[str]:
+def _cells(whole: Likeness) -> list[str]:
     return [_number(value) for value in (whole.cosine, whole.in_features, whole.out_features, whole.signs)]
 
 
-def _chance(whole: Pair) -> list[str]:
+def _chance(whole: Likeness) -> list[str]:
     return [f"±{whole.cosine_null:.1g}", *map(_number, (whole.in_null, whole.out_null, whole.signs_null))]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -14,6 +14,9 @@ from d2surgery.files.base import BaseWeights
 from d2surgery.measures.drift import Correlation, Drift, correlation
 from d2surgery.reporting.tidy import QUANTILES, drift_rows, quantiles
 from d2surgery.surveying.modules import drifts
+
+if TYPE_CHECKING:
+    from d2surgery.reporting.figures.parts import Plot
 
 Found = Mapping[str, Drift]
 
@@ -42,23 +45,19 @@ def command(adapter: str, base: Path, along: Axis | None, device: str, **options
         _text(checkpoint, found, related, outputs.per_layer),
         lambda: drift_rows(found, adapter),
     )
-    if outputs.plot is not None:
-        _draw(outputs.plot, adapter, found, say=outputs.show_progress)
+    measured.draw(outputs, lambda: _figures(found), f"Drift of {Path(adapter).name}")
     return 0
 
 
-def _draw(path: Path, adapter: str, found: Found, *, say: bool) -> None:
-    from d2surgery.reporting.figures import parts as plots
+def _figures(found: Found) -> list["Plot"]:
+    from d2surgery.reporting.figures import drifts as figures  # plotly, and only where figures are drawn
 
-    figures = [
-        plots.drift_by_depth(found),
-        plots.drift_distribution(found),
-        plots.magnitude_direction(found),
-        plots.relative_update_map(found),
+    return [
+        figures.drift_by_depth(found),
+        figures.drift_distribution(found),
+        figures.magnitude_direction(found),
+        figures.relative_update_map(found),
     ]
-    for line in measured.wrote(measured.write_figures(figures, path, f"Drift of {Path(adapter).name}")):
-        if say:
-            output.emit(line)
 
 
 def _document(checkpoint: Checkpoint, base: Path, found: Found, related: Correlation) -> dict[str, Any]:

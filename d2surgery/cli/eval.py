@@ -1,30 +1,28 @@
 """`d2surgery eval`: multiple-choice accuracy of a base, of it with an adapter live or merged, or the gap of the two."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from torch import nn
 
-from d2surgery.checkpoint import load
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import DTYPES, device_option, progress_bar
 from d2surgery.errors import refuse
-from d2surgery.evaluating.behaviour import as_json, compare_scores
+from d2surgery.evaluating.behaviour import compare_scores
 from d2surgery.evaluating.harness import harness_scores
 from d2surgery.evaluating.items import TEMPLATES, Template
 from d2surgery.evaluating.paired import mean_accuracy
+from d2surgery.evaluating.scoring import Models, scores
 from d2surgery.evaluating.tasks import WAYS, By, Progress, Score, Task, read_task, score_all
-from d2surgery.files.base import BaseWeights
+from d2surgery.files.plain import plain
 from d2surgery.files.tensors import DTYPES as TORCH_DTYPES
-from d2surgery.files.tensors import find_device
-from d2surgery.live.loading import load_model, stored_dtype, tokenizer_of, unmerged
-from d2surgery.live.quantization import QUANTIZATIONS, Quantization
+from d2surgery.files.whole import write_whole
+from d2surgery.live.quantization import QUANTIZATIONS
 
 _PATH = click.Path(path_type=Path)
 _WORDS = {"likelihood": "likelihood", "normalised": "likelihood per byte", "generation": "its own words"}
@@ -40,6 +38,19 @@ class Ways(click.ParamType[tuple[By, ...]]):
         if unknown := [way for way in asked if way not in WAYS]:
             self.fail(f"{', '.join(map(repr, unknown))}: the ways are {', '.join(WAYS)}", param, ctx)
         return tuple(way for way in WAYS if way in asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What is asked of each model, and how it answers."""
+
+    files: tuple[Path, ...]
+    more: tuple[Path, ...]
+    """Files too, by position: `--tasks one.json two.json`."""
+    harness: tuple[str, ...]
+    by: tuple[By, ...]
+    limit: int | None
+    template: Template
 
 
 @click.command(name="eval")
@@ -58,11 +69,7 @@ class Ways(click.ParamType[tuple[By, ...]]):
 @device_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print warnings only.")
-def command(
-    base: Path, adapter: str | None, merged: Path | None, files: tuple[Path, ...], harness: tuple[str, ...],
-    more: tuple[Path, ...], by: tuple[By, ...], limit: int | None, template: Template, dtype: str | None,
-    quantization: Quantization | None, items_file: Path | None, device: str, as_json: bool, quiet: bool,
-) -> int:  # fmt: skip
+def command(as_json: bool, quiet: bool, items_file: Path | None, **options: Any) -> int:
     """Accuracy on multiple-choice questions, with intervals.
 
     likelihood: the choice whose tokens are most probable after the prompt; normalised: the same per byte of the
@@ -74,75 +81,71 @@ def command(
     A task is a JSON list or JSON lines, plain or gzip, of {"question", "choices", "answer"} or of the commonsense
     form {"instruction", "input", "output", "answer"}.
     """
-    if not (files or harness):
-        raise refuse("USAGE", "nothing to answer", wanted="--tasks FILE or --harness TASK")
-    if quantization and merged and not adapter:
-        raise refuse(
-            "USAGE", "the base is not run, so --quantization has no effect", wanted="--adapter, or no --merged"
-        )
-    if items_file is not None and items_file.exists():
-        raise refuse("OUTPUT_EXISTS", "not overwritten", file=str(items_file))
-    tasks = [read_task(path, limit) for path in (*files, *more)]
+    models = _models(options)
+    questions = Questions(**options)
+    _check(models, questions, items_file)
+    tasks = [read_task(path, questions.limit) for path in (*questions.files, *questions.more)]
     output.hush("bitsandbytes")
     with progress_bar("answering", show=not (as_json or quiet), unit=" items") as progress:
-        run = partial(_answers, tasks, by, template, harness, limit)
-        scores = _scores(base, adapter, merged, dtype, quantization, device, run, progress)
+        found = scores(models, partial(_answers, tasks, questions), progress)
     if items_file is not None:
-        _write_items(items_file, scores)
-    document = _document(scores)
+        write_whole(items_file, _items(found))
+    document = _document(found)
     if as_json:
-        told = {"base": str(base), "adapter": adapter, "merged": str(merged) if merged else None, "template": template}
-        told |= {"quantization": quantization}
-        output.emit_json(told | document)
+        output.emit_json(_asked(models, questions) | document)
         return 0
     for line in () if quiet else _text(document):
         output.emit(line)
     return 0
 
 
-def _scores(
-    base: Path, adapter: str | None, merged: Path | None, dtype: str | None, quantization: Quantization | None,
-    device: str, run: Callable[[nn.Module, Any, Progress], list[Score]], progress: Progress,
-) -> dict[str, list[Score]]:  # fmt: skip
-    """Model -> its scores. One model at a time is in memory."""
-    where = find_device(device)
-    weights = [BaseWeights(directory) for directory in (merged, base) if directory is not None]
-    stored = torch.float32 if where.type == "cpu" else stored_dtype(weights[0].header)
-    chosen = TORCH_DTYPES[DTYPES[dtype]] if dtype else stored
-    tokenizer = tokenizer_of(*(w.directory for w in weights))
-    makers: dict[str, Callable[[], nn.Module]] = {}
-    if adapter is not None:
-        checkpoint = load(adapter)
-        makers["unmerged"] = lambda: unmerged(base, checkpoint, dtype=chosen, device=where, quantization=quantization)
-    if merged is not None:
-        makers["merged"] = lambda: load_model(merged, dtype=chosen, device=where)
-    if not makers:
-        makers["base"] = lambda: load_model(base, dtype=chosen, device=where, quantization=quantization)
-    found: dict[str, list[Score]] = {}
-    for at, (name, make) in enumerate(makers.items()):
+def _models(options: dict[str, Any]) -> Models:
+    """Those options that say which models answer, taken out of the others."""
+    dtype = options.pop("dtype")
+    names = ("base", "adapter", "merged", "quantization", "device")
+    return Models(dtype=TORCH_DTYPES[DTYPES[dtype]] if dtype else None, **{name: options.pop(name) for name in names})
 
-        def told(done: int, total: int, at: int = at) -> None:
-            progress(at * total + done, len(makers) * total)
 
-        found[name] = run(make(), tokenizer, told)
-    return found
+def _check(models: Models, questions: Questions, items_file: Path | None) -> None:
+    """Refuses before any work what could not be done."""
+    if not (questions.files or questions.harness):
+        raise refuse("USAGE", "nothing to answer", wanted="--tasks FILE or --harness TASK")
+    if models.quantization and models.merged and not models.adapter:
+        raise refuse(
+            "USAGE", "the base is not run, so --quantization has no effect", wanted="--adapter, or no --merged"
+        )
+    if items_file is not None and items_file.exists():
+        raise refuse("OUTPUT_EXISTS", "not overwritten", file=str(items_file))
 
 
 def _answers(
-    tasks: Sequence[Task], by: Sequence[By], template: Template, harness: Sequence[str], limit: int | None,
-    model: nn.Module, tokenizer: Any, progress: Progress,
-) -> list[Score]:  # fmt: skip
-    scores = score_all(model, tokenizer, tasks, by=by, template=template, progress=progress)
-    return scores + (harness_scores(model, tokenizer, harness, limit=limit) if harness else [])
+    tasks: Sequence[Task], questions: Questions, model: nn.Module, tokenizer: Any, progress: Progress
+) -> list[Score]:
+    by, template = questions.by, questions.template
+    found = score_all(model, tokenizer, tasks, by=by, template=template, progress=progress)
+    if questions.harness:
+        found += harness_scores(model, tokenizer, questions.harness, limit=questions.limit)
+    return found
 
 
-def _document(scores: dict[str, list[Score]]) -> dict[str, Any]:
+def _asked(models: Models, questions: Questions) -> dict[str, Any]:
+    """What was asked, as JSON."""
+    return {
+        "base": str(models.base),
+        "adapter": models.adapter,
+        "merged": str(models.merged) if models.merged else None,
+        "template": questions.template,
+        "quantization": models.quantization,
+    }
+
+
+def _document(found: dict[str, list[Score]]) -> dict[str, Any]:
     """Per model the accuracy of each task and their mean; with two models their gap."""
-    document: dict[str, Any] = {"models": {name: _accuracies(found) for name, found in scores.items()}}
-    if len(scores) == 2:
-        gap = compare_scores(*scores.values())
+    document: dict[str, Any] = {"models": {name: _accuracies(each) for name, each in found.items()}}
+    if len(found) == 2:
+        gap = compare_scores(*found.values())
         problems = [output.record(problem) for problem in gap.problems]
-        document |= {"task": as_json(gap) | {"problems": problems}, "problems": problems}
+        document |= {"task": plain(gap) | {"problems": problems}, "problems": problems}
     return document
 
 
@@ -160,16 +163,17 @@ def _accuracies(found: Sequence[Score]) -> dict[str, Any]:
     return {"tasks": tasks, "mean": means}
 
 
-def _write_items(path: Path, scores: dict[str, list[Score]]) -> None:
+def _items(answered: dict[str, list[Score]]) -> str:
+    """Every item's answers, one JSON object a line."""
     lines = []
-    for model, found in scores.items():
+    for model, found in answered.items():
         for score in found:
             record = asdict(score)
             for at, (gold, picked) in enumerate(zip(score.gold, score.picked, strict=True)):
                 line = {"model": model, "task": score.task, "by": score.by, "item": at, "gold": gold, "picked": picked}
                 details = {name: record[name][at] for name in ("log_likelihoods", "texts") if record[name]}
                 lines.append(json.dumps(line | details))
-    path.write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 # Text ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import click
 from d2surgery.cli import output
 from d2surgery.errors import Problem
 from d2surgery.formats import open_layout
-from d2surgery.formats.layout import NAMES, AdapterLayout, Layout
+from d2surgery.formats.layout import AdapterLayout, Layout
+from d2surgery.kinds import TABLE
 
 SEVERITIES = ("info", "warning", "error")  # from the mildest
 MANY = 3  # problems that differ only in their module are shown together from here
@@ -90,7 +91,7 @@ def _document(layout: Layout, numbers: Numbers | None) -> dict[str, Any]:
     return {
         "path": str(layout.path),
         "format": layout.format,
-        "peft_version": layout.config.get("peft_version"),
+        "peft_version": layout.about.version,
         "kinds": layout.kinds,
         "base_model": layout.base_model,
         "file_bytes": layout.path.stat().st_size,
@@ -118,14 +119,12 @@ def _module(adapter: AdapterLayout) -> dict[str, Any]:
         "rank": adapter.rank,
         "ranks": dict(adapter.ranks),
         "scaling": adapter.scaling,
-        "along": adapter.along,
-        "tau": adapter.tau,
-        "form": adapter.form,
+        **{name: adapter.settings.get(name) for name in ("along", "tau", "form")},
         "experts": adapter.experts,
         "out_features": adapter.out_features,
         "in_features": adapter.in_features,
         "dtype": adapter.dtype,
-        "slots": dict(adapter.slots),
+        "slots": adapter.keys,
     }
 
 
@@ -165,8 +164,8 @@ def _verdict(layout: Layout) -> list[str]:
     ]
     worst = SEVERITIES[_worst(layout.problems)] if layout.problems else "ok"
     verdict = output.style("OK" if worst in ("ok", "info") else worst.upper(), output.COLOURS[worst])
-    what = " and ".join(NAMES[kind] for kind in layout.kinds) or "no adapter"
-    version = f" {layout.config['peft_version']}" if layout.config.get("peft_version") else ""
+    what = " and ".join(TABLE[kind].title for kind in layout.kinds) or "no adapter"
+    version = f" {layout.about.version}" if layout.about.version else ""
     facts = [
         f"  file    {layout.path}, {output.size(layout.path.stat().st_size)}",
         f"  format  {layout.format}{version}",
@@ -208,10 +207,10 @@ def _leaf(module: str) -> str:
 
 def _row(group: list[AdapterLayout], per_layer: bool, numbers: Numbers | None) -> list[str]:
     first = group[0]
-    special = [NAMES[first.kind]] if first.kind != "lora" else []
+    special = [TABLE[first.kind].title] if first.kind != "lora" else []
     special += [first.stored] if first.stored in ("embedding", "conv") else []
     special += [f"{first.experts} experts"] if first.experts > 1 else []
-    special += [f"along {first.along}"] if first.kind == "d2lora" else []
+    special += [f"along {first.axis}"] if first.kind == "d2lora" else []
     return [
         first.module if per_layer else f"{_leaf(first.module)} ×{len(group)}",
         "rank " + _ranks(group),

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
-from torch import Tensor
 
 from d2surgery.checkpoint import Checkpoint, load
 from d2surgery.cli import output
 from d2surgery.errors import raise_errors, refuse
-from d2surgery.formats.layout import NAMES
-from d2surgery.reporting.tidy import COLUMNS, Row, types
+from d2surgery.files.plain import plain
+from d2surgery.files.whole import write_whole
+from d2surgery.kinds import TABLE
+from d2surgery.reporting.tidy import COLUMNS, Row, by_type
 
 if TYPE_CHECKING:
     from d2surgery.reporting.figures.parts import Plot
@@ -69,13 +70,6 @@ def require_folder(path: Path) -> None:
         raise refuse("FILE_MISSING", "there is no such folder to write to", file=str(path.parent))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Nothing half-written stands at the path."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def _check_figures(path: Path) -> None:
     if path.suffix.lower() not in (".html", *IMAGES):
         raise refuse("USAGE", "--plot", wanted="a file name that ends in .html, .png or .svg", got=path.name)
@@ -93,7 +87,7 @@ def open_adapter(adapter: str) -> Checkpoint:
 
 
 def show(outputs: Outputs, document: Mapping[str, Any], text: Iterable[str], rows: Callable[[], list[Row]]) -> None:
-    """The document or the text on stdout, the rows into the CSV file. Figures are drawn by the verb."""
+    """The document or the text on stdout, the rows into the CSV file. `draw` has the figures."""
     if outputs.csv is not None:
         write_csv(rows(), outputs.csv)
     if outputs.as_json:
@@ -110,29 +104,25 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
         writer.writerows(rows)
 
 
+def draw(outputs: Outputs, plots: Callable[[], Sequence["Plot"]], title: str) -> None:
+    """The figures that --plot asks for, and a line for each file. They are made only where they are asked for."""
+    if outputs.plot is None:
+        return
+    for line in wrote(write_figures(plots(), outputs.plot, title)):
+        if outputs.show_progress:
+            output.emit(line)
+
+
 def write_figures(plots: Sequence["Plot"], path: Path, title: str) -> list[Path]:
     """One page, or an image per figure: the first has the name asked for, the others a suffix before the ending."""
     from d2surgery.reporting.pages import parts as page  # plotly, and only where figures are drawn
 
     if path.suffix.lower() not in IMAGES:
-        path.write_text(page.figures_page(plots, title), encoding="utf-8")
+        write_whole(path, page.figures_page(plots, title))
         return [path]
     files = [path, *(path.with_name(f"{path.stem}-{plot.name}{path.suffix}") for plot in plots[1:])]
     page.write_images(plots, files)
     return files
-
-
-def plain(value: Any) -> Any:
-    """As JSON has it: null for what is not a finite number, lists for tensors."""
-    if isinstance(value, Tensor):
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return value if isfinite(value) else None
-    if hasattr(value, "_asdict"):
-        return plain(value._asdict())
-    if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
-    return [plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 # Text -----------------------------------------------------------------------------------------------------------------
@@ -142,10 +132,7 @@ def groups(modules: Iterable[str], per_layer: bool) -> dict[str, list[str]]:
     """`q_proj ×18` -> the modules of one type; or each module alone under its own name."""
     if per_layer:
         return {module: [module] for module in modules}
-    found: dict[str, list[str]] = {}
-    for module, type_ in types(modules).items():
-        found.setdefault(type_, []).append(module)
-    return {f"{type_} ×{len(members)}": members for type_, members in found.items()}
+    return {f"{type_} ×{len(members)}": members for type_, members in by_type(modules).items()}
 
 
 def mean(values: Iterable[float | int | None]) -> float | None:
@@ -155,7 +142,7 @@ def mean(values: Iterable[float | int | None]) -> float | None:
 
 
 def kinds(checkpoint: Checkpoint) -> str:
-    return " and ".join(NAMES[kind] for kind in checkpoint.layout.kinds)
+    return " and ".join(TABLE[kind].title for kind in checkpoint.layout.kinds)
 
 
 def prose(text: str) -> Iterator[str]:

@@ -1,16 +1,20 @@
 """`d2surgery report`: one HTML page that says what adapters do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
+from d2surgery.auditing import audit
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import cache_option, progress_bar
+from d2surgery.errors import refuse
+from d2surgery.files.whole import write_whole
 from d2surgery.measures.spectrum import Method
-from d2surgery.reporting.pages.report import report
+from d2surgery.reporting.pages.report import report_page
+from d2surgery.surveying.adapter import Named, survey
 
 
 @click.command(name="report")
@@ -49,7 +53,7 @@ def command(
         page = report(
             adapters, base=base, merged=merged, method=method, with_intruders=intruders, cache=cache, progress=progress
         )
-    measured.write_whole(out, page)
+    write_whole(out, page)
     if as_json:
         output.emit_json({"out": str(out), "bytes": out.stat().st_size, "adapters": list(adapters)})
     elif not quiet:
@@ -57,3 +61,23 @@ def command(
         for line in measured.wrote([out]):
             output.emit(f"  {line}")
     return 0
+
+
+def report(
+    adapters: Sequence[str],
+    *,
+    base: str | Path | None = None,
+    merged: str | Path | None = None,
+    progress: Named = lambda label: lambda done, total: None,
+    **choices: Any,
+) -> str:
+    """The page for one or more adapters; with a base also how far each moves it, with a merged checkpoint its audit.
+
+    `choices` as `survey` takes them. Raises what the adapters and the base are refused for.
+    """
+    if merged is not None and (base is None or len(adapters) != 1):
+        raise refuse("USAGE", "an audit needs the base and one adapter", wanted="--base, --merged and one ADAPTER")
+    found = survey(adapters, base=base, progress=progress, **choices)
+    if base is None or merged is None:
+        return report_page(found)
+    return report_page(found, audit(base, adapters[0], merged, progress=progress("audit")))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -12,7 +12,11 @@ from d2surgery.cli.options import cache_option, device_option, progress_bar
 from d2surgery.files.base import BaseWeights
 from d2surgery.measures.spectrum import NUMBERS, Method, Of, Spectrum
 from d2surgery.reporting.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
+from d2surgery.surveying.adapter import nominal_ranks
 from d2surgery.surveying.modules import places, spectra
+
+if TYPE_CHECKING:
+    from d2surgery.reporting.figures.parts import Plot
 
 Found = Mapping[str, Spectrum]
 
@@ -44,34 +48,25 @@ def command(
     weights = BaseWeights(base) if base is not None else None
     with progress_bar("measuring", show=outputs.show_progress, unit=" modules") as progress:
         found = dict(spectra(checkpoint, weights, of=of, method=method, device=device, cache=cache, progress=progress))
-    nominal = ranks_of(checkpoint)
+    nominal = nominal_ranks(checkpoint)
 
     def rows() -> list[Any]:
         return [*spectrum_rows(found, nominal, adapter), *singular_value_rows(found, adapter)]
 
     measured.show(outputs, _document(checkpoint, base, found), _text(checkpoint, found, outputs.per_layer), rows)
-    if outputs.plot is not None:
-        _draw(outputs.plot, adapter, found, nominal, say=outputs.show_progress)
+    measured.draw(outputs, lambda: _figures(found, nominal), f"Spectra of {Path(adapter).name}")
     return 0
 
 
-def ranks_of(checkpoint: Checkpoint) -> dict[str, int | None]:
-    """The nominal rank of every module, by the survey's names."""
-    return {place.name: checkpoint.layout.adapters[place.module].rank for place in places(checkpoint)}
+def _figures(found: Found, nominal: Mapping[str, int | None]) -> list["Plot"]:
+    from d2surgery.reporting.figures import spectra as figures  # plotly, and only where figures are drawn
 
-
-def _draw(path: Path, adapter: str, found: Found, nominal: Mapping[str, int | None], *, say: bool) -> None:
-    from d2surgery.reporting.figures import parts as plots
-
-    figures = [
-        plots.rank_map(found, nominal),
-        plots.rank_lines(found, nominal),
-        plots.spectrum_fan(found, nominal),
-        plots.size_map(found),
+    return [
+        figures.rank_map(found, nominal),
+        figures.rank_lines(found, nominal),
+        figures.spectrum_fan(found, nominal),
+        figures.size_map(found),
     ]
-    for line in measured.wrote(measured.write_figures(figures, path, f"Spectra of {Path(adapter).name}")):
-        if say:
-            output.emit(line)
 
 
 def _document(checkpoint: Checkpoint, base: Path | None, found: Found) -> dict[str, Any]:
@@ -94,7 +89,7 @@ def _record(record: Spectrum) -> dict[str, Any]:
 
 
 def _text(checkpoint: Checkpoint, found: Found, per_layer: bool) -> Iterator[str]:
-    nominal = ranks_of(checkpoint)
+    nominal = nominal_ranks(checkpoint)
     yield from measured.prose(f"{_verdict(checkpoint, found, nominal)}")
     yield ""
     rows = [["", "rank", "used", "stable", "k90", "k99", "‖·‖F"]]

@@ -9,10 +9,8 @@ bfloat16, computing loses twenty times as much as rounding the weights, and woul
 Memory: one model in the reference's precision, and the logits of reference and base on all tokens.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
@@ -25,7 +23,8 @@ from d2surgery.evaluating.divergence import Logits, LogitSums
 from d2surgery.evaluating.items import Template
 from d2surgery.evaluating.paired import Gap, Interval, mcnemar, mean_gap, paired_gap
 from d2surgery.evaluating.prompts import PROMPTS
-from d2surgery.evaluating.tasks import By, Score, Task, score_all
+from d2surgery.evaluating.scoring import Directory, Models, scores
+from d2surgery.evaluating.tasks import By, Progress, Score, Task, score_all, silent
 from d2surgery.evaluating.traces import Layer, LayerSums, Trace, trace
 from d2surgery.files.base import BaseWeights
 from d2surgery.live.loading import (
@@ -34,7 +33,6 @@ from d2surgery.live.loading import (
     merged_in_memory,
     model_kind,
     stored_dtype,
-    tokenizer_of,
     unmerged,
 )
 
@@ -50,9 +48,6 @@ SURE = 0.01  # McNemar's p of all tests together
 
 _MOST_TOKENS = 512  # of one prompt
 _RANDOM = (8, 24)  # prompts and tokens, where there is no tokenizer
-
-Directory = str | os.PathLike[str]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +72,7 @@ def compare_outputs(
     *,
     prompts: Sequence[str] | None = None,
     device: str | torch.device = "cpu",
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Behaviour:
     """Run base + adapter and merged on prompts (None: the bundled ones). progress(done, total) counts forwards.
 
@@ -88,7 +83,7 @@ def compare_outputs(
     weights = BaseWeights(merged)
     to = stored_dtype(weights.header)
     wide = torch.float32 if to in (torch.bfloat16, torch.float16) else torch.float64
-    kind = model_kind(base, checkpoint.layout.config.get("task_type"))
+    kind = model_kind(base, checkpoint.layout.about.task)
     if getattr(kind, "main_input_name", "") != "input_ids":
         return _behaviour((), to, wide, None, (), [f"outputs and logits: a {kind.__name__} does not read tokens"])
     tokens, notes = _tokens(base, merged, prompts)
@@ -187,41 +182,20 @@ def compare_tasks(
     margin_pp: float = MARGIN_PP,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> TaskGap:
     """Answers of base + adapter and of the merged model to the same questions, both computed in `dtype`.
 
     `dtype` None is float32 on a CPU, the merged checkpoint's elsewhere. progress(done, total) counts items, all ways
     of answering by both models. Raises NOT_RUNNABLE, BAD_DATA, and what reading base, adapter and merged raises.
     """
-    checkpoint = adapter if isinstance(adapter, Checkpoint) else load(adapter)
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else stored_dtype(BaseWeights(merged).header)
-    tokenizer = tokenizer_of(merged, base)
-    count = sum(len(task.items) for task in tasks)
-    total = 2 * count * (("generation" in by) + bool({*by} - {"generation"}))
 
-    def answers(model: nn.Module, start: int) -> list[Score]:
-        told = partial(_shifted, progress, start, total)
+    def answer(model: nn.Module, tokenizer: Any, told: Progress) -> list[Score]:
         return score_all(model, tokenizer, tasks, by=by, template=template, progress=told)
 
-    before = answers(unmerged(base, checkpoint, dtype=dtype, device=device), 0)
-    after = answers(load_model(merged, dtype=dtype, device=device), total // 2)
-    return compare_scores(before, after, margin_pp=margin_pp)
-
-
-def as_json(found: Any) -> dict[str, Any]:
-    """A record of this module as plain JSON values; null where a number is not finite."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, float) and not isfinite(value):
-            return None
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-    document: dict[str, Any] = plain(asdict(found))
-    return document
+    models = Models(base=base, adapter=adapter, merged=merged, dtype=dtype, device=device)
+    found = scores(models, answer, progress)
+    return compare_scores(found["unmerged"], found["merged"], margin_pp=margin_pp)
 
 
 # Preparing -------------------------------------------------------------------------------------------------------
@@ -252,10 +226,6 @@ def _tokens(base: Directory, merged: Directory, prompts: Sequence[str] | None) -
     if not rows:
         raise refuse("BAD_DATA", "no prompt has two tokens")
     return [torch.tensor([row]) for row in rows], []
-
-
-def _shifted(progress: Progress, start: int, total: int, done: int, _: int) -> None:
-    progress(start + done, total)
 
 
 def _is_causal(kind: Any) -> bool:

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import takewhile
 from math import isnan
 from pathlib import Path
@@ -29,8 +29,8 @@ NEW_TOKENS = 32
 Progress = Callable[[int, int], None]
 
 
-def _silent(done: int, total: int) -> None:
-    pass
+def silent(done: int, total: int) -> None:
+    """Nobody is told."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def score(
     by: Sequence[By] = ("likelihood",),
     template: Template = "auto",
     batch_tokens: int = BATCH_TOKENS,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> dict[By, Score]:
     """What the model chooses on every item, in each of the ways asked for. progress(done, total) counts items.
 
@@ -108,8 +108,7 @@ def score(
     prompts = [encode(item.prompt, tokenizer, template) for item in task.items]
     choices = [[_tokens(tokenizer, choice) for choice in item.choices] for item in task.items]
     _check(model, task, prompts, choices)
-    rounds = ("generation" in by) + bool(set(by) - {"generation"})
-    total = rounds * len(task.items)
+    total = _rounds(by) * len(task.items)
     found: dict[By, Score] = {}
     if set(by) - {"generation"}:
         values = log_likelihoods(model, prompts, choices, batch_tokens, lambda done: progress(done, total))
@@ -137,17 +136,20 @@ def score_all(
     by: Sequence[By] = ("likelihood",),
     template: Template = "auto",
     batch_tokens: int = BATCH_TOKENS,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> list[Score]:
     """The scores of several tasks, task by task, way by way."""
-    total = sum(len(task.items) for task in tasks) * (("generation" in by) + bool({*by} - {"generation"}))
+    total = _rounds(by) * sum(len(task.items) for task in tasks)
     scores: list[Score] = []
     before = 0
     for task in tasks:
-        told = partial(_shifted, progress, before, total)
+
+        def told(done: int, _: int, before: int = before) -> None:
+            progress(before + done, total)
+
         found = score(model, tokenizer, task, by=by, template=template, batch_tokens=batch_tokens, progress=told)
         scores += found.values()
-        before += total * len(task.items) // max(sum(len(task.items) for task in tasks), 1)
+        before += _rounds(by) * len(task.items)
     return scores
 
 
@@ -284,8 +286,9 @@ def _logits(model: nn.Module, batch: Sequence[_Row]) -> list[Tensor]:
     return [logits[at, span].to(wide) for at, span in enumerate(spans)]
 
 
-def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> None:
-    progress(before + done, total)
+def _rounds(by: Sequence[By]) -> int:
+    """How often a model goes through the items: once for all likelihoods, once to generate."""
+    return ("generation" in by) + bool({*by} - {"generation"})
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

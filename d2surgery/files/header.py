@@ -12,12 +12,15 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
+
+if TYPE_CHECKING:  # names and shapes need no torch
+    from torch import Tensor
 
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -31,6 +34,9 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
 
+_FORMATS = {  # dtype -> struct's letters
+    "F64": "<d", "F32": "<f", "BF16": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B",
+}  # fmt: skip
 _MAGICS = (  # (first bytes, code, what it is)
     (b"version https://git-lfs", "LFS_POINTER", "a Git LFS pointer"),
     (b"PK\x03\x04", "NOT_SAFETENSORS", "a zip archive, perhaps a PyTorch .bin under another name"),
@@ -56,11 +62,13 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """The names and shapes of one or several safetensors files."""
+    """The names and shapes of one or several safetensors files, or of tensors at hand."""
 
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    loaded: "Mapping[str, Tensor] | None" = field(default=None, compare=False, repr=False)
+    """The tensors themselves where they cannot be read one by one: of a pickle, or of no file at all."""
 
     @property
     def usual_dtype(self) -> str | None:
@@ -87,6 +95,27 @@ def read_header(path: Path) -> Header:
     entries, metadata = _parse(path, text)
     tensors = _checked(path, entries, 8 + length, size)
     return Header((path,), tensors, metadata)
+
+
+def small_values(header: Header, key: str) -> tuple[float, ...]:
+    """The numbers of a small tensor, such as an alpha that is stored in the file, read without torch.
+
+    Raises D2SurgeryError SHAPE_UNEXPECTED for more than 64 numbers or a dtype that is neither float nor integer.
+    """
+    info = header.tensors[key]
+    if prod(info.shape) > 64 or info.dtype not in _FORMATS:
+        got = f"{info.dtype} {info.shape}"
+        raise refuse("SHAPE_UNEXPECTED", "wanted a few numbers", file=str(info.file), module=key, got=got)
+    if header.loaded is not None:
+        return tuple(float(value) for value in header.loaded[key].reshape(-1).tolist())
+    with info.file.open("rb") as file:
+        file.seek(info.start)
+        data = file.read(info.nbytes)
+    if len(data) != info.nbytes:
+        raise refuse("TRUNCATED_FILE", "the file became shorter while it was read", file=str(info.file))
+    if info.dtype == "BF16":  # the upper half of a float32
+        data = b"".join(b"\0\0" + data[at : at + 2] for at in range(0, len(data), 2))
+    return tuple(float(value) for (value,) in struct.iter_unpack(_FORMATS[info.dtype], data))
 
 
 def is_pickle(path: Path) -> bool:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from d2surgery.errors import Problem, raise_errors, refuse
-from d2surgery.files.header import Header, TensorInfo
-from d2surgery.files.tensors import STORED_NAMES
+from d2surgery.files.header import Header
+from d2surgery.files.tensors import NAMES, header_of
 
 
 def read_pickled_header(path: Path) -> Header:
@@ -15,11 +15,7 @@ def read_pickled_header(path: Path) -> Header:
 
     Raises D2SurgeryError PICKLE, as `read_pickled` does.
     """
-    tensors = {
-        name: TensorInfo(path, STORED_NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
-        for name, tensor in read_pickled(path).items()
-    }
-    return Header((path,), tensors, {})
+    return header_of(read_pickled(path), path)
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
@@ -60,7 +56,7 @@ def _load(path: Path) -> object:
 
 
 def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and value.dtype in STORED_NAMES
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.dtype in NAMES
 
 
 def _kind(value: object) -> str:

@@ -2,13 +2,15 @@
 
 import os
 import threading
+from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from d2surgery.errors import refuse
-from d2surgery.files.header import TensorInfo
+from d2surgery.files.header import Header, TensorInfo
 
 DTYPES = {
     "F64": torch.float64,
@@ -24,7 +26,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _AHEAD = 1 << 22  # bytes at most that the kernel is asked to read ahead
 
 
@@ -95,6 +97,15 @@ def read_rows(info: TensorInfo, start: int, stop: int, *, of: int) -> Tensor:
 def read_tensor(info: TensorInfo) -> Tensor:
     """One whole tensor in its stored dtype."""
     return read_rows(info, 0, 1, of=1).reshape(info.shape)
+
+
+def header_of(loaded: Mapping[str, Tensor], path: Path = Path()) -> Header:
+    """The header of tensors at hand; `path` is where they come from, if anywhere."""
+    tensors = {
+        name: TensorInfo(path, NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+        for name, tensor in loaded.items()
+    }
+    return Header((path,), tensors, {}, loaded)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

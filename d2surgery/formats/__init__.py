@@ -1,14 +1,19 @@
-"""The formats, in the order of detection: one module each, with `layout(header, config) -> Layout | None`."""
+"""The formats: how adapters lie on disk, a module each. See `Format` for what such a module has."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from d2surgery.files.header import Header, is_pickle, read_header, read_json
+from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.files.header import Header, is_pickle, read_header, read_json, small_values
 from d2surgery.files.locate import PICKLES, locate
 from d2surgery.formats import foreign, peft
+from d2surgery.formats.format import Format, Holding
 from d2surgery.formats.layout import Layout
+
+FORMATS: tuple[Format, ...] = (peft, foreign)
+"""In the order of detection; the last recognises every file."""
 
 
 def open_layout(adapter: str | os.PathLike[str]) -> Layout:
@@ -21,8 +26,29 @@ def open_layout(adapter: str | os.PathLike[str]) -> Layout:
 
 
 def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
-    """The layout by the first format that recognises the file; `foreign`, the last, recognises every file."""
-    return peft.layout(header, config) or foreign.layout(header, config)
+    """The layout by the first format that recognises the file."""
+    format = next(each for each in FORMATS if each.recognise(header, config))
+    return format.layout(header, config, lambda key: small_values(header, key))
+
+
+def write(checkpoint: Holding, directory: str | os.PathLike[str], name: str) -> None:
+    """Write a checkpoint in the format of this name.
+
+    Raises D2SurgeryError before anything is written: USAGE for no such format, what is wrong with the checkpoint,
+    FORMAT_CANNOT_HOLD with all that the format has no place for.
+    """
+    format = next((each for each in FORMATS if name == each.NAME), None)
+    if format is None:
+        raise refuse("USAGE", "no such format", wanted=" or ".join(each.NAME for each in FORMATS), got=name)
+    layout = checkpoint.layout
+    raise_errors(layout.problems)
+    raise_errors(
+        Problem(code="FORMAT_CANNOT_HOLD", message=f"{name} has no place for {entry.kind} on {entry.stored} modules",
+                module=module)
+        for module, entry in layout.adapters.items()
+        if entry.stored not in format.holds(entry.kind)
+    )  # fmt: skip
+    format.write(checkpoint, Path(directory))
 
 
 def _header(weights: Path) -> Header:

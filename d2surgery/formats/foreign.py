@@ -15,11 +15,13 @@ diffusers, mlx-lm and torchtune as published.
 from collections import Counter
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from d2surgery.errors import Problem
+from d2surgery.errors import Problem, refuse
 from d2surgery.files.header import Header
-from d2surgery.formats.layout import AdapterLayout, Layout
+from d2surgery.formats.format import Holding, Values
+from d2surgery.formats.layout import About, AdapterLayout, Layout, Slot, Stored
 
 
 class _Pairs(NamedTuple):
@@ -51,8 +53,25 @@ _LEAVES = {  # leaf -> format, where no pair is taken apart
 }
 
 
-def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
-    """Never None: a file that fits no table is of the format "unknown"."""
+NAME = "foreign"
+
+
+def recognise(header: Header, config: Mapping[str, Any] | None) -> bool:
+    """Every file: one that fits no table is of the format "unknown"."""
+    return True
+
+
+def holds(kind: str) -> frozenset[Stored]:
+    """Nothing is written here."""
+    return frozenset()
+
+
+def write(checkpoint: Holding, directory: Path) -> None:
+    raise refuse("USAGE", "not a format that can be written", got=NAME)
+
+
+def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> Layout:
+    """By the table that most keys fit."""
     counts = [sum(key.endswith(pairs.down) for key in header.tensors) for pairs in _PAIRED]
     leaves = Counter(_LEAVES[leaf] for key in header.tensors for leaf in key.split(".") if leaf in _LEAVES)
     if not any(counts) and not leaves:
@@ -74,14 +93,15 @@ def _layout(
     code: str,
     message: str,
 ) -> Layout:
-    used = {key for adapter in adapters.values() for key in adapter.slots.values()}
+    used = {slot.key for adapter in adapters.values() for slot in adapter.slots.values()}
+    base = (config or {}).get("base_model_name_or_path")
     problem = Problem(code=code, message=message, file=str(header.files[0]))
     unread = tuple(key for key in header.tensors if key not in used)
     return Layout(
         path=header.files[0],
         format=format,
         header=header,
-        config=config or {},
+        about=About(base_model=base if isinstance(base, str) else None),
         adapters=adapters,
         unread=unread,
         problems=(problem,),
@@ -101,10 +121,11 @@ def _adapter(header: Header, key: str, pairs: _Pairs) -> AdapterLayout | None:
         module=key.removesuffix(pairs.down),
         kind="lora",
         stored="linear" if len(down_shape) == 2 else "conv",
-        slots={"A": key, "B": up_key},
+        slots={"A": Slot(key, pairs.transposed), "B": Slot(up_key, pairs.transposed)},
         ranks={"update": down_shape[0]},
         out_features=up_shape[0],
         in_features=prod(down_shape[1:]),
         dtype=down.dtype,
         scaling=None,
+        kernel=down_shape[1:] if len(down_shape) > 2 else (),
     )

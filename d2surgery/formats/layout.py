@@ -7,28 +7,28 @@ Nothing here reads tensor data or imports torch.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod, sqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from d2surgery.errors import Problem
 from d2surgery.files.header import Header
+from d2surgery.kinds import TABLE
 
 Stored = Literal["linear", "embedding", "conv", "experts"]
 
-RANK_GROUPS: dict[str, dict[str, str]] = {
-    # kind -> group -> the down factor whose rows count its rank. The order of kinds is the order of detection.
-    "duallora": {"magnitude": "A", "direction": "C"},
-    "d2lora": {"plus": "A_plus", "minus": "A_minus"},
-    "dora": {"update": "A"},
-    "lora": {"update": "A"},
-}
-NAMES = {"lora": "LoRA", "dora": "DoRA", "duallora": "Dual LoRA", "d2lora": "D2-LoRA"}  # kind -> as people write it
-PAIRS = {"A": "B", "C": "D", "A_plus": "B_plus", "A_minus": "B_minus"}  # down factor -> up factor
+
+class Slot(NamedTuple):
+    """Where a slot's matrix lies: in the tensor under `key`, or in some rows of it; `transposed` as its transpose."""
+
+    key: str
+    transposed: bool = False
+    rows: tuple[int, int] | None = None  # of the tensor as stored
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterLayout:
-    """What was learnt for one module: which tensors of the file fill which slots, and what their config says.
+    """What was learnt for one module: which tensors fill which slots, and what else decides the values.
 
     `module` is the dotted name in the base model without `.weight`; for an expert parameter, the parameter's name.
     Shapes are those of the (out_features, in_features) update; a conv's kernel is flattened into in_features.
@@ -37,21 +37,31 @@ class AdapterLayout:
     module: str
     kind: str
     stored: Stored
-    slots: Mapping[str, str]  # slot -> key in the file; "bias" is lora_bias's addition to the bias
+    slots: Mapping[str, Slot]  # "bias" is lora_bias's addition to the bias
     ranks: Mapping[str, int]  # group -> rank; per expert for experts
     out_features: int
     in_features: int
     dtype: str
     scaling: float | None  # None: unknown, the numbers are known up to scale
-    along: str | None = None
-    tau: float | None = None
-    form: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the kind's own, those of training too
+    kernel: tuple[int, ...] = ()  # of a convolution: in_channels and the kernel's shape
     experts: int = 1
+    misread: Mapping[str, float] = field(default_factory=dict)  # in words -> what careless readers take for the scaling
 
     @property
     def rank(self) -> int | None:
         """The bound on the rank of the update: r; 2r for D2-LoRA; None for Dual LoRA, whose update has no bound."""
-        return None if self.kind == "duallora" else sum(self.ranks.values())
+        return sum(self.ranks.values()) if TABLE[self.kind].bounded else None
+
+    @property
+    def axis(self) -> str | None:
+        """The axis whose vectors it rescales by what the whole vector holds."""
+        return TABLE[self.kind].axis(self.settings)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Slot -> key."""
+        return {name: slot.key for name, slot in self.slots.items()}
 
 
 @dataclass(frozen=True)
@@ -63,13 +73,27 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class About:
+    """What an adapter says of itself beside its tensors, in no format's words."""
+
+    base_model: str | None = None  # name or path of the base it was trained on
+    task: str | None = None  # CAUSAL_LM, SEQ_CLS, TOKEN_CLS …: what the model around it is for
+    tied: bool = False  # the two sides of a tie were trained as one, so they hold the same numbers
+    transposed: bool = False  # its writer took base weights to lie (in, out)
+    saved_modules: tuple[str, ...] = ()  # trained whole, by name or end of a name
+    version: str | None = None  # of what wrote it
+    training: Mapping[str, Any] = field(default_factory=dict)  # how it was trained, for the record
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the format's own, read by that format's module alone
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
-    """An adapter file by names and shapes."""
+    """An adapter by names and shapes. `format` is "" for one that was not read from a file."""
 
     path: Path
     format: str
     header: Header
-    config: Mapping[str, Any] = field(default_factory=dict)
+    about: About = About()  # a frozen value
     adapters: Mapping[str, AdapterLayout] = field(default_factory=dict)  # by module
     replacements: Mapping[str, str] = field(default_factory=dict)  # base tensor name -> key
     rows: Mapping[str, Rows] = field(default_factory=dict)  # base tensor name -> rows
@@ -77,19 +101,30 @@ class Layout:
     unread: tuple[str, ...] = ()  # keys that a problem explains
     problems: tuple[Problem, ...] = ()
 
+    def __repr__(self) -> str:
+        what = " and ".join(TABLE[kind].title for kind in self.kinds) or "no adapter"
+        where = self.format or "in memory"
+        return f"Layout({what} on {len(self.adapters)} modules, {where}, {len(self.problems)} problems)"
+
     @property
     def kinds(self) -> list[str]:
         return sorted({adapter.kind for adapter in self.adapters.values()})
 
     @property
     def base_model(self) -> str | None:
-        name = self.config.get("base_model_name_or_path")
-        return name if isinstance(name, str) and name else None
+        return self.about.base_model
 
     def accounted(self) -> Iterator[str]:
         """The keys that have a place other than `unread`, each once."""
-        for adapter in self.adapters.values():
-            yield from adapter.slots.values()
+        yield from dict.fromkeys(slot.key for adapter in self.adapters.values() for slot in adapter.slots.values())
         yield from self.replacements.values()
         yield from (rows.key for rows in self.rows.values())
         yield from self.superseded
+
+
+def alpha_divisor(ranks: Mapping[str, int]) -> float:
+    """scaling = alpha/r; with several groups r is the geometric mean of theirs: √(r1·r2) for Dual LoRA."""
+    first, *others = ranks.values()
+    if all(rank == first for rank in others):
+        return float(first)
+    return sqrt(prod(ranks.values())) if len(ranks) == 2 else prod(ranks.values()) ** (1 / len(ranks))

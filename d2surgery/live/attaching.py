@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from d2surgery.adapters.forwards import Axis
 from d2surgery.adapters.vectors import Weight, squared_norms
 from d2surgery.checkpoint import Checkpoint, from_adapters
 from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.formats.layout import About
 
 ALL_LINEAR = "all-linear"
 _HEADS = ("score", "classifier")  # of transformers' classifiers, which have no output embeddings
@@ -203,16 +203,16 @@ def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
-def detach(model: nn.Module, config: Mapping[str, Any] = MappingProxyType({})) -> Checkpoint:
-    """Take the adapters out, leaving the base layers as they were (still frozen); `config` as in from_adapters."""
-    checkpoint = snapshot(model, config)
+def detach(model: nn.Module, about: About = About()) -> Checkpoint:  # noqa: B008
+    """Take the adapters out, leaving the base layers as they were (still frozen); `about` as in from_adapters."""
+    checkpoint = snapshot(model, about)
     _exchange(model, {layer: layer.base_layer for layer in adapted(model).values()})
     return checkpoint
 
 
-def snapshot(model: nn.Module, config: Mapping[str, Any] = MappingProxyType({})) -> Checkpoint:
+def snapshot(model: nn.Module, about: About = About()) -> Checkpoint:  # noqa: B008
     """The adapters as they are now, copied; warm-up folded into the scaling."""
-    return from_adapters({name: _copied(layer.adapter) for name, layer in adapted(model).items()}, config)
+    return from_adapters({name: _copied(layer.adapter) for name, layer in adapted(model).items()}, about)
 
 
 def set_warmup(model: nn.Module, w: float) -> None:

@@ -205,7 +205,7 @@ def _with_replacements(base: Directory, checkpoint: Checkpoint, dtype: torch.dty
     layout = checkpoint.layout
     weights = BaseWeights(base)
     raise_errors([*layout.problems, *sites(layout, weights.header, weights.config).problems])
-    kind = kind or model_kind(base, layout.config.get("task_type"))
+    kind = kind or model_kind(base, layout.about.task)
     labels = new_labels(layout)
     model, missing = _load(Path(base), kind, dtype, {} if labels is None else {"num_labels": labels})
     names = dict(model.named_modules())

@@ -1,12 +1,13 @@
 """Drift: how far an adapter moves the length and the direction of every vector of a base weight.
 
-Everything follows, per vector, from how w' lies to w: `along` it and `across` it (MATH, section 3). The change of
-length along w, not the length itself, is what is computed, so that no result is a difference of nearly equal numbers.
+Everything follows, per vector, from how w' lies to w: `along` it and `across` it (docs/mathematics.md#drift). The
+change of length along w, not the length itself, is what is computed, so that no result is a difference of nearly equal
+numbers.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import nan, sqrt
+from math import erf, exp, nan, pi, sqrt
 from typing import NamedTuple
 
 import torch
@@ -227,6 +228,29 @@ def correlation(drifts: Sequence[Drift], draws: int = 50, generator: torch.Gener
     points = [(d.delta_magnitude, d.delta_direction) for d in drifts]
     nulls = torch.tensor([_pearson([_random_point(d, generator) for d in drifts]) for _ in range(draws)])
     return Correlation(_pearson(points), float(nulls.mean()), float(nulls.std()), len(drifts), draws)
+
+
+def expected_point(of: Drift) -> tuple[float, float]:
+    """The expected (ΔM, ΔD) of independent Gaussian entries of the module's relative size.
+
+    Per vector ‖u‖ = ‖delta‖F/√vectors and <w,u>/‖w‖ ~ N(0, ‖u‖²/length): to first order in ‖u‖/‖w‖ the length changes
+    by a normal number of mean ‖u‖²/2‖w‖, whose absolute value folds it.
+    """
+    norms = [norm for norm in of.base_norms.tolist() if norm > 0]
+    if not norms:
+        return 0.0, 0.0
+    size = of.frobenius_norm / sqrt(len(of.base_norms))
+    sd = size / sqrt(of.length)
+    magnitude = sum(_folded(size**2 * (1 - 1 / of.length) / (2 * norm), sd) for norm in norms)
+    return magnitude / len(norms), sum(1 - 1 / sqrt(1 + (size / norm) ** 2) for norm in norms) / len(norms)
+
+
+def _folded(mean: float, sd: float) -> float:
+    """E|x| for x ~ N(mean, sd²)."""
+    if sd == 0:
+        return abs(mean)
+    z = mean / sd
+    return sd * sqrt(2 / pi) * exp(-z * z / 2) + mean * erf(z / sqrt(2))
 
 
 def _random_point(of: Drift, generator: torch.Generator) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2surgery.files.tensors import rounded
 
-LOW_GAIN = 0.95  # below it a right merge has visibly lost part of the adapter (MATH, section 4)
+LOW_GAIN = 0.95  # below it a right merge has visibly lost part of the adapter (docs/mathematics.md#rounding)
 
 
 @dataclass(frozen=True)

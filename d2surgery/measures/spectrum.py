@@ -1,8 +1,8 @@
 """Spectra: the singular values of an update or a delta, and every rank and norm that follows from them.
 
-Three methods (MATH, section 3). "structural": exact from the factors, never forming (out, in). "exact": eigenvalues
-of the float64 Gram matrix on the smaller side. "head-tail": the leading values by a randomized method, all the others
-as an estimated distribution (stochastic Golub–Kahan quadrature), with a standard error for every number.
+Three methods (docs/mathematics.md#spectra). "structural": exact from the factors, never forming (out, in). "exact":
+eigenvalues of the float64 Gram matrix on the smaller side. "head-tail": the leading values by a randomized method, all
+the others as an estimated distribution (stochastic Golub–Kahan quadrature), with a standard error for every number.
 """
 
 from collections.abc import Iterator, Mapping
@@ -179,7 +179,7 @@ def delta_spectrum(
 
 
 def cancellation(adapter: Adapter) -> float | None:
-    """(‖ΔW₊‖ + ‖ΔW₋‖)/‖ΔW‖: 1 where a branch is alone, above 1/√2 always, large where the branches nearly cancel."""
+    """(‖ΔW₊‖ + ‖ΔW₋‖)/‖ΔW‖: 1 where a branch is alone, never less, large where the branches nearly cancel."""
     if not isinstance(adapter, D2LoRA):
         return None
     update = adapter.update()

@@ -21,6 +21,7 @@ from d2surgery.files.writer import (
     index_file,
     shards,
 )
+from d2surgery.formats.layout import Layout
 from d2surgery.machine import one_thread
 from d2surgery.merging.companions import companions
 from d2surgery.merging.prepared import Prepared
@@ -135,7 +136,7 @@ def _check_disk(partial: Partial, need: int) -> None:
 
 def recipe_of(prepared: Prepared, shard_size: int, verify: bool, adapter_hashes: Mapping[str, str]) -> dict[str, Any]:
     """All that decides the bytes written. The files' times stand in the journal, not in the receipt."""
-    adapter = json.dumps([adapter_hashes, dict(prepared.fit.layout.config)])
+    adapter = json.dumps([adapter_hashes, _decisive(prepared.fit.layout)])
     return {
         "files": prepared.fit.base.opened,
         "adapter": hashlib.sha256(adapter.encode()).hexdigest(),
@@ -173,6 +174,11 @@ def receipt_of(
         "untied": prepared.fit.landing.untied,
         "problems": [asdict(problem) for problem in prepared.fit.problems],
     }
+
+
+def _decisive(layout: Layout) -> list[Any]:
+    """What decides the values of an adapter beside its tensors."""
+    return [[module, entry.scaling, dict(entry.settings)] for module, entry in layout.adapters.items()]
 
 
 def _is_path(base_model: str | None) -> bool:

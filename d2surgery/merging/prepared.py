@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from d2surgery.checkpoint import opened
+from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.header import FLOATS, TensorInfo
 from d2surgery.files.tensors import as_bytes, find_device
 from d2surgery.machine import resident_memory, workers
-from d2surgery.merging.tiles import Output, TileMerger, all_finite, crosses_tiles, grid
+from d2surgery.merging.tiles import Output, TileMerger, all_finite, grid
 from d2surgery.placement.fit import Fit
 from d2surgery.placement.sites import Site
 
@@ -60,21 +60,17 @@ class Prepared:
         """About the bytes that a thread uses: a tile as stored and in the dtype of the work, open adapters."""
         largest = max((tile.nbytes for output in self.outputs for tile in grid(output)), default=0)
         widened = 2 if any(output.info.dtype in ("F32", "F64") for output in self.outputs) else 4
-        count = 6 if self._any_crosses_tiles() else 4
+        patches = (patch for output in self.outputs if output.site for patch in output.site.patches)
+        count = 6 if any(map(self.merger.crosses_tiles, patches)) else 4
         entries = self.fit.layout.adapters.values()
         sizes = [(entry.out_features + entry.in_features) * sum(entry.ranks.values()) for entry in entries]
         adapters = 3 * 24 * max(sizes, default=0)  # as stored, in float64, in the work's dtype
         return (1 + count * widened) * largest + adapters
 
-    def _any_crosses_tiles(self) -> bool:
-        patches = [patch for output in self.outputs if output.site for patch in output.site.patches]
-        one_each = {(patch.module, patch.transposed): patch for patch in patches}
-        return any(crosses_tiles(self.merger.adapter(patch), patch) for patch in one_each.values())
-
 
 def prepare(fit: Fit, dtype: str | None, device: str) -> Prepared:
-    """Opens the adapter. Raises D2SurgeryError USAGE for a device that is not there."""
-    merger = TileMerger(opened(fit.layout), fit.strength, find_device(device))
+    """Raises D2SurgeryError USAGE for a device that is not there."""
+    merger = TileMerger(Checkpoint(fit.layout), fit.strength, find_device(device))
     return Prepared(fit, dtype, merger, tuple(_outputs(fit, dtype)))
 
 

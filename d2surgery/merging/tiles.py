@@ -222,6 +222,11 @@ class TileMerger:
         """The adapter of the whole patch."""
         return self.checkpoint.adapter(patch.module, patch.expert).take(out=slice(*patch.out)).to(self.device)
 
+    def crosses_tiles(self, patch: Patch) -> bool:
+        """Whether its adapter normalises vectors that lie across rows of the stored tensor."""
+        axis = self.checkpoint.layout.adapters[patch.module].axis
+        return axis is not None and (axis == "out_features") == patch.transposed
+
     def _adapted(self, output: Output, patch: Patch) -> list[AdaptedTile]:
         """All tiles of a patch with its adapter; where its vectors lie across tiles, with their sums over all."""
         adapter = self.adapter(patch)
@@ -230,7 +235,7 @@ class TileMerger:
             AdaptedTile(output, *_bytes_of(output, first, last), first, last, patch, adapter, engine)
             for first, last in row_ranges(patch.start, patch.stop, output.matrix[1])
         ]
-        if len(tiles) > 1 and crosses_tiles(adapter, patch):
+        if len(tiles) > 1 and self.crosses_tiles(patch):
             engine.sum_over(lambda: ((self.base_weight(tile, self.read(tile)), tile.part) for tile in tiles))
         return tiles
 
@@ -290,11 +295,6 @@ def _placed(tile: AdaptedTile) -> Iterator[None]:
         counting = f", counting from row {tile.first} of {tile.output.name}" if rows_are_vectors else ""
         where = f"{tile.patch.module}{counting}"
         raise D2SurgeryError(*(replace(problem, module=where) for problem in error.problems)) from None
-
-
-def crosses_tiles(adapter: Adapter, patch: Patch) -> bool:
-    """Whether the adapter normalises vectors that lie across rows of the stored tensor."""
-    return adapter.normalises and (adapter.along == "out_features") == patch.transposed
 
 
 # The grid --------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def fit(base: str | os.PathLike[str], adapter: str | os.PathLike[str], strength:
 
 def new_labels(layout: Layout) -> int | None:
     """The classes of a classification head that the adapter brings; None when it brings none."""
-    if layout.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+    if layout.about.task not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
     heads = [k for name, k in layout.replacements.items() if name.endswith(("score.weight", "classifier.weight"))]
     return layout.header.tensors[heads[0]].shape[0] if heads else None
@@ -59,8 +59,8 @@ def new_labels(layout: Layout) -> int | None:
 def _unconsumed(layout: Layout, landing: Landing) -> Iterator[Problem]:
     """Conservation: what no site uses and no problem names would be lost silently. Here it is named."""
     modules = {patch.module for site in landing.sites.values() for patch in site.patches}
-    used = {key for module in modules for slot, key in layout.adapters[module].slots.items() if slot != "bias"}
-    used |= {layout.adapters[site.bias].slots["bias"] for site in landing.sites.values() if site.bias}
+    used = {key for module in modules for slot, key in layout.adapters[module].keys.items() if slot != "bias"}
+    used |= {layout.adapters[site.bias].slots["bias"].key for site in landing.sites.values() if site.bias}
     used |= {site.replacement for site in landing.sites.values() if site.replacement}
     used |= {site.rows.key for site in landing.sites.values() if site.rows}
     used |= {key for _, key in landing.twins} | set(layout.superseded)

@@ -311,7 +311,7 @@ class _Finder:
             return evidence.pop()
         if not evidence and self.config.get("model_type") in _CONV1D_MODELS:
             return True
-        if evidence or self.layout.config.get("fan_in_fan_out"):
+        if evidence or self.layout.about.transposed:
             self.problem("AMBIGUOUS_ORIENTATION", "(out, in) or (in, out)?", module=module)
             return None
         return False
@@ -353,7 +353,7 @@ class _Finder:
         embedding = self.tie.embedding
         if embedding is None:
             return
-        if self.layout.config.get("ensure_weight_tying") and embedding in self.sites:
+        if self.layout.about.tied and embedding in self.sites:
             self._tie_twins(embedding)
             return
         shared = self._share_replacement(embedding)
@@ -399,7 +399,7 @@ class _Finder:
         """A full weight that modules_to_save does not name is loaded into the parameter that both sides share."""
         sides = [side for side in (embedding, *self.tie.aliases) if side in self.sites]
         keys = {key for side in sides if (key := self.sites[side].replacement)}
-        saved = self.layout.config.get("modules_to_save") or ()
+        saved = self.layout.about.saved_modules
         modules = [side.removesuffix(".weight") for side in sides]
         if len(keys) != 1 or any(f".{module}".endswith(f".{name}") for name in saved for module in modules):
             return None
@@ -434,7 +434,7 @@ class _Finder:
             if kept.replacement and site.replacement:
                 self.twins.append((kept.replacement, site.replacement))
             if kept.patches:
-                first, second = (self.layout.adapters[s.patches[0].module].slots for s in (kept, site))
+                first, second = (self.layout.adapters[s.patches[0].module].keys for s in (kept, site))
                 self.twins += [(first["A"], second["B"]), (first["B"], second["A"])]
 
 

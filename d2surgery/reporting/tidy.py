@@ -6,19 +6,17 @@ and by which convention, since most of these names mean several things elsewhere
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import isfinite, nan, sqrt
+from math import isfinite
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from d2surgery.measures.drift import Drift
+from d2surgery.measures.likeness import SIDES, Difference, phi
 from d2surgery.measures.spectrum import NUMBERS, Spectrum
-from d2surgery.measures.subspace import Similarity
-from d2surgery.surveying.modules import Difference
 
 Row = dict[str, str | int | float | None]
-SIDES = ("in_features", "out_features")
 
 COLUMNS = (
     "adapter", "module", "layer", "type", "metric", "index", "value", "null", "standard_error", "quality", "method",
@@ -86,6 +84,14 @@ def types(modules: Iterable[str]) -> dict[str, str]:
     return {module: _shortest(mine, known) for module, mine in words.items()}
 
 
+def by_type(modules: Iterable[str]) -> dict[str, list[str]]:
+    """Type -> its modules, in their order."""
+    groups: dict[str, list[str]] = {}
+    for module, type_ in types(modules).items():
+        groups.setdefault(type_, []).append(module)
+    return groups
+
+
 def _is_number(part: str) -> bool:
     return part.isascii() and part.isdigit()
 
@@ -95,67 +101,6 @@ def _shortest(mine: tuple[str, ...], known: set[tuple[str, ...]]) -> str:
         if not any(other[-count:] == mine[-count:] for other in known if other != mine):
             return ".".join(mine[-count:])
     return ".".join(mine)
-
-
-# Two adapters together ------------------------------------------------------------------------------------------------
-
-
-class Pair(NamedTuple):
-    """What two adapters have in common over the modules both have."""
-
-    cosine: float
-    """Of all modules together: Σ<M, N>/√(Σ‖M‖² Σ‖N‖²)."""
-    cosine_null: float
-    """One standard deviation of unrelated updates with these norms."""
-    in_features: float
-    """φ(r, r), mean over modules; and its null."""
-    in_null: float
-    out_features: float
-    out_null: float
-    signs: float
-    signs_null: float
-    modules: int
-
-    def likeness(self) -> str:
-        """In words. Beyond chance: more than four standard deviations of unrelated updates."""
-        if self.cosine != self.cosine:
-            return "not comparable, one of the updates is zero"
-        if abs(self.cosine) <= 4 * self.cosine_null:
-            return "unrelated"
-        words = ((0.95, "nearly the same"), (0.5, "much alike"), (0.1, "somewhat alike"), (0.0, "faintly alike"))
-        word = next(word for least, word in words if abs(self.cosine) >= least)
-        return word if self.cosine > 0 else f"opposed ({word} but for the sign)"
-
-
-def pair(differences: Mapping[str, Difference]) -> Pair:
-    """nan where there is nothing to compare."""
-    records = list(differences.values())
-    inner = sum(d.cosine.value * d.norms[0] * d.norms[1] for d in records if d.norms[0] and d.norms[1])
-    norms = sqrt(sum(d.norms[0] ** 2 for d in records) * sum(d.norms[1] ** 2 for d in records))
-    spread = sqrt(sum((d.cosine.null_sd * d.norms[0] * d.norms[1]) ** 2 for d in records))
-    inside, outside = ([phi(getattr(d, side)) for d in records] for side in SIDES)
-    return Pair(
-        inner / norms if norms else nan,
-        spread / norms if norms else nan,
-        *_means(inside),
-        *_means(outside),
-        *_means([(d.signs.share, d.signs.null) for d in records]),
-        len(records),
-    )
-
-
-def phi(found: Similarity | None) -> tuple[float, float] | None:
-    """φ(r, r) of the whole subspaces and its null; None where one of them is empty or unknown."""
-    if found is None or not found.phi.numel():
-        return None
-    return float(found.phi[-1, -1]), float(found.null[-1, -1])
-
-
-def _means(values: Sequence[tuple[float, float] | None]) -> tuple[float, float]:
-    known = [value for value in values if value is not None and value[0] == value[0]]
-    if not known:
-        return nan, nan
-    return sum(v[0] for v in known) / len(known), sum(v[1] for v in known) / len(known)
 
 
 # Records to rows ------------------------------------------------------------------------------------------------------
@@ -248,8 +193,8 @@ def _finite(cell: str | int | float | None) -> str | int | float | None:
     return None if isinstance(cell, float) and not isfinite(cell) else cell
 
 
-def picked(rows: Iterable[Row], metric: str, index: str | int | None = None) -> Iterator[Row]:
-    """The rows of one metric that have a value."""
+def picked(rows: Iterable[Row], *metrics: str, index: str | int | None = None) -> Iterator[Row]:
+    """The rows of these metrics that have a value; with an index, only its."""
     return (
-        r for r in rows if r["metric"] == metric and r["value"] is not None and (index is None or r["index"] == index)
+        r for r in rows if r["metric"] in metrics and r["value"] is not None and (index is None or r["index"] == index)
     )

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -22,10 +22,11 @@ from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.tensors import as_bytes, find_device
+from d2surgery.files.whole import write_whole
 from d2surgery.machine import ahead, one_thread
 from d2surgery.measures.drift import Drift, drift
-from d2surgery.measures.spectrum import Delta, Method, Of, Spectrum, delta_spectrum, update_spectrum
-from d2surgery.measures.subspace import Cosine, SignAgreement, Similarity, agreement, cosine, similarity
+from d2surgery.measures.likeness import Difference, difference
+from d2surgery.measures.spectrum import Method, Of, Spectrum, delta_spectrum, update_spectrum
 from d2surgery.placement.sites import Patch, Site, sites
 
 Progress = Callable[[int, int], None]
@@ -146,19 +147,6 @@ def drifts(
     yield from _each(places(checkpoint), measure, progress)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Difference:
-    """What two adapters of one module have in common: of their updates, or of Dual LoRA's delta, without subspaces."""
-
-    shape: tuple[int, int]
-    norms: tuple[float, float]
-    """‖·‖_F of the first and of the second."""
-    cosine: Cosine
-    signs: SignAgreement
-    out_features: Similarity | None
-    in_features: Similarity | None
-
-
 def differences(
     first: Checkpoint, second: Checkpoint, *, progress: Progress = lambda done, total: None
 ) -> Iterator[tuple[str, Difference]]:
@@ -173,22 +161,6 @@ def differences(
 
     theirs = set(places(second))
     yield from _each([place for place in places(first) if place in theirs], measure, progress)
-
-
-def difference(first: Adapter, second: Adapter) -> Difference:
-    """Of two adapters of one module."""
-    M, N = (update if (update := a.update()) is not None else Delta(a, None) for a in (first, second))
-    signs, value, norms = agreement(M, N)
-    if isinstance(M, Delta) or isinstance(N, Delta):
-        return Difference(shape=M.shape, norms=norms, cosine=value, signs=signs, out_features=None, in_features=None)
-    return Difference(
-        shape=M.shape,
-        norms=norms,
-        cosine=cosine(M, N),
-        signs=signs,
-        out_features=similarity(M, N, "out_features"),
-        in_features=similarity(M, N, "in_features"),
-    )
 
 
 # One after another -----------------------------------------------------------------------------------------------
@@ -242,9 +214,7 @@ class _Cache:
             return _from_json(json.loads(path.read_text()))
         except (OSError, ValueError, TypeError, KeyError):
             spectrum = compute()
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(_to_json(spectrum)))
-        partial.replace(path)
+        write_whole(path, json.dumps(_to_json(spectrum)))
         return spectrum
 
 

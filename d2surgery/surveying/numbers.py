@@ -7,8 +7,6 @@ from torch import Tensor
 
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import Problem
-from d2surgery.files.header import is_pickle
-from d2surgery.files.pickled import read_pickled
 from d2surgery.formats.layout import AdapterLayout, Layout
 from d2surgery.measures.spectrum import ranks
 
@@ -25,8 +23,7 @@ def read_numbers(layout: Layout) -> tuple[dict[str, Numbers], list[Problem]]:
         module: replace(entry, scaling=1.0 if entry.scaling is None else entry.scaling)
         for module, entry in layout.adapters.items()
     }
-    tensors = read_pickled(layout.path) if is_pickle(layout.path) else None
-    checkpoint = Checkpoint(replace(layout, adapters=scaled), tensors)
+    checkpoint = Checkpoint(replace(layout, adapters=scaled))
     broken = [key for key in layout.header.tensors if not _is_finite(checkpoint.tensor(key))]
     problems = [
         Problem(code="NOT_FINITE", message="holds NaN or infinity", file=str(layout.path), module=key) for key in broken
@@ -34,7 +31,7 @@ def read_numbers(layout: Layout) -> tuple[dict[str, Numbers], list[Problem]]:
     numbers = {
         module: _numbers(checkpoint, entry)
         for module, entry in layout.adapters.items()
-        if layout.format != "mlx" and not set(entry.slots.values()) & set(broken)
+        if not set(entry.keys.values()) & set(broken)
     }
     return numbers, problems
 

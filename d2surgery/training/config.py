@@ -40,7 +40,7 @@ NOT_NEGATIVE = Range("0 or more", lambda value: value >= 0)
 SHARE = Range("0 or more, less than 1", lambda value: 0 <= value < 1)
 
 
-class About(NamedTuple):
+class Hint(NamedTuple):
     """What a setting is. `numbers` says whether it changes what is learnt: a run is resumed with the same of those."""
 
     help: str
@@ -52,25 +52,25 @@ class About(NamedTuple):
 class AdapterSettings:
     """The adapter that is trained."""
 
-    kind: Annotated[Kind, About("What is trained.")]
-    targets: Annotated[tuple[str, ...], About("Names of layers or their ends; all-linear is all but the head.")] = (
+    kind: Annotated[Kind, Hint("What is trained.")]
+    targets: Annotated[tuple[str, ...], Hint("Names of layers or their ends; all-linear is all but the head.")] = (
         "all-linear",
     )
-    rank: Annotated[int, About("Rank.", POSITIVE)] = 8
+    rank: Annotated[int, Hint("Rank.", POSITIVE)] = 8
     matched: Annotated[
-        bool, About("Rank counts parameters as LoRA's do: the two groups of Dual LoRA and D2-LoRA get half of it each.")
+        bool, Hint("Rank counts parameters as LoRA's do: the two groups of Dual LoRA and D2-LoRA get half of it each.")
     ] = True
-    alpha: Annotated[float | None, About("The scaling is alpha/r, r of one group; default 2r.", POSITIVE)] = None
-    rslora: Annotated[bool, About("The scaling is alpha/√r (LoRA and DoRA).")] = False
-    dropout: Annotated[float, About("On the input of the update.", SHARE)] = 0.0
-    tau: Annotated[float | None, About("D2-LoRA: weight of the minus branch.")] = None
-    along: Annotated[Axis | None, About("The axis whose norms are kept: D2-LoRA.")] = None
-    form: Annotated[Form | None, About("D2-LoRA: W* + ΔW, W* alone or W0 + ΔW.")] = None
-    detach_norm: Annotated[bool | None, About("D2-LoRA: the norm is a constant to the gradient.")] = None
-    sigma: Annotated[float | None, About("Dual LoRA, D2-LoRA's A₋: standard deviation of the start.", POSITIVE)] = None
-    ste: Annotated[Straight | None, About("Dual LoRA: the gradient through the sign.")] = None
+    alpha: Annotated[float | None, Hint("The scaling is alpha/r, r of one group; default 2r.", POSITIVE)] = None
+    rslora: Annotated[bool, Hint("The scaling is alpha/√r (LoRA and DoRA).")] = False
+    dropout: Annotated[float, Hint("On the input of the update.", SHARE)] = 0.0
+    tau: Annotated[float | None, Hint("D2-LoRA: weight of the minus branch.")] = None
+    along: Annotated[Axis | None, Hint("The axis whose norms are kept: D2-LoRA.")] = None
+    form: Annotated[Form | None, Hint("D2-LoRA: W* + ΔW, W* alone or W0 + ΔW.")] = None
+    detach_norm: Annotated[bool | None, Hint("D2-LoRA: the norm is a constant to the gradient.")] = None
+    sigma: Annotated[float | None, Hint("Dual LoRA, D2-LoRA's A₋: standard deviation of the start.", POSITIVE)] = None
+    ste: Annotated[Straight | None, Hint("Dual LoRA: the gradient through the sign.")] = None
     scaling_warmup: Annotated[
-        int | None, About("Dual LoRA: steps over which the scaling rises from 0; default a tenth of all.", NOT_NEGATIVE)
+        int | None, Hint("Dual LoRA: steps over which the scaling rises from 0; default a tenth of all.", NOT_NEGATIVE)
     ] = None
 
 
@@ -78,23 +78,23 @@ class AdapterSettings:
 class DataSettings:
     """Questions with answers; the loss is on the answers."""
 
-    train: Annotated[tuple[str, ...], About("Files of items: JSON or JSON lines, plain or gzip.")]
-    limit: Annotated[int, About("At most so many items of each file, drawn under the seed.", POSITIVE)] = 5000
+    train: Annotated[tuple[str, ...], Hint("Files of items: JSON or JSON lines, plain or gzip.")]
+    limit: Annotated[int, Hint("At most so many items of each file, drawn under the seed.", POSITIVE)] = 5000
     held_out: Annotated[
-        tuple[str, ...], About("Files of held-out items. None: some of the training files' are kept aside.")
+        tuple[str, ...], Hint("Files of held-out items. None: some of the training files' are kept aside.")
     ] = ()
     held_out_limit: Annotated[
-        int, About("At most so many held-out items of each file; 0: no evaluation.", NOT_NEGATIVE)
+        int, Hint("At most so many held-out items of each file; 0: no evaluation.", NOT_NEGATIVE)
     ] = 100
-    template: Annotated[Template, About("How a question is put; auto: the model's chat template where it has one.")] = (
+    template: Annotated[Template, Hint("How a question is put; auto: the model's chat template where it has one.")] = (
         "auto"
     )
-    max_length: Annotated[int, About("Tokens of a row. A longer item loses the beginning of its prompt.", POSITIVE)] = (
+    max_length: Annotated[int, Hint("Tokens of a row. A longer item loses the beginning of its prompt.", POSITIVE)] = (
         512
     )
     batching: Annotated[
         Batching,
-        About("One item per row, in any order or near others of its length; or rows packed with several items."),
+        Hint("One item per row, in any order or near others of its length; or rows packed with several items."),
     ] = "shuffled"
 
 
@@ -102,53 +102,53 @@ class DataSettings:
 class OptimizerSettings:
     """AdamW and how long."""
 
-    epochs: Annotated[float, About("Times that the training items are seen.", POSITIVE)] = 2.0
-    steps: Annotated[int | None, About("Steps instead of epochs.", POSITIVE)] = None
-    batch: Annotated[int, About("Rows per device and forward.", POSITIVE)] = 8
-    accumulation: Annotated[int, About("Forwards per step.", POSITIVE)] = 1
-    lr: Annotated[float, About("Learning rate.", POSITIVE)] = 2e-4
+    epochs: Annotated[float, Hint("Times that the training items are seen.", POSITIVE)] = 2.0
+    steps: Annotated[int | None, Hint("Steps instead of epochs.", POSITIVE)] = None
+    batch: Annotated[int, Hint("Rows per device and forward.", POSITIVE)] = 8
+    accumulation: Annotated[int, Hint("Forwards per step.", POSITIVE)] = 1
+    lr: Annotated[float, Hint("Learning rate.", POSITIVE)] = 2e-4
     lr_ratio: Annotated[
-        dict[str, float], About("Learning rate of a slot as a multiple of lr: B = 16 is LoRA+.", POSITIVE)
+        dict[str, float], Hint("Learning rate of a slot as a multiple of lr: B = 16 is LoRA+.", POSITIVE)
     ] = field(default_factory=dict)
-    schedule: Annotated[Schedule, About("How the learning rate falls.")] = "linear"
-    warmup: Annotated[float, About("Share of the steps over which the learning rate rises.", SHARE)] = 0.03
+    schedule: Annotated[Schedule, Hint("How the learning rate falls.")] = "linear"
+    warmup: Annotated[float, Hint("Share of the steps over which the learning rate rises.", SHARE)] = 0.03
     weight_decay: Annotated[
-        float, About("On every slot but magnitudes, whose natural value is not 0.", NOT_NEGATIVE)
+        float, Hint("On every slot but magnitudes, whose natural value is not 0.", NOT_NEGATIVE)
     ] = 0.0
-    max_grad_norm: Annotated[float, About("The gradient is scaled down to this norm; 0: never.", NOT_NEGATIVE)] = 1.0
+    max_grad_norm: Annotated[float, Hint("The gradient is scaled down to this norm; 0: never.", NOT_NEGATIVE)] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """The machine, and what is written when."""
 
-    seed: Annotated[int, About("Of initial values, items drawn, their order, dropout.", NOT_NEGATIVE)] = 0
-    precision: Annotated[Precision, About("Of the frozen base and of the forward; slots stay in float32.")] = "fp32"
+    seed: Annotated[int, Hint("Of initial values, items drawn, their order, dropout.", NOT_NEGATIVE)] = 0
+    precision: Annotated[Precision, Hint("Of the frozen base and of the forward; slots stay in float32.")] = "fp32"
     quantization: Annotated[
-        Quantization | None, About("Hold the frozen base in 4 (NF4, as QLoRA) or 8 bit: extra quantized.")
+        Quantization | None, Hint("Hold the frozen base in 4 (NF4, as QLoRA) or 8 bit: extra quantized.")
     ] = None
-    device: Annotated[Literal["auto", "cpu"], About("auto: the accelerator, where there is one.")] = "auto"
-    gradient_checkpointing: Annotated[
-        bool, About("Forget activations and compute them again: less memory, slower.")
-    ] = False
-    compile: Annotated[bool, About("torch.compile the model.")] = False
-    log_every: Annotated[int, About("Steps between lines of metrics.jsonl.", POSITIVE)] = 10
+    device: Annotated[Literal["auto", "cpu"], Hint("auto: the accelerator, where there is one.")] = "auto"
+    gradient_checkpointing: Annotated[bool, Hint("Forget activations and compute them again: less memory, slower.")] = (
+        False
+    )
+    compile: Annotated[bool, Hint("torch.compile the model.")] = False
+    log_every: Annotated[int, Hint("Steps between lines of metrics.jsonl.", POSITIVE)] = 10
     eval_every: Annotated[
-        int | None, About("Steps between evaluations on held-out items; default a tenth of all.", POSITIVE)
+        int | None, Hint("Steps between evaluations on held-out items; default a tenth of all.", POSITIVE)
     ] = None
     save_every: Annotated[
-        int | None, About("Steps between checkpoints; default a tenth of all.", POSITIVE, numbers=False)
+        int | None, Hint("Steps between checkpoints; default a tenth of all.", POSITIVE, numbers=False)
     ] = None
-    keep: Annotated[int, About("Checkpoints kept.", POSITIVE, numbers=False)] = 2
-    report_to: Annotated[tuple[str, ...], About("tensorboard, wandb …: where Trainer reports to.", numbers=False)] = ()
+    keep: Annotated[int, Hint("Checkpoints kept.", POSITIVE, numbers=False)] = 2
+    report_to: Annotated[tuple[str, ...], Hint("tensorboard, wandb …: where Trainer reports to.", numbers=False)] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run."""
 
-    base: Annotated[str, About("Model directory or hub id.")]
-    output: Annotated[str, About("Directory for the adapter, its checkpoints and metrics.jsonl.", numbers=False)]
+    base: Annotated[str, Hint("Model directory or hub id.")]
+    output: Annotated[str, Hint("Directory for the adapter, its checkpoints and metrics.jsonl.", numbers=False)]
     adapter: AdapterSettings
     data: DataSettings
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -186,7 +186,7 @@ class Setting(NamedTuple):
     name: str
     type: Any
     default: Any  # MISSING where it has to be given
-    about: About
+    about: Hint
 
     @property
     def key(self) -> str:

@@ -12,8 +12,8 @@ from zipfile import is_zipfile
 from safetensors import SafetensorError
 
 from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.files.whole import PARTIAL
 
-PARTIAL = ".partial"
 PREFIX = "checkpoint-"
 
 _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk's end, the quota's, the limit of a file
@@ -54,13 +54,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """In the place of what stands there, which stays where the writing fails."""
-    partial = path.with_name(f"{path.name}{PARTIAL}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 @contextmanager

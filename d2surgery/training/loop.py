@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import ceil
 from pathlib import Path
@@ -17,11 +17,13 @@ import torch
 
 from d2surgery.adapters import KINDS, Adapter
 from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.files.whole import PARTIAL, write_whole
+from d2surgery.formats.layout import About
 from d2surgery.live.attaching import ALL_LINEAR, adapted, attach, initial, set_warmup
 from d2surgery.live.quantization import Quantization, entries, loading_options, quantization_in, quantization_of
 from d2surgery.training.config import TrainConfig, differences, read_config, to_toml
 from d2surgery.training.data import Collate, Corpus, Row, Rows, read_corpus, rows, tokens_of
-from d2surgery.training.disk import PARTIAL, check_whole, checkpoints, full_disk_named, read_json, step_of, write_whole
+from d2surgery.training.disk import check_whole, checkpoints, full_disk_named, read_json, step_of
 from d2surgery.training.reporters import check_reporters, failures_named
 
 if TYPE_CHECKING:
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 CONFIG = "train.toml"
 INPUTS = "inputs.json"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_IN_FILE = ("tau", "along", "form")  # fields of a kind that stand in adapter_config.json by themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,7 +397,7 @@ def _trainer(
         data_collator=Collate(pad, packed=config.data.batching == "packed"),
         callbacks=[Warmup(schedule.scaling_warmup), flow, metrics],
         lr_ratio=config.optimizer.lr_ratio,
-        adapter_config=_adapter_config(config, model, schedule),
+        about=_about(config, model, schedule),
         keep=config.run.keep,
     )
     trainer.remove_callback(PrinterCallback)
@@ -451,23 +452,20 @@ def _arguments(config: TrainConfig, schedule: _Schedule, *, evaluates: bool, fre
     )
 
 
-def _adapter_config(config: TrainConfig, model: Any, schedule: _Schedule) -> dict[str, Any]:
-    """What adapter_config.json says beside the values. PEFT's own kinds have no place for how they were trained."""
+def _about(config: TrainConfig, model: Any, schedule: _Schedule) -> About:
+    """What the file says beside the values. PEFT's own kinds have no place for how they were trained."""
     adapter = next(iter(adapted(model).values())).adapter
-    shown: dict[str, Any] = {"base_model_name_or_path": config.base, "task_type": "CAUSAL_LM"}
+    shown = About(base_model=config.base, task="CAUSAL_LM")
     if config.adapter.kind in ("lora", "dora"):
-        rslora = {"use_rslora": True, "lora_alpha": config.alpha} if config.adapter.rslora else {}
-        return shown | {"lora_dropout": config.adapter.dropout} | rslora
-    how = {f.name for f in fields(adapter)} - {*adapter.dimensions, "scaling", *_IN_FILE}
+        return replace(shown, settings={"lora_dropout": config.adapter.dropout, "use_rslora": config.adapter.rslora})
     start = inspect.signature(KINDS[adapter.kind].init).parameters["sigma"].default
     sigma = start if config.adapter.sigma is None else config.adapter.sigma
-    training = {name: getattr(adapter, name) for name in sorted(how)}
-    training |= {"sigma": sigma, "dropout": config.adapter.dropout, "seed": config.run.seed, "steps": schedule.steps}
+    training = {"sigma": sigma, "dropout": config.adapter.dropout, "seed": config.run.seed, "steps": schedule.steps}
     if quantization := quantization_in(model):
         training["quantization"] = quantization
     if schedule.scaling_warmup:
         training["scaling_warmup"] = schedule.scaling_warmup
-    return shown | {"training": training}
+    return replace(shown, training=training)
 
 
 def _publish(trainer: "AdapterTrainer", out: Path) -> None:

@@ -24,8 +24,10 @@ from transformers import Trainer, TrainerCallback
 from d2surgery.adapters import Adapter
 from d2surgery.checkpoint import load, save
 from d2surgery.errors import refuse
+from d2surgery.files.whole import PARTIAL, write_whole
+from d2surgery.formats.layout import About
 from d2surgery.live.attaching import adapted, set_warmup, snapshot
-from d2surgery.training.disk import PARTIAL, PREFIX, checkpoints, write_whole
+from d2surgery.training.disk import PREFIX, checkpoints
 
 METRICS = "metrics.jsonl"
 
@@ -41,14 +43,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self,
         *args: Any,
         lr_ratio: Mapping[str, float],
-        adapter_config: Mapping[str, Any],
+        about: About,
         keep: int,
         **options: Any,
     ) -> None:
         with _known_to_have_adapters(options["model"]):
             super().__init__(*args, **options)
         self.lr_ratio = lr_ratio
-        self.adapter_config = adapter_config
+        self.about = about
         self.keep = keep
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -85,7 +87,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone. Raises LOSS_NOT_FINITE rather than write one that is spoilt."""
-        checkpoint = snapshot(self.model, self.adapter_config)  # every process: parameters may be spread over them
+        checkpoint = snapshot(self.model, self.about)  # every process: parameters may be spread over them
         if not self.args.should_save:
             return
         for module, adapter in checkpoint.items():

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from d2surgery import merge
 from d2surgery.errors import D2SurgeryError
-from d2surgery.evaluating.behaviour import as_json, compare_outputs, compare_scores, compare_tasks
+from d2surgery.evaluating.behaviour import compare_outputs, compare_scores, compare_tasks
 from d2surgery.evaluating.items import Item
 from d2surgery.evaluating.tasks import Score, Task
+from d2surgery.files.plain import plain
 
 if TYPE_CHECKING:
     from models import Built
@@ -60,7 +61,7 @@ def test_a_right_merge_says_the_same(speaker: Speakers, kind: str, dtype: str) -
         "model.embed_tokens", "model.layers.0.input_layernorm", "model.layers.0.self_attn.q_proj",
     ]  # fmt: skip
     assert steps[-1] == (20, 20)
-    json.dumps(as_json(found), allow_nan=False)
+    json.dumps(plain(found), allow_nan=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama dora", "gpt2 dora", "llama embeddings", "tied saved head"])
@@ -138,7 +139,7 @@ def test_the_first_module_that_differs_is_named(speaker: Speakers, fault: str, d
     assert ("LAYER_DIFFERS", "error") in codes(found)
     assert next(p.module for p in found.problems if p.code == "LAYER_DIFFERS") == first
     assert dtype == "BF16" or ("LOGITS_DIFFER", "error") in codes(found)
-    json.dumps(as_json(found), allow_nan=False)
+    json.dumps(plain(found), allow_nan=False)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from d2surgery.files.header import read_checkpoint_header
-from d2surgery.files.tensors import STORED_NAMES
+from d2surgery.files.tensors import NAMES
 from d2surgery.files.writer import Entry, Shard, ShardWriter, hash_tensors, index_file, shards
 
 TENSORS = {
@@ -30,7 +30,7 @@ TENSORS = {
 
 
 def entries(tensors: dict[str, Tensor] = TENSORS) -> list[Entry]:
-    return [Entry(name, STORED_NAMES[t.dtype], tuple(t.shape), t.nbytes) for name, t in tensors.items()]
+    return [Entry(name, NAMES[t.dtype], tuple(t.shape), t.nbytes) for name, t in tensors.items()]
 
 
 def fill(directory: Path, shard: Shard, *, hashes: bool = True) -> dict[str, str]:

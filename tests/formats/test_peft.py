@@ -13,9 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftType
 
+from d2surgery.checkpoint import Checkpoint
 from d2surgery.codes import CODES
 from d2surgery.formats import open_layout, peft
-from d2surgery.formats.layout import AdapterLayout, Layout
+from d2surgery.formats.layout import AdapterLayout, Layout, Slot
+from d2surgery.formats.peft.config import Patterns
+from d2surgery.formats.peft.writer import tensors_of
 
 A, B = PAIR
 Q = "base_model.model.layers.0.q"
@@ -194,11 +197,10 @@ def test_a_fault_is_an_error_with_its_code_and_what_it_is_about(
 
 
 def test_every_code_of_the_format_has_a_case_here() -> None:
-    tree = ast.parse(Path(peft.__file__).read_text())
-    constants = {
-        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
-    elsewhere = {"CONFIG_DISAGREES", "UNSUPPORTED_METHOD"}
+    trees = [ast.parse(path.read_text()) for path in Path(peft.__file__).parent.glob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    constants = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    elsewhere = {"CONFIG_DISAGREES", "UNSUPPORTED_METHOD", "FORMAT_CANNOT_HOLD"}
     assert constants & set(CODES) == {code for _, _, code, *_ in [*FAULTS, *MILD]} | elsewhere
 
 
@@ -237,12 +239,13 @@ def test_a_pair_without_a_fault_has_no_problem(adapter: WriteAdapter) -> None:
         module="layers.0.q",
         kind="lora",
         stored="linear",
-        slots={"A": A, "B": B},
+        slots={"A": Slot(A), "B": Slot(B)},
         ranks={"update": 2},
         out_features=4,
         in_features=6,
         dtype="F32",
         scaling=2.0,
+        misread={"alpha/√r instead of alpha/r": 4 / 2**0.5, "alpha": 4.0},
     )
 
 
@@ -258,7 +261,7 @@ def test_our_own_kinds_read_back(adapter: WriteAdapter) -> None:
     assert dual.scaling == pytest.approx(6 / 6**0.5, rel=1e-15)
     d2 = open_layout(adapter(D2_SHAPES, D2)).adapters["layers.0.q"]
     assert (d2.kind, d2.rank, dict(d2.ranks), d2.scaling) == ("d2lora", 4, {"plus": 2, "minus": 2}, 2.0)
-    assert (d2.tau, d2.along, d2.form) == (0.25, "in_features", "projected_plus_update")
+    assert d2.settings == {"tau": 0.25, "along": "in_features", "form": "projected_plus_update"}
 
 
 @pytest.mark.parametrize("kind", [*sorted({t.value for t in PeftType} - {"LORA"}), "BONE", "SOMETHING_NEW"])
@@ -312,9 +315,9 @@ def test_every_spelling_of_the_keys_gives_the_same_layout(adapter: WriteAdapter,
     (found,) = layout.adapters.values()
     assert problems(layout) == []
     assert (found.module, found.kind, found.ranks, found.scaling) == ("layers.0.q", "dora", {"update": 2}, 2.0)
-    assert found.slots == {slot: spelling(key) for slot, key in zip(("A", "B", "magnitude"), DORA_SHAPES, strict=True)}
+    assert found.keys == {slot: spelling(key) for slot, key in zip(("A", "B", "magnitude"), DORA_SHAPES, strict=True)}
     assert layout.replacements == {"score.weight": score}
-    assert peft.names(layout) == {key: spelling(key) for key in DORA_SHAPES} | {score: score}
+    assert [key for key, _ in tensors_of(Checkpoint(layout))] == [*DORA_SHAPES, score]
 
 
 @pytest.mark.parametrize("infix", ["", ".modules_to_save.default", ".base_layer", ".token_adapter.base_layer"])
@@ -350,7 +353,7 @@ def test_patterns_match_as_pefts_own_lookup_does(module: str, patterns: list[str
     from peft.utils.other import get_pattern_key
 
     table = {pattern: number for number, pattern in enumerate(patterns)}
-    assert peft._Patterns(table).value(module, -1) == table.get(get_pattern_key(table, module), -1)
+    assert Patterns(table).value(module, -1) == table.get(get_pattern_key(table, module), -1)
 
 
 # Experts --------------------------------------------------------------------------------------------------------------

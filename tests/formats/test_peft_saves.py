@@ -13,9 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from d2surgery.checkpoint import Checkpoint
 from d2surgery.formats import open_layout
 from d2surgery.formats.layout import AdapterLayout, Layout
-from d2surgery.formats.peft import names
+from d2surgery.formats.peft.writer import tensors_of
 
 transformers.logging.set_verbosity_error()
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
@@ -100,7 +101,8 @@ def assert_same_as_peft(layout: Layout, model: Any) -> None:
         assert ours.scaling == layer.scaling["default"], module
     assert sorted(layout.accounted()) == sorted(layout.header.tensors)
     assert not layout.unread
-    assert names(layout) == {key: key for key in layout.header.tensors}
+    written, read = dict(tensors_of(Checkpoint(layout))), layout.header.tensors
+    assert {key: tuple(tensor.shape) for key, tensor in written.items()} == {k: info.shape for k, info in read.items()}
 
 
 def shape_of(adapter: AdapterLayout) -> tuple[str, str, int, int]:
@@ -290,8 +292,8 @@ def test_expert_parameters_are_told_apart_as_peft_nests_them(
         ours = layout.adapters[module]
         assert (ours.stored, ours.experts) == ("experts", 4)
         stored = load_file(layout.path)
-        assert torch.equal(stored[ours.slots["A"]], layer.lora_A["default"].weight)
-        assert torch.equal(stored[ours.slots["B"]], layer.lora_B["default"].weight)
+        assert torch.equal(stored[ours.keys["A"]], layer.lora_A["default"].weight)
+        assert torch.equal(stored[ours.keys["B"]], layer.lora_B["default"].weight)
         assert ours.in_features * ours.out_features == layer.get_param()[0].numel()
 
 

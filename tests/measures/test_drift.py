@@ -44,7 +44,7 @@ def by_hand(adapter: Adapter, W: Tensor, along: Axis) -> dict[str, Any]:
 
 
 def fifty_digits(adapter: Adapter, W: Tensor) -> Any:
-    """W and W' by the formulas of MATH, section 1."""
+    """W and W' by the formulas of docs/mathematics.md#the-four-kinds."""
     m = {name: mpmath.matrix(slot.double().reshape(len(slot), -1).tolist()) for name, slot in adapter.slots().items()}
     base, s = mpmath.matrix(W.double().tolist()), mpmath.mpf(adapter.scaling)
     rows = adapter.along != "in_features"

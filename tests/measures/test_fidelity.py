@@ -45,7 +45,8 @@ def test_survival_adds_up_over_tiles() -> None:
 
 @pytest.mark.parametrize("ratio", [0.002, 0.005, 0.01])
 def test_the_share_of_changed_entries_is_the_closed_form(ratio: float) -> None:
-    """P(unchanged) = erf(t/(2√2)), t the spacing of bfloat16 at the entry over the delta's size (MATH, section 4)."""
+    """P(unchanged) = erf(t/(2√2)), t the spacing of bfloat16 at the entry over the delta's size
+    (docs/mathematics.md#rounding)."""
     base, delta = base_and_delta(ratio, (1024, 1024))
     exponents = torch.frexp(base[base != 0])[1].double()
     spacing = torch.exp2(exponents - 8) / (ratio * 0.02)

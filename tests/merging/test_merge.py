@@ -1,10 +1,8 @@
 """Merging on bases made here: every kind, axis, storage and dtype against the formula in float64; what is written
 beside the weights; what is refused.
 
-Where PEFT's traps (reference peft.md, section 5) are tested: 1, 2 in test_merge_peft (patterns, rslora) and
-test_peft_format; 3, 4, 5, 12, 17, 22, 23 in test_peft_format; 6, 7, 8, 10, 11, 12, 13, 18, 21 in test_merge_peft and
-test_sites; 9, 13 (zero rows), 14, 15, 16, 18 (old packing), 19, 20, 24, 25 here, by name. Extras: zero-size tensors in
-test_peft_format; NaN here.
+The traps in PEFT's files that are tested here are named by their number in docs/peft-traps.md; the others are tested
+where it says.
 """
 
 import hashlib
@@ -109,8 +107,8 @@ def write_base(directory: Path, tensors: Mapping[str, Tensor], **config: Any) ->
     return directory
 
 
-def write(directory: Path, modules: Mapping[str, Adapter], **config: Any) -> Path:
-    save(from_adapters(modules, config), directory)
+def write(directory: Path, modules: Mapping[str, Adapter]) -> Path:
+    save(from_adapters(modules), directory)
     return directory
 
 
@@ -443,7 +441,7 @@ def test_a_tensor_outside_the_adapter_that_overflows_is_refused(tmp_path: Path) 
     assert codes(error) == ["NOT_FINITE"]
 
 
-# Traps of peft.md -----------------------------------------------------------------------------------------------------
+# Traps in PEFT's files (docs/peft-traps.md) -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", ["e.weight", "e.base_layer.weight"])

@@ -12,17 +12,19 @@ import torch
 from measuring import RANK, write_adapter, write_base
 
 from d2surgery import BaseWeights, Checkpoint, LoRA, load
-from d2surgery.measures.drift import Drift, drift
+from d2surgery.measures.drift import Drift, drift, expected_point
+from d2surgery.measures.likeness import likeness
 from d2surgery.measures.spectrum import Spectrum, update_spectrum
 from d2surgery.measures.subspace import intruders
-from d2surgery.reporting.figures import parts as plots
-from d2surgery.reporting.figures.parts import Plot
+from d2surgery.reporting.figures import drifts as drift_figures
+from d2surgery.reporting.figures import spectra as spectrum_figures
+from d2surgery.reporting.figures.likeness import similarity_by_depth, similarity_matrix, subspaces_by_depth
+from d2surgery.reporting.figures.parts import OKABE_ITO, Plot
 from d2surgery.reporting.tidy import (
     COLUMNS,
     address,
     difference_rows,
     drift_rows,
-    pair,
     picked,
     quantiles,
     spectrum_rows,
@@ -105,7 +107,7 @@ def test_rows_say_what_their_numbers_are(found: dict[str, Spectrum], moved: dict
 def test_a_number_in_the_table_is_that_of_the_record(found: dict[str, Spectrum], moved: dict[str, Drift]) -> None:
     for row in picked(spectrum_rows(found, {}), "stable_rank"):
         assert row["value"] == found[str(row["module"])].stable_rank
-    for row in picked(drift_rows(moved), "drift", "max"):
+    for row in picked(drift_rows(moved), "drift", index="max"):
         assert row["value"] == float(moved[str(row["module"])].drift.max())
 
 
@@ -126,7 +128,7 @@ def test_nan_is_none_in_a_table(moved: dict[str, Drift]) -> None:
 
 
 def test_the_rank_map_shows_its_table_and_ends_at_the_nominal_rank(found: dict[str, Spectrum]) -> None:
-    plot = plots.rank_map(found, nominal(found))
+    plot = spectrum_figures.rank_map(found, nominal(found))
     (heat,) = plot.figure.data
     assert (heat.zmin, heat.zmax) == (0, RANK)
     assert list(heat.y) == ["down_proj", "q_proj"]
@@ -137,16 +139,16 @@ def test_the_rank_map_shows_its_table_and_ends_at_the_nominal_rank(found: dict[s
 
 
 def test_rank_lines_mark_the_nominal_rank(found: dict[str, Spectrum]) -> None:
-    plot = plots.rank_lines(found, nominal(found))
+    plot = spectrum_figures.rank_lines(found, nominal(found))
     assert [shape.y0 for shape in plot.figure.layout.shapes] == [RANK]
     assert "nominal rank 4" in texts(plot.figure)
     drawn = {(t.name, x): y for t in plot.figure.data for x, y in zip(t.x, t.y, strict=True)}
     assert drawn == {(r["type"], r["layer"]): r["value"] for r in picked(plot.rows, "energy_entropy_rank")}
-    assert plots.rank_lines(found, dict.fromkeys(found)).figure.layout.shapes == ()
+    assert spectrum_figures.rank_lines(found, dict.fromkeys(found)).figure.layout.shapes == ()
 
 
 def test_the_fan_has_a_panel_per_type_and_a_line_per_layer(found: dict[str, Spectrum]) -> None:
-    plot = plots.spectrum_fan(found, nominal(found))
+    plot = spectrum_figures.spectrum_fan(found, nominal(found))
     lines = [t for t in plot.figure.data if t.mode != "markers"]
     assert len(lines) == len(found)
     assert {line.xaxis for line in lines} == {"x", "x2"}
@@ -158,7 +160,7 @@ def test_the_fan_has_a_panel_per_type_and_a_line_per_layer(found: dict[str, Spec
 
 
 def test_drift_by_depth_shows_outliers_signed(moved: dict[str, Drift]) -> None:
-    plot = plots.drift_by_depth(moved)
+    plot = drift_figures.drift_by_depth(moved)
     values = {value for trace in plot.figure.data for value in trace.customdata}
     assert values == {r["value"] for r in plot.rows}
     for record in moved.values():
@@ -169,7 +171,7 @@ def test_drift_by_depth_shows_outliers_signed(moved: dict[str, Drift]) -> None:
 
 
 def test_distributions_run_from_the_smallest_to_the_largest(moved: dict[str, Drift]) -> None:
-    plot = plots.drift_distribution(moved)
+    plot = drift_figures.drift_distribution(moved)
     assert [trace.name for trace in plot.figure.data] == ["down_proj", "q_proj"]
     for trace in plot.figure.data:
         pooled = torch.cat([moved[m].drift for m, type_ in types(moved).items() if type_ == trace.name])
@@ -180,7 +182,7 @@ def test_distributions_run_from_the_smallest_to_the_largest(moved: dict[str, Dri
 
 
 def test_length_against_direction_stands_beside_its_null(moved: dict[str, Drift]) -> None:
-    plot = plots.magnitude_direction(moved)
+    plot = drift_figures.magnitude_direction(moved)
     null, *types_, _bar = plot.figure.data
     assert (null.name, len(null.x)) == ("random, same size", len(moved))
     drawn = {(x, y) for t in types_ for x, y in zip(t.x, t.y, strict=True)}
@@ -195,7 +197,7 @@ def test_the_null_is_what_random_updates_give() -> None:
     for size in (1e-3, 3e-2):
         U = size * torch.randn(300, 200, generator=generator, dtype=torch.float64)
         record = drift(LoRA(A=torch.eye(200, dtype=torch.float64), B=U, scaling=1.0), W)
-        expected = plots.random_point(record)
+        expected = expected_point(record)
         assert expected == pytest.approx((record.delta_magnitude, record.delta_direction), rel=0.12)
         change = ((W + U).norm(dim=1) - W.norm(dim=1)).abs().mean()
         assert expected[0] == pytest.approx(float(change), rel=0.12)
@@ -204,7 +206,7 @@ def test_the_null_is_what_random_updates_give() -> None:
 def test_intruder_profiles_show_every_leading_vector(checkpoint: Checkpoint, base: BaseWeights) -> None:
     where = BaseMatrices(checkpoint, base)
     records = {p.name: intruders(checkpoint.adapter(p.module), where[p], k=5) for p in places(checkpoint)}
-    plot = plots.intruder_profile(records)
+    plot = spectrum_figures.intruder_profile(records)
     lines = [t for t in plot.figure.data if len(t.x) == 5]
     assert len(lines) == len(records)
     assert sorted(y for t in lines for y in t.y) == sorted(float(str(r["value"])) for r in plot.rows)
@@ -224,15 +226,15 @@ def test_the_similarity_of_two_adapters_is_that_of_their_dense_updates(pairs: tu
         dense.append(torch.cat([u.reshape(-1) for u in updates]))
     expected = float(dense[0] @ dense[1] / (dense[0].norm() * dense[1].norm()))
     found = dict(differences(*pairs))
-    assert pair(found).cosine == pytest.approx(expected, abs=1e-12)
-    assert 0 < pair(found).cosine_null < 1 / sqrt(16 * 20)
-    assert pair(found).likeness() == "unrelated"
-    assert pair(dict(differences(pairs[0], pairs[0]))).likeness() == "nearly the same"
+    assert likeness(found).cosine == pytest.approx(expected, abs=1e-12)
+    assert 0 < likeness(found).cosine_null < 1 / sqrt(16 * 20)
+    assert likeness(found).in_words() == "unrelated"
+    assert likeness(dict(differences(pairs[0], pairs[0]))).in_words() == "nearly the same"
 
 
 def test_the_matrix_is_symmetric_and_shows_chance(pairs: tuple[Checkpoint, Checkpoint]) -> None:
-    whole = pair(dict(differences(*pairs)))
-    plot = plots.similarity_matrix(["one", "one"], {(0, 1): whole})
+    whole = likeness(dict(differences(*pairs)))
+    plot = similarity_matrix(["one", "one"], {(0, 1): whole})
     cosine, inside, outside = plot.figure.data
     assert list(cosine.x) == ["one (1)", "one (2)"]
     assert cosine.z[0][1] == cosine.z[1][0] == whole.cosine
@@ -246,11 +248,11 @@ def test_the_matrix_is_symmetric_and_shows_chance(pairs: tuple[Checkpoint, Check
 
 def test_similarity_by_depth_draws_the_null(pairs: tuple[Checkpoint, Checkpoint]) -> None:
     found = dict(differences(*pairs))
-    plot = plots.similarity_by_depth(found, ("one", "two"))
+    plot = similarity_by_depth(found, ("one", "two"))
     widest = max(d.cosine.null_sd for d in found.values())
     assert [(s.y0, s.y1) for s in plot.figure.layout.shapes] == [(-2 * widest, 2 * widest)]
     assert sorted(y for t in plot.figure.data for y in t.y) == sorted(d.cosine.value for d in found.values())
-    both = plots.subspaces_by_depth(found, ("one", "two"))
+    both = subspaces_by_depth(found, ("one", "two"))
     assert len(both.figure.layout.shapes) == 4  # two sides, the nulls of two widths
     assert len(both.rows) == 2 * len(found)
     assert len(difference_rows(found)) == 4 * len(found)
@@ -260,9 +262,18 @@ def test_similarity_by_depth_draws_the_null(pairs: tuple[Checkpoint, Checkpoint]
 
 
 def every_plot(found: dict[str, Spectrum], moved: dict[str, Drift], ranks: dict[str, int | None]) -> Iterator[Plot]:
-    yield from (plots.rank_map(found, ranks), plots.rank_lines(found, ranks), plots.size_map(found))
-    yield plots.spectrum_fan(found, ranks)
-    for draw in (plots.relative_update_map, plots.drift_by_depth, plots.drift_distribution, plots.magnitude_direction):
+    yield from (
+        spectrum_figures.rank_map(found, ranks),
+        spectrum_figures.rank_lines(found, ranks),
+        spectrum_figures.size_map(found),
+    )
+    yield spectrum_figures.spectrum_fan(found, ranks)
+    for draw in (
+        drift_figures.relative_update_map,
+        drift_figures.drift_by_depth,
+        drift_figures.drift_distribution,
+        drift_figures.magnitude_direction,
+    ):
         yield draw(moved)
 
 
@@ -320,22 +331,22 @@ def test_names_reach_plotly_without_markup(found: dict[str, Spectrum], moved: di
 
 def test_figures_use_a_palette_for_all_eyes_and_more_than_colour(found: dict[str, Spectrum]) -> None:
     names = [f"layers.{i}.{p}" for i in range(2) for p in "abcdefg"]
-    traces = plots.rank_lines(dict.fromkeys(names, next(iter(found.values()))), {}).figure.data
+    traces = spectrum_figures.rank_lines(dict.fromkeys(names, next(iter(found.values()))), {}).figure.data
     assert len({t.line.color for t in traces}) == len(traces) == 7
-    assert all(t.line.color in plots.OKABE_ITO for t in traces)
+    assert all(t.line.color in OKABE_ITO for t in traces)
     assert len({(t.line.dash, t.marker.symbol) for t in traces}) == 7
 
 
 def test_fans_of_deep_models_say_what_they_leave_out(found: dict[str, Spectrum], moved: dict[str, Drift]) -> None:
     shown, _, ranks = renamed(NAMES["126 layers"], found, moved)
-    plot = plots.spectrum_fan(shown, ranks)
-    assert f"{7 * (126 - plots.FAN_LAYERS)} layers between those shown are left out" in plot.caption
+    plot = spectrum_figures.spectrum_fan(shown, ranks)
+    assert f"{7 * (126 - spectrum_figures.FAN_LAYERS)} layers between those shown are left out" in plot.caption
     layers = sorted({int(str(r["layer"])) for r in plot.rows})
-    assert (layers[0], layers[-1], len(layers)) == (0, 125, plots.FAN_LAYERS)
+    assert (layers[0], layers[-1], len(layers)) == (0, 125, spectrum_figures.FAN_LAYERS)
 
 
 def test_pure_functions_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    first, second = (plots.spectrum_fan(found, nominal(found)) for _ in range(2))
+    first, second = (spectrum_figures.spectrum_fan(found, nominal(found)) for _ in range(2))
     assert texts(first.figure) == texts(second.figure)
     assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,9 @@ import pytest
 from measuring import RANK, write_adapter, write_base
 
 from d2surgery import D2SurgeryError
-from d2surgery.reporting.pages.report import labels, report
+from d2surgery.cli.report import report
 from d2surgery.reporting.tidy import COLUMNS
+from d2surgery.surveying.adapter import labels
 
 KINDS = ("lora", "dora", "duallora", "d2lora")
 HOSTILE = [

@@ -15,8 +15,8 @@ import torch
 from trained import config_of, lines, same, write_base, write_items
 
 from d2surgery.errors import D2SurgeryError
+from d2surgery.files.whole import write_whole
 from d2surgery.training.config import read_config
-from d2surgery.training.disk import write_whole
 from d2surgery.training.loop import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")

@@ -91,7 +91,7 @@ def test_the_loss_falls_and_the_file_is_what_was_trained(folder: Path, kind: str
     ]
     stored = load(config.output)
     assert {adapter.scaling for adapter in stored.values()} == {config.scaling}
-    assert stored.layout.config["base_model_name_or_path"] == config.base
+    assert stored.layout.base_model == config.base
     model = AutoModelForCausalLM.from_pretrained(config.base).eval()
     assert held_out_loss(config, model) == pytest.approx(report.first_eval_loss, rel=1e-6)
     attach(model, stored)
@@ -160,8 +160,8 @@ def test_how_it_was_trained_stands_in_our_own_kinds_files(folder: Path) -> None:
     train(config)
     found = load(config.output).layout
     assert found.problems == ()
-    assert found.config["training"] == {"detach_norm": True, "sigma": 0.1, "dropout": 0.0, "seed": 0, "steps": 8}
-    assert found.config["along"] == "out_features"
+    assert found.about.training == {"detach_norm": True, "sigma": 0.1, "dropout": 0.0, "seed": 0, "steps": 8}
+    assert {entry.settings["along"] for entry in found.adapters.values()} == {"out_features"}
 
 
 # Learning rates, warm-up, accumulation ---------------------------------------------------------------------------

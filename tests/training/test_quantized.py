@@ -176,7 +176,7 @@ def test_what_a_run_was_trained_on_is_told(folder: Path, capsys: pytest.CaptureF
     assert f"  parameters  {slots:,} of {entries:,} (" in text
     assert "--quantization 4bit --tasks FILE" in text
     assert "this merges into the unquantised base" in text
-    assert load(folder / "out").layout.config["training"]["quantization"] == "4bit"
+    assert load(folder / "out").layout.about.training["quantization"] == "4bit"
     assert 'quantization = "4bit"' in (folder / "out" / "train.toml").read_text()
     arguments = ["--adapter", str(folder / "out"), "--out", str(folder / "merged")]
     assert main(["merge", "--base", str(stored(folder, "4bit")), *arguments]) == 2

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from d2surgery.auditing.findings import ModuleAudit, Thresholds
 from d2surgery.evaluating.traces import Layer
-from d2surgery.reporting.figures.parts import MARGIN, Plot, layer_ticks, plain_name, sized
+from d2surgery.reporting.figures.parts import Plot, layer_ticks, layers_across, plain_name, sized
 from d2surgery.reporting.tidy import Row, address, row, types
 
 STATES = {  # from right to wrong: colour (Okabe and Ito's), mark, word
@@ -158,9 +158,7 @@ def _cells(
             xgap=1, ygap=1, hoverongaps=False, hovertemplate="%{customdata}<extra></extra>",
         )
     )  # fmt: skip
-    figure.update_xaxes(title_text="layer", showgrid=False, **layer_ticks(layers, -1 in layers))
-    figure.update_yaxes(autorange="reversed", showgrid=False)
-    return sized(figure, MARGIN + 28 * max(len(names), 4))
+    return layers_across(figure, layers, len(names))
 
 
 def _words(cell: Mapping[str, float], value: float | None, hover: Mapping[str, str]) -> str:

@@ -3,25 +3,17 @@
 The same inputs give the same bytes: no times, and no paths but those that were given.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
 from math import isfinite, sqrt
-from pathlib import Path
 from statistics import median
 
-from d2surgery.auditing import audit
 from d2surgery.auditing.findings import Audit
-from d2surgery.checkpoint import Checkpoint, load
-from d2surgery.errors import raise_errors, refuse
-from d2surgery.files.base import BaseWeights
-from d2surgery.formats.layout import NAMES, Layout
+from d2surgery.kinds import TABLE
 from d2surgery.measures.drift import Drift
-from d2surgery.measures.spectrum import Method, Spectrum
-from d2surgery.measures.subspace import Intruders, intruders
-from d2surgery.reporting.figures import parts as plots
+from d2surgery.measures.likeness import Likeness, likeness
+from d2surgery.reporting.figures import drifts, spectra
+from d2surgery.reporting.figures.likeness import similarity_by_depth, similarity_matrix
 from d2surgery.reporting.figures.parts import Plot
 from d2surgery.reporting.pages.audit import audit_section
 from d2surgery.reporting.pages.parts import (
@@ -35,136 +27,29 @@ from d2surgery.reporting.pages.parts import (
     text_cell,
     whole_page,
 )
-from d2surgery.reporting.tidy import Pair, address, pair, types
-from d2surgery.surveying.modules import BaseMatrices, Difference, Progress, differences, drifts, places, spectra
+from d2surgery.reporting.tidy import address, types
+from d2surgery.surveying.adapter import Measured, Survey
 
 OUTLIER = 3.5  # robust standard deviations (MAD) from the median; Iglewicz and Hoaglin's threshold
 TOP = 3
+Alike = Mapping[tuple[int, int], Likeness]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Measured:
-    """One adapter and all that was measured of it, by module."""
-
-    given: str
-    """As the user named it."""
-    label: str
-    layout: Layout
-    kinds: Mapping[str, str]
-    nominal: Mapping[str, int | None]
-    spectra: Mapping[str, Spectrum]
-    drifts: Mapping[str, Drift]
-    """Empty without a base."""
-    intruders: Mapping[str, Intruders]
-    """Empty unless asked for."""
-
-    @property
-    def of(self) -> str:
-        return " or ".join(sorted({record.of for record in self.spectra.values()}))
-
-    @property
-    def sizes(self) -> dict[str, float]:
-        """Relative to the base where it is given, else the Frobenius norm."""
-        if self.drifts:
-            return {module: record.relative_update for module, record in self.drifts.items()}
-        return {module: record.frobenius_norm for module, record in self.spectra.items()}
-
-
-Shared = Mapping[tuple[int, int], Mapping[str, Difference]]
-
-
-def report(
-    adapters: Sequence[str],
-    *,
-    base: str | Path | None = None,
-    merged: str | Path | None = None,
-    method: Method | None = None,
-    with_intruders: bool = False,
-    cache: str | Path | None = None,
-    progress: Callable[[str], Progress] = lambda label: lambda done, total: None,
-) -> str:
-    """The page for one or more adapters; with a base also how far each moves it, with a merged checkpoint its audit.
-
-    with_intruders: all singular vectors of every base weight, slow on large models. cache: see `spectra`.
-    progress(label) gives the function that is told done and total. Raises what the adapters and the base are refused
-    for.
-    """
-    if merged is not None and (base is None or len(adapters) != 1):
-        raise refuse("USAGE", "an audit needs the base and one adapter", wanted="--base, --merged and one ADAPTER")
-    weights = BaseWeights(base) if base is not None else None
-    checkpoints = [load(adapter) for adapter in adapters]
-    raise_errors(problem for checkpoint in checkpoints for problem in checkpoint.layout.problems)
-    if not all(map(len, checkpoints)):
-        raise refuse("UNKNOWN_FORMAT", "an adapter without adapted modules", got=", ".join(adapters))
-    measured = [
-        measure(given, label, checkpoint, weights, method, with_intruders, cache, progress)
-        for given, label, checkpoint in zip(adapters, labels(adapters), checkpoints, strict=True)
-    ]
-    shared = {
-        (i, j): dict(differences(checkpoints[i], checkpoints[j], progress=progress(f"{i + 1} and {j + 1}")))
-        for i, j in combinations(range(len(adapters)), 2)
-    }
-    found = None
-    if base is not None and merged is not None:
-        found = audit(base, adapters[0], merged, progress=progress("audit"))
-    return page(measured, shared, None if base is None else str(base), found)
-
-
-def measure(
-    given: str,
-    label: str,
-    checkpoint: Checkpoint,
-    base: BaseWeights | None,
-    method: Method | None,
-    with_intruders: bool,
-    cache: str | Path | None,
-    progress: Callable[[str], Progress],
-) -> Measured:
-    """Everything about one adapter that a report shows."""
-    found: dict[str, Intruders] = {}
-    if base is not None and with_intruders:
-        where = BaseMatrices(checkpoint, base)
-        for at in places(checkpoint):
-            found[at.name] = intruders(checkpoint.adapter(at.module, at.expert or 0), where[at])
-    return Measured(
-        given=given,
-        label=label,
-        layout=checkpoint.layout,
-        kinds={at.name: checkpoint.layout.adapters[at.module].kind for at in places(checkpoint)},
-        nominal={at.name: checkpoint.layout.adapters[at.module].rank for at in places(checkpoint)},
-        spectra=dict(spectra(checkpoint, base, method=method, cache=cache, progress=progress(f"spectra of {label}"))),
-        drifts=dict(drifts(checkpoint, base, progress=progress(f"drift of {label}"))) if base is not None else {},
-        intruders=found,
-    )
-
-
-def labels(adapters: Sequence[str]) -> list[str]:
-    """The last part of each path, more of it where several end alike, a number where they are the same."""
-    parts = [[part for part in re.split(r"[/\\]", adapter) if part] or [adapter] for adapter in adapters]
-    for depth in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(each[-depth:]) for each in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{name} ({at})" for at, name in enumerate(names, 1)]
-
-
-# Pages ----------------------------------------------------------------------------------------------------------------
-
-
-def page(measured: Sequence[Measured], shared: Shared, base: str | None, found: Audit | None = None) -> str:
-    """The whole report."""
-    pairs = {key: pair(found) for key, found in shared.items()}
+def report_page(survey: Survey, found: Audit | None = None) -> str:
+    """The whole report of one or more adapters, with the audit of a merge where there is one."""
+    measured = survey.measured
+    alike = {key: likeness(differences) for key, differences in survey.shared.items()}
     figures = Figures()
     title = " and ".join(m.label for m in measured) if len(measured) < 3 else f"{_number_word(len(measured))} adapters"
     parts = [
         f"<h1>What {safe(title)} {'does' if len(measured) == 1 else 'do'}</h1>",
-        f"<p>{_what(measured, base)}</p>",
+        f"<p>{_what(measured, survey.base)}</p>",
         _facts(measured),
         "<h2>What stands out</h2>",
-        *([_likeness(measured, pairs)] if pairs else []),
+        *([_alike(measured, alike)] if alike else []),
         *(_standing_out(m, several=len(measured) > 1) for m in measured),
         *([audit_section(found, figures)] if found is not None else []),
-        *([_together(measured, shared, pairs, figures)] if pairs else []),
+        *([_together(survey, alike, figures)] if alike else []),
         *_by_measure(measured, figures),
         "<h2>Every module</h2>",
         _module_table(measured),
@@ -178,7 +63,7 @@ def page(measured: Sequence[Measured], shared: Shared, base: str | None, found: 
 
 
 def _what(measured: Sequence[Measured], base: str | None) -> str:
-    kinds = Counter(" and ".join(NAMES[kind] for kind in m.layout.kinds) for m in measured)
+    kinds = Counter(" and ".join(TABLE[kind].title for kind in m.layout.kinds) for m in measured)
     what = joined([f"{_number_word(count)} {kind} adapter{'s' * (count > 1)}" for kind, count in kinds.items()])
     bases = sorted({m.layout.base_model for m in measured if m.layout.base_model})
     for_ = f" for {safe(joined(bases))}" if bases else ""
@@ -317,15 +202,15 @@ def _about_file(m: Measured) -> Iterator[str]:
         yield f"<b>{safe(severity.capitalize())} {safe(code)}</b>: {safe(message)}{times}."
 
 
-def _likeness(measured: Sequence[Measured], pairs: Mapping[tuple[int, int], Pair]) -> str:
+def _alike(measured: Sequence[Measured], alike: Alike) -> str:
     items = []
-    for (i, j), whole in sorted(pairs.items(), key=lambda item: -_or_zero(item[1].cosine)):
+    for (i, j), whole in sorted(alike.items(), key=lambda item: -_or_zero(item[1].cosine)):
         names = f"<b>{safe(measured[i].label)}</b> and <b>{safe(measured[j].label)}</b>"
         if not whole.modules:
             items.append(f"<li>{names} have no module in common.</li>")
             continue
         items.append(
-            f"<li>{names} are {whole.likeness()}: cosine {whole.cosine:z.3f} (unrelated adapters: "
+            f"<li>{names} are {whole.in_words()}: cosine {whole.cosine:z.3f} (unrelated adapters: "
             f"±{whole.cosine_null:.1g}) over {counted(whole.modules, 'module')}.{_same_start(whole)}</li>"
         )
     return f"<h3>To each other</h3><ul>{''.join(items)}</ul>"
@@ -335,7 +220,7 @@ def _or_zero(value: float) -> float:
     return value if value == value else 0.0
 
 
-def _same_start(whole: Pair) -> str:
+def _same_start(whole: Likeness) -> str:
     """A shared A and little else is the mark of a shared seed; shared both of a shared history."""
     inside, outside = whole.in_features, whole.out_features
     if not inside > 0.9:
@@ -364,12 +249,12 @@ def _file_facts(m: Measured) -> list[str]:
     scalings = [entry.scaling for entry in entries if entry.scaling is not None]
     ranks = ["+".join(str(rank) for rank in entry.ranks.values()) for entry in entries]
     return [
-        " and ".join(NAMES[kind] for kind in m.layout.kinds),
+        " and ".join(TABLE[kind].title for kind in m.layout.kinds),
         str(len(m.spectra)),
         ", ".join(dict.fromkeys(ranks)),
         ", ".join(dict.fromkeys(f"{scaling:.4g}" for scaling in scalings)),
         f"{m.layout.format}, {dtypes}",
-        f"{m.layout.path.stat().st_size / 1e6:.1f} MB",
+        f"{m.nbytes / 1e6:.1f} MB",
     ]
 
 
@@ -396,7 +281,7 @@ def _module_table(measured: Sequence[Measured]) -> str:
         named = types(m.spectra)
         for module in m.spectra:
             words = [text_cell(module), *([text_cell(m.label)] if several else []), text_cell(named[module])]
-            line = [*words, text_cell(NAMES[m.kinds[module]]), *_spectrum_cells(m, module)]
+            line = [*words, text_cell(TABLE[m.kinds[module]].title), *_spectrum_cells(m, module)]
             line += _drift_cells(m.drifts.get(module)) if drifted else []
             line += [number_cell(m.intruders[module].count if module in m.intruders else None)] if intruded else []
             lines.append(line)
@@ -425,16 +310,15 @@ def _drift_cells(record: Drift | None) -> list[str]:
 # Figures --------------------------------------------------------------------------------------------------------------
 
 
-def _together(
-    measured: Sequence[Measured], shared: Shared, pairs: Mapping[tuple[int, int], Pair], figures: Figures
-) -> str:
+def _together(survey: Survey, alike: Alike, figures: Figures) -> str:
+    labels = [m.label for m in survey.measured]
     parts = ["<h2>How alike the adapters are</h2>"]
-    parts.append(figures.add(plots.similarity_matrix([m.label for m in measured], pairs)))
+    parts.append(figures.add(similarity_matrix(labels, alike)))
     by_depth, captions = [], []
-    for (i, j), found in shared.items():
+    for (i, j), found in survey.shared.items():
         if found:
-            names = (measured[i].label, measured[j].label)
-            plot = plots.similarity_by_depth(found, names)
+            names = (labels[i], labels[j])
+            plot = similarity_by_depth(found, names)
             captions.append(f'<p class="soft">{safe(plot.caption)}</p>')
             by_depth.append(figures.add(plot, " and ".join(names), caption=False))
     grid = f'<div class="grid">{"".join(by_depth)}</div>'
@@ -451,17 +335,17 @@ def _by_measure(measured: Sequence[Measured], figures: Figures) -> Iterator[str]
     furthest = max([record.relative_update for m in moved for record in m.drifts.values()], default=0.0)
     probed = [m for m in measured if m.intruders]
     sections: list[tuple[Sequence[Measured], Callable[[Measured], Plot]]] = [
-        (measured, lambda m: plots.rank_map(m.spectra, m.nominal, top=top)),
-        (measured, lambda m: plots.rank_lines(m.spectra, m.nominal, top=top)),
-        (measured, lambda m: plots.spectrum_fan(m.spectra, m.nominal)),
-        (moved, lambda m: plots.relative_update_map(m.drifts, top=furthest)),
-        (moved, lambda m: plots.magnitude_direction(m.drifts)),
-        (moved, lambda m: plots.drift_by_depth(m.drifts)),
-        (moved, lambda m: plots.drift_distribution(m.drifts)),
-        (probed, lambda m: plots.intruder_profile(m.intruders)),
+        (measured, lambda m: spectra.rank_map(m.spectra, m.nominal, top=top)),
+        (measured, lambda m: spectra.rank_lines(m.spectra, m.nominal, top=top)),
+        (measured, lambda m: spectra.spectrum_fan(m.spectra, m.nominal)),
+        (moved, lambda m: drifts.relative_update_map(m.drifts, top=furthest)),
+        (moved, lambda m: drifts.magnitude_direction(m.drifts)),
+        (moved, lambda m: drifts.drift_by_depth(m.drifts)),
+        (moved, lambda m: drifts.drift_distribution(m.drifts)),
+        (probed, lambda m: spectra.intruder_profile(m.intruders)),
     ]
     if not moved:
-        sections.insert(0, (measured, lambda m: plots.size_map(m.spectra, top=largest)))
+        sections.insert(0, (measured, lambda m: spectra.size_map(m.spectra, top=largest)))
     for shown, draw in sections:
         drawn = [(m, draw(m)) for m in shown]
         if drawn:

@@ -1,0 +1,349 @@
+"""adapter_config.json: which of its fields can be used, and what they say of each module."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import sqrt
+from typing import Any
+
+from d2surgery.errors import Problem
+from d2surgery.formats.layout import About, alpha_divisor
+from d2surgery.kinds import TABLE
+
+FORMS = ("projected_plus_update", "projected", "update")
+_PATTERN_FIELDS = ("rank_pattern", "alpha_pattern")
+_OURS = ("r1", "r2", "tau", "along", "form", "format_version", "training")
+_FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, and ours
+    re.findall(
+        r"\w+",
+        """
+        task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules
+        exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights
+        layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core
+        trainable_token_indices loftq_config eva_config corda_config lora_ga_config use_dora alora_invocation_tokens
+        use_qalora qalora_group_size layer_replication runtime_config lora_bias target_parameters use_bdlora
+        arrow_config ensure_weight_tying kasa_config velora_config monteclora_config
+        """,
+    )
+) | frozenset(_OURS)
+_VARIANTS = {  # config field -> the variant's name, when the field is set
+    "alora_invocation_tokens": "aLoRA (applies to some tokens only)",
+    "use_qalora": "QALoRA",
+    "arrow_config": "Arrow (routes between adapters)",
+    "kasa_config": "KaSA",
+    "use_bdlora": "BD-LoRA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+}
+_MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def peft_type(kind: str) -> str:
+    """The config's peft_type for a kind: PEFT's own LoRA and DoRA share one."""
+    return "LORA" if kind in ("lora", "dora") else kind.upper()
+
+
+def methods() -> dict[str, tuple[str, ...]]:
+    """peft_type -> the kinds that a file of it may hold."""
+    found: dict[str, tuple[str, ...]] = {}
+    for kind in reversed(TABLE):
+        found[peft_type(kind)] = (*found.get(peft_type(kind), ()), kind)
+    return found
+
+
+class Patterns:
+    """A rank_pattern or alpha_pattern: PEFT takes the first that matches `(.*\\.)?(pattern)$`, in file order."""
+
+    def __init__(self, patterns: Mapping[str, Any]) -> None:
+        self.patterns = patterns
+        self._ends = [(key, _literal_end(key)) for key in patterns]
+        self._found: dict[str, list[str]] = {}
+
+    def matching(self, module: str) -> list[str]:
+        if module not in self._found:
+            near = [(key, end) for key, end in self._ends if module.endswith(end)]
+            self._found[module] = [key for key, end in near if _matches(key, bool(end), module)]
+        return self._found[module]
+
+    def value(self, module: str, default: Any) -> Any:
+        found = self.matching(module)
+        return self.patterns[found[0]] if found else default
+
+
+@dataclass(frozen=True)
+class Config:
+    """A config without the fields that make no sense, `unusable`."""
+
+    found: Mapping[str, Any]
+    exact: Mapping[str, float]  # module -> the scaling to its last bit, from the file's own header
+
+    @cached_property
+    def unusable(self) -> frozenset[str]:
+        return frozenset(name for name, _ in _misfits(self.found))
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        return {name: value for name, value in self.found.items() if name not in self.unusable}
+
+    @cached_property
+    def rank_pattern(self) -> Patterns:
+        return Patterns(_good("rank_pattern", self.found))
+
+    @cached_property
+    def alpha_pattern(self) -> Patterns:
+        return Patterns(_good("alpha_pattern", self.found))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.values.get(name, default)
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    # Of one module -----------------------------------------------------------------------------------------------
+
+    def rank(self, module: str, field: str = "r") -> int:
+        value = self.rank_pattern.value(module, self.get(field, self.get("r", 8)))
+        if isinstance(value, list) and len(value) == 2:  # Dual LoRA's [r1, r2]
+            value = value[field == "r2"]
+        return int(value)
+
+    def ranks(self, module: str, kind: str) -> dict[str, int] | None:
+        """Group -> rank; None where the config does not say."""
+        if not self or self.unusable & {"r", "r1", "r2", "rank_pattern"}:
+            return None
+        return {name: self.rank(module, group.rank) for name, group in TABLE[kind].groups.items()}
+
+    def scaling(self, module: str, kind: str, ranks: Mapping[str, int]) -> float | None:
+        if not self or self.unusable & {"lora_alpha", "alpha_pattern", "use_rslora"}:
+            return None
+        if module in self.exact:
+            return float(self.exact[module])
+        alpha, rank = self.alpha_pattern.value(module, self.get("lora_alpha", 8)), alpha_divisor(ranks)
+        return float(alpha) / (sqrt(rank) if self.root(kind) else rank)
+
+    def root(self, kind: str) -> bool:
+        """rsLoRA, which is not defined for groups with a rank of their own each."""
+        return bool(self.get("use_rslora")) and len({group.rank for group in TABLE[kind].groups.values()}) == 1
+
+    def misread(self, kind: str, scaling: float | None, ranks: Mapping[str, int]) -> dict[str, float]:
+        """What other readers of this config take for a module's scaling."""
+        if scaling is None:
+            return {}
+        rank, root = alpha_divisor(ranks), self.root(kind)
+        alpha = scaling * (sqrt(rank) if root else rank)
+        first = {"alpha/r instead of alpha/√r": alpha / rank} if root else {
+            "alpha/√r instead of alpha/r": alpha / sqrt(rank)
+        }  # fmt: skip
+        found = first | {"alpha": alpha}
+        general = self.get("lora_alpha"), self.get("r")
+        usual_alpha, usual_rank = (x if isinstance(x, int | float) else None for x in general)
+        if (self.get("alpha_pattern") or self.get("rank_pattern")) and usual_alpha and usual_rank:
+            divided = sqrt if root else float
+            found["alpha/r of the config, no patterns"] = usual_alpha / divided(usual_rank)
+            found["alpha of the config over this module's r"] = usual_alpha / divided(rank)
+            found["this module's alpha over r of the config"] = alpha / divided(usual_rank)
+        return found
+
+    def targeted(self, module: str) -> bool:
+        if self.get("ensure_weight_tying"):
+            return True  # PEFT adds the tied module by itself
+        if self.get("target_modules") in (None, "all-linear"):
+            return True  # neither says anything of names
+        return self.listed(module) and not names(self.get("exclude_modules"), module)
+
+    def listed(self, module: str) -> bool:
+        targets = self.get("target_modules")
+        return names(targets, module) and (isinstance(targets, str) or self._layer_chosen(module))
+
+    def _layer_chosen(self, module: str) -> bool:
+        chosen = self.get("layers_to_transform")
+        if chosen in (None, []):
+            return True
+        patterns = self.get("layers_pattern") or [r"[^.]*"]
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+                return int(match[1]) in ([chosen] if isinstance(chosen, int) else chosen)
+        return False
+
+    def declares(self, name: str) -> bool:
+        """Part of a module in modules_to_save: a BatchNorm's integer counter is, for one."""
+        saved = self.get("modules_to_save") or ()
+        return any(re.match(rf"(^|.*\.){re.escape(module)}\.", name) for module in saved)
+
+    def settings(self, kind: str) -> dict[str, Any]:
+        """The kind's own settings; PEFT's DoRA has none of its own."""
+        row, training = TABLE[kind], self.get("training")
+        ours = row.settings if peft_type(kind) != "LORA" else {}
+        chosen = {name: type(default)(self.get(name, default)) for name, default in ours.items()}
+        how = {name: training[name] for name in row.training if name in training} if _is_table(training) else {}
+        return dict(row.settings) | chosen | how
+
+    def about(self) -> About:
+        base, version, training = (self.get(n) for n in ("base_model_name_or_path", "peft_version", "training"))
+        return About(
+            base_model=base if isinstance(base, str) and base else None,
+            task=self.get("task_type") if isinstance(self.get("task_type"), str) else None,
+            tied=bool(self.get("ensure_weight_tying")),
+            transposed=bool(self.get("fan_in_fan_out")),
+            saved_modules=tuple(self.get("modules_to_save") or ()),
+            version=version if isinstance(version, str) else None,
+            training=dict(training) if _is_table(training) else {},
+            settings=self.values,
+        )
+
+    # Problems ----------------------------------------------------------------------------------------------------
+
+    def problems(self, file: str) -> Iterator[Problem]:
+        """What is wrong with the config by itself."""
+
+        def said(code: str, message: str, **details: str) -> Problem:
+            return Problem(code=code, message=message, file=file, **details)  # type: ignore[arg-type]
+
+        for name in sorted(set(self.found) - _FIELDS - {s for kind in TABLE.values() for s in kind.settings}):
+            yield said("UNKNOWN_CONFIG_FIELD", f"{name} = {str(self.found[name])[:60]}", severity="warning")
+        for name, variant in _VARIANTS.items():
+            if self.found.get(name):
+                yield said("UNSUPPORTED_VARIANT", f"{variant}: {name} is set")
+        init = self.found.get("init_lora_weights")
+        if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
+            yield said("MUTATED_BASE", f"init_lora_weights is {init}")
+        if self.found.get("layer_replication"):
+            yield said("LAYER_REPLICATION", f"layer_replication is {self.found['layer_replication']}")
+        for _, problem in _misfits(self.found):
+            yield said("BAD_CONFIG", **problem)
+
+    def pattern_problems(self, modules: Iterable[str], file: str) -> Iterator[Problem]:
+        """Patterns that match nothing, and modules for which several with different values match."""
+        modules = list(modules)
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            matched = {module: patterns.matching(module) for module in modules}
+            used = {key for found in matched.values() for key in found}
+            for key in patterns.patterns:
+                if modules and key not in used:
+                    yield Problem(code="PATTERN_UNMATCHED", message=f"{name}: {key!r}", severity="warning", file=file)
+            for module, found in matched.items():
+                values = sorted({str(patterns.patterns[key]) for key in found})
+                if len(values) > 1:
+                    message = f"{name} gives {', '.join(values)}"
+                    yield Problem(
+                        code="AMBIGUOUS_PATTERN", message=message, severity="warning", file=file, module=module
+                    )
+
+
+# Names -----------------------------------------------------------------------------------------------------------
+
+
+def _literal_end(pattern: str) -> str:
+    """What a matching name must end with, where the pattern is a plain name.
+
+    EVA writes a pattern for every module: 450 × 450 regular expressions would take longer than all else.
+    """
+    return pattern.rpartition(".")[2] if re.fullmatch(r"[\w.]*", pattern) else ""
+
+
+def _matches(pattern: str, plain: bool, module: str) -> bool:
+    before, end = module[: -len(pattern)], module[-len(pattern) :]
+    if plain and end.count(".") >= pattern.count("."):  # then no dot stands for another character
+        return end == pattern and (not before or before.endswith("."))
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def names(targets: str | Sequence[str] | None, module: str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds ends of names."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(ends_with(module, target) for target in targets or ())
+
+
+# Fields ----------------------------------------------------------------------------------------------------------
+
+
+def _misfits(found: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each field that cannot be used, and what is wrong with it."""
+    for name, (wanted, fits) in _CHECKS.items():
+        if name in found and not fits(found[name]):
+            yield name, {"message": f"{name} cannot be used", "wanted": wanted, "got": str(found[name])[:80]}
+    for name in _PATTERN_FIELDS:
+        patterns = found.get(name) or {}
+        if not _is_table(patterns):
+            yield name, {"message": f"{name} is not an object", "got": type(patterns).__name__}
+            continue
+        for key in sorted(patterns.keys() - _good(name, found).keys()):
+            yield name, {"message": f"{name} entry {key!r}", "wanted": "a regular expression and a number"}
+
+
+def _good(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a pattern field that can be used."""
+    patterns = found.get(name) or {}
+    if not _is_table(patterns):
+        return {}
+    return {key: value for key, value in patterns.items() if _is_regex(key) and _is_pattern_value(name, value)}
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def _is_pattern_value(field: str, value: Any) -> bool:
+    if field == "alpha_pattern":
+        return is_number(value)
+    return _is_rank(value) or (isinstance(value, list) and len(value) == 2 and all(map(_is_rank, value)))
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # and so not NaN
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or type(value) is bool
+
+
+def _is_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _is_expression(value: Any) -> bool:
+    """A regular expression or a list of names, as target_modules and exclude_modules are."""
+    return _is_regex(value) if isinstance(value, str) else _is_names(value)
+
+
+def _is_layers(value: Any) -> bool:
+    return value is None or type(value) is int or (isinstance(value, list) and all(type(n) is int for n in value))
+
+
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # field -> what is wanted of it, and the test
+    **dict.fromkeys(("r", "r1", "r2"), ("an integer from 1", _is_rank)),
+    **dict.fromkeys(("lora_alpha", "tau"), ("a finite number", is_number)),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), ("true or false", _is_flag)),
+    **dict.fromkeys(("target_modules", "exclude_modules"), ("names or a regular expression", _is_expression)),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), ("a list of names", _is_names)),
+    "peft_type": ("a name", lambda value: isinstance(value, str)),
+    "layers_to_transform": ("layer numbers", _is_layers),
+    "layers_pattern": ("names", lambda v: all(map(_is_regex, v or [""])) if _is_names(v) else _is_expression(v)),
+    "trainable_token_indices": ("row numbers", lambda v: v is None or isinstance(v, list | dict)),
+    "along": ("in_features or out_features", lambda value: value in ("in_features", "out_features")),
+    "form": (", ".join(FORMS), lambda value: value in FORMS),
+    "bias": ("none, all or lora_only", lambda value: value in (None, "none", "all", "lora_only")),
+}
+
+
+def version_of(text: Any) -> tuple[int, ...]:
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text) if isinstance(text, str) else None
+    return tuple(int(part or 0) for part in found.groups()) if found else (0,)

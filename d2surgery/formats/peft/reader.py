@@ -1,0 +1,346 @@
+"""Reading PEFT's form: one pass over the keys, one over the modules. Problems pile up and nothing raises."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from d2surgery.errors import Problem, Severity
+from d2surgery.files.header import FLOATS, Header, TensorInfo
+from d2surgery.formats.layout import AdapterLayout, Layout, Rows, Slot, Stored
+from d2surgery.formats.peft.config import Config, ends_with, methods, peft_type, version_of
+from d2surgery.formats.peft.keys import (
+    COPY,
+    OTHER_METHODS,
+    PARAMETER_ORDER,
+    TOKENS,
+    Leaf,
+    bare,
+    in_declared_order,
+    leaves,
+    split,
+    target_of,
+)
+from d2surgery.kinds import TABLE, Kind, kind_with
+
+
+def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float], disagrees: bool) -> Layout:
+    """The layout of a file. exact: scalings to the last bit; disagrees: the config inside the file is another."""
+    config = Config(found, exact)
+    say = _Problems(header.files[0].name if header.files else "")
+    if disagrees:
+        say("CONFIG_DISAGREES", "adapter_config.json is not the config inside the file", severity="warning")
+    method = found.get("peft_type")
+    if isinstance(method, str) and method not in methods():
+        say("UNSUPPORTED_METHOD", f"peft_type is {method}", wanted=", ".join(methods()), got=str(method))
+        return _layout(header, config, _Keys(header, config, say, unread=[*header.tensors]), {}, say)
+    if not found:
+        say("MISSING_CONFIG", "no adapter_config.json: ranks are known, scaling is not")
+    say.all += config.problems(say.file)
+    keys = _Keys(header, config, say)
+    keys.sort()
+    modules = _Modules(header, config, say)
+    adapters: dict[str, AdapterLayout] = {}
+    for name, group in keys.groups.items():
+        if (adapter := modules.adapter(name, group)) is not None:
+            adapters[adapter.module] = adapter
+        else:
+            keys.unread += group.keys.values()
+    for module, adapter in adapters.items():
+        if adapter.stored != "experts" and config and not config.targeted(module):
+            say("NOT_TARGETED", "has factors but is not in target_modules", module=module)
+    say.all += config.pattern_problems(adapters, say.file)
+    keys.check_replacements(adapters)
+    return _layout(header, config, keys, adapters, say)
+
+
+class _Problems:
+    """What has been found wrong so far."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.all: list[Problem] = []
+
+    def __call__(self, code: str, message: str, severity: Severity = "error", **where: str) -> None:
+        where.setdefault("file", self.file)
+        self.all.append(Problem(code=code, message=message, severity=severity, **where))
+
+
+@dataclass
+class _Group:
+    """The tensors found for one module, before they are known to fit."""
+
+    stored: Stored = "linear"
+    keys: dict[str, str] = field(default_factory=dict)  # slot -> key
+
+
+def _layout(
+    header: Header, config: Config, keys: "_Keys", adapters: Mapping[str, AdapterLayout], say: _Problems
+) -> Layout:
+    return Layout(
+        path=header.files[0],
+        format="peft",
+        header=header,
+        about=config.about(),
+        adapters=adapters,
+        replacements=keys.replacements,
+        rows=keys.rows,
+        superseded=tuple(keys.superseded),
+        unread=tuple(keys.unread),
+        problems=tuple(say.all),
+    )
+
+
+# Keys ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Keys:
+    """Every key in its place: a slot of a module, a replacement, token rows, a copy, or unread."""
+
+    header: Header
+    config: Config
+    say: _Problems
+    groups: dict[str, _Group] = field(default_factory=dict)
+    replacements: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, Rows] = field(default_factory=dict)
+    superseded: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    adapter_name: str = ""
+
+    def sort(self) -> None:
+        known, names = leaves(), {bare(key) for key in self.header.tensors}
+        for key, info in self.header.tensors.items():
+            name = bare(key)
+            module, leaf = split(name, known)
+            if (copied := COPY.fullmatch(name)) and f"{copied[1]}.{copied[2]}" in names:
+                self.superseded.append(key)
+                self.say("SUPERSEDED", f"a copy beside {copied[1]}.{copied[2]}", severity="info", module=key)
+            elif 0 in info.shape:
+                self._skip(key, "EMPTY_TENSOR", "no elements", got=str(info.shape))
+            elif leaf is not None:
+                self._add_slot(module, leaf, key)
+            elif TOKENS in name.split("."):
+                self._add_rows(name, key)
+            elif OTHER_METHODS.search(name) or not (_is_float(info) or self.config.declares(name)):
+                kinds = [kind.title for kind in reversed(TABLE.values())]
+                self._skip(key, "UNKNOWN_TENSOR", f"no slot of {', '.join(kinds[:-1])} or {kinds[-1]}")
+            else:
+                self._add_replacement(target_of(name), key)
+
+    def _skip(self, key: str, code: str, message: str, got: str = "") -> None:
+        self.unread.append(key)
+        self.say(code, message, module=key, got=got)
+
+    def _add_slot(self, module: str, leaf: Leaf, key: str) -> None:
+        self.adapter_name = self.adapter_name or leaf.adapter
+        if leaf.adapter and leaf.adapter != self.adapter_name:
+            self._skip(key, "TWO_ADAPTERS", f"belongs to adapter {leaf.adapter}", got=f"read {self.adapter_name}")
+            return
+        group = self.groups.setdefault(module, _Group())
+        if leaf.slot in group.keys:
+            other = group.keys[leaf.slot]
+            self._skip(key, "TWO_ADAPTERS", f"{module} has this slot twice", got=f"also {other}")
+            return
+        group.keys[leaf.slot] = key
+        if leaf.stored == "embedding":
+            group.stored = "embedding"
+
+    def _add_replacement(self, target: str, key: str) -> None:
+        if target in self.replacements:
+            self._skip(key, "TWO_ADAPTERS", f"{target} is replaced twice", got=f"also {self.replacements[target]}")
+        else:
+            self.replacements[target] = key
+
+    def _add_rows(self, name: str, key: str) -> None:
+        module = name[: name.index(f".{TOKENS}")].removesuffix(".token_adapter")
+        indices = self.config.get("trainable_token_indices")
+        if isinstance(indices, Mapping):
+            indices = next((v for k, v in indices.items() if module == k or module.endswith(f".{k}")), None)
+        shape = self.header.tensors[key].shape
+        numbers = (
+            tuple(indices) if isinstance(indices, list) and all(type(i) is int and i >= 0 for i in indices) else ()
+        )
+        if len(shape) != 2:
+            self._skip(key, "SHAPE_UNEXPECTED", "wanted one row per token", got=str(shape))
+        elif f"{module}.weight" in self.rows:
+            also = self.rows[f"{module}.weight"].key
+            self._skip(key, "TWO_ADAPTERS", f"{module} has its rows twice", got=f"also {also}")
+        elif not len(set(numbers)) == len(numbers) == shape[0]:
+            self._skip(key, "TOKEN_INDICES", f"{module} needs {shape[0]} different row numbers", got=str(indices)[:80])
+        else:
+            self.rows[f"{module}.weight"] = Rows(key, numbers)
+
+    def check_replacements(self, adapters: Mapping[str, AdapterLayout]) -> None:
+        """Which full weights and biases the config explains."""
+        bias = self.config.get("bias", "none")
+        for target, key in list(self.replacements.items()):
+            module, _, leaf = target.rpartition(".")
+            plain_bias = leaf == "bias" and module in adapters and ".base_layer." not in key
+            if plain_bias and bias == "none":
+                del self.replacements[target]
+                self._skip(key, "UNEXPECTED_BIAS", "a full bias of an adapted module")
+            elif plain_bias:
+                self.say("PEFT_IGNORES_BIAS", "applied all the same", severity="warning", module=target)
+            elif self.config and not (
+                (leaf == "bias" and bias != "none") or ".base_layer." in key or self.config.declares(target)
+            ):
+                self.say("UNDECLARED_REPLACEMENT", "saved in full", severity="info", module=target)
+        saved_biases = any(target.endswith(".bias") for target in self.replacements)
+        if bias == "lora_only" and not saved_biases and adapters:
+            self.say("BIAS_NOT_SAVED", "bias='lora_only' but the file holds no bias", severity="warning")
+
+
+def _is_float(info: TensorInfo) -> bool:
+    return info.dtype in (*FLOATS, "F8_E4M3", "F8_E5M2")
+
+
+# Modules ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Modules:
+    """One module's tensors as its adapter."""
+
+    header: Header
+    config: Config
+    say: _Problems
+
+    def adapter(self, name: str, group: _Group) -> AdapterLayout | None:
+        """None when something is wrong with it."""
+        before = len(self.say.all)
+        kind = self._kind(name, group)
+        adapter = self._fitted(name, kind, group) if kind and self._are_matrices(name, TABLE[kind], group) else None
+        return None if any(problem.severity == "error" for problem in self.say.all[before:]) else adapter
+
+    def _fitted(self, name: str, kind: str, group: _Group) -> AdapterLayout | None:
+        before, row = len(self.say.all), TABLE[kind]
+        module, experts = self._experts(name, group) if kind == "lora" else (name, 1)
+        self._check_shapes(module, kind, group)
+        if len(self.say.all) > before:
+            return None
+        first = next(iter(row.groups.values()))
+        down, up = (self._info(group, slot) for slot in (first.down, first.up))
+        ranks = self._ranks(module, kind, group, experts)
+        scaling = self.config.scaling(module, kind, ranks)
+        stored: Stored = "experts" if module != name else "conv" if len(down.shape) > 2 else group.stored
+        return AdapterLayout(
+            module=module,
+            kind=kind,
+            stored=stored,
+            slots={slot: Slot(group.keys[slot]) for slot in (*row.slots, "bias") if slot in group.keys},
+            ranks=ranks,
+            out_features=up.shape[0],
+            in_features=prod(down.shape[1:]),
+            dtype=down.dtype,
+            scaling=scaling,
+            settings=self.config.settings(kind),
+            kernel=down.shape[1:] if stored == "conv" else (),
+            experts=experts,
+            misread=self.config.misread(kind, scaling, ranks),
+        )
+
+    def _info(self, group: _Group, slot: str) -> TensorInfo:
+        return self.header.tensors[group.keys[slot]]
+
+    def _kind(self, name: str, group: _Group) -> str | None:
+        """The kind whose slots these are; a half pair or a missing vector is a problem, not another kind."""
+        slots, config = set(group.keys), self.config
+        kind = kind_with(slots)
+        allowed = methods()[config.get("peft_type", peft_type(kind))]
+        if kind not in allowed:
+            kind = allowed[0]
+        row = TABLE[kind]
+        missing = set(row.slots) - slots
+        for slot in sorted(missing - {"magnitude"}):
+            self.say("MISSING_HALF", f"has {', '.join(sorted(slots))} but no {slot}", module=name)
+        if config.get("lora_bias") and "B" in slots and not slots & {"bias", "magnitude"}:
+            self.say("MISSING_HALF", "lora_bias is set but there is no lora_B.bias", module=name)
+        if "bias" in slots and config and not config.get("lora_bias"):
+            self.say("UNEXPECTED_BIAS", "a lora_B.bias although lora_bias is not set", module=name)
+        if "magnitude" in missing or ("magnitude" not in slots and config.get("use_dora")):
+            self.say("MISSING_MAGNITUDE", "use_dora is set but there is no lora_magnitude_vector", module=name)
+            return None
+        if kind == "dora" and config and not config.get("use_dora"):
+            self.say("BAD_CONFIG", "a magnitude vector although use_dora is not set", module=name)
+        extra = slots - set(row.slots) - ({"bias"} if kind == "lora" else set())
+        for slot in sorted(extra):
+            self.say("UNKNOWN_TENSOR", f"{kind} has no slot {slot}", module=name, got=group.keys[slot])
+        return None if missing or extra else kind
+
+    def _experts(self, name: str, group: _Group) -> tuple[str, int]:
+        """The parameter's full name and the number of experts, for a module adapted through target_parameters."""
+        module = name
+        while module.endswith(".base_layer"):
+            module = module.removesuffix(".base_layer")
+        depth = name.count(".base_layer") - module.count(".base_layer")
+        parts = [target.rpartition(".") for target in self.config.get("target_parameters") or ()]
+        # A target without a dot names a parameter of any module that is not itself a target.
+        alone = any(not first for first, _, _ in parts) and not self.config.listed(module)
+        short = {last for first, _, last in parts if (ends_with(module, first) if first else alone)}
+        if not short:
+            if ".base_layer" in name:
+                what = "MultiheadAttention, or a base_layer that target_parameters does not explain"
+                self.say("UNSUPPORTED_VARIANT", what, module=name)
+            return name, 1
+        ordered = in_declared_order(short)
+        if len(short) > 1 and not short <= set(PARAMETER_ORDER):
+            self.say("AMBIGUOUS_PARAMETER", "cannot tell the parameters apart", module=name, got=", ".join(ordered))
+            return name, 1
+        if depth >= len(ordered):
+            self.say("AMBIGUOUS_PARAMETER", "nested deeper than target_parameters has names", module=name)
+            return name, 1
+        parameter = f"{module}.{ordered[len(ordered) - 1 - depth]}"  # the innermost wrapper came first
+        return parameter, self._packed(name, parameter, self._info(group, "A").shape[0])
+
+    def _packed(self, name: str, parameter: str, rows: int) -> int:
+        """How many experts lie in so many rows of A."""
+        r = self.config.rank(parameter)
+        if rows % r:
+            self.say("RANK_DISAGREES", "rows of A are not a multiple of r", module=name, wanted=f"k·{r}", got=str(rows))
+            return 1
+        version = self.config.get("peft_version")
+        if rows > r and version_of(version) < (0, 19, 1):
+            wanted = "0.19.1 or later"
+            self.say("OLD_EXPERT_PACKING", "saved before PEFT 0.19.1", module=name, wanted=wanted, got=str(version))
+        return rows // r
+
+    def _ranks(self, module: str, kind: str, group: _Group, experts: int) -> dict[str, int]:
+        pairs = TABLE[kind].groups.items()
+        ranks = {name: self._info(group, pair.down).shape[0] // experts for name, pair in pairs}
+        want = self.config.ranks(module, kind)
+        if want is not None and want != ranks:
+            got = f"{list(ranks.values())}"
+            self.say("RANK_DISAGREES", "ranks", module=module, wanted=f"{list(want.values())}", got=got)
+        return ranks
+
+    def _are_matrices(self, module: str, row: Kind, group: _Group) -> bool:
+        shapes = {slot: self._info(group, slot).shape for slot in row.slots if slot not in row.vectors}
+        flat = {slot: shape for slot, shape in shapes.items() if len(shape) < 2}
+        for slot, shape in flat.items():
+            self.say("SHAPE_UNEXPECTED", f"{slot} is not a matrix", module=module, got=str(shape))
+        return not flat
+
+    def _check_shapes(self, module: str, kind: str, group: _Group) -> None:
+        row = TABLE[kind]
+        shapes = {slot: self._info(group, slot).shape for slot in group.keys}
+        pairs = [*row.groups.values()]
+        for down, up, _ in pairs:
+            a, b = shapes[down], shapes[up]
+            if prod(b[1:]) != a[0]:
+                code = "GROUPED_CONV" if len(a) > 2 and a[0] % prod(b[1:]) == 0 else "RANK_MISMATCH"
+                self.say(code, f"{down} {a} and {up} {b} do not multiply", module=module)
+        if len({(shapes[up][0], *shapes[down][1:]) for down, up, _ in pairs}) > 1:
+            got = "; ".join(f"{slot} {shape}" for slot, shape in shapes.items())
+            self.say("SHAPE_UNEXPECTED", "the groups differ in out or in", module=module, got=got)
+        out = shapes[pairs[0].up][0]
+        for slot in sorted({*row.vectors, "bias"} & shapes.keys()):
+            if prod(shapes[slot]) != out:
+                got = str(shapes[slot])
+                self.say("SHAPE_UNEXPECTED", slot, module=module, wanted=f"{out} numbers", got=got)
+        if row.linear_only and (group.stored != "linear" or len(shapes[pairs[0].down]) > 2):
+            self.say("UNSUPPORTED_VARIANT", f"{kind} exists for linear modules only", module=module)
+        for slot in group.keys:
+            dtype = self._info(group, slot).dtype
+            if dtype not in FLOATS:
+                self.say("SHAPE_UNEXPECTED", f"{slot} is {dtype}", module=module, wanted=", ".join(FLOATS))
