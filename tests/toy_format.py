@@ -36,9 +36,9 @@ def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> 
                 in_features=inside,
                 dtype=header.tensors[key].dtype,
                 scaling=values(f"{module}/alpha")[0] / rank,
+                numbers=(f"{module}/alpha",),
             )
-    alphas = tuple(key for key in header.tensors if key.endswith("/alpha"))
-    return Layout(path=header.files[0], format=NAME, header=header, adapters=adapters, superseded=alphas)
+    return Layout(path=header.files[0], format=NAME, header=header, adapters=adapters)
 
 
 def holds(kind: str) -> frozenset[Stored]:

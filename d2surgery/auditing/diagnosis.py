@@ -191,7 +191,7 @@ def _factor(case: Case, fit: Fit) -> str:
     """The usual mistake that gives this strength, where there is one."""
     near = max(SIGNIFICANT * fit.error, 2e-4 * abs(fit.strength))
     for what, factor in scalings(case).items():
-        if case.adapter.kind in ("lora", "duallora") and abs(fit.strength - factor) <= near:
+        if not case.adapter.normalises and abs(fit.strength - factor) <= near:
             return what
     return "a factor of its own"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import MISSING, asdict
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_origin
 
 import click
 
@@ -59,9 +59,8 @@ def _option(setting: Setting) -> click.Option:
     if kind is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=setting.about.help + note)
     of = get_origin(kind)
-    types = {tuple: str, dict: _Ratio(), Literal: click.Choice(get_args(kind))}
-    many = of in (tuple, dict)
-    return click.Option([flag], type=types.get(of, kind), multiple=many, help=setting.about.help + note)
+    type_ = click.Choice(setting.words) if setting.words else {tuple: str, dict: _Ratio()}.get(of, kind)
+    return click.Option([flag], type=type_, multiple=of in (tuple, dict), help=setting.about.help + note)
 
 
 def _in_words(default: Any) -> str:

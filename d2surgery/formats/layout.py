@@ -46,6 +46,7 @@ class AdapterLayout:
     settings: Mapping[str, Any] = field(default_factory=dict)  # the kind's own, those of training too
     kernel: tuple[int, ...] = ()  # of a convolution: in_channels and the kernel's shape
     experts: int = 1
+    numbers: tuple[str, ...] = ()  # keys of stored numbers that are told here already, such as an alpha
     misread: Mapping[str, float] = field(default_factory=dict)  # in words -> what careless readers take for the scaling
 
     @property
@@ -116,7 +117,8 @@ class Layout:
 
     def accounted(self) -> Iterator[str]:
         """The keys that have a place other than `unread`, each once."""
-        yield from dict.fromkeys(slot.key for adapter in self.adapters.values() for slot in adapter.slots.values())
+        every = self.adapters.values()
+        yield from dict.fromkeys(key for a in every for key in (*a.keys.values(), *a.numbers))
         yield from self.replacements.values()
         yield from (rows.key for rows in self.rows.values())
         yield from self.superseded

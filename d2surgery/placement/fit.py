@@ -63,6 +63,7 @@ def _unconsumed(layout: Layout, landing: Landing) -> Iterator[Problem]:
     used |= {layout.adapters[site.bias].slots["bias"].key for site in landing.sites.values() if site.bias}
     used |= {site.replacement for site in landing.sites.values() if site.replacement}
     used |= {site.rows.key for site in landing.sites.values() if site.rows}
+    used |= {key for module in modules for key in layout.adapters[module].numbers}
     used |= {key for _, key in landing.twins} | set(layout.superseded)
     if not any(problem.severity == "error" for problem in (*layout.problems, *landing.problems)):
         for key in sorted(layout.header.tensors.keys() - used):

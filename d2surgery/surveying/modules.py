@@ -123,8 +123,9 @@ def spectra(
 
         return store.get(adapter, weight, method, compute) if store else compute()
 
-    kinds = {entry.kind for entry in checkpoint.layout.adapters.values()}
-    thin = of == "update" or kinds == {"lora"} or (where is None and "duallora" not in kinds)
+    entries = checkpoint.layout.adapters.values()
+    updates = all(entry.rank is not None for entry in entries)
+    thin = of == "update" or (updates and (where is None or all(entry.axis is None for entry in entries)))
     yield from _each(places(checkpoint), measure, progress, threads=_cores() if thin and target.type == "cpu" else 1)
 
 

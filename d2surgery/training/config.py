@@ -19,10 +19,10 @@ from d2surgery.adapters.d2lora import Form
 from d2surgery.adapters.forwards import Axis, Straight
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.evaluating.items import Template
+from d2surgery.kinds import TABLE
 from d2surgery.live.attaching import options_of
 from d2surgery.live.quantization import Quantization
 
-Kind = Literal["lora", "dora", "duallora", "d2lora"]
 Batching = Literal["shuffled", "by_length", "packed"]
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -46,13 +46,14 @@ class Hint(NamedTuple):
     help: str
     within: Range | None = None
     numbers: bool = True
+    among: tuple[str, ...] = ()  # the words it may be, where its type does not say them
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
     """The adapter that is trained."""
 
-    kind: Annotated[Kind, Hint("What is trained.")]
+    kind: Annotated[str, Hint("What is trained.", among=tuple(KINDS))]
     targets: Annotated[tuple[str, ...], Hint("Names of layers or their ends; all-linear is all but the head.")] = (
         "all-linear",
     )
@@ -157,7 +158,7 @@ class TrainConfig:
     @property
     def group_rank(self) -> int:
         """The rank of one pair of factors."""
-        two = self.adapter.kind in ("duallora", "d2lora") and self.adapter.matched
+        two = len(TABLE[self.adapter.kind].groups) > 1 and self.adapter.matched
         return self.adapter.rank // 2 if two else self.adapter.rank
 
     @property
@@ -195,6 +196,12 @@ class Setting(NamedTuple):
     @property
     def required(self) -> bool:
         return self.default is MISSING
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What it may be, where that is one of several words."""
+        kind = plain(self.type)
+        return get_args(kind) if get_origin(kind) is Literal else self.about.among
 
 
 def settings() -> list[Setting]:
@@ -335,8 +342,8 @@ def _bad(key: str, message: str, setting: Setting, where: str, got: str = "") ->
 def _in_words(setting: Setting) -> str:
     kind = plain(setting.type)
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    if get_origin(kind) is Literal:
-        text = " or ".join(get_args(kind))
+    if setting.words:
+        text = " or ".join(setting.words)
     elif get_origin(kind) is tuple:
         text = "a list of texts"
     elif get_origin(kind) is dict:
@@ -368,8 +375,8 @@ def _converted(value: Any, setting: Setting) -> Any:
         if setting.required and not parts:
             raise ValueError("empty")
         return tuple(parts)
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
+    if setting.words:
+        if value not in setting.words:
             raise ValueError("no such choice")
         return value
     if kind in (int, float):
@@ -402,7 +409,7 @@ def _contradictions(config: TrainConfig) -> Iterator[Problem]:
     if adapter.kind == "dora" and adapter.along == "in_features":
         message = "a DoRA that is saved in PEFT's form keeps one magnitude per output feature"
         yield bad("adapter.along", message, wanted="out_features", got="in_features")
-    if adapter.rslora and adapter.kind not in ("lora", "dora"):
+    if adapter.rslora and len(TABLE[adapter.kind].groups) > 1:
         yield bad("adapter.rslora", f"{adapter.kind} has no such scaling", wanted="alpha alone")
     if adapter.scaling_warmup is not None and adapter.kind != "duallora":
         yield bad("adapter.scaling_warmup", "only Dual LoRA starts away from the base", wanted="optimizer.warmup")

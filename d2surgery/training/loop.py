@@ -19,6 +19,7 @@ from d2surgery.adapters import KINDS, Adapter
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.whole import PARTIAL, write_whole
 from d2surgery.formats.layout import About
+from d2surgery.kinds import TABLE
 from d2surgery.live.attaching import ALL_LINEAR, adapted, attach, initial, set_warmup
 from d2surgery.live.quantization import Quantization, entries, loading_options, quantization_in, quantization_of
 from d2surgery.training.config import TrainConfig, differences, read_config, to_toml
@@ -304,7 +305,7 @@ def _schedule(config: TrainConfig, corpus: Corpus) -> _Schedule:
 
 def _plan(config: TrainConfig, model: Any, corpus: Corpus, schedule: _Schedule, resumed_from: int | None) -> TrainPlan:
     layers = adapted(model)
-    groups = 2 if config.adapter.kind in ("duallora", "d2lora") else 1
+    groups = len(TABLE[config.adapter.kind].groups)
     return TrainPlan(
         kind=config.adapter.kind,
         modules=len(layers),
@@ -456,7 +457,7 @@ def _about(config: TrainConfig, model: Any, schedule: _Schedule) -> About:
     """What the file says beside the values. PEFT's own kinds have no place for how they were trained."""
     adapter = next(iter(adapted(model).values())).adapter
     shown = About(base_model=config.base, task="CAUSAL_LM")
-    if config.adapter.kind in ("lora", "dora"):
+    if not TABLE[config.adapter.kind].training:
         return replace(shown, settings={"lora_dropout": config.adapter.dropout, "use_rslora": config.adapter.rslora})
     start = inspect.signature(KINDS[adapter.kind].init).parameters["sigma"].default
     sigma = start if config.adapter.sigma is None else config.adapter.sigma
