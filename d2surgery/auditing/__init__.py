@@ -101,7 +101,7 @@ def audit(
         recipe=_commonest(modules),
         modules=modules,
         tensors=tensors,
-        not_checked=(*_not_checked(unread, files, behaviour, gap),),
+        not_checked=tuple(_not_checked(unread, files, behaviour, gap)),
         behaviour=behaviour,
         task=gap,
         seconds=time.monotonic() - began,

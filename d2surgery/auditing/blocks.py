@@ -46,9 +46,9 @@ def _about(place: int, all_: slice, others: slice) -> slice:
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows and columns of a stored tensor that one adapter patches; it holds whole vectors that this normalises.
+    """Some rows and columns of a stored tensor, under the patch of one adapter.
 
-    Its matrices are (out_features, in_features).
+    Its matrices are (out_features, in_features). Of vectors that reach beyond it, `triple` has the sums.
     """
 
     prepared: Prepared

@@ -42,8 +42,8 @@ class Pairing:
 
     pairs: tuple[TensorPair, ...]
     others: Mapping[str, TensorAudit]
-    shared: frozenset[str]  # tensors in the file that a tie makes two
-    tied: bool  # an output that the merge ties, or should write, is left to the tie in the file
+    shared: frozenset[str]  # tensors in the file that stand for two outputs, by a tie
+    tied: bool  # the file leaves an output to its tie, whether the merge ties it or writes it
 
 
 def pair_up(prepared: Prepared, merged: BaseWeights) -> Pairing:

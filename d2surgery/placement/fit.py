@@ -24,7 +24,7 @@ class Fit:
 
     @property
     def computed(self) -> Mapping[str, TensorInfo]:
-        """The tensors of the base that are not copied but computed from, in the order in which they are read."""
+        """The base's tensors from which outputs are computed, not copied, in the order in which they are read."""
         names = [name for name, site in self.landing.sites.items() if site.source == name and site.replacement is None]
         tensors = self.base.header.tensors
         return {name: tensors[name] for name in sorted(names, key=lambda n: (tensors[n].file, tensors[n].start))}
