@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from d2surgery.auditing.diagnosis import EXCESS, SIGNIFICANT, Diagnosis
 from d2surgery.auditing.findings import ModuleAudit, ModuleStatus, TensorAudit, Thresholds, Verdict, several
-from d2surgery.auditing.pairing import Pair
+from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.replay import Replay, Tally
 from d2surgery.errors import Problem, Severity
 from d2surgery.measures.fidelity import LOW_GAIN, ULPS, Comparison, Survival
@@ -205,7 +205,7 @@ def shared_twice(modules: Mapping[str, ModuleAudit], shared: frozenset[str]) -> 
 
 
 def judge_tensor(
-    pair: Pair, replay: Replay, modules: Mapping[str, ModuleAudit], forgotten: Mapping[str, bool]
+    pair: TensorPair, replay: Replay, modules: Mapping[str, ModuleAudit], forgotten: Mapping[str, bool]
 ) -> TensorAudit:
     """`forgotten`: of tensors that differ, whether they are still the base's."""
     found = replay.tensors[pair.name]
@@ -248,7 +248,9 @@ def index_of(element: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 # The whole -------------------------------------------------------------------------------------------------------
 
 
-def wrong_base(modules: Mapping[str, ModuleAudit], pairs: Iterable[Pair], replay: Replay) -> dict[str, ModuleAudit]:
+def wrong_base(
+    modules: Mapping[str, ModuleAudit], pairs: Iterable[TensorPair], replay: Replay
+) -> dict[str, ModuleAudit]:
     """Where untouched tensors changed too, what no fault explains in the modules is another base."""
     plain = [pair for pair in pairs if pair.status == "unchanged"]
     changed = [pair for pair in plain if replay.tensors[pair.name].mismatched]

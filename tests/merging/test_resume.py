@@ -35,7 +35,7 @@ import os, signal, sys
 from pathlib import Path
 import d2surgery.merging, d2surgery.merging.tiles
 
-d2surgery.merging.tiles.TILE = {TILE}
+d2surgery.merging.tiles.TILE_ENTRIES = {TILE}
 base, adapter, out = map(Path, sys.argv[1:])
 journal = out.parent / f".{{out.name}}.partial" / "{JOURNAL}"
 after = 0
@@ -64,7 +64,7 @@ def numbers(*shape: int, seed: int) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", TILE)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE_ENTRIES", TILE)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     }
     save(from_adapters(adapters), folder / "adapter")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(d2surgery.merging.tiles, "TILE", TILE)
+        patch.setattr(d2surgery.merging.tiles, "TILE_ENTRIES", TILE)
         merge(base, folder / "adapter", folder / "whole", shard_size=SHARD)
     child = subprocess.run(
         [sys.executable, "-c", KILLED, base, folder / "adapter", folder / "out"], check=False, capture_output=True
@@ -257,7 +257,7 @@ def test_without_hashes_nothing_is_taken_for_finished(scene: Scene, tmp_path: Pa
 def test_other_tiles_are_another_merge(
     resumed: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", 2 * TILE)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE_ENTRIES", 2 * TILE)
     with pytest.raises(D2SurgeryError, match="tile") as error:
         resumed()
     assert codes(error) == ["RESUME_MISMATCH"]
