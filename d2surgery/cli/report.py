@@ -9,7 +9,7 @@ import click
 
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import cache_option, progress_bar
-from d2surgery.measures.spectrum import Method
+from d2surgery.measures.ranks import Method
 from d2surgery.reporting.pages.report import report
 
 

@@ -19,7 +19,7 @@ from d2surgery.adapters.lowrank import LowRank
 from d2surgery.adapters.thin import gains_of
 from d2surgery.adapters.vectors import Triple
 from d2surgery.errors import refuse
-from d2surgery.measures.spectrum import Delta, cuts
+from d2surgery.measures.delta import Delta, cuts
 
 Vectors = Float64[Tensor, " vectors"]
 

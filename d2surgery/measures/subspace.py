@@ -13,7 +13,8 @@ from d2surgery.adapters import Adapter
 from d2surgery.adapters.forwards import Axis
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.errors import refuse
-from d2surgery.measures.spectrum import Delta, cuts, lower_gram
+from d2surgery.measures.delta import Delta, cuts
+from d2surgery.measures.dense import lower_gram
 
 RELIABLE = 1e-6
 """Relative to σ₁: singular vectors of a float64 Gram matrix below it are not to be trusted."""

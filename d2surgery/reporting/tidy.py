@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from d2surgery.measures.drift import Drift
-from d2surgery.measures.spectrum import NUMBERS, Spectrum
+from d2surgery.measures.ranks import NUMBERS, Spectrum
 from d2surgery.measures.subspace import Similarity
 from d2surgery.surveying.modules import Difference
 

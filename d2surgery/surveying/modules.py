@@ -23,8 +23,10 @@ from d2surgery.errors import D2SurgeryError, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.tensors import as_bytes, find_device, read_tensor
 from d2surgery.machine import ahead, one_thread
+from d2surgery.measures.delta import Delta
 from d2surgery.measures.drift import Drift, drift
-from d2surgery.measures.spectrum import Delta, Method, Of, Spectrum, delta_spectrum, update_spectrum
+from d2surgery.measures.ranks import Method, Of, Spectrum
+from d2surgery.measures.spectrum import delta_spectrum, update_spectrum
 from d2surgery.measures.subspace import Cosine, SignAgreement, Similarity, agreement, cosine, similarity
 from d2surgery.placement.sites import Patch, Site, sites
 

@@ -10,7 +10,7 @@ from d2surgery.errors import Problem
 from d2surgery.files.header import is_pickle
 from d2surgery.files.pickled import read_pickled
 from d2surgery.formats.layout import AdapterLayout, Layout
-from d2surgery.measures.spectrum import ranks
+from d2surgery.measures.ranks import ranks
 
 Numbers = dict[str, float | int | None]
 

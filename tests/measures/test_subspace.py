@@ -13,8 +13,9 @@ from d2surgery.adapters import LoRA
 from d2surgery.adapters.forwards import Axis
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.errors import D2SurgeryError
-from d2surgery.measures import spectrum as tiling
-from d2surgery.measures.spectrum import Delta
+from d2surgery.measures import delta as tiling
+from d2surgery.measures import dense
+from d2surgery.measures.delta import Delta
 from d2surgery.measures.subspace import (
     agreement,
     amplification,
@@ -193,7 +194,7 @@ def test_intruder_cosines_are_those_of_two_dense_svds(
     kind: str, axis: Axis, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiling, "_TILE", 9 * 40)
-    monkeypatch.setattr(tiling, "_BLOCK", 16)
+    monkeypatch.setattr(dense, "_BLOCK", 16)
     W = normal(*shape, seed=0)
     adapter = make(kind, W, axis, size=0.5)
     found = intruders(adapter, W, k=6)

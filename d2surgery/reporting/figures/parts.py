@@ -16,7 +16,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from d2surgery.measures.drift import Drift
-from d2surgery.measures.spectrum import Spectrum
+from d2surgery.measures.ranks import Spectrum
 from d2surgery.measures.subspace import Intruders
 from d2surgery.reporting.tidy import (
     CONVENTIONS,

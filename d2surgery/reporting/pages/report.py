@@ -19,7 +19,7 @@ from d2surgery.errors import raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.formats.layout import NAMES, Layout
 from d2surgery.measures.drift import Drift
-from d2surgery.measures.spectrum import Method, Spectrum
+from d2surgery.measures.ranks import Method, Spectrum
 from d2surgery.measures.subspace import Intruders, intruders
 from d2surgery.reporting.figures import parts as plots
 from d2surgery.reporting.figures.parts import Plot
