@@ -91,7 +91,7 @@ def audit(
         _settle_recipes(replay, pairing.pairs)
         modules = dict(_judged(job, replay, pairing.pairs, thresholds))
         forgotten = {pair.name: _is_base(job, pair) for pair in pairing.pairs if replay.tensors[pair.name].mismatched}
-    modules = isolated(pooled(modules, replay.modules, thresholds, _usual_dtype(found) or ""))
+    modules = isolated(pooled(modules, replay.modules, thresholds, _usual_dtype(found) or ""), replay.modules)
     modules = shared_twice(wrong_base(modules, pairing.pairs, replay), pairing.shared)
     tensors = {pair.name: judge_tensor(pair, replay, modules, forgotten) for pair in pairing.pairs}
     tensors |= pairing.others

@@ -16,7 +16,7 @@ GRAM_FLOOR = 3e-8
 CONVERGED = 3e-3
 """A Ritz value whose residual is below this share of it counts as converged: its error is of the second order."""
 SINGLE_FLOOR = 1e-6
-"""Relative to σ₁: what a delta rounded to float32 and multiplied in float32 says about the smallest values."""
+"""Relative to σ₁: below it nothing counts as converged; float32's own noise looks like a value there."""
 CALIBRATE = 1e-3
 """The tail's energy is known by subtraction if it is at least this share of the whole."""
 _BLOCK = 512
@@ -87,10 +87,9 @@ class _Head(NamedTuple):
         good = (self.residual <= CONVERGED * self.theta) & (self.theta > SINGLE_FLOOR * self.theta.max())
         return int(good.cumprod(0).sum())
 
-    def error(self) -> float:
-        """A singular value lies within the residual of each θ; relative to σ₁, and not below float32's."""
-        largest = float(self.residual.max() / self.theta[0]) if len(self.theta) else 0.0
-        return max(largest, SINGLE_FLOOR)
+    def error(self, rounding: float) -> float:
+        """A singular value lies within the residual of each θ, and within `rounding` of the delta's; relative to σ₁."""
+        return (float(self.residual.max()) + rounding) / float(self.theta[0]) if len(self.theta) else 0.0
 
 
 @torch.no_grad()
@@ -107,7 +106,9 @@ def head_tail(
     Golub–Kahan quadrature from `probes` random vectors orthogonal to what converged (Ubaru, Chen, Saad 2017).
 
     The quadrature's nodes are singular values, its weights how many they stand for, so that one formula (`ranks`)
-    serves every method; the standard errors are the jackknife's over probes. The Frobenius norm is exact.
+    serves every method; the standard errors are the jackknife's over probes. What finds the head's subspace and what is
+    an estimate uses products in the matrix's dtype; the head's values and residuals are of float64 products, so that
+    they hold to `error_bound` however a library sums. The Frobenius norm is exact.
     `generator` is of the CPU; None is a fixed seed.
     """
     check_finite(matrix.abs().max())
@@ -134,7 +135,7 @@ def head_tail(
         method="head-tail",
         singular_values=theta.cpu(),
         numerical_rank=None,
-        error_bound=kept.error(),
+        error_bound=kept.error(torch.finfo(rows.dtype).eps / 2 * sqrt(energy)),
         cancellation=cancellation,
         nuclear_norm_bound=bound,
         standard_errors=errors,
@@ -201,14 +202,23 @@ def _leading(rows: Tensor, head: int, generator: Generator) -> _Head:
     Y = _orthonormal(_times_transposed(X, rows))
     for _ in range(POWER_ITERATIONS):
         Y = _orthonormal(_times_transposed(_orthonormal(Y @ rows), rows))
-    image = (Y @ rows).double()  # (size, long side): what the matrix does to the basis
+    Y = _orthonormal(Y.double())
+    image = torch.cat([Y @ tile for _, tile in _widened(rows)], 1)  # (size, long side): what the matrix does to it
     gram = image @ image.T
     values, vectors = torch.linalg.eigh(gram)
     theta = values.clamp(min=0).sqrt().flip(0)[:head]
     mix = vectors.flip(1)[:, :head].T
-    V, right = mix @ Y.double(), mix @ image / theta.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
-    residual = (_times_transposed(right.to(rows.dtype), rows).double() - theta[:, None] * V).norm(dim=1)
-    return _Head(theta, V, residual)
+    V, right = mix @ Y, mix @ image / theta.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+    back = -theta[:, None] * V
+    for cut, tile in _widened(rows):
+        back.addmm_(right[:, cut], tile.T)
+    return _Head(theta, V, back.norm(dim=1))
+
+
+def _widened(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Columns of the matrix in float64, a tile at a time."""
+    for cut in cuts(rows.shape[1], rows.shape[0]):
+        yield cut, rows[:, cut].double()
 
 
 def _bidiagonal(rows: Tensor, V: Tensor, probes: int, steps: int, generator: Generator) -> tuple[Tensor, Tensor]:

@@ -153,12 +153,11 @@ def amplification(update: LowRank, base_weight: Tensor, rank: int | None = None)
         return Amplification(0, nan, nan)
     inside = P.new_zeros(kept, kept)
     energy = 0.0
-    wide = torch.promote_types(base_weight.dtype, torch.float32)
-    U = (P / P.norm(dim=0)).to(wide)
+    U = P / P.norm(dim=0)
     for cut in cuts(*base_weight.shape):
-        tile = base_weight[cut].to(wide)
-        inside += U[cut].double().T @ (tile @ Q.T.to(wide)).double()
-        energy += float(tile.double().square().sum())
+        tile = base_weight[cut].double()
+        inside += U[cut].T @ (tile @ Q.T)
+        energy += float(tile.square().sum())
     size, found = float(P.norm()), float(inside.norm())
     count = base_weight.numel()
     null = size / sqrt(energy) * sqrt(count) / kept if energy else nan

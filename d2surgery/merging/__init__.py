@@ -84,7 +84,8 @@ def merge(
     fitted = fit(base, adapter, strength)
     with HashAhead(fitted.computed if verify and "torch" not in sys.modules else {}) as ahead:
         with uncollected():  # torch, which leaves cores for hashing
-            from d2surgery.merging.job import RECEIPT, Job
+            from d2surgery.merging.job import Job
+            from d2surgery.merging.receipt import RECEIPT
 
         job = Job.of(fitted, dtype, device)
         written = job.write(

@@ -5,8 +5,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,10 @@ from d2surgery.formats.layout import Layout
 from d2surgery.machine import one_thread, resident_memory, workers
 from d2surgery.measures.fidelity import Survival, survival
 from d2surgery.merging.companions import companions
+from d2surgery.merging.receipt import RECEIPT, receipt_of, recipe_of
 from d2surgery.merging.tiles import Output, Steps, TileMerger, all_finite, tiles
 from d2surgery.placement.fit import Fit, fit
 from d2surgery.placement.sites import Landing, Site
-
-RECEIPT = "d2surgery_merge.json"
 
 
 def prepare(
@@ -114,18 +112,18 @@ class Job:
         return digests
 
     def recipe(self, shard_size: int, verify: bool, adapter_hashes: Mapping[str, str]) -> dict[str, Any]:
-        """All that decides the bytes written. The files' times stand in the journal, not in the receipt."""
-        return {
-            "files": self.base.opened,
-            "adapter": hashlib.sha256(json.dumps([adapter_hashes, dict(self.layout.config)]).encode()).hexdigest(),
-            "versions": [version("d2surgery"), torch.__version__],
-            "dtype": self.dtype,
-            "strength": self.strength,
-            "shard_size": shard_size,
-            "tile": self.merger.grid,
-            "device": self.device.type,
-            "verify": verify,
-        }
+        """All that decides the bytes written."""
+        return recipe_of(
+            self.layout,
+            adapter_hashes,
+            self.device,
+            files=self.base.opened,
+            dtype=self.dtype,
+            strength=self.strength,
+            shard_size=shard_size,
+            tile=self.merger.grid,
+            verify=verify,
+        )
 
     def threads(self, max_memory: int | None) -> int:
         """That merge a tensor each: no more than the memory allows."""
@@ -194,35 +192,13 @@ class Job:
         beside = companions(self.base, self.layout, self.landing, self.dtype) | index_file(files)
         for name, content in beside.items():
             partial.write(name, content)
-        receipt = self.receipt(recipe, adapter_hashes, inputs, outputs, beside)
+        receipt = receipt_of(
+            self.layout, recipe, adapter_hashes, inputs, outputs, beside, untied=self.landing.untied,
+            problems=self.problems,
+        )  # fmt: skip
         partial.write(RECEIPT, json.dumps(receipt, indent=1).encode())
         partial.publish()
         return total
-
-    def receipt(
-        self,
-        recipe: Mapping[str, Any],
-        adapter: Mapping[str, str],
-        inputs: Mapping[str, str],
-        outputs: Mapping[str, str],
-        beside: Mapping[str, bytes],
-    ) -> dict[str, Any]:
-        """What was merged from what, by sha256; no path and no time, which differ from one machine to the next."""
-        base_model = self.layout.base_model
-        return {
-            "schema_version": 1,
-            "d2surgery": version("d2surgery"),
-            "torch": torch.__version__,
-            "recipe": {k: v for k, v in recipe.items() if k not in ("files", "adapter")},
-            "base": {"tensors": dict(sorted(inputs.items()))},
-            "adapter": {"tensors": adapter, "base_model": None if _is_path(base_model) else base_model},
-            "outputs": {
-                "tensors": dict(sorted(outputs.items())),
-                "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(beside.items())},
-            },
-            "untied": self.landing.untied,
-            "problems": [asdict(problem) for problem in self.problems],
-        }
 
     def write_shard(
         self,
@@ -300,7 +276,3 @@ def _check_disk(partial: Partial, need: int) -> None:
     free = free_space(partial.out)
     if need - done > free:
         raise refuse("DISK_FULL", "not begun", file=str(partial.out), wanted=f"{need - done} bytes", got=f"{free}")
-
-
-def _is_path(base_model: str | None) -> bool:
-    return base_model is not None and Path(base_model).is_absolute()
