@@ -31,10 +31,17 @@ class Cosine(NamedTuple):
 
 
 def cosine(first: LowRank, second: LowRank) -> Cosine:
-    """From the factors. `LowRank.inner` refuses what is not finite."""
-    norms = float(first.frobenius_norm()) * float(second.frobenius_norm())
-    inner = float(first.inner(second))
-    return Cosine(min(max(inner / norms, -1.0), 1.0) if norms else nan, 1 / sqrt(first.shape[0] * first.shape[1]))
+    """From the factors. `LowRank.inner` refuses what is not finite.
+
+    The squares of the norms are summed as the product is, so that M and −M have −1 whatever the order of summing.
+    """
+    null_sd = 1 / sqrt(first.shape[0] * first.shape[1])
+    sizes = float(first.frobenius_norm()), float(second.frobenius_norm())
+    if not all(sizes):
+        return Cosine(nan, null_sd)
+    M, N = first * (1 / sizes[0]), second * (1 / sizes[1])
+    value = float(M.inner(N)) / sqrt(float(M.inner(M)) * float(N.inner(N)))
+    return Cosine(min(max(value, -1.0), 1.0), null_sd)
 
 
 # Subspaces -------------------------------------------------------------------------------------------------------
