@@ -1,4 +1,6 @@
-"""How far numbers and merged bits are from one setting of `matrix` to another: python tests/processors/differences.py
+"""How far numbers and merged bits are from one setting of `matrix` to another.
+
+    PYTHONPATH=tests python -m processors.differences
 
 Prints the table of docs/processors.md, every column against the machine as it is: the largest difference of an entry of
 a float32 product; of singular values of a converged head, relative to σ₁; the error of the spectral norm of a constant
@@ -10,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matrix import SETTINGS, environment, settings
+from processors.matrix import SETTINGS, environment, settings
 
 KINDS = ("lora", "dora", "duallora", "d2lora")
 CHILD = f"""
@@ -43,13 +46,13 @@ np.savez(sys.argv[1], **found)
 """
 
 
-def numbers(name: str, folder: Path) -> dict[str, np.ndarray]:
+def numbers(name: str, folder: Path) -> dict[str, Any]:
     path = folder / f"{abs(hash(name))}.npz"
     subprocess.run([sys.executable, "-c", CHILD, str(path)], env=environment(SETTINGS[name]), check=True)
     return dict(np.load(path))
 
 
-def row(name: str, found: dict[str, np.ndarray], usual: dict[str, np.ndarray]) -> str:
+def row(name: str, found: dict[str, Any], usual: dict[str, Any]) -> str:
     def off(key: str) -> float:
         return float(np.abs(found[key] - usual[key]).max())
 
