@@ -121,7 +121,7 @@ def _compared(
         modules = dict(_judged(prepared, replay, pairs, thresholds))
         different = [pair for pair in pairs if replay.tensors[pair.name].mismatched]
         forgotten = {pair.name: _is_base(prepared.fit.base, pair) for pair in different}
-    modules = isolated(pooled(modules, replay.modules, thresholds, dtype))
+    modules = isolated(pooled(modules, replay.modules, thresholds, dtype), replay.modules)
     modules = shared_twice(wrong_base(modules, pairs, replay), pairing.shared)
     tensors = {pair.name: judge_tensor(pair, replay, modules, forgotten) for pair in pairs}
     return modules, tensors | dict(pairing.others)

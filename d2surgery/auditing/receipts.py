@@ -15,7 +15,7 @@ from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import TensorInfo, read_json
 from d2surgery.files.tensors import as_bytes, read_part
 from d2surgery.machine import peak_memory
-from d2surgery.merging.job import RECEIPT
+from d2surgery.merging.receipt import RECEIPT
 
 _PIECE = 1 << 22
 

@@ -84,8 +84,9 @@ def merge(
     fitted = fit(base, adapter, strength)
     with HashAhead(fitted.computed if verify and "torch" not in sys.modules else {}) as ahead:
         with uncollected():  # torch, which leaves cores for hashing
-            from d2surgery.merging.job import RECEIPT, write
+            from d2surgery.merging.job import write
             from d2surgery.merging.prepared import prepare
+            from d2surgery.merging.receipt import RECEIPT
 
         prepared = prepare(fitted, dtype, device)
         written = write(

@@ -3,12 +3,8 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from d2surgery.errors import refuse
 from d2surgery.files.tensors import as_bytes
@@ -21,13 +17,11 @@ from d2surgery.files.writer import (
     index_file,
     shards,
 )
-from d2surgery.formats.layout import Layout
 from d2surgery.machine import one_thread
 from d2surgery.merging.companions import companions
 from d2surgery.merging.prepared import Prepared
+from d2surgery.merging.receipt import RECEIPT, receipt_of, recipe_of
 from d2surgery.merging.tiles import Output, Steps
-
-RECEIPT = "d2surgery_merge.json"
 
 
 def write(
@@ -132,54 +126,3 @@ def _check_disk(partial: Partial, need: int) -> None:
     free = free_space(partial.out)
     if need - done > free:
         raise refuse("DISK_FULL", "not begun", file=str(partial.out), wanted=f"{need - done} bytes", got=f"{free}")
-
-
-def recipe_of(prepared: Prepared, shard_size: int, verify: bool, adapter_hashes: Mapping[str, str]) -> dict[str, Any]:
-    """All that decides the bytes written. The files' times stand in the journal, not in the receipt."""
-    adapter = json.dumps([adapter_hashes, _decisive(prepared.fit.layout)])
-    return {
-        "files": prepared.fit.base.opened,
-        "adapter": hashlib.sha256(adapter.encode()).hexdigest(),
-        "versions": [version("d2surgery"), torch.__version__],
-        "dtype": prepared.dtype,
-        "strength": prepared.fit.strength,
-        "shard_size": shard_size,
-        "tile": prepared.merger.grid,
-        "device": prepared.merger.device.type,
-        "verify": verify,
-    }
-
-
-def receipt_of(
-    prepared: Prepared,
-    recipe: Mapping[str, Any],
-    adapter: Mapping[str, str],
-    inputs: Mapping[str, str],
-    outputs: Mapping[str, str],
-    beside: Mapping[str, bytes],
-) -> dict[str, Any]:
-    """What was merged from what, by sha256; no path and no time, which differ from one machine to the next."""
-    base_model = prepared.fit.layout.base_model
-    return {
-        "schema_version": 1,
-        "d2surgery": version("d2surgery"),
-        "torch": torch.__version__,
-        "recipe": {k: v for k, v in recipe.items() if k not in ("files", "adapter")},
-        "base": {"tensors": dict(sorted(inputs.items()))},
-        "adapter": {"tensors": adapter, "base_model": None if _is_path(base_model) else base_model},
-        "outputs": {
-            "tensors": dict(sorted(outputs.items())),
-            "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(beside.items())},
-        },
-        "untied": prepared.fit.landing.untied,
-        "problems": [asdict(problem) for problem in prepared.fit.problems],
-    }
-
-
-def _decisive(layout: Layout) -> list[Any]:
-    """What decides the values of an adapter beside its tensors."""
-    return [[module, entry.scaling, dict(entry.settings)] for module, entry in layout.adapters.items()]
-
-
-def _is_path(base_model: str | None) -> bool:
-    return base_model is not None and Path(base_model).is_absolute()

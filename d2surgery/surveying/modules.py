@@ -26,7 +26,8 @@ from d2surgery.files.whole import write_whole
 from d2surgery.machine import ahead, one_thread
 from d2surgery.measures.drift import Drift, drift
 from d2surgery.measures.likeness import Difference, difference
-from d2surgery.measures.spectrum import Method, Of, Spectrum, delta_spectrum, update_spectrum
+from d2surgery.measures.ranks import Method, Of, Spectrum
+from d2surgery.measures.spectrum import delta_spectrum, update_spectrum
 from d2surgery.placement.site import Patch, Site
 from d2surgery.placement.sites import sites
 

@@ -38,7 +38,7 @@ from d2surgery.files.writer import ShardWriter
 from d2surgery.formats import open_layout
 from d2surgery.merging import merge, plan
 from d2surgery.merging.ahead import HashAhead
-from d2surgery.merging.job import RECEIPT
+from d2surgery.merging.receipt import RECEIPT
 from d2surgery.merging.tiles import TILE_ENTRIES, Output, Tile, TileMerger
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}

@@ -24,7 +24,7 @@ from d2surgery.adapters import D2LoRA
 from d2surgery.checkpoint import from_adapters, save
 from d2surgery.errors import D2SurgeryError
 from d2surgery.files.writer import JOURNAL
-from d2surgery.merging import merge
+from d2surgery.merging import merge, receipt
 
 TILE = 128
 SHARD = 4000  # bytes: two tensors of 1920 each
@@ -221,6 +221,18 @@ def test_other_options_are_another_merge(
     with pytest.raises(D2SurgeryError, match=field) as error:
         resumed(**options)
     assert codes(error) == ["RESUME_MISMATCH"]
+
+
+def test_another_processor_or_library_is_another_merge(
+    resumed: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a file from each would be nobody's merge."""
+    own = receipt.arithmetic(torch.device("cpu"))
+    for field in own:
+        monkeypatch.setattr(receipt, "arithmetic", lambda device, field=field: own | {field: "another"})
+        with pytest.raises(D2SurgeryError, match="these differ: arithmetic") as error:
+            resumed()
+        assert codes(error) == ["RESUME_MISMATCH"]
 
 
 def test_another_adapter_or_base_is_another_merge(scene: Scene, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from measuring import RANK, write_adapter, write_base
 from d2surgery import BaseWeights, Checkpoint, LoRA, load
 from d2surgery.measures.drift import Drift, drift, expected_point
 from d2surgery.measures.likeness import likeness
-from d2surgery.measures.spectrum import Spectrum, update_spectrum
+from d2surgery.measures.ranks import Spectrum
+from d2surgery.measures.spectrum import update_spectrum
 from d2surgery.measures.subspace import intruders
 from d2surgery.reporting.figures import drifts as drift_figures
 from d2surgery.reporting.figures import spectra as spectrum_figures
