@@ -251,7 +251,8 @@ CODES: dict[str, Code] = {
     ),
     "OUTPUT_EXISTS": Code("There is something at the output path.", "Remove it or choose another path."),
     "RESUME_MISMATCH": Code(
-        "What is unfinished at this path, a merge or a training, was made from other inputs, options or versions.",
+        "What is unfinished at this path, a merge or a training, was made from other inputs, options or versions, or, "
+        "where arithmetic differs, on another processor or with another linear-algebra library.",
         "Give the same again, or remove what is there (a merge's .partial directory) and begin anew.",
     ),
     "DAMAGED_CHECKPOINT": Code(
@@ -320,8 +321,8 @@ CODES: dict[str, Code] = {
         "Audit the unquantised merge, and quantise it once afterwards.",
     ),
     "OTHER_ROUNDING": Code(
-        "No known recipe gives every bit, and the differences are within rounding: merged with another library, or, "
-        "where it is a few elements and all else is replayed, touched afterwards.",
+        "No known recipe gives every bit, and the differences are within rounding: merged with another library or on "
+        "another processor, or, where it is a few elements and all else is replayed, touched afterwards.",
         "Nothing to do, unless every bit matters: --exact makes it a failure.",
     ),
     "LOW_SURVIVAL": Code(

@@ -12,7 +12,7 @@ from d2surgery.cli import measured, output
 from d2surgery.cli.options import cache_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.files.whole import write_whole
-from d2surgery.measures.spectrum import Method
+from d2surgery.measures.ranks import Method
 from d2surgery.reporting.pages.report import report_page
 from d2surgery.surveying.adapter import Named, survey
 

@@ -10,7 +10,7 @@ from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import cache_option, device_option, progress_bar
 from d2surgery.files.base import BaseWeights
-from d2surgery.measures.spectrum import NUMBERS, Method, Of, Spectrum
+from d2surgery.measures.ranks import NUMBERS, Method, Of, Spectrum
 from d2surgery.reporting.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
 from d2surgery.surveying.adapter import nominal_ranks
 from d2surgery.surveying.modules import places, spectra

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,24 @@ class BaseWeights(Mapping[str, "Tensor"]):
         from d2surgery.files.tensors import read_tensor  # torch, which names and shapes do not need
 
         return read_tensor(self.header.tensors[name])
+
+    def rows(self, name: str, start: int, stop: int, *, of: int | None = None) -> "Tensor":
+        """Rows `start` to `stop` of a tensor seen as a matrix of `of` rows (None: its first dimension), and only these
+        read: (stop - start, elements / of) in the stored dtype.
+
+        Of experts (experts, out, in), `of=experts * out` gives the rows of single ones.
+
+        Raises D2SurgeryError USAGE for rows that are not there.
+        """
+        from d2surgery.files.tensors import read_rows
+
+        info = self.header.tensors[name]
+        count = (info.shape or (1,))[0] if of is None else of
+        if not 0 <= start <= stop <= count or prod(info.shape) % max(count, 1):
+            raise refuse(
+                "USAGE", "no such rows", module=name, wanted=f"of {list(info.shape)}", got=f"{start} to {stop}"
+            )
+        return read_rows(info, start, stop, of=count)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.header.tensors)

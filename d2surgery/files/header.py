@@ -70,6 +70,12 @@ class Header:
     loaded: "Mapping[str, Tensor] | None" = field(default=None, compare=False, repr=False)
     """The tensors themselves where they cannot be read one by one: of a pickle, or of no file at all."""
 
+    @property
+    def usual_dtype(self) -> str | None:
+        """The dtype of most floating-point tensors; None where there are none."""
+        count = Counter(info.dtype for info in self.tensors.values() if info.dtype in FLOATS)
+        return count.most_common(1)[0][0] if count else None
+
 
 def read_header(path: Path) -> Header:
     """Read and check the header of one file. Raises D2SurgeryError with every fault found."""

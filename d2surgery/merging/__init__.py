@@ -84,10 +84,13 @@ def merge(
     fitted = fit(base, adapter, strength)
     with HashAhead(fitted.computed if verify and "torch" not in sys.modules else {}) as ahead:
         with uncollected():  # torch, which leaves cores for hashing
-            from d2surgery.merging.job import RECEIPT, Job
+            from d2surgery.merging.job import write
+            from d2surgery.merging.prepared import prepare
+            from d2surgery.merging.receipt import RECEIPT
 
-        job = Job.of(fitted, dtype, device)
-        written = job.write(
+        prepared = prepare(fitted, dtype, device)
+        written = write(
+            prepared,
             Path(out),
             ahead.stop,
             max_memory=max_memory,
@@ -98,13 +101,13 @@ def merge(
         )
     return MergeReport(
         out=str(out),
-        tensors_written=len(job.outputs),
+        tensors_written=len(prepared.outputs),
         bytes_written=written,
-        modules_merged=len(job.layout.adapters),
+        modules_merged=len(fitted.layout.adapters),
         seconds=time.monotonic() - began,
         peak_memory_bytes=peak_memory(),
         receipt=str(Path(out) / RECEIPT),
-        problems=job.problems,
+        problems=fitted.problems,
     )
 
 
@@ -125,24 +128,26 @@ def plan(
 
     Reads the adapted tensors once or twice, writes nothing. Raises what merge raises before it writes.
     """
+    fitted = fit(base, adapter, strength)
     from d2surgery.files.writer import free_space, shards
-    from d2surgery.merging.job import prepare
+    from d2surgery.merging.forecast import forecast
+    from d2surgery.merging.prepared import prepare
 
-    job = prepare(base, adapter, dtype, strength, device)
-    files = shards((output.entry for output in job.outputs), shard_size)
+    prepared = prepare(fitted, dtype, device)
+    files = shards((output.entry for output in prepared.outputs), shard_size)
     with one_thread():
-        job.check_adapter(hashes=False)
-        threads = job.threads(max_memory)
-        found = job.survival(threads, dtypes, progress)
+        prepared.check_adapter(hashes=False)
+        threads = prepared.threads(max_memory)
+        found = forecast(prepared, threads, dtypes, progress)
     return PlanReport(
         out=str(out),
-        tensors=len(job.outputs),
+        tensors=len(prepared.outputs),
         bytes=sum(shard.nbytes for shard in files),
         disk_free_bytes=free_space(Path(out)),
-        peak_memory_bytes=max(peak_memory(), resident_memory() + threads * job.memory_of_one()),
+        peak_memory_bytes=max(peak_memory(), resident_memory() + threads * prepared.memory_of_one()),
         shards=len(files),
-        modules=len(job.layout.adapters),
-        untied=job.landing.untied,
+        modules=len(fitted.layout.adapters),
+        untied=fitted.landing.untied,
         survival=found,
-        problems=job.problems,
+        problems=fitted.problems,
     )

@@ -24,7 +24,7 @@ class Fit:
 
     @property
     def computed(self) -> Mapping[str, TensorInfo]:
-        """The tensors of the base that are not copied but computed from, in the order in which they are read."""
+        """The base's tensors from which outputs are computed, not copied, in the order in which they are read."""
         names = [name for name, site in self.landing.sites.items() if site.source == name and site.replacement is None]
         tensors = self.base.header.tensors
         return {name: tensors[name] for name in sorted(names, key=lambda n: (tensors[n].file, tensors[n].start))}
@@ -46,6 +46,14 @@ def fit(base: str | os.PathLike[str], adapter: str | os.PathLike[str], strength:
     if strength == 0:  # the base, bit for bit
         landing = replace(landing, sites={}, untied=False)
     return Fit(layout, weights, landing, strength, tuple(problems))
+
+
+def new_labels(layout: Layout) -> int | None:
+    """The classes of a classification head that the adapter brings; None when it brings none."""
+    if layout.about.task not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None
+    heads = [k for name, k in layout.replacements.items() if name.endswith(("score.weight", "classifier.weight"))]
+    return layout.header.tensors[heads[0]].shape[0] if heads else None
 
 
 def _unconsumed(layout: Layout, landing: Landing) -> Iterator[Problem]:

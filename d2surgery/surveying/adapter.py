@@ -12,7 +12,7 @@ from d2surgery.files.base import BaseWeights
 from d2surgery.formats.layout import Layout
 from d2surgery.measures.drift import Drift
 from d2surgery.measures.likeness import Difference
-from d2surgery.measures.spectrum import Method, Spectrum
+from d2surgery.measures.ranks import Method, Spectrum
 from d2surgery.measures.subspace import Intruders, intruders
 from d2surgery.surveying.modules import BaseMatrices, Progress, differences, drifts, places, spectra
 

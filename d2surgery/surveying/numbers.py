@@ -8,7 +8,7 @@ from torch import Tensor
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import Problem
 from d2surgery.formats.layout import AdapterLayout, Layout
-from d2surgery.measures.spectrum import ranks
+from d2surgery.measures.ranks import ranks
 
 Numbers = dict[str, float | int | None]
 
