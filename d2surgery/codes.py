@@ -17,10 +17,17 @@ CODES: dict[str, Code] = {
         "The file is a Git LFS pointer: a clone without LFS left the address of the weights, not the weights.",
         "Run `git lfs pull` in the clone, or download the file from the hub.",
     ),
-    "NOT_SAFETENSORS": Code("The file does not begin like a safetensors file.", "Give a .safetensors or .bin file."),
+    "NOT_SAFETENSORS": Code(
+        "The file does not begin like a safetensors file.",
+        "Give a .safetensors or .bin file, or save what it holds as one.",
+    ),
     "PICKLE": Code(
-        "The file is a pickle that holds more than tensors; loading it would run code.",
-        "Load it where you trust it and save its tensors as safetensors.",
+        "The file is a pickle, and not one of tensors by name alone: nothing else is loaded, for it could run code.",
+        "Load it where you trust it and save its tensors by name as safetensors.",
+    ),
+    "NOT_AN_ADAPTER": Code(
+        "The file is something else than an adapter: a model's own weights, an optimizer's state, a config.",
+        "Give the adapter's weights, adapter_model.safetensors or .bin, or the directory that holds them.",
     ),
     "TRUNCATED_FILE": Code("The file ends before its header says it does.", "Download or copy it again."),
     "CORRUPT_HEADER": Code(
@@ -115,8 +122,7 @@ CODES: dict[str, Code] = {
     "SHAPE_UNEXPECTED": Code("A tensor does not have the shape its slot needs.", "Get the complete file."),
     "DTYPE_UNEXPECTED": Code(
         "A factor is stored in a dtype that is no float of 16 bits or more: the adapter was quantised, or cast.",
-        "Give the adapter as it was trained; where that is lost, cast its tensors to F16, BF16 or F32 (by their scales, if "
-        "there are any) and save them.",
+        "Give the adapter as it was trained; where that is lost, save it as F16, BF16 or F32, times its scales.",
     ),
     "EMPTY_TENSOR": Code(
         "A tensor has no elements: a sharded trainer (ZeRO-3, FSDP) saved it without gathering.",
@@ -126,6 +132,18 @@ CODES: dict[str, Code] = {
         "The file holds no factor, no replaced weight and no token row: applied, it would give the base again.",
         "Save again from the trainer with its parameters gathered (DeepSpeed ZeRO-3 needs "
         "stage3_gather_16bit_weights_on_model_save), or take the last checkpoint that holds tensors.",
+    ),
+    "ZERO_UPDATE": Code(
+        "The update of a module is exactly zero: no step of training reached it, or it was saved before the first one.",
+        "See whether training ran (its loss, its learning rate, what was frozen), and whether this is the last file.",
+    ),
+    "PROMISED_BUT_ABSENT": Code(
+        "The config names what the file does not hold: modules_to_save, token rows, or modules that have no factors.",
+        "Nothing to do if it was never trained; else the file is incomplete, and those parts stay as in the base.",
+    ),
+    "RANK_DOUBTFUL": Code(
+        "The rank is larger than the smaller side of the weight; without a config nothing says that it is meant.",
+        "See whether the factors lie (in, r) and (r, out), the other way round.",
     ),
     "NOT_FINITE": Code("A tensor holds NaN or infinity.", "The training diverged or the file is damaged."),
     "TWO_ADAPTERS": Code("The file holds the same slot under several adapter names.", "Save one adapter per file."),

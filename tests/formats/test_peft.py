@@ -53,7 +53,7 @@ def assert_conserved(layout: Layout) -> None:
     """Every key in exactly one place, and every unread key, or its module, named by a problem."""
     places = Counter([*layout.accounted(), *layout.unread])
     assert places == Counter(list(layout.header.tensors))
-    unread = ("UNSUPPORTED_METHOD", "MERGED_LINEAR", "FOREIGN_FORMAT", "UNKNOWN_FORMAT")
+    unread = ("UNSUPPORTED_METHOD", "MERGED_LINEAR", "FOREIGN_FORMAT", "UNKNOWN_FORMAT", "NOT_AN_ADAPTER")
     whole = any(p.code in unread and not p.module for p in layout.problems)
     named = {problem.module for problem in layout.problems if problem.severity == "error"}
     for key in layout.unread:
@@ -205,7 +205,7 @@ def test_every_code_of_the_format_has_a_case_here() -> None:
     trees = [ast.parse(path.read_text()) for path in Path(peft.__file__).parent.glob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     constants = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    elsewhere = {"DTYPE_UNEXPECTED", "CONFIG_DISAGREES", "UNSUPPORTED_METHOD", "FORMAT_CANNOT_HOLD"}
+    elsewhere = {"DTYPE_UNEXPECTED", "RANK_DOUBTFUL", "CONFIG_DISAGREES", "UNSUPPORTED_METHOD", "FORMAT_CANNOT_HOLD"}
     assert constants & set(CODES) == {code for _, _, code, *_ in [*FAULTS, *MILD]} | elsewhere
 
 
@@ -245,6 +245,22 @@ MILD: list[tuple[Shapes, dict[str, Any], str, str, str]] = [  # (shapes, config,
         "SUPERSEDED",
         "info",
         "no trained weight",
+    ),
+    (PAIR, with_(LORA, modules_to_save=["head"]), "PROMISED_BUT_ABSENT", "warning", "modules_to_save: head"),
+    (PAIR, with_(LORA, trainable_token_indices=[1]), "PROMISED_BUT_ABSENT", "warning", "trainable_token_indices"),
+    (
+        {"base_model.model.score.weight": (2, 4)},
+        with_(LORA, modules_to_save=["score"]),
+        "PROMISED_BUT_ABSENT",
+        "warning",
+        "target_modules: ['q']",
+    ),
+    (
+        PAIR,
+        with_(LORA, modules_to_save=["qa_outputs"], task_type="QUESTION_ANS"),
+        "PROMISED_BUT_ABSENT",
+        "warning",
+        "qa_outputs",
     ),
     (PAIR, with_(LORA, bias="lora_only"), "BIAS_NOT_SAVED", "warning", "no bias"),
     (PAIR | {f"{Q}.bias": (4,)}, with_(LORA, bias="all"), "PEFT_IGNORES_BIAS", "warning", "q.bias"),
@@ -382,6 +398,31 @@ def test_an_end_of_a_name_in_modules_to_save_declares_it(adapter: WriteAdapter, 
     shapes = PAIR | {f"base_model.model.{target}": (4,)}
     layout = open_layout(adapter(shapes, with_(LORA, modules_to_save=["classifier"])))
     assert (list(layout.replacements), problems(layout)) == ([target], [])
+
+
+@pytest.mark.parametrize("saved", [None, ["classifier", "score"]])
+def test_a_head_that_pefts_task_adds_is_declared_and_the_name_it_has_not_is_no_promise(
+    adapter: WriteAdapter, saved: list[str] | None
+) -> None:
+    shapes = PAIR | {"base_model.model.score.weight": (2, 4)}
+    assert problems(open_layout(adapter(shapes, with_(LORA, modules_to_save=saved, task_type="SEQ_CLS")))) == []
+
+
+def test_a_promise_is_not_missed_where_its_tensor_came_empty(adapter: WriteAdapter) -> None:
+    shapes = PAIR | {"base_model.model.score.weight": (0,)}
+    layout = open_layout(adapter(shapes, with_(LORA, modules_to_save=["score", "head"])))
+    assert [code for code, _ in problems(layout)] == ["EMPTY_TENSOR"]
+
+
+def test_a_rank_above_both_sides_is_doubted_where_no_config_confirms_it(adapter: WriteAdapter) -> None:
+    shapes = {A: (48, 8), B: (8, 48)}
+    assert [code for code, _ in problems(open_layout(adapter(shapes, None)))] == ["MISSING_CONFIG", "RANK_DOUBTFUL"]
+    assert problems(open_layout(adapter(shapes, with_(LORA, r=48)))) == []
+
+
+def test_alpha_and_dropout_are_told_as_the_config_has_them(adapter: WriteAdapter) -> None:
+    about = open_layout(adapter(PAIR, with_(LORA, lora_alpha=32, lora_dropout=0.05, task_type="CAUSAL_LM"))).about
+    assert (about.alpha, about.dropout, about.task) == (32, 0.05, "CAUSAL_LM")
 
 
 def test_the_trained_weight_wins_over_the_untrained_original(adapter: WriteAdapter) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from d2surgery.errors import Problem
 from d2surgery.formats.layout import About, alpha_divisor, lies_within
+from d2surgery.formats.peft.keys import TOKENS
 from d2surgery.kinds import TABLE
 
 FORMS = ("projected_plus_update", "projected", "update")
@@ -36,6 +37,7 @@ _VARIANTS = {  # config field -> the variant's name, when the field is set
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
 }
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -166,9 +168,31 @@ class Config:
                 return int(match[1]) in ([chosen] if isinstance(chosen, int) else chosen)
         return False
 
+    def wants(self, module: str) -> bool | None:
+        """Whether target_modules name it; None where they name nothing. What is saved whole gets no factors."""
+        if self.get("target_modules") in (None, "all-linear"):
+            return None
+        saved = any(
+            re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in self.get("modules_to_save") or ()
+        )
+        return self.listed(module) and not saved and not names(self.get("exclude_modules"), module)
+
+    def absent(self, held: Iterable[str], *, adapted: bool) -> Iterator[str]:
+        """What the config names and the file lacks; held: the base tensors that its keys belong to."""
+        held = list(held)
+        saved = [name for name in self.get("modules_to_save") or () if not any(lies_within([name], t) for t in held)]
+        heads = _HEADS.get(str(self.get("task_type")), ())
+        found = any(lies_within(heads, tensor) for tensor in held)  # PEFT adds every name that a head may have
+        yield from (f"modules_to_save: {name}" for name in saved if not (found and name in heads))
+        if self.get("trainable_token_indices") and not any(TOKENS in tensor.split(".") for tensor in held):
+            yield "trainable_token_indices"
+        if self.get("target_modules") and not adapted:
+            yield f"target_modules: {str(self.get('target_modules'))[:60]}"
+
     def declares(self, name: str) -> bool:
-        """Part of a module that modules_to_save names: a BatchNorm's integer counter is, for one."""
-        return lies_within(self.get("modules_to_save") or (), name)
+        """Part of a module that is saved whole: a BatchNorm's integer counter is, for one. PEFT adds a task's heads."""
+        heads = _HEADS.get(str(self.get("task_type")), ())
+        return lies_within([*(self.get("modules_to_save") or ()), *heads], name)
 
     def settings(self, kind: str) -> dict[str, Any]:
         """The kind's own settings; PEFT's DoRA has none of its own."""
@@ -187,8 +211,11 @@ class Config:
             transposed=bool(self.get("fan_in_fan_out")),
             saved_modules=tuple(self.get("modules_to_save") or ()),
             version=version if isinstance(version, str) else None,
+            alpha=self.get("lora_alpha") if is_number(self.get("lora_alpha")) else None,
+            dropout=self.get("lora_dropout") if is_number(self.get("lora_dropout")) else None,
             training=dict(training) if _is_table(training) else {},
             settings=self.values,
+            targets=self.wants,
         )
 
     # Problems ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from d2surgery.files.header import Header
-from d2surgery.formats.layout import Stored
+from d2surgery.formats.layout import Stored, lies_transposed
 from d2surgery.kinds import TABLE
 
 PREFIX = "base_model.model."
@@ -44,9 +44,16 @@ def leaves() -> dict[str, tuple[str, Stored]]:
 
 def looks_like_peft(header: Header) -> bool:
     known = leaves()
-    return any(PREFIX in key or f".{TOKENS}" in key for key in header.tensors) or any(
-        part in known and not _DIFFUSERS.match(key) for key in header.tensors for part in key.split(".")
+    pairs = (
+        (header.tensors[key].shape, header.tensors[up].shape)
+        for key in header.tensors
+        for end in (".lora_A", ".lora_A.weight")
+        if key.endswith(end) and (up := key.removesuffix(end) + end.replace("A", "B")) in header.tensors
     )
+    if any(PREFIX in key or f".{TOKENS}" in key for key in header.tensors):
+        return True
+    named = any(part in known and not _DIFFUSERS.match(key) for key in header.tensors for part in key.split("."))
+    return named and not lies_transposed(pairs)
 
 
 def bare(key: str) -> str:

@@ -53,7 +53,21 @@ def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float]
             say("NOT_TARGETED", "has factors but is not in target_modules", module=module)
     say.all += config.pattern_problems(adapters, say.file, complete=len(adapters) == len(keys.groups))
     keys.check_replacements(adapters)
+    if not found:
+        _doubt_ranks(adapters, say)
+    elif header.tensors and not any(problem.severity == "error" for problem in say.all):
+        held = (target_of(bare(key)) for key in header.tensors)
+        for promised in config.absent(held, adapted=bool(adapters)):
+            say("PROMISED_BUT_ABSENT", f"{promised}, of which the file holds nothing", severity="warning")
     return _layout(header, config, keys, adapters, say)
+
+
+def _doubt_ranks(adapters: Mapping[str, AdapterLayout], say: Problems) -> None:
+    """No config confirms the rank that the shapes give."""
+    for module, adapter in adapters.items():
+        sides = min(adapter.in_features, adapter.out_features)
+        if (rank := max(adapter.ranks.values())) > sides and adapter.stored == "linear":
+            say("RANK_DOUBTFUL", f"rank {rank} of {sides} at most", severity="warning", module=module)
 
 
 @dataclass
