@@ -179,7 +179,7 @@ class Config:
 
     def absent(self, held: Iterable[str], *, adapted: bool) -> Iterator[str]:
         """What the config names and the file lacks; held: the base tensors that its keys belong to."""
-        held = list(held)
+        held = list(held) if self.get("modules_to_save") or self.get("trainable_token_indices") else []
         saved = [name for name in self.get("modules_to_save") or () if not any(lies_within([name], t) for t in held)]
         heads = _HEADS.get(str(self.get("task_type")), ())
         found = any(lies_within(heads, tensor) for tensor in held)  # PEFT adds every name that a head may have
