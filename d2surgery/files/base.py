@@ -27,6 +27,9 @@ class BaseWeights(Mapping[str, "Tensor"]):
         self.header: Header = read_checkpoint_header(self.directory)
         self.opened = self._stamps()
 
+    def __repr__(self) -> str:
+        return f"BaseWeights({str(self.directory)!r}, {len(self)} tensors in {len(self.header.files)} files)"
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json; {} when there is none."""

@@ -34,7 +34,7 @@ class Moments(NamedTuple):
     max: float
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Drift:
     """One number per vector along `along`, and what they come to. W' is the effective weight, delta = W' − W0.
 
@@ -67,6 +67,10 @@ class Drift:
     """‖delta‖_F/‖W0‖_F; nan when W0 is zero."""
     undefined: int
     """How many base vectors are zero."""
+
+    def __repr__(self) -> str:
+        moved = f"‖delta‖/‖W0‖ {self.relative_update:.4g}, mean drift {self.mean_drift:+.3g}"
+        return f"Drift({len(self.drift)} vectors along {self.along}: {moved}, mean cosine {self.cosine_mean:.6g})"
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ NUMBERS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Spectrum:
     """Ranks and norms of one matrix, which is an adapter's update or its delta. The ranks of zero are 0."""
 
@@ -66,6 +66,12 @@ class Spectrum:
     """Of every number that is estimated."""
     quality: Mapping[str, Quality] = field(default_factory=lambda: dict.fromkeys(NUMBERS, "exact"))
     """Of every number: exact (to error_bound), or an estimate with its standard error. The bound is a bracket."""
+
+    def __repr__(self) -> str:
+        ranks = f"entropy rank {self.entropy_rank:.4g}, stable rank {self.stable_rank:.4g}"
+        return (
+            f"Spectrum({self.of}, {self.method}: {ranks}, ‖·‖F {self.frobenius_norm:.4g}, σ₁ {self.spectral_norm:.4g})"
+        )
 
 
 def ranks(singular_values: Tensor, counts: Tensor | None = None) -> dict[str, float]:

@@ -37,7 +37,7 @@ class MergeReport:
     problems: tuple[Problem, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlanReport:
     """What merge would do."""
 
@@ -51,6 +51,11 @@ class PlanReport:
     untied: bool
     survival: Mapping[str, Mapping[str, "Survival"]]  # module -> dtype -> survival
     problems: tuple[Problem, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"PlanReport({self.modules} modules into {self.tensors} tensors, {self.bytes} bytes in {self.shards} files)"
+        )
 
 
 def merge(
