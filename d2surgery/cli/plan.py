@@ -83,6 +83,9 @@ def _text(report: PlanReport, per_layer: bool) -> Iterable[str]:
     if len(shown) < len(report.survival):
         yield f"  … {len(report.survival) - len(shown)} modules that keep more (--per-layer)"
     low = [module for module, by in report.survival.items() if _gain(by[dtypes[0]]) < LOW_GAIN]
+    zero = sum(isnan(by[dtypes[0]].gain) for by in report.survival.values())
+    if zero:
+        yield f"{zero} of {output.count(len(report.survival), 'module')} would change nothing: the delta is zero"
     if low:
         few = output.count(len(low), "module")
         yield f"{few} below {LOW_GAIN} in {_SHORT[dtypes[0]]}: --dtype fp32 keeps all of it"
@@ -93,7 +96,11 @@ def _gain(survival: Survival) -> float:
 
 
 def _row(name: str, by_dtype: Any) -> list[str]:
-    cells = [
-        f"{_SHORT[dtype]} {output.number(s.gain)}, {output.number(s.relative_error)}" for dtype, s in by_dtype.items()
-    ]
-    return [name, *cells]
+    return [name, *(f"{_SHORT[dtype]} {_kept(survival)}" for dtype, survival in by_dtype.items())]
+
+
+def _kept(survival: Survival) -> str:
+    """Gain and relative error of a delta, where there is one."""
+    if isnan(survival.gain):
+        return "no delta"
+    return f"{output.number(survival.gain)}, {output.number(survival.relative_error)}"
