@@ -17,10 +17,17 @@ CODES: dict[str, Code] = {
         "The file is a Git LFS pointer: a clone without LFS left the address of the weights, not the weights.",
         "Run `git lfs pull` in the clone, or download the file from the hub.",
     ),
-    "NOT_SAFETENSORS": Code("The file does not begin like a safetensors file.", "Give a .safetensors or .bin file."),
+    "NOT_SAFETENSORS": Code(
+        "The file does not begin like a safetensors file.",
+        "Give a .safetensors or .bin file, or save what it holds as one.",
+    ),
     "PICKLE": Code(
-        "The file is a pickle that holds more than tensors; loading it would run code.",
-        "Load it where you trust it and save its tensors as safetensors.",
+        "The file is a pickle, and not one of tensors by name alone: nothing else is loaded, for it could run code.",
+        "Load it where you trust it and save its tensors by name as safetensors.",
+    ),
+    "NOT_AN_ADAPTER": Code(
+        "The file is something else than an adapter: a model's own weights, an optimizer's state, a config.",
+        "Give the adapter's weights, adapter_model.safetensors or .bin, or the directory that holds them.",
     ),
     "TRUNCATED_FILE": Code("The file ends before its header says it does.", "Download or copy it again."),
     "CORRUPT_HEADER": Code(
@@ -62,7 +69,14 @@ CODES: dict[str, Code] = {
     ),
     "MUTATED_BASE": Code(
         "The initialisation changed the base weights, so base + scaling·B·A is not the trained model.",
-        "Save with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA.",
+        "If the changed base was saved (PEFT calls it the residual model), give it as the base and set "
+        "init_lora_weights to true in adapter_config.json: residual + scaling·B·A is the trained model. Otherwise save "
+        "with path_initial_model_for_weight_conversion, which makes a plain LoRA of the original base.",
+    ),
+    "MERGED_LINEAR": Code(
+        "The factors are those of MergedLinear in PEFT 0.1 and 0.2 (enable_lora): several products of one module, "
+        "one for each part of a fused layer, the other parts left out.",
+        "Merge it with PEFT 0.2, which alone reads it, or train again with today's PEFT.",
     ),
     "LAYER_REPLICATION": Code(
         "The adapter belongs to a model with repeated layers; its layer numbers do not name layers of this base.",
@@ -97,15 +111,39 @@ CODES: dict[str, Code] = {
         "The config says DoRA but this module has no magnitude vector.",
         "Get the complete file, or correct use_dora if it never was DoRA.",
     ),
-    "RANK_MISMATCH": Code("The two factors of a pair do not share a rank.", "The file is damaged or a variant."),
+    "RANK_MISMATCH": Code(
+        "The two factors of a pair do not share a rank.",
+        "See what wrote them: the file is damaged, or a variant whose factors are not (r, in) and (out, r).",
+    ),
     "RANK_DISAGREES": Code(
         "The rank of the tensors is not the rank the config gives for this module.",
         "Correct r or rank_pattern; the scaling depends on it.",
     ),
     "SHAPE_UNEXPECTED": Code("A tensor does not have the shape its slot needs.", "Get the complete file."),
+    "DTYPE_UNEXPECTED": Code(
+        "A factor is stored in a dtype that is no float of 16 bits or more: the adapter was quantised, or cast.",
+        "Give the adapter as it was trained; where that is lost, save it as F16, BF16 or F32, times its scales.",
+    ),
     "EMPTY_TENSOR": Code(
         "A tensor has no elements: a sharded trainer (ZeRO-3, FSDP) saved it without gathering.",
         "Save again from the trainer with its parameters gathered.",
+    ),
+    "NOTHING_TO_APPLY": Code(
+        "The file holds no factor, no replaced weight and no token row: applied, it would give the base again.",
+        "Save again from the trainer with its parameters gathered (DeepSpeed ZeRO-3 needs "
+        "stage3_gather_16bit_weights_on_model_save), or take the last checkpoint that holds tensors.",
+    ),
+    "ZERO_UPDATE": Code(
+        "The update of a module is exactly zero: no step of training reached it, or it was saved before the first one.",
+        "See whether training ran (its loss, its learning rate, what was frozen), and whether this is the last file.",
+    ),
+    "PROMISED_BUT_ABSENT": Code(
+        "The config names what the file does not hold: modules_to_save, token rows, or modules that have no factors.",
+        "Nothing to do if it was never trained; else the file is incomplete, and those parts stay as in the base.",
+    ),
+    "RANK_DOUBTFUL": Code(
+        "The rank is larger than the smaller side of the weight; without a config nothing says that it is meant.",
+        "See whether the factors lie (in, r) and (r, out), the other way round.",
     ),
     "NOT_FINITE": Code("A tensor holds NaN or infinity.", "The training diverged or the file is damaged."),
     "TWO_ADAPTERS": Code("The file holds the same slot under several adapter names.", "Save one adapter per file."),
@@ -123,8 +161,8 @@ CODES: dict[str, Code] = {
         "Nothing to do if they were trained.",
     ),
     "SUPERSEDED": Code(
-        "PEFT saved the weight of a saved module three times: as trained, untrained, and as trained again. Loading, it "
-        "takes the first alone, and so do we.",
+        "The file holds the weight of a saved module more than once: as trained, as its copy in PEFT's wrapper, and "
+        "untrained. Loading, PEFT takes the trained one alone, and so do we.",
         "Nothing to do.",
     ),
     "BIAS_NOT_SAVED": Code(

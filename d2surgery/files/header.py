@@ -39,6 +39,7 @@ _FORMATS = {  # dtype -> struct's letters
 }  # fmt: skip
 _MAGICS = (  # (first bytes, code, what it is)
     (b"version https://git-lfs", "LFS_POINTER", "a Git LFS pointer"),
+    (b"{", "NOT_AN_ADAPTER", "JSON, such as a config"),
     (b"PK\x03\x04", "NOT_SAFETENSORS", "a zip archive, perhaps a PyTorch .bin under another name"),
     (b"\x80\x02", "NOT_SAFETENSORS", "a pickle"),
     (b"GGUF", "NOT_SAFETENSORS", "a GGUF file"),
@@ -122,8 +123,8 @@ def is_pickle(path: Path) -> bool:
     """Does the file begin like one that torch.save wrote: a zip archive, or before PyTorch 1.6 a bare pickle?"""
     try:
         with path.open("rb") as file:
-            head = file.read(9)
-            return head.startswith((b"PK\x03\x04", b"\x80\x02")) and not _begins_a_header(head)
+            head = file.read(64)
+            return head.startswith((b"PK\x03\x04", b"\x80\x02")) and not (_begins_a_header(head) or _is_npz(head))
     except OSError:
         return False  # read_header says why
 
@@ -204,11 +205,19 @@ def _listing(directory: Path) -> str:
 def _check_magic(path: Path, head: bytes, size: int) -> None:
     if size == 0:
         raise refuse("FILE_EMPTY", "the file has no bytes", file=str(path))
+    if _is_npz(head):
+        raise refuse("NOT_SAFETENSORS", "the file is a NumPy archive (.npz)", file=str(path), wanted="safetensors")
     for magic, code, name in _MAGICS:
         if head.startswith(magic) and not _begins_a_header(head):
             raise refuse(code, f"the file is {name}", file=str(path), wanted="safetensors", got=f"{size} bytes")
     if size < 8:
         raise refuse("TRUNCATED_FILE", "shorter than any header", file=str(path), got=f"{size} bytes")
+
+
+def _is_npz(head: bytes) -> bool:
+    """A zip archive whose first entry is an array: PyTorch's begins with its pickle."""
+    length = int.from_bytes(head[26:28], "little")  # of the entry's name, which stands at 30
+    return head.startswith(b"PK\x03\x04") and head[30 : 30 + length].endswith(b".npy")
 
 
 def _begins_a_header(head: bytes) -> bool:

@@ -39,6 +39,8 @@ def _weights_in(directory: Path) -> Path:
     for name in WEIGHTS:  # PEFT's order: safetensors wins where both exist
         if (directory / name).exists():
             return directory / name
+    if next(directory.glob("*.index.json"), None):
+        raise refuse("NOT_AN_ADAPTER", "the directory holds a model in shards", file=str(directory))
     found = sorted(directory.glob("*.safetensors")) or sorted(
         path for path in directory.iterdir() if path.suffix in PICKLES and path.stem not in _STATES
     )

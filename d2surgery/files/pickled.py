@@ -9,6 +9,11 @@ from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.header import Header
 from d2surgery.files.tensors import NAMES, header_of
 
+_STATES = {  # the keys of what trainers leave beside an adapter -> what it is
+    frozenset(("state", "param_groups")): "an optimizer's state",
+    frozenset(("last_epoch", "base_lrs")): "a learning-rate scheduler's state",
+}
+
 
 def read_pickled_header(path: Path) -> Header:
     """Names, dtypes and shapes. Each tensor begins at 0: a pickle's tensors have no place of their own in the file.
@@ -34,6 +39,8 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict):
         got = type(loaded).__name__
         raise refuse("PICKLE", "not a table of tensors", file=str(path), wanted="names and tensors", got=got)
+    if what := next((what for names, what in _STATES.items() if names <= loaded.keys()), None):
+        raise refuse("NOT_AN_ADAPTER", f"the file is {what}", file=str(path))
     raise_errors(
         Problem(code="PICKLE", message=f"{name!r} is not a dense tensor", file=str(path), got=_kind(value))
         for name, value in loaded.items()

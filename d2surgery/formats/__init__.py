@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,13 @@ def open_layout(adapter: str | os.PathLike[str]) -> Layout:
 def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
     """The layout by the first format that recognises the file."""
     format = next(each for each in FORMATS if each.recognise(header, config))
-    return format.layout(header, config, lambda key: small_values(header, key))
+    found = format.layout(header, config, lambda key: small_values(header, key))
+    broken = any(problem.severity == "error" for problem in found.problems)
+    if broken or found.adapters or found.replacements or found.rows:
+        return found
+    got = "no tensor" if not header.tensors else f"{len(header.tensors)} tensors that change nothing"
+    nothing = Problem(code="NOTHING_TO_APPLY", message="the adapter is empty", file=str(header.files[0]), got=got)
+    return replace(found, problems=(*found.problems, nothing))
 
 
 def write(checkpoint: Holding, directory: str | os.PathLike[str], name: str) -> None:

@@ -9,6 +9,7 @@ from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import TensorInfo
 from d2surgery.formats import open_layout
 from d2surgery.formats.layout import Layout
+from d2surgery.placement.promises import broken_promises
 from d2surgery.placement.sites import Landing, sites
 
 
@@ -35,7 +36,7 @@ def fit(base: str | os.PathLike[str], adapter: str | os.PathLike[str], strength:
     layout = open_layout(adapter)
     weights = BaseWeights(base)
     landing = sites(layout, weights.header, weights.config)
-    problems = [*layout.problems, *landing.problems]
+    problems = [*layout.problems, *landing.problems, *broken_promises(layout, weights.header, landing)]
     if strength != 1 and (layout.replacements or layout.rows):
         names = ", ".join([*layout.replacements, *layout.rows][:3])
         problems.append(

@@ -221,6 +221,14 @@ def test_a_square_weight_lies_as_its_neighbours_or_as_its_family(
     assert found.sites["h.0.attn.c_proj.weight"].patches[0].transposed is transposed
 
 
+@pytest.mark.parametrize(("family", "transposed"), [("llama", False), ("opt", False), ("gpt2", True)])
+def test_the_kind_of_model_goes_before_what_the_adapters_config_says_of_it(family: str, transposed: bool) -> None:
+    """PEFT warns of fan_in_fan_out on an nn.Linear and takes it for false."""
+    config = {"fan_in_fan_out": True}
+    found = place(pair("layers.0.q", 6, 6), {"layers.0.q.weight": (6, 6)}, config, {"model_type": family})
+    assert (found.problems, found.sites["layers.0.q.weight"].patches[0].transposed) == ((), transposed)
+
+
 def test_a_neighbour_in_another_block_says_nothing() -> None:
     other = {"h.1.attn.c_attn.weight": (6, 18), "h.1.attn.c_attn.bias": (18,)}
     assert place(SQUARE, GPT2_BLOCK | other).sites["h.0.attn.c_proj.weight"].patches[0].transposed is False

@@ -58,7 +58,7 @@ def test_progress_is_told_by_label(work: Path) -> None:
 
 
 def test_a_file_without_adapters_is_refused(work: Path) -> None:
-    with pytest.raises(D2SurgeryError, match="UNKNOWN_FORMAT"):
+    with pytest.raises(D2SurgeryError, match="NOT_AN_ADAPTER"):
         survey([str(work / "base")])
 
 
