@@ -6,7 +6,7 @@ Nothing here reads tensor data or imports torch.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +16,8 @@ from d2surgery.files.header import Header
 from d2surgery.kinds import TABLE
 
 Stored = Literal["linear", "embedding", "conv", "experts"]
+Packing = Literal["interleaved", "grouped"]
+"""Where column j of expert e's B lies in lora_B (out, r·E): column j·E + e, as in PEFT, or e·r + j."""
 
 
 class Slot(NamedTuple):
@@ -46,6 +48,7 @@ class AdapterLayout:
     settings: Mapping[str, Any] = field(default_factory=dict)  # the kind's own, those of training too
     kernel: tuple[int, ...] = ()  # of a convolution: in_channels and the kernel's shape
     experts: int = 1
+    packed: Packing = "interleaved"  # where there are several experts
     numbers: tuple[str, ...] = ()  # keys of stored numbers that are told here already, such as an alpha
     misread: Mapping[str, float] = field(default_factory=dict)  # in words -> what careless readers take for the scaling
 
@@ -122,6 +125,16 @@ class Layout:
         yield from self.replacements.values()
         yield from (rows.key for rows in self.rows.values())
         yield from self.superseded
+
+
+def with_expert_layout(layout: Layout, packed: Packing) -> Layout:
+    """The layout with every expert's B read so, whatever the file says: nothing is assumed any more."""
+    entries = {
+        module: replace(entry, packed=packed) if entry.experts > 1 else entry
+        for module, entry in layout.adapters.items()
+    }
+    problems = tuple(problem for problem in layout.problems if problem.code != "EXPERT_LAYOUT_ASSUMED")
+    return replace(layout, adapters=entries, problems=problems)
 
 
 def alpha_divisor(ranks: Mapping[str, int]) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2surgery.errors import Problem
+from d2surgery.formats.layout import Packing
 from d2surgery.machine import one_thread, peak_memory, resident_memory, uncollected
 from d2surgery.merging.ahead import HashAhead
 from d2surgery.placement.fit import fit
@@ -63,6 +64,7 @@ def merge(
     max_memory: int | None = None,
     shard_size: int = SHARD_SIZE,
     device: str = "cpu",
+    expert_layout: Packing | None = None,
     resume: bool = False,
     verify: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -72,8 +74,9 @@ def merge(
     merged = round(W0 + strength·delta), computed one precision above the output and rounded once to `dtype`
     ("F32", "BF16", "F16", "F64"; None: each tensor keeps the base's). Nothing stands at `out` until all is written.
 
-    max_memory: bytes of resident memory that may be used. shard_size: bytes per output file. resume: continue an
-    interrupted merge with the same arguments. verify=False writes no hashes and does not fsync.
+    max_memory: bytes of resident memory that may be used. shard_size: bytes per output file. expert_layout: how experts
+    share the columns of lora_B, None as the file says. resume: continue an interrupted merge with the same arguments.
+    verify=False writes no hashes and does not fsync.
     progress(done, total) is called with bytes written.
 
     Raises D2SurgeryError with every misfit at once, before anything is written: what `load` and `sites` find,
@@ -81,7 +84,7 @@ def merge(
     BASE_CHANGED.
     """
     began = time.monotonic()
-    fitted = fit(base, adapter, strength)
+    fitted = fit(base, adapter, strength, expert_layout)
     with HashAhead(fitted.computed if verify and "torch" not in sys.modules else {}) as ahead:
         with uncollected():  # torch, which leaves cores for hashing
             from d2surgery.merging.job import RECEIPT, write
@@ -120,6 +123,7 @@ def plan(
     max_memory: int | None = None,
     shard_size: int = SHARD_SIZE,
     device: str = "cpu",
+    expert_layout: Packing | None = None,
     dtypes: tuple[str, ...] = ("BF16", "F16"),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PlanReport:
@@ -127,7 +131,7 @@ def plan(
 
     Reads the adapted tensors once or twice, writes nothing. Raises what merge raises before it writes.
     """
-    fitted = fit(base, adapter, strength)
+    fitted = fit(base, adapter, strength, expert_layout)
     from d2surgery.files.writer import free_space, shards
     from d2surgery.merging.forecast import forecast
     from d2surgery.merging.prepared import prepare

@@ -8,7 +8,7 @@ from d2surgery.errors import Problem, raise_errors
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import TensorInfo
 from d2surgery.formats import open_layout
-from d2surgery.formats.layout import Layout
+from d2surgery.formats.layout import Layout, Packing
 from d2surgery.placement.sites import Landing, sites
 
 
@@ -30,9 +30,14 @@ class Fit:
         return {name: tensors[name] for name in sorted(names, key=lambda n: (tensors[n].file, tensors[n].start))}
 
 
-def fit(base: str | os.PathLike[str], adapter: str | os.PathLike[str], strength: float = 1.0) -> Fit:
+def fit(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    strength: float = 1.0,
+    expert_layout: Packing | None = None,
+) -> Fit:
     """Where every tensor of the adapter lands. Raises D2SurgeryError with every misfit at once."""
-    layout = open_layout(adapter)
+    layout = open_layout(adapter, expert_layout=expert_layout)
     weights = BaseWeights(base)
     landing = sites(layout, weights.header, weights.config)
     problems = [*layout.problems, *landing.problems]

@@ -8,13 +8,13 @@ from math import sqrt
 from typing import Any
 
 from d2surgery.errors import Problem
-from d2surgery.formats.layout import About, alpha_divisor
+from d2surgery.formats.layout import About, Packing, alpha_divisor
 from d2surgery.kinds import TABLE
 
 FORMS = ("projected_plus_update", "projected", "update")
 _PATTERN_FIELDS = ("rank_pattern", "alpha_pattern")
 _OURS = ("r1", "r2", "tau", "along", "form", "format_version", "training")
-_FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, and ours
+_FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, unsloth's and ours
     re.findall(
         r"\w+",
         """
@@ -23,10 +23,12 @@ _FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, and ours
         layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core
         trainable_token_indices loftq_config eva_config corda_config lora_ga_config use_dora alora_invocation_tokens
         use_qalora qalora_group_size layer_replication runtime_config lora_bias target_parameters use_bdlora
-        arrow_config ensure_weight_tying kasa_config velora_config monteclora_config
+        arrow_config ensure_weight_tying kasa_config velora_config monteclora_config lora_B_layout
         """,
     )
 ) | frozenset(_OURS)
+PACKED = "lora_B_layout"  # unsloth's field, from September 2026
+PACKINGS: dict[str, Packing] = {"rank_major": "interleaved", "grouped_by_expert": "grouped"}
 _VARIANTS = {  # config field -> the variant's name, when the field is set
     "alora_invocation_tokens": "aLoRA (applies to some tokens only)",
     "use_qalora": "QALoRA",
@@ -192,6 +194,12 @@ class Config:
             settings=self.values,
         )
 
+    @property
+    def by_unsloth(self) -> bool:
+        """Whether unsloth has left a mark: in the mapping that it writes, or as the owner of the base."""
+        mapping, base = self.get("auto_mapping"), self.get("base_model_name_or_path")
+        return (_is_table(mapping) and "unsloth_fixed" in mapping) or str(base).startswith("unsloth/")
+
     # Problems ----------------------------------------------------------------------------------------------------
 
     def problems(self, file: str) -> Iterator[Problem]:
@@ -340,6 +348,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # field -> what is wa
     "trainable_token_indices": ("row numbers", lambda v: v is None or isinstance(v, list | dict)),
     "along": ("in_features or out_features", lambda value: value in ("in_features", "out_features")),
     "form": (", ".join(FORMS), lambda value: value in FORMS),
+    PACKED: (" or ".join(PACKINGS), lambda value: value is None or value in PACKINGS),
     "bias": ("none, all or lora_only", lambda value: value in (None, "none", "all", "lora_only")),
 }
 
