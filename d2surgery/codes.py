@@ -378,6 +378,11 @@ CODES: dict[str, Code] = {
     "CONFIG_CHANGED": Code(
         "A config beside the merged weights differs from what merging writes.", "Copy the base's file, or see why."
     ),
+    "TOKENIZER_TAKEN": Code(
+        "A tokenizer or chat template lies beside the adapter and is not the base's. Whoever trained the adapter meant "
+        "it, so merging takes it.",
+        "Nothing to do; --tokenizer base keeps the base's.",
+    ),
     "TOKENIZER_CHANGED": Code(
         "The tokenizer differs from the one that belongs to the base or adapter, or is missing.",
         "Copy its files into the merged directory.",

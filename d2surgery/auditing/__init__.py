@@ -90,7 +90,8 @@ def audit(
     modules, tensors = _compared(prepared, pairing, thresholds, found.header.usual_dtype or "", progress)
     reasons = [*reasons_of(modules, tensors.values())]
     if files:
-        reasons += compare_settings(_expected_files(prepared.fit, found), found, tied=pairing.tied)
+        expected, with_base_tokenizer = _expected_files(prepared.fit, found)
+        reasons += compare_settings(expected, found, with_base_tokenizer, tied=pairing.tied)
     behaviour, gap, problems = _run(base, prepared.merger.checkpoint, merged, levels, prompts, tasks, device)
     reasons += problems
     unread = [name for name in prepared.fit.layout.adapters if name not in modules]
@@ -194,10 +195,11 @@ def open_merged(directory: str | os.PathLike[str]) -> BaseWeights:
     return found
 
 
-def _expected_files(fit: Fit, merged: BaseWeights) -> dict[str, bytes]:
-    """What merge would have written beside weights of these dtypes."""
+def _expected_files(fit: Fit, merged: BaseWeights) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """What merge would have written beside weights of these dtypes: with the adapter's tokenizer, with the base's."""
     theirs, ours = merged.header.usual_dtype, fit.base.header.usual_dtype
-    return companions(fit, theirs if theirs != ours else None)
+    dtype = theirs if theirs != ours else None
+    return companions(fit, dtype, "adapter"), companions(fit, dtype, "base")
 
 
 def _settle_recipes(replay: Replay, pairs: tuple[TensorPair, ...]) -> None:

@@ -58,6 +58,13 @@ _OPTIONS = (
     click.option("--max-memory", type=Bytes(), help="Resident memory that may be used, such as 400MB."),
     click.option("--shard-size", type=Bytes(), default="5GB", show_default=True, help="Largest output file."),
     expert_layout_option,
+    click.option(
+        "--tokenizer",
+        type=click.Choice(["adapter", "base"]),
+        default="adapter",
+        show_default=True,
+        help="Whose tokenizer to write; the base's where the adapter has none.",
+    ),
     device_option,
 )
 

@@ -82,6 +82,7 @@ class About:
 
     base_model: str | None = None  # name or path of the base it was trained on
     task: str | None = None  # CAUSAL_LM, SEQ_CLS, TOKEN_CLS …: what the model around it is for
+    model_class: str | None = None  # transformers' class that it was trained in
     tied: bool = False  # the two sides of a tie were trained as one, so they hold the same numbers
     transposed: bool = False  # its writer took base weights to lie (in, out)
     saved_modules: tuple[str, ...] = ()  # trained whole, by name or end of a name

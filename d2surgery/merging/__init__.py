@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,8 @@ from d2surgery.errors import Problem
 from d2surgery.formats.layout import Packing
 from d2surgery.machine import one_thread, peak_memory, resident_memory, uncollected
 from d2surgery.merging.ahead import HashAhead
-from d2surgery.placement.fit import fit
+from d2surgery.merging.companions import Tokenizer, tokenizer_problems
+from d2surgery.placement.fit import Fit, fit
 
 if TYPE_CHECKING:
     from d2surgery.measures.fidelity import Survival
@@ -65,6 +66,7 @@ def merge(
     shard_size: int = SHARD_SIZE,
     device: str = "cpu",
     expert_layout: Packing | None = None,
+    tokenizer: Tokenizer = "adapter",
     resume: bool = False,
     verify: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -75,7 +77,8 @@ def merge(
     ("F32", "BF16", "F16", "F64"; None: each tensor keeps the base's). Nothing stands at `out` until all is written.
 
     max_memory: bytes of resident memory that may be used. shard_size: bytes per output file. expert_layout: how experts
-    share the columns of lora_B, None as the file says. resume: continue an interrupted merge with the same arguments.
+    share the columns of lora_B, None as the file says. tokenizer: whose stands beside the weights, "adapter"'s where it
+    brings one or "base"'s. resume: continue an interrupted merge with the same arguments.
     verify=False writes no hashes and does not fsync.
     progress(done, total) is called with bytes written.
 
@@ -84,13 +87,13 @@ def merge(
     BASE_CHANGED.
     """
     began = time.monotonic()
-    fitted = fit(base, adapter, strength, expert_layout)
+    fitted = _fitted(base, adapter, strength, expert_layout, tokenizer)
     with HashAhead(fitted.computed if verify and "torch" not in sys.modules else {}) as ahead:
         with uncollected():  # torch, which leaves cores for hashing
             from d2surgery.merging.job import RECEIPT, write
             from d2surgery.merging.prepared import prepare
 
-        prepared = prepare(fitted, dtype, device)
+        prepared = prepare(fitted, dtype, device, tokenizer)
         written = write(
             prepared,
             Path(out),
@@ -124,6 +127,7 @@ def plan(
     shard_size: int = SHARD_SIZE,
     device: str = "cpu",
     expert_layout: Packing | None = None,
+    tokenizer: Tokenizer = "adapter",
     dtypes: tuple[str, ...] = ("BF16", "F16"),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PlanReport:
@@ -131,12 +135,12 @@ def plan(
 
     Reads the adapted tensors once or twice, writes nothing. Raises what merge raises before it writes.
     """
-    fitted = fit(base, adapter, strength, expert_layout)
+    fitted = _fitted(base, adapter, strength, expert_layout, tokenizer)
     from d2surgery.files.writer import free_space, shards
     from d2surgery.merging.forecast import forecast
     from d2surgery.merging.prepared import prepare
 
-    prepared = prepare(fitted, dtype, device)
+    prepared = prepare(fitted, dtype, device, tokenizer)
     files = shards((output.entry for output in prepared.outputs), shard_size)
     with one_thread():
         prepared.check_adapter(hashes=False)
@@ -154,3 +158,15 @@ def plan(
         survival=found,
         problems=fitted.problems,
     )
+
+
+def _fitted(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    strength: float,
+    expert_layout: Packing | None,
+    tokenizer: Tokenizer,
+) -> Fit:
+    """The fit, with what is said of the files beside the weights."""
+    found = fit(base, adapter, strength, expert_layout)
+    return replace(found, problems=(*found.problems, *tokenizer_problems(found, tokenizer)))

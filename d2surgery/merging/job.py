@@ -71,7 +71,7 @@ def write(
             written += shard.nbytes
             progress(written, total)
     prepared.fit.base.refuse_changes()
-    beside = companions(prepared.fit, prepared.dtype) | index_file(files)
+    beside = companions(prepared.fit, prepared.dtype, prepared.tokenizer) | index_file(files)
     for name, content in beside.items():
         partial.write(name, content)
     receipt = receipt_of(prepared, recipe, adapter_hashes, inputs, outputs, beside)
@@ -143,6 +143,7 @@ def recipe_of(prepared: Prepared, shard_size: int, verify: bool, adapter_hashes:
         "versions": [version("d2surgery"), torch.__version__],
         "dtype": prepared.dtype,
         "strength": prepared.fit.strength,
+        "tokenizer": prepared.tokenizer,
         "shard_size": shard_size,
         "tile": prepared.merger.grid,
         "device": prepared.merger.device.type,

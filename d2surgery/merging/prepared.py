@@ -13,6 +13,7 @@ from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.header import FLOATS, TensorInfo
 from d2surgery.files.tensors import as_bytes, find_device
 from d2surgery.machine import resident_memory, workers
+from d2surgery.merging.companions import Tokenizer
 from d2surgery.merging.tiles import Output, TileMerger, all_finite, grid
 from d2surgery.placement.fit import Fit
 from d2surgery.placement.site import Site
@@ -24,6 +25,7 @@ class Prepared:
 
     fit: Fit
     dtype: str | None
+    tokenizer: Tokenizer
     merger: TileMerger
     outputs: tuple[Output, ...]
 
@@ -68,10 +70,10 @@ class Prepared:
         return (1 + count * widened) * largest + adapters
 
 
-def prepare(fit: Fit, dtype: str | None, device: str) -> Prepared:
+def prepare(fit: Fit, dtype: str | None, device: str, tokenizer: Tokenizer = "adapter") -> Prepared:
     """Raises D2SurgeryError USAGE for a device that is not there."""
     merger = TileMerger(Checkpoint(fit.layout), fit.strength, find_device(device))
-    return Prepared(fit, dtype, merger, tuple(_outputs(fit, dtype)))
+    return Prepared(fit, dtype, tokenizer, merger, tuple(_outputs(fit, dtype)))
 
 
 def _outputs(fit: Fit, dtype: str | None) -> list[Output]:

@@ -9,6 +9,7 @@ from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import TensorInfo
 from d2surgery.formats import open_layout
 from d2surgery.formats.layout import Layout, Packing
+from d2surgery.placement.site import is_head
 from d2surgery.placement.sites import Landing, sites
 
 
@@ -55,9 +56,7 @@ def fit(
 
 def new_labels(layout: Layout) -> int | None:
     """The classes of a classification head that the adapter brings; None when it brings none."""
-    if layout.about.task not in ("SEQ_CLS", "TOKEN_CLS"):
-        return None
-    heads = [k for name, k in layout.replacements.items() if name.endswith(("score.weight", "classifier.weight"))]
+    heads = [key for name, key in layout.replacements.items() if name.endswith(".weight") and is_head(name)]
     return layout.header.tensors[heads[0]].shape[0] if heads else None
 
 

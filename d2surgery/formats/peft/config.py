@@ -186,6 +186,7 @@ class Config:
         return About(
             base_model=base if isinstance(base, str) and base else None,
             task=self.get("task_type") if isinstance(self.get("task_type"), str) else None,
+            model_class=self._model_class,
             tied=bool(self.get("ensure_weight_tying")),
             transposed=bool(self.get("fan_in_fan_out")),
             saved_modules=tuple(self.get("modules_to_save") or ()),
@@ -193,6 +194,13 @@ class Config:
             training=dict(training) if _is_table(training) else {},
             settings=self.values,
         )
+
+    @property
+    def _model_class(self) -> str | None:
+        """PEFT notes it where no task_type is given."""
+        mapping = self.get("auto_mapping")
+        name = mapping.get("base_model_class") if _is_table(mapping) else None
+        return name if isinstance(name, str) else None
 
     @property
     def by_unsloth(self) -> bool:
