@@ -250,6 +250,10 @@ CODES: dict[str, Code] = {
     ),
     "DISK_FULL": Code("There is not enough space on the disk.", "Free space and run again with --resume."),
     "MEMORY": Code("The merge needs more memory than --max-memory allows.", "Raise --max-memory."),
+    "ZERO_UPDATE": Code(
+        "The update of a module is exactly zero: no step of training reached it, or it was saved before the first one.",
+        "See whether training ran (its loss, its learning rate, what was frozen), and whether this is the last file.",
+    ),
     # Questions, answers and prompts.
     "BAD_DATA": Code(
         "A file of items or prompts is empty, damaged, or holds items that cannot be used.",

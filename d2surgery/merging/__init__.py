@@ -94,7 +94,7 @@ def merge(
             from d2surgery.merging.prepared import prepare
 
         prepared = prepare(fitted, dtype, device, tokenizer)
-        written = write(
+        written, problems = write(
             prepared,
             Path(out),
             ahead.stop,
@@ -112,7 +112,7 @@ def merge(
         seconds=time.monotonic() - began,
         peak_memory_bytes=peak_memory(),
         receipt=str(Path(out) / RECEIPT),
-        problems=fitted.problems,
+        problems=problems,
     )
 
 
@@ -137,13 +137,13 @@ def plan(
     """
     fitted = _fitted(base, adapter, strength, expert_layout, tokenizer)
     from d2surgery.files.writer import free_space, shards
-    from d2surgery.merging.forecast import forecast
+    from d2surgery.merging.forecast import forecast, low_survival, zero_updates
     from d2surgery.merging.prepared import prepare
 
     prepared = prepare(fitted, dtype, device, tokenizer)
     files = shards((output.entry for output in prepared.outputs), shard_size)
     with one_thread():
-        prepared.check_adapter(hashes=False)
+        zero = prepared.check_adapter(hashes=False).zero
         threads = prepared.threads(max_memory)
         found = forecast(prepared, threads, dtypes, progress)
     return PlanReport(
@@ -156,7 +156,7 @@ def plan(
         modules=len(fitted.layout.adapters),
         untied=fitted.landing.untied,
         survival=found,
-        problems=fitted.problems,
+        problems=(*fitted.problems, *zero_updates(prepared, zero), *low_survival(prepared, found)),
     )
 
 

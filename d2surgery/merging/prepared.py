@@ -4,7 +4,10 @@ Merging, planning and auditing begin here. Nothing is written.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
+from typing import NamedTuple
 
 import torch
 
@@ -14,9 +17,16 @@ from d2surgery.files.header import FLOATS, TensorInfo
 from d2surgery.files.tensors import as_bytes, find_device
 from d2surgery.machine import resident_memory, workers
 from d2surgery.merging.companions import Tokenizer
-from d2surgery.merging.tiles import Output, TileMerger, all_finite, grid
+from d2surgery.merging.tiles import Output, TileMerger, grid
 from d2surgery.placement.fit import Fit
 from d2surgery.placement.site import Site
+
+
+class Checked(NamedTuple):
+    """What reading an adapter once tells, by key."""
+
+    hashes: Mapping[str, str]
+    zero: frozenset[str]  # whose numbers are all zero
 
 
 @dataclass(frozen=True)
@@ -29,23 +39,27 @@ class Prepared:
     merger: TileMerger
     outputs: tuple[Output, ...]
 
-    def check_adapter(self, *, hashes: bool) -> dict[str, str]:
-        """Read every adapter tensor once: all finite, tied twins equal. Returns their sha256 where `hashes`."""
+    def check_adapter(self, *, hashes: bool) -> "Checked":
+        """Read every adapter tensor once: all finite, tied twins equal. Their sha256 only where `hashes`."""
         checkpoint = self.merger.checkpoint
         problems: list[Problem] = []
         digests: dict[str, str] = {}
+        zero: set[str] = set()
         for key in sorted(self.fit.layout.header.tensors):
             tensor = checkpoint.tensor(key)
             if hashes:
                 digests[key] = hashlib.sha256(as_bytes(tensor)).hexdigest()
-            if not all_finite(tensor):
+            least, most = map(float, torch.aminmax(tensor)) if tensor.numel() else (0.0, 0.0)
+            if least == most == 0:
+                zero.add(key)
+            elif not (isfinite(least) and isfinite(most)):
                 problems.append(Problem(code="NOT_FINITE", message="NaN or infinity", module=key))
         for first, second in self.fit.landing.twins:
             a, b = checkpoint.tensor(first), checkpoint.tensor(second)
             if not (torch.equal(a, b) or torch.equal(a.T, b)):
                 problems.append(Problem(code="TIE_BROKEN_BY_FILE", message=f"differs from {first}", module=second))
         raise_errors(problems)
-        return digests
+        return Checked(digests, frozenset(zero))
 
     def threads(self, max_memory: int | None) -> int:
         """That merge a tensor each: no more than the memory allows."""
