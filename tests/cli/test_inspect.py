@@ -249,7 +249,7 @@ def test_wrong_usage_is_exit_2(arguments: list[str], part: str, capsys: pytest.C
 def test_what_the_system_does_to_us_is_a_message_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: BaseException, code: int, text: str
 ) -> None:
-    def broken(adapter: str) -> None:
+    def broken(adapter: str, **options: Any) -> None:
         raise fault
 
     monkeypatch.setattr("d2surgery.cli.inspect.open_layout", broken)

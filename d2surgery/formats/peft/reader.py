@@ -8,8 +8,9 @@ from typing import Any
 from d2surgery.errors import Problems
 from d2surgery.files.header import FLOATS, Header, TensorInfo
 from d2surgery.formats.layout import AdapterLayout, Layout, Rows, Slot, Stored
-from d2surgery.formats.peft.config import Config, ends_with, methods, peft_type, version_of
+from d2surgery.formats.peft.config import PACKED, PACKINGS, Config, ends_with, methods, peft_type, version_of
 from d2surgery.formats.peft.keys import (
+    METADATA,
     OTHER_METHODS,
     PARAMETER_ORDER,
     TOKENS,
@@ -59,7 +60,22 @@ def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float]
         held = (target_of(bare(key)) for key in header.tensors)
         for promised in config.absent(held, adapted=bool(adapters)):
             say("PROMISED_BUT_ABSENT", f"{promised}, of which the file holds nothing", severity="warning")
-    return _layout(header, config, keys, adapters, say)
+    return _layout(header, config, keys, _with_packing(header, config, adapters, say), say)
+
+
+def _with_packing(
+    header: Header, config: Config, adapters: Mapping[str, AdapterLayout], say: Problems
+) -> dict[str, AdapterLayout]:
+    """How experts share the columns of lora_B: as the file says, else as PEFT packs them, and that is said."""
+    said = PACKINGS.get(config.get(PACKED) or header.metadata.get(PACKED, ""))
+    several = [module for module, entry in adapters.items() if entry.experts > 1 and entry.ranks["update"] > 1]
+    if several and not said and METADATA not in header.metadata:  # we write as PEFT does
+        got = "unsloth's mark in the config" if config.by_unsloth else f"no {PACKED}"
+        say("EXPERT_LAYOUT_ASSUMED", "lora_B of the experts is read interleaved", severity="warning", got=got)
+    return {
+        module: replace(entry, packed=said or "interleaved") if entry.experts > 1 else entry
+        for module, entry in adapters.items()
+    }
 
 
 def _doubt_ranks(adapters: Mapping[str, AdapterLayout], say: Problems) -> None:

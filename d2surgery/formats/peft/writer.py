@@ -16,7 +16,7 @@ from d2surgery.errors import Problem, raise_errors
 from d2surgery.files.header import Header, TensorInfo
 from d2surgery.files.tensors import NAMES
 from d2surgery.formats.format import Holding
-from d2surgery.formats.layout import AdapterLayout, Layout, Slot, alpha_divisor
+from d2surgery.formats.layout import AdapterLayout, Layout, Slot, alpha_divisor, with_expert_layout
 from d2surgery.formats.peft.config import peft_type
 from d2surgery.formats.peft.keys import METADATA, PREFIX, TOKENS, bare, in_declared_order, key_of
 from d2surgery.formats.peft.reader import read
@@ -120,7 +120,7 @@ def _packed(matrices: list[Tensor], slot: str, entry: AdapterLayout) -> Tensor:
 def _config(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The config that was found where it still describes the adapters, else one made anew."""
     found = dict(layout.about.settings) if layout.format == "peft" else {}
-    if found and _describes(found, layout, tensors):
+    if found and _describes(found, with_expert_layout(layout, "interleaved"), tensors):
         return found
     return _made(layout)
 
