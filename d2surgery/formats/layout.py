@@ -46,6 +46,8 @@ class AdapterLayout:
     settings: Mapping[str, Any] = field(default_factory=dict)  # the kind's own, those of training too
     kernel: tuple[int, ...] = ()  # of a convolution: in_channels and the kernel's shape
     experts: int = 1
+    blocked: tuple[str, ...] = ("A",)  # slots whose ranks lie expert by expert; the others' lie rank by rank
+    as_declared: bool = False  # of experts: out_features are the parameter's second axis, whatever the model
     numbers: tuple[str, ...] = ()  # keys of stored numbers that are told here already, such as an alpha
     misread: Mapping[str, float] = field(default_factory=dict)  # in words -> what careless readers take for the scaling
 
