@@ -63,9 +63,9 @@ class Checkpoint(Mapping[str, Adapter]):
         slots = {name: self._matrix(slot, flat=name in vectors) for name, slot in entry.slots.items() if name != "bias"}
         if entry.experts > 1:
             rank = entry.ranks["update"]
-            slots["A"] = slots["A"][expert * rank : (expert + 1) * rank]
-            own = slice(expert * rank, (expert + 1) * rank)
-            slots["B"] = slots["B"][:, own if entry.packed == "grouped" else slice(expert, None, entry.experts)]
+            block, comb = slice(expert * rank, (expert + 1) * rank), slice(expert, None, entry.experts)
+            slots["A"] = slots["A"][block if "A" in entry.blocked else comb]
+            slots["B"] = slots["B"][:, block if "B" in entry.blocked else comb]
         return KINDS[entry.kind](scaling=entry.scaling, **slots, **entry.settings)
 
     def bias(self, module: str) -> Tensor:

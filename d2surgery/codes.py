@@ -83,8 +83,9 @@ CODES: dict[str, Code] = {
         "Materialise the replicated base first.",
     ),
     "OLD_EXPERT_PACKING": Code(
-        "PEFT before 0.19.1 packed the experts' factors in another order and shape.",
-        "Load and save the adapter with the PEFT that trained it through a plain per-expert form, or retrain.",
+        "How the experts' factors are packed cannot be told: PEFT 0.19.0 did it another way for some models, and here "
+        "the config does not say which PEFT it was.",
+        "Set peft_version in adapter_config.json to the version that trained it (PEFT 0.19.0: load and save it there).",
     ),
     "EXPERT_LAYOUT_ASSUMED": Code(
         "Nothing in the file says how the experts share the columns of lora_B. It is read as PEFT packs them; unsloth "
@@ -94,7 +95,8 @@ CODES: dict[str, Code] = {
     ),
     "AMBIGUOUS_PARAMETER": Code(
         "Several parameters of one module are adapted and the file does not say which factors belong to which.",
-        "Only gate_up_proj and down_proj have a known order; train one parameter per adapter otherwise.",
+        "Only gate_up_proj, gate_proj, up_proj and down_proj have a known order; train one parameter per adapter "
+        "otherwise.",
     ),
     "FOREIGN_FORMAT": Code(
         "The keys are those of another adapter format than PEFT's; its scaling is not read by this version.",
@@ -205,6 +207,14 @@ CODES: dict[str, Code] = {
     "NO_SUCH_MODULE": Code("The base has no tensor for this module.", "Is this the base the adapter was trained on?"),
     "AMBIGUOUS_MODULE": Code(
         "The module's name fits several tensors of the base.", "Rename the modules to the base's full names."
+    ),
+    "NAME_MATCHED": Code(
+        "The adapter's names and the base's differ by a prefix, and one prefix alone gives every name a place.",
+        "Nothing to do.",
+    ),
+    "STORED_OTHERWISE": Code(
+        "The base stores this weight in another form than the model has it: interleaved, or its rows in another order.",
+        "Merge with PEFT, which works on the weights as the model has them.",
     ),
     "SHAPE_MISMATCH": Code(
         "The adapter's shape does not fit the base tensor.", "Is this the base the adapter was trained on?"

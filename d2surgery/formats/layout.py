@@ -48,7 +48,8 @@ class AdapterLayout:
     settings: Mapping[str, Any] = field(default_factory=dict)  # the kind's own, those of training too
     kernel: tuple[int, ...] = ()  # of a convolution: in_channels and the kernel's shape
     experts: int = 1
-    packed: Packing = "interleaved"  # where there are several experts
+    blocked: tuple[str, ...] = ("A",)  # slots whose ranks lie expert by expert; the others' lie rank by rank
+    as_declared: bool = False  # of experts: out_features are the parameter's second axis, whatever the model
     numbers: tuple[str, ...] = ()  # keys of stored numbers that are told here already, such as an alpha
     misread: Mapping[str, float] = field(default_factory=dict)  # in words -> what careless readers take for the scaling
 
@@ -61,6 +62,16 @@ class AdapterLayout:
     def axis(self) -> str | None:
         """The axis whose vectors it rescales by what the whole vector holds."""
         return TABLE[self.kind].axis(self.settings)
+
+    @property
+    def packed(self) -> Packing:
+        """Whether every expert's ranks lie together in both factors, or in one only, as PEFT has them."""
+        return "grouped" if len(self.blocked) == 2 else "interleaved"
+
+    def with_packing(self, packed: Packing) -> "AdapterLayout":
+        """The same factors, shared by the experts in another way."""
+        peft: tuple[str, ...] = ("B",) if self.as_declared else ("A",)
+        return replace(self, blocked=("A", "B") if packed == "grouped" else peft)
 
     @property
     def keys(self) -> dict[str, str]:
@@ -158,8 +169,7 @@ def lies_transposed(pairs: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) ->
 def with_expert_layout(layout: Layout, packed: Packing) -> Layout:
     """The layout with every expert's B read so, whatever the file says: nothing is assumed any more."""
     entries = {
-        module: replace(entry, packed=packed) if entry.experts > 1 else entry
-        for module, entry in layout.adapters.items()
+        module: entry.with_packing(packed) if entry.experts > 1 else entry for module, entry in layout.adapters.items()
     }
     problems = tuple(problem for problem in layout.problems if problem.code != "EXPERT_LAYOUT_ASSUMED")
     return replace(layout, adapters=entries, problems=problems)

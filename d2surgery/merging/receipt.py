@@ -67,7 +67,9 @@ def receipt_of(
 
 def _decisive(layout: Layout) -> list[Any]:
     """What decides the values of an adapter beside its tensors."""
-    return [[module, entry.scaling, dict(entry.settings), entry.packed] for module, entry in layout.adapters.items()]
+    return [
+        [module, entry.scaling, dict(entry.settings), list(entry.blocked)] for module, entry in layout.adapters.items()
+    ]
 
 
 def _is_path(base_model: str | None) -> bool:

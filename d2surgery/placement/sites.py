@@ -1,9 +1,9 @@
 """Where adapters land: which rows of which tensors on disk, from names and shapes only, before any work.
 
 A module's name in an adapter file is its name in the model; the base's file may spell it otherwise. In this order:
-the exact name; a model's renamed blocks and experts (fused in the model, one tensor per expert on disk); the same
-after adding or removing the base model's prefix (`GPT2Model` files lack `transformer.`); an output tied to the input
-embedding, which is not on disk at all. Every misfit is collected; nothing here reads tensor data or imports torch.
+as transformers renames and fuses tensors on loading (`names`); the exact name; the same after adding or removing a
+prefix (`GPT2Model` files lack `transformer.`); an output tied to the input embedding, which is not on disk at all.
+Every misfit is collected; nothing here reads tensor data or imports torch.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ def sites(layout: Layout, base: Header, base_config: Mapping[str, Any]) -> Landi
     if "quantization_config" in base_config:
         method = base_config["quantization_config"].get("quant_method", "unknown method")
         say("QUANTIZED_BASE", f"quantization_config: {method}")
-    names = Names(base, tie, say)
+    names = Names(base, base_config, tie, say)
     patches = Patches(base, base_config, names, say, hint=layout.about.transposed)
     finder = _Finder(layout, base, tie, names, patches, say)
     finder.land()
@@ -66,6 +66,9 @@ class _Finder:
     vocab_size: int | None = None
 
     def land(self) -> None:
+        wanted = {_name(adapter): adapter.out_features * adapter.in_features * adapter.experts
+                  for adapter in self.layout.adapters.values()}  # fmt: skip
+        self.names.settle(wanted | dict.fromkeys(self.layout.rows, 0))
         for target, key in self.layout.replacements.items():
             self._replace(target, key)
         for adapter in self.layout.adapters.values():
@@ -127,7 +130,7 @@ class _Finder:
         self.sites[tensor] = replace(site, rows=rows)
 
     def _patch(self, adapter: AdapterLayout) -> None:
-        places = self.names.find(adapter.module if adapter.stored == "experts" else f"{adapter.module}.weight")
+        places = self.names.find(_name(adapter))
         if not places:
             self.names.missing(adapter.module)
             return
@@ -168,6 +171,10 @@ class _Finder:
 
     def _stored_shape(self, tensor: str) -> tuple[int, ...]:
         return self.base.tensors[self._source(tensor)].shape
+
+
+def _name(adapter: AdapterLayout) -> str:
+    return adapter.module if adapter.stored == "experts" else f"{adapter.module}.weight"
 
 
 def _overlap(patch: Patch, others: tuple[Patch, ...]) -> bool:

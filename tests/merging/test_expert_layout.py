@@ -72,6 +72,19 @@ def test_each_expert_gets_the_columns_of_the_formula(moe: Built, tmp_path: Path)
         assert (f64(plain.adapter(module, e).slots()["B"]) == B.reshape(-1, r, EXPERTS)[:, :, e]).all()
 
 
+def test_what_is_grouped_is_saved_as_peft_packs_it(moe: Built, tmp_path: Path) -> None:
+    first = load(copied(moe.adapter, tmp_path / "a", grouped=True, **GROUPED))
+    save(first, tmp_path / "b")
+    again = load(tmp_path / "b")
+    assert "lora_B_layout" not in json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    for module, entry in first.layout.adapters.items():
+        for expert in range(entry.experts):
+            one, other = (checkpoint.adapter(module, expert).slots() for checkpoint in (first, again))
+            assert all(torch.equal(one[slot], other[slot]) for slot in one)
+    stored, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "b", moe.adapter))
+    assert all(torch.equal(stored[key], theirs[key]) for key in theirs)
+
+
 @pytest.mark.parametrize(
     ("config", "part"),
     [
