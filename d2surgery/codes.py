@@ -83,12 +83,20 @@ CODES: dict[str, Code] = {
         "Materialise the replicated base first.",
     ),
     "OLD_EXPERT_PACKING": Code(
-        "PEFT before 0.19.1 packed the experts' factors in another order and shape.",
-        "Load and save the adapter with the PEFT that trained it through a plain per-expert form, or retrain.",
+        "How the experts' factors are packed cannot be told: PEFT 0.19.0 did it another way for some models, and here "
+        "the config does not say which PEFT it was.",
+        "Set peft_version in adapter_config.json to the version that trained it (PEFT 0.19.0: load and save it there).",
+    ),
+    "EXPERT_LAYOUT_ASSUMED": Code(
+        "Nothing in the file says how the experts share the columns of lora_B. It is read as PEFT packs them; unsloth "
+        "before 17 September 2026 packed them grouped by expert, and a file read the wrong way gives every expert "
+        "another's columns.",
+        "If an unsloth of before that day trained it, give --expert-layout grouped, otherwise interleaved.",
     ),
     "AMBIGUOUS_PARAMETER": Code(
         "Several parameters of one module are adapted and the file does not say which factors belong to which.",
-        "Only gate_up_proj and down_proj have a known order; train one parameter per adapter otherwise.",
+        "Only gate_up_proj, gate_proj, up_proj and down_proj have a known order; train one parameter per adapter "
+        "otherwise.",
     ),
     "FOREIGN_FORMAT": Code(
         "The keys are those of another adapter format than PEFT's; its scaling is not read by this version.",
@@ -199,6 +207,14 @@ CODES: dict[str, Code] = {
     "NO_SUCH_MODULE": Code("The base has no tensor for this module.", "Is this the base the adapter was trained on?"),
     "AMBIGUOUS_MODULE": Code(
         "The module's name fits several tensors of the base.", "Rename the modules to the base's full names."
+    ),
+    "NAME_MATCHED": Code(
+        "The adapter's names and the base's differ by a prefix, and one prefix alone gives every name a place.",
+        "Nothing to do.",
+    ),
+    "STORED_OTHERWISE": Code(
+        "The base stores this weight in another form than the model has it: interleaved, or its rows in another order.",
+        "Merge with PEFT, which works on the weights as the model has them.",
     ),
     "SHAPE_MISMATCH": Code(
         "The adapter's shape does not fit the base tensor.", "Is this the base the adapter was trained on?"
@@ -389,6 +405,11 @@ CODES: dict[str, Code] = {
         "Rows of a query or key weight are in another order within each head: the two layouts of rotary embeddings.",
         "Convert base and adapter by the same permutation, or neither.",
     ),
+    "EXPERT_LAYOUT": Code(
+        "The experts' columns of lora_B were read in the other order: interleaved as PEFT packs them, or grouped by "
+        "expert as unsloth did before 17 September 2026.",
+        "Find out what trained the adapter; audit it with the other --expert-layout, or merge it again.",
+    ),
     "DELTA_UNEXPLAINED": Code(
         "An adapted tensor differs from the right merge and no known fault explains how.",
         "Merge again; check that base, adapter and merged belong together.",
@@ -405,6 +426,11 @@ CODES: dict[str, Code] = {
     ),
     "CONFIG_CHANGED": Code(
         "A config beside the merged weights differs from what merging writes.", "Copy the base's file, or see why."
+    ),
+    "TOKENIZER_TAKEN": Code(
+        "A tokenizer or chat template lies beside the adapter and is not the base's. Whoever trained the adapter meant "
+        "it, so merging takes it.",
+        "Nothing to do; --tokenizer base keeps the base's.",
     ),
     "TOKENIZER_CHANGED": Code(
         "The tokenizer differs from the one that belongs to the base or adapter, or is missing.",

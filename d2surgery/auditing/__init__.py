@@ -40,11 +40,13 @@ from d2surgery.auditing.pairing import Pairing, TensorPair, pair_up
 from d2surgery.auditing.recipes import RECIPES
 from d2surgery.auditing.replay import Replay
 from d2surgery.auditing.settings import compare_settings
+from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.evaluating.tasks import Task
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.locate import PICKLES
 from d2surgery.files.tensors import read_tensor
+from d2surgery.formats.layout import Packing
 from d2surgery.machine import one_thread, peak_memory
 from d2surgery.merging.companions import companions
 from d2surgery.merging.prepared import Prepared, prepare
@@ -64,6 +66,7 @@ def audit(
     levels: tuple[str, ...] = ("weights",),
     thresholds: Thresholds = Thresholds(),  # noqa: B008
     strength: float = 1.0,
+    expert_layout: Packing | None = None,
     files: bool = True,
     prompts: Sequence[str] | None = None,
     tasks: Sequence[Task] = (),
@@ -72,6 +75,7 @@ def audit(
 ) -> Audit:
     """Compare every tensor of `merged` with `base` + `strength`·`adapter`, and the files beside the weights.
 
+    expert_layout: how experts share the columns of the adapter's lora_B, None as its file says.
     levels: "weights", always looked at; "outputs" or "logits" also run the models, on `prompts` (None: bundled ones);
     "task" lets them answer `tasks`, on `device`. files=False leaves config and tokenizer alone. progress(done, total)
     is called with bytes of the merged file.
@@ -79,15 +83,16 @@ def audit(
     Raises D2SurgeryError for what cannot be audited at all: unreadable inputs, an adapter that does not fit the base.
     """
     began = time.monotonic()
-    prepared = prepare(fit(base, adapter, strength), None, "cpu")
+    prepared = prepare(fit(base, adapter, strength, expert_layout), None, "cpu")
     prepared.check_adapter(hashes=False)
     found = open_merged(merged)
     pairing = pair_up(prepared, found)
     modules, tensors = _compared(prepared, pairing, thresholds, found.header.usual_dtype or "", progress)
     reasons = [*reasons_of(modules, tensors.values())]
     if files:
-        reasons += compare_settings(_expected_files(prepared.fit, found), found, tied=pairing.tied)
-    behaviour, gap, problems = _run(base, adapter, merged, levels, prompts, tasks, device)
+        expected, with_base_tokenizer = _expected_files(prepared.fit, found)
+        reasons += compare_settings(expected, found, with_base_tokenizer, tied=pairing.tied)
+    behaviour, gap, problems = _run(base, prepared.merger.checkpoint, merged, levels, prompts, tasks, device)
     reasons += problems
     unread = [name for name in prepared.fit.layout.adapters if name not in modules]
     return Audit(
@@ -137,7 +142,7 @@ def _not_checked(unread: list[str], files: bool, behaviour: "Behaviour | None", 
 
 
 def _run(
-    base: Directory, adapter: Directory, merged: Directory, levels: tuple[str, ...], prompts: Sequence[str] | None,
+    base: Directory, adapter: Checkpoint, merged: Directory, levels: tuple[str, ...], prompts: Sequence[str] | None,
     tasks: Sequence[Task], device: str,
 ) -> tuple["Behaviour | None", "TaskGap | None", list[Problem]]:  # fmt: skip
     """What the models say, where they were asked to and can be run, and what is wrong with it."""
@@ -190,10 +195,11 @@ def open_merged(directory: str | os.PathLike[str]) -> BaseWeights:
     return found
 
 
-def _expected_files(fit: Fit, merged: BaseWeights) -> dict[str, bytes]:
-    """What merge would have written beside weights of these dtypes."""
+def _expected_files(fit: Fit, merged: BaseWeights) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """What merge would have written beside weights of these dtypes: with the adapter's tokenizer, with the base's."""
     theirs, ours = merged.header.usual_dtype, fit.base.header.usual_dtype
-    return companions(fit, theirs if theirs != ours else None)
+    dtype = theirs if theirs != ours else None
+    return companions(fit, dtype, "adapter"), companions(fit, dtype, "base")
 
 
 def _settle_recipes(replay: Replay, pairs: tuple[TensorPair, ...]) -> None:

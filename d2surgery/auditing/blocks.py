@@ -1,6 +1,6 @@
 """The block of a weight on which the cause of a difference is looked for, and what an adapter makes of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import starmap
 
@@ -13,6 +13,8 @@ from d2surgery.auditing.diagnosis import Diagnosis, diagnose, rows_moved
 from d2surgery.auditing.faults import Case
 from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.replay import Mismatch, base_part, merged_part
+from d2surgery.checkpoint import Checkpoint
+from d2surgery.formats.layout import Packing, with_expert_layout
 from d2surgery.merging.prepared import Prepared
 from d2surgery.merging.tiles import row_ranges
 from d2surgery.placement.site import Patch
@@ -69,6 +71,7 @@ class Block:
             entry=fit.layout.adapters[self.patch.module],
             base_config=fit.base.config,
             dtype=self.pair.dtype,
+            repacked=self._repacked(),
         )
 
     def merged(self) -> Tensor:
@@ -95,6 +98,14 @@ class Block:
         if in_a_row:
             return Triple(*map(torch.cat, zip(*triples, strict=True)))
         return reduce(Triple.plus, triples)
+
+    def _repacked(self) -> Adapter | None:
+        merger = self.prepared.merger
+        layout = merger.checkpoint.layout
+        if layout.adapters[self.patch.module].experts == 1:
+            return None
+        other: Packing = "interleaved" if layout.adapters[self.patch.module].packed == "grouped" else "grouped"
+        return replace(merger, checkpoint=Checkpoint(with_expert_layout(layout, other))).adapter(self.patch)
 
     def _base(self, rows: slice, columns: slice) -> Tensor:
         return base_part(self.prepared.merger, self.pair, self.patch, rows, columns)

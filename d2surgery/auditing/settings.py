@@ -35,18 +35,31 @@ _NEEDED = frozenset((
 ))  # fmt: skip
 
 
-def compare_settings(expected: Mapping[str, bytes], merged: BaseWeights, *, tied: bool) -> list[Problem]:
-    """All files beside the weights. `expected`: name -> content; tied: the file leaves an output to its tie."""
+def compare_settings(
+    expected: Mapping[str, bytes], merged: BaseWeights, or_tokenizer: Mapping[str, bytes], *, tied: bool
+) -> list[Problem]:
+    """All files beside the weights. `expected`: name -> content, with the adapter's tokenizer where it brings one;
+    `or_tokenizer`: the same with the base's; tied: the file leaves an output to its tie."""
     want, got = _json(expected.get("config.json")), merged.config
     if want and not got:
         missing = Problem(code="CONFIG_CHANGED", message="there is none", file="config.json")
-        return [missing, *compare_tokenizers(expected, merged.directory)]
+        return [missing, *_either_tokenizer(expected, or_tokenizer, merged.directory)]
     return [
         *(compare_config(want, got) if want else ()),
         *(_tie(want, got, tied) if want else ()),
         *_generation(expected.get(_GENERATION), merged.directory / _GENERATION),
-        *compare_tokenizers(expected, merged.directory),
+        *_either_tokenizer(expected, or_tokenizer, merged.directory),
     ]
+
+
+def _either_tokenizer(adapters: Mapping[str, bytes], bases: Mapping[str, bytes], merged: Path) -> Iterator[Problem]:
+    """The adapter's tokenizer is the right one; the base's beside the merged weights may have been meant."""
+    found = list(compare_tokenizers(adapters, merged))
+    if found and bases != adapters and not list(compare_tokenizers(bases, merged)):
+        message = "it is the base's, although the adapter brings its own"
+        yield Problem(code="TOKENIZER_CHANGED", severity="warning", message=message, got=found[0].message)
+    else:
+        yield from found
 
 
 def _json(content: bytes | None) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from d2surgery.auditing.findings import LEVELS, Audit, Thresholds, document
 from d2surgery.auditing.receipts import verify_receipt
 from d2surgery.auditing.recipes import RECIPES
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import device_option, progress_bar
+from d2surgery.cli.options import device_option, expert_layout_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.evaluating.items import read_prompts
 from d2surgery.evaluating.tasks import Progress, read_task
 from d2surgery.files.whole import write_whole
+from d2surgery.formats.layout import Packing
 from d2surgery.reporting import audit_files
 
 Given = TypeVar("Given")
@@ -56,6 +57,7 @@ class Asked:
     strength_fail: float
     exact: bool
     weights_only: bool
+    expert_layout: Packing | None
     device: str
 
 
@@ -100,6 +102,7 @@ class Pages:
 @click.option("--exact", is_flag=True, help="Fail on one differing bit.")
 @click.option("--weights-only", is_flag=True, help="Compare neither config nor tokenizer.")
 @click.option("--receipt", is_flag=True, help="Verify d2surgery_merge.json by hashes only; base and adapter optional.")
+@expert_layout_option
 @device_option
 @click.option("--per-layer", is_flag=True, help="A line for every module, not for the worst only.")
 @click.option("--html", type=_FILE, help="Write the audit as one page: verdict, causes, layers, every tensor.")
@@ -142,6 +145,7 @@ def _by_weights(asked: Asked, progress: Progress) -> Audit:
         levels=asked.levels,
         thresholds=Thresholds(strength_pass=right, strength_fail=wrong, exact=asked.exact),
         strength=asked.strength,
+        expert_layout=asked.expert_layout,
         files=not asked.weights_only,
         prompts=read_prompts(asked.prompts) if asked.prompts else None,
         tasks=[read_task(path) for path in asked.tasks],

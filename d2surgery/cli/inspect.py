@@ -10,9 +10,10 @@ from typing import Any
 import click
 
 from d2surgery.cli import output
+from d2surgery.cli.options import expert_layout_option
 from d2surgery.errors import Problem
 from d2surgery.formats import open_layout
-from d2surgery.formats.layout import AdapterLayout, Layout
+from d2surgery.formats.layout import AdapterLayout, Layout, Packing
 from d2surgery.kinds import TABLE
 
 SEVERITIES = ("info", "warning", "error")  # from the mildest
@@ -26,6 +27,7 @@ Numbers = Mapping[str, Mapping[str, float | int | None]]  # module -> name -> va
 @click.argument("adapter")
 @click.option("--per-layer", is_flag=True, help="One line per module instead of one per kind of module.")
 @click.option("--numbers", is_flag=True, help="Also read the values: norms and ranks of each update, NaN, infinity.")
+@expert_layout_option
 @click.option("--base", type=click.Path(path_type=Path), help="Also check that it fits this model directory.")
 @click.option(
     "--fail-on",
@@ -37,13 +39,20 @@ Numbers = Mapping[str, Mapping[str, float | int | None]]  # module -> name -> va
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print problems only.")
 def command(
-    adapter: str, per_layer: bool, numbers: bool, base: Path | None, fail_on: str, as_json: bool, quiet: bool
+    adapter: str,
+    per_layer: bool,
+    numbers: bool,
+    expert_layout: Packing | None,
+    base: Path | None,
+    fail_on: str,
+    as_json: bool,
+    quiet: bool,
 ) -> int:
     """What an adapter is: format, kinds, base, ranks, scalings, targets, and everything wrong with it.
 
     Reads names and shapes only, so it takes a moment and cannot see NaN; --numbers reads the values too.
     """
-    layout = open_layout(adapter)
+    layout = open_layout(adapter, expert_layout=expert_layout)
     problems = list(layout.problems)
     values: Numbers | None = None
     if numbers:

@@ -44,6 +44,11 @@ device_option = click.option("--device", default="cpu", show_default=True, help=
 cache_option = click.option(
     "--cache", type=_DIRECTORY, help="Keep finished dense spectra here: a second run takes up where one stopped."
 )
+expert_layout_option = click.option(
+    "--expert-layout",
+    type=click.Choice(["interleaved", "grouped"]),
+    help="How experts share lora_B's columns: as PEFT packs them, or as unsloth did. Default: as the file says.",
+)
 _OPTIONS = (
     click.option("--base", type=_DIRECTORY, required=True, help="Model directory with safetensors weights."),
     click.option("--adapter", required=True, help="File, directory or hub id org/name[@revision]."),
@@ -52,6 +57,14 @@ _OPTIONS = (
     click.option("--strength", type=float, default=1.0, show_default=True, help="λ in W0 + λ·delta; 0 is the base."),
     click.option("--max-memory", type=Bytes(), help="Resident memory that may be used, such as 400MB."),
     click.option("--shard-size", type=Bytes(), default="5GB", show_default=True, help="Largest output file."),
+    expert_layout_option,
+    click.option(
+        "--tokenizer",
+        type=click.Choice(["adapter", "base"]),
+        default="adapter",
+        show_default=True,
+        help="Whose tokenizer to write; the base's where the adapter has none.",
+    ),
     device_option,
 )
 

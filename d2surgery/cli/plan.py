@@ -68,6 +68,7 @@ def _text(report: PlanReport, per_layer: bool) -> Iterable[str]:
     yield f"{verdict}  {output.count(report.modules, 'module')} into {output.count(report.tensors, 'tensor')}, {files}"
     yield f"  disk    {output.size(report.bytes)} of {output.size(report.disk_free_bytes)} free"
     yield f"  memory  about {output.size(report.peak_memory_bytes)}"
+    yield from output.taken(report.problems)
     if report.untied:
         yield "  ties    the output no longer equals the input embedding: both are written, tie_word_embeddings false"
     if not report.survival:
@@ -83,9 +84,6 @@ def _text(report: PlanReport, per_layer: bool) -> Iterable[str]:
     if len(shown) < len(report.survival):
         yield f"  … {len(report.survival) - len(shown)} modules that keep more (--per-layer)"
     low = [module for module, by in report.survival.items() if _gain(by[dtypes[0]]) < LOW_GAIN]
-    zero = sum(isnan(by[dtypes[0]].gain) for by in report.survival.values())
-    if zero:
-        yield f"{zero} of {output.count(len(report.survival), 'module')} would change nothing: the delta is zero"
     if low:
         few = output.count(len(low), "module")
         yield f"{few} below {LOW_GAIN} in {_SHORT[dtypes[0]]}: --dtype fp32 keeps all of it"
@@ -96,11 +94,9 @@ def _gain(survival: Survival) -> float:
 
 
 def _row(name: str, by_dtype: Any) -> list[str]:
-    return [name, *(f"{_SHORT[dtype]} {_kept(survival)}" for dtype, survival in by_dtype.items())]
-
-
-def _kept(survival: Survival) -> str:
-    """Gain and relative error of a delta, where there is one."""
-    if isnan(survival.gain):
-        return "no delta"
-    return f"{output.number(survival.gain)}, {output.number(survival.relative_error)}"
+    if all(not s.delta_squared for s in by_dtype.values()):
+        return [name, "zero: there is nothing to lose"]
+    cells = [
+        f"{_SHORT[dtype]} {output.number(s.gain)}, {output.number(s.relative_error)}" for dtype, s in by_dtype.items()
+    ]
+    return [name, *cells]

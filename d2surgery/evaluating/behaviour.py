@@ -86,7 +86,7 @@ def compare_outputs(
     weights = BaseWeights(merged)
     to = stored_dtype(weights.header)
     wide = torch.float32 if to in (torch.bfloat16, torch.float16) else torch.float64
-    kind = model_kind(base, checkpoint.layout.about.task)
+    kind = model_kind(base, checkpoint.layout.about)
     if getattr(kind, "main_input_name", "") != "input_ids":
         return _behaviour((), to, wide, None, (), [f"outputs and logits: a {kind.__name__} does not read tokens"])
     tokens, notes = _tokens(base, merged, prompts)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from d2surgery.errors import refuse
+from d2surgery.files.tokenizers import BEGINNINGS
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.bin)(@[\w./-]+)?")  # not a mistyped path
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PICKLES = (".bin", ".pt", ".pth")
+OTHERS = ("non_lora_trainables.bin",)  # trained weights beside an adapter's, by their usual names
 _STATES = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")  # what trainers leave beside weights
 
 
@@ -56,7 +58,7 @@ def _download(hub_id: str) -> Path:
     import huggingface_hub  # half a second, and only here
 
     repository, _, revision = hub_id.partition("@")
-    patterns = ["adapter_config.json", *WEIGHTS, "*.safetensors"]
+    patterns = ["adapter_config.json", *WEIGHTS, "*.safetensors", *OTHERS, *(f"{name}*" for name in BEGINNINGS)]
     try:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:

@@ -11,19 +11,22 @@ from d2surgery.files.header import Header, is_pickle, read_header, read_json, sm
 from d2surgery.files.locate import PICKLES, locate
 from d2surgery.formats import foreign, peft
 from d2surgery.formats.format import Format, Holding
-from d2surgery.formats.layout import Layout
+from d2surgery.formats.layout import Layout, Packing, with_expert_layout
 
 FORMATS: tuple[Format, ...] = (peft, foreign)
 """In the order of detection; the last recognises every file."""
 
 
-def open_layout(adapter: str | os.PathLike[str]) -> Layout:
+def open_layout(adapter: str | os.PathLike[str], *, expert_layout: Packing | None = None) -> Layout:
     """What the adapter at a path or hub id holds, by names and shapes; its misfits stand in `problems`.
+
+    expert_layout: how experts share the columns of lora_B; None: as the file says, or as PEFT packs them.
 
     Raises D2SurgeryError where nothing can be said of it: no such file, a file that is not what it should be.
     """
     files = locate(adapter)
-    return layout(_header(files.weights), read_json(files.config) if files.config else None)
+    found = layout(_header(files.weights), read_json(files.config) if files.config else None)
+    return found if expert_layout is None else with_expert_layout(found, expert_layout)
 
 
 def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:

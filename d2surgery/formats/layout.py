@@ -6,7 +6,7 @@ Nothing here reads tensor data or imports torch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +16,8 @@ from d2surgery.files.header import Header
 from d2surgery.kinds import TABLE
 
 Stored = Literal["linear", "embedding", "conv", "experts"]
+Packing = Literal["interleaved", "grouped"]
+"""Where column j of expert e's B lies in lora_B (out, r·E): column j·E + e, as in PEFT, or e·r + j."""
 
 
 class Slot(NamedTuple):
@@ -46,6 +48,8 @@ class AdapterLayout:
     settings: Mapping[str, Any] = field(default_factory=dict)  # the kind's own, those of training too
     kernel: tuple[int, ...] = ()  # of a convolution: in_channels and the kernel's shape
     experts: int = 1
+    blocked: tuple[str, ...] = ("A",)  # slots whose ranks lie expert by expert; the others' lie rank by rank
+    as_declared: bool = False  # of experts: out_features are the parameter's second axis, whatever the model
     numbers: tuple[str, ...] = ()  # keys of stored numbers that are told here already, such as an alpha
     misread: Mapping[str, float] = field(default_factory=dict)  # in words -> what careless readers take for the scaling
 
@@ -58,6 +62,16 @@ class AdapterLayout:
     def axis(self) -> str | None:
         """The axis whose vectors it rescales by what the whole vector holds."""
         return TABLE[self.kind].axis(self.settings)
+
+    @property
+    def packed(self) -> Packing:
+        """Whether every expert's ranks lie together in both factors, or in one only, as PEFT has them."""
+        return "grouped" if len(self.blocked) == 2 else "interleaved"
+
+    def with_packing(self, packed: Packing) -> "AdapterLayout":
+        """The same factors, shared by the experts in another way."""
+        peft: tuple[str, ...] = ("B",) if self.as_declared else ("A",)
+        return replace(self, blocked=("A", "B") if packed == "grouped" else peft)
 
     @property
     def keys(self) -> dict[str, str]:
@@ -79,6 +93,7 @@ class About:
 
     base_model: str | None = None  # name or path of the base it was trained on
     task: str | None = None  # CAUSAL_LM, SEQ_CLS, TOKEN_CLS …: what the model around it is for
+    model_class: str | None = None  # transformers' class that it was trained in
     tied: bool = False  # the two sides of a tie were trained as one, so they hold the same numbers
     transposed: bool = False  # its writer took base weights to lie (in, out)
     saved_modules: tuple[str, ...] = ()  # trained whole: see `saves`
@@ -149,6 +164,15 @@ def lies_transposed(pairs: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) ->
     found = list(pairs)
     matrices = all(len(down) == len(up) == 2 and down[1] == up[0] for down, up in found)
     return matrices and any(down[0] != up[1] or down[0] > max(down[1], up[0]) for down, up in found)
+
+
+def with_expert_layout(layout: Layout, packed: Packing) -> Layout:
+    """The layout with every expert's B read so, whatever the file says: nothing is assumed any more."""
+    entries = {
+        module: entry.with_packing(packed) if entry.experts > 1 else entry for module, entry in layout.adapters.items()
+    }
+    problems = tuple(problem for problem in layout.problems if problem.code != "EXPERT_LAYOUT_ASSUMED")
+    return replace(layout, adapters=entries, problems=problems)
 
 
 def alpha_divisor(ranks: Mapping[str, int]) -> float:

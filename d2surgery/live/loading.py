@@ -21,7 +21,7 @@ from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import Header
 from d2surgery.files.tensors import DTYPES, rounded
 from d2surgery.files.tokenizers import TOKENIZER_CONFIG, VOCABULARIES
-from d2surgery.formats.layout import AdapterLayout
+from d2surgery.formats.layout import About, AdapterLayout
 from d2surgery.live.attaching import attach, is_linear
 from d2surgery.live.quantization import Quantization, by_bitsandbytes, loading_options, quantization_of
 from d2surgery.placement.fit import new_labels
@@ -116,7 +116,7 @@ def merged_in_memory(
     return model.to(device)
 
 
-def model_kind(directory: Directory, task_type: str | None = None) -> Any:
+def model_kind(directory: Directory, about: About = About()) -> Any:  # noqa: B008  # a frozen value
     """transformers' class for a directory: its config's architecture, or the class with an adapter's head."""
     import transformers
 
@@ -126,7 +126,10 @@ def model_kind(directory: Directory, task_type: str | None = None) -> Any:
     if not hasattr(transformers, name):
         raise refuse("NOT_RUNNABLE", "transformers has no such architecture", file=str(directory), got=str(name))
     kind = getattr(transformers, name)
-    mapping = getattr(transformers, _HEADS.get(task_type or "", ""), None)
+    trained = getattr(transformers, about.model_class or "", None)
+    if about.task is None and trained is not None and trained.__name__.endswith("Classification"):
+        return trained
+    mapping = getattr(transformers, _HEADS.get(about.task or "", ""), None)
     wanted = mapping._model_mapping.get(kind.config_class, None) if mapping is not None else None
     return wanted or kind
 
@@ -177,7 +180,7 @@ def _load(
                 model.set_experts_implementation("eager")  # grouped products know no float64
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise refuse("NOT_RUNNABLE", _first_line(error), file=str(directory)) from None
-    return model.eval(), set(info["missing_keys"])
+    return model.eval(), {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
 
 
 @contextmanager
@@ -205,9 +208,10 @@ def _with_replacements(base: Directory, checkpoint: Checkpoint, dtype: torch.dty
     layout = checkpoint.layout
     weights = BaseWeights(base)
     raise_errors([*layout.problems, *sites(layout, weights.header, weights.config).problems])
-    kind = kind or model_kind(base, layout.about.task)
+    kind = kind or model_kind(base, layout.about)
     labels = new_labels(layout)
-    model, missing = _load(Path(base), kind, dtype, {} if labels is None else {"num_labels": labels})
+    changes = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
+    model, missing = _load(Path(base), kind, dtype, changes)
     names = dict(model.named_modules())
     for target, key in layout.replacements.items():
         module, _, parameter = target.rpartition(".")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from d2surgery.errors import refuse
+from d2surgery.errors import Problem, refuse
 from d2surgery.files.tensors import as_bytes
 from d2surgery.files.writer import (
     Partial,
@@ -19,6 +19,7 @@ from d2surgery.files.writer import (
 )
 from d2surgery.machine import one_thread
 from d2surgery.merging.companions import companions
+from d2surgery.merging.forecast import low_survival, sampled, zero_updates
 from d2surgery.merging.prepared import Prepared
 from d2surgery.merging.receipt import RECEIPT, receipt_of, recipe_of
 from d2surgery.merging.tiles import Output, Steps
@@ -34,8 +35,8 @@ def write(
     resume: bool,
     verify: bool,
     progress: Callable[[int, int], None],
-) -> int:
-    """Write and publish the merged checkpoint at `out`; returns the bytes of its weights.
+) -> tuple[int, tuple[Problem, ...]]:
+    """Write and publish the merged checkpoint at `out`: the bytes of its weights, and all that is to be said of it.
 
     hashed_ahead() gives the sha256 of those tensors of the base for which they are known when tiles begin.
     """
@@ -43,12 +44,14 @@ def write(
     total = sum(shard.nbytes for shard in files)
     partial = Partial(out, sync=verify)
     with one_thread():
-        adapter_hashes = prepared.check_adapter(hashes=verify)
+        adapter_hashes, zero = prepared.check_adapter(hashes=verify)
         recipe = recipe_of(prepared, shard_size, verify, adapter_hashes)
         threads = prepared.threads(max_memory)
         _check_disk(partial, total)
         partial.open(recipe, resume)
         known = hashed_ahead()
+        said = [*zero_updates(prepared, zero), *low_survival(prepared, sampled(prepared))]
+        problems = (*prepared.fit.problems, *said)
         written = 0
         inputs: dict[str, str] = {}
         outputs: dict[str, str] = {}
@@ -65,13 +68,13 @@ def write(
             written += shard.nbytes
             progress(written, total)
     prepared.fit.base.refuse_changes()
-    beside = companions(prepared.fit, prepared.dtype) | index_file(files)
+    beside = companions(prepared.fit, prepared.dtype, prepared.tokenizer) | index_file(files)
     for name, content in beside.items():
         partial.write(name, content)
-    receipt = receipt_of(prepared, recipe, adapter_hashes, inputs, outputs, beside)
+    receipt = receipt_of(prepared, recipe, adapter_hashes, inputs, outputs, beside, problems)
     partial.write(RECEIPT, json.dumps(receipt, indent=1).encode())
     partial.publish()
-    return total
+    return total, problems
 
 
 def _write_shard(

@@ -4,7 +4,10 @@ Merging, planning and auditing begin here. Nothing is written.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
+from typing import NamedTuple
 
 import torch
 
@@ -13,9 +16,17 @@ from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.header import FLOATS, TensorInfo
 from d2surgery.files.tensors import as_bytes, find_device
 from d2surgery.machine import resident_memory, workers
-from d2surgery.merging.tiles import Output, TileMerger, all_finite, grid
+from d2surgery.merging.companions import Tokenizer
+from d2surgery.merging.tiles import Output, TileMerger, grid
 from d2surgery.placement.fit import Fit
 from d2surgery.placement.site import Site
+
+
+class Checked(NamedTuple):
+    """What reading an adapter once tells, by key."""
+
+    hashes: Mapping[str, str]
+    zero: frozenset[str]  # whose numbers are all zero
 
 
 @dataclass(frozen=True)
@@ -24,26 +35,31 @@ class Prepared:
 
     fit: Fit
     dtype: str | None
+    tokenizer: Tokenizer
     merger: TileMerger
     outputs: tuple[Output, ...]
 
-    def check_adapter(self, *, hashes: bool) -> dict[str, str]:
-        """Read every adapter tensor once: all finite, tied twins equal. Returns their sha256 where `hashes`."""
+    def check_adapter(self, *, hashes: bool) -> "Checked":
+        """Read every adapter tensor once: all finite, tied twins equal. Their sha256 only where `hashes`."""
         checkpoint = self.merger.checkpoint
         problems: list[Problem] = []
         digests: dict[str, str] = {}
+        zero: set[str] = set()
         for key in sorted(self.fit.layout.header.tensors):
             tensor = checkpoint.tensor(key)
             if hashes:
                 digests[key] = hashlib.sha256(as_bytes(tensor)).hexdigest()
-            if not all_finite(tensor):
+            least, most = map(float, torch.aminmax(tensor)) if tensor.numel() else (0.0, 0.0)
+            if least == most == 0:
+                zero.add(key)
+            elif not (isfinite(least) and isfinite(most)):
                 problems.append(Problem(code="NOT_FINITE", message="NaN or infinity", module=key))
         for first, second in self.fit.landing.twins:
             a, b = checkpoint.tensor(first), checkpoint.tensor(second)
             if not (torch.equal(a, b) or torch.equal(a.T, b)):
                 problems.append(Problem(code="TIE_BROKEN_BY_FILE", message=f"differs from {first}", module=second))
         raise_errors(problems)
-        return digests
+        return Checked(digests, frozenset(zero))
 
     def threads(self, max_memory: int | None) -> int:
         """That merge a tensor each: no more than the memory allows."""
@@ -68,10 +84,10 @@ class Prepared:
         return (1 + count * widened) * largest + adapters
 
 
-def prepare(fit: Fit, dtype: str | None, device: str) -> Prepared:
+def prepare(fit: Fit, dtype: str | None, device: str, tokenizer: Tokenizer = "adapter") -> Prepared:
     """Raises D2SurgeryError USAGE for a device that is not there."""
     merger = TileMerger(Checkpoint(fit.layout), fit.strength, find_device(device))
-    return Prepared(fit, dtype, merger, tuple(_outputs(fit, dtype)))
+    return Prepared(fit, dtype, tokenizer, merger, tuple(_outputs(fit, dtype)))
 
 
 def _outputs(fit: Fit, dtype: str | None) -> list[Output]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2surgery.errors import Problem
 from d2surgery.files.tensors import as_bytes
 from d2surgery.formats.layout import Layout
 from d2surgery.merging.prepared import Prepared
@@ -28,6 +29,7 @@ def recipe_of(prepared: Prepared, shard_size: int, verify: bool, adapter_hashes:
         "versions": [version("d2surgery"), torch.__version__],
         "dtype": prepared.dtype,
         "strength": prepared.fit.strength,
+        "tokenizer": prepared.tokenizer,
         "shard_size": shard_size,
         "tile": prepared.merger.grid,
         "device": prepared.merger.device.type,
@@ -43,6 +45,7 @@ def receipt_of(
     inputs: Mapping[str, str],
     outputs: Mapping[str, str],
     beside: Mapping[str, bytes],
+    problems: Sequence[Problem],
 ) -> dict[str, Any]:
     """What was merged from what, by sha256; no path and no time, which differ from one machine to the next."""
     base_model = prepared.fit.layout.base_model
@@ -58,13 +61,15 @@ def receipt_of(
             "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(beside.items())},
         },
         "untied": prepared.fit.landing.untied,
-        "problems": [asdict(problem) for problem in prepared.fit.problems],
+        "problems": [asdict(problem) for problem in problems],
     }
 
 
 def _decisive(layout: Layout) -> list[Any]:
     """What decides the values of an adapter beside its tensors."""
-    return [[module, entry.scaling, dict(entry.settings)] for module, entry in layout.adapters.items()]
+    return [
+        [module, entry.scaling, dict(entry.settings), list(entry.blocked)] for module, entry in layout.adapters.items()
+    ]
 
 
 def _is_path(base_model: str | None) -> bool:

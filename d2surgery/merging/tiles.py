@@ -222,6 +222,17 @@ class TileMerger:
         """The adapter of the whole patch."""
         return self.checkpoint.adapter(patch.module, patch.expert).take(out=slice(*patch.out)).to(self.device)
 
+    def first_rows(self, output: Output, entries: int) -> AdaptedTile | None:
+        """About so many entries where an output's first patch begins; None where its vectors lie across tiles."""
+        patch = output.site.patches[0] if output.site and output.site.patches else None
+        if patch is None or self.crosses_tiles(patch):
+            return None
+        adapter = self.adapter(patch)
+        last = min(patch.stop, patch.start + max(entries // output.matrix[1], _LEAST_ROWS))
+        where = _bytes_of(output, patch.start, last)
+        engine = adapter.over_tiles(output.work_dtype, self.strength)
+        return AdaptedTile(output, *where, patch.start, last, patch, adapter, engine)
+
     def crosses_tiles(self, patch: Patch) -> bool:
         """Whether its adapter normalises vectors that lie across rows of the stored tensor."""
         axis = self.checkpoint.layout.adapters[patch.module].axis

@@ -8,8 +8,9 @@ from d2surgery.errors import Problem, raise_errors
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import TensorInfo
 from d2surgery.formats import open_layout
-from d2surgery.formats.layout import Layout
+from d2surgery.formats.layout import Layout, Packing
 from d2surgery.placement.promises import broken_promises
+from d2surgery.placement.site import is_head
 from d2surgery.placement.sites import Landing, sites
 
 
@@ -31,9 +32,14 @@ class Fit:
         return {name: tensors[name] for name in sorted(names, key=lambda n: (tensors[n].file, tensors[n].start))}
 
 
-def fit(base: str | os.PathLike[str], adapter: str | os.PathLike[str], strength: float = 1.0) -> Fit:
+def fit(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    strength: float = 1.0,
+    expert_layout: Packing | None = None,
+) -> Fit:
     """Where every tensor of the adapter lands. Raises D2SurgeryError with every misfit at once."""
-    layout = open_layout(adapter)
+    layout = open_layout(adapter, expert_layout=expert_layout)
     weights = BaseWeights(base)
     landing = sites(layout, weights.header, weights.config)
     problems = [*layout.problems, *landing.problems, *broken_promises(layout, weights.header, landing)]
@@ -51,9 +57,7 @@ def fit(base: str | os.PathLike[str], adapter: str | os.PathLike[str], strength:
 
 def new_labels(layout: Layout) -> int | None:
     """The classes of a classification head that the adapter brings; None when it brings none."""
-    if layout.about.task not in ("SEQ_CLS", "TOKEN_CLS"):
-        return None
-    heads = [k for name, k in layout.replacements.items() if name.endswith(("score.weight", "classifier.weight"))]
+    heads = [key for name, key in layout.replacements.items() if name.endswith(".weight") and is_head(name)]
     return layout.header.tensors[heads[0]].shape[0] if heads else None
 
 

@@ -30,29 +30,32 @@ class Patches:
             return ()
         out = adapter.out_features if place.out[1] is None else place.out[1] - place.out[0]
         if adapter.stored == "experts" and len(shape) == 3:
-            return self._stacked(adapter, shape)
-        transposed = self._transposed(adapter, out, shape)
+            return self._stacked(adapter, place, out, shape)
+        start, stop = place.rows or (0, shape[0])
+        transposed = self._transposed(adapter, out, (stop - start, *shape[1:]), place.turned)
         if transposed is None:
             return ()
-        return (Patch(adapter.module, 0, shape[0], transposed, place.out, place.expert),)
+        return (Patch(adapter.module, start, stop, transposed, place.out, place.expert),)
 
-    def _stacked(self, adapter: AdapterLayout, shape: tuple[int, ...]) -> tuple[Patch, ...]:
+    def _stacked(self, adapter: AdapterLayout, place: Place, out: int, shape: tuple[int, ...]) -> tuple[Patch, ...]:
         """All experts in one tensor, (E, out, in) or, in GPT-OSS and Llama 4, (E, in, out)."""
-        want = (adapter.experts, adapter.out_features, adapter.in_features)
+        want = (adapter.experts, out, adapter.in_features)
         swapped = (want[0], want[2], want[1])
-        if shape not in (want, swapped):
+        fitting = (want, swapped) if not adapter.as_declared else (swapped,) if place.turned else (want,)
+        if shape not in fitting:
             self.say("SHAPE_MISMATCH", "experts", module=adapter.module, wanted=str(shape), got=str(want))
             return ()
         transposed = shape != want
         if want == swapped:
-            transposed = self.config.get("model_type") in _TRANSPOSED_EXPERTS
+            always = not adapter.as_declared and self.config.get("model_type") in _TRANSPOSED_EXPERTS
+            transposed = bool(place.turned) or always
         rows = shape[1]
         return tuple(
-            Patch(adapter.module, expert * rows, (expert + 1) * rows, transposed, expert=expert)
+            Patch(adapter.module, expert * rows, (expert + 1) * rows, transposed, place.out, expert)
             for expert in range(adapter.experts)
         )
 
-    def _transposed(self, adapter: AdapterLayout, out: int, shape: tuple[int, ...]) -> bool | None:
+    def _transposed(self, adapter: AdapterLayout, out: int, shape: tuple[int, ...], turned: bool | None) -> bool | None:
         """Whether the base stores this module's weight (in, out). None, and a problem, when it does not fit."""
         inside = adapter.in_features
         if adapter.stored == "embedding":
@@ -69,7 +72,7 @@ class Patches:
         elif shape == (inside, out) and out != inside:
             return True
         elif shape == (out, inside):
-            return self._square(adapter.module)
+            return self._square(adapter.module) if turned is None else turned
         wanted, got = f"{shape}", f"(out {out}, in {inside})"
         self.say("SHAPE_MISMATCH", f"stored as {adapter.stored}", module=adapter.module, wanted=wanted, got=got)
         return None

@@ -1,9 +1,9 @@
 """Where adapters land: which rows of which tensors on disk, from names and shapes only, before any work.
 
 A module's name in an adapter file is its name in the model; the base's file may spell it otherwise. In this order:
-the exact name; a model's renamed blocks and experts (fused in the model, one tensor per expert on disk); the same
-after adding or removing the base model's prefix (`GPT2Model` files lack `transformer.`); an output tied to the input
-embedding, which is not on disk at all. Every misfit is collected; nothing here reads tensor data or imports torch.
+as transformers renames and fuses tensors on loading (`names`); the exact name; the same after adding or removing a
+prefix (`GPT2Model` files lack `transformer.`); an output tied to the input embedding, which is not on disk at all.
+Every misfit is collected; nothing here reads tensor data or imports torch.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from d2surgery.files.header import Header
 from d2surgery.formats.layout import AdapterLayout, Layout, Rows
 from d2surgery.placement.names import Names
 from d2surgery.placement.orientation import Patches
-from d2surgery.placement.site import OUTPUTS, Patch, Site
+from d2surgery.placement.site import OUTPUTS, Patch, Site, is_head
 from d2surgery.placement.ties import Tie, find_tie
 from d2surgery.placement.untying import Settlement
 
@@ -38,7 +38,7 @@ def sites(layout: Layout, base: Header, base_config: Mapping[str, Any]) -> Landi
     if "quantization_config" in base_config:
         method = base_config["quantization_config"].get("quant_method", "unknown method")
         say("QUANTIZED_BASE", f"quantization_config: {method}")
-    names = Names(base, tie, say)
+    names = Names(base, base_config, tie, say)
     patches = Patches(base, base_config, names, say, hint=layout.about.transposed)
     finder = _Finder(layout, base, tie, names, patches, say)
     finder.land()
@@ -66,6 +66,9 @@ class _Finder:
     vocab_size: int | None = None
 
     def land(self) -> None:
+        wanted = {_name(adapter): adapter.out_features * adapter.in_features * adapter.experts
+                  for adapter in self.layout.adapters.values()}  # fmt: skip
+        self.names.settle(wanted | dict.fromkeys(self.layout.rows, 0))
         for target, key in self.layout.replacements.items():
             self._replace(target, key)
         for adapter in self.layout.adapters.values():
@@ -84,12 +87,24 @@ class _Finder:
             self.say("AMBIGUOUS_MODULE", "replaced twice", module=tensor, got=f"again as {target}")
             return
         want = self._stored_shape(tensor)
-        if shape != want:
+        if shape != want and not self._is_new_head(target, tensor, shape, want):
             if not self._resizes(tensor, shape, want):
                 self.say("SHAPE_MISMATCH", "replacement", module=target, wanted=str(want), got=str(shape))
                 return
             self.vocab_size = shape[0]
         self.sites[tensor] = Site(source=self._source(tensor), shape=shape, replacement=key)
+
+    def _is_new_head(self, target: str, tensor: str, shape: tuple[int, ...], want: tuple[int, ...]) -> bool:
+        """A classification head with another number of labels, all of its module saved."""
+        module, trained = tensor.rpartition(".")[0], target.rpartition(".")[0]
+        saved = self.layout.replacements
+        whole = (
+            saved.get(f"{trained}.{name.removeprefix(module + '.')}")
+            for name in self.base.tensors
+            if name.rpartition(".")[0] == module
+        )
+        rows = {self.layout.header.tensors[key].shape[:1] if key else () for key in whole}
+        return is_head(tensor) and len(shape) == len(want) and shape[1:] == want[1:] and rows == {shape[:1]}
 
     def _resizes(self, tensor: str, shape: tuple[int, ...], want: tuple[int, ...]) -> bool:
         """An embedding, its tied output or an output's bias may have another number of tokens."""
@@ -115,7 +130,7 @@ class _Finder:
         self.sites[tensor] = replace(site, rows=rows)
 
     def _patch(self, adapter: AdapterLayout) -> None:
-        places = self.names.find(adapter.module if adapter.stored == "experts" else f"{adapter.module}.weight")
+        places = self.names.find(_name(adapter))
         if not places:
             self.names.missing(adapter.module)
             return
@@ -156,6 +171,10 @@ class _Finder:
 
     def _stored_shape(self, tensor: str) -> tuple[int, ...]:
         return self.base.tensors[self._source(tensor)].shape
+
+
+def _name(adapter: AdapterLayout) -> str:
+    return adapter.module if adapter.stored == "experts" else f"{adapter.module}.weight"
 
 
 def _overlap(patch: Patch, others: tuple[Patch, ...]) -> bool:

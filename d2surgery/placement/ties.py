@@ -9,7 +9,7 @@ from d2surgery.files.header import Header
 
 _INPUT_EMBEDDINGS = (
     "embed_tokens", "wte", "word_embeddings", "shared", "tok_embeddings", "embed_in", "tokens_embed", "embeddings",
-    "word_embedding",
+    "word_embedding", "w",
 )  # fmt: skip
 # A tensor of the output on disk -> the output, which is the input embedding again unless on disk under its own name.
 _HEAD_PARTS = {
@@ -30,6 +30,7 @@ _HEADS: tuple[tuple[str, tuple[str, ...]], ...] = (
     *((f"{family}WithLMHeadModel", ("pred_layer.proj",)) for family in ("XLM", "Flaubert")),
     ("XLNetLMHeadModel", ("lm_loss",)),
     ("GitForCausalLM", ("output",)),
+    ("BertGenerationDecoder", ("lm_head.decoder",)),
     ("RwkvForCausalLM", ("head",)),
     ("ModernBertDecoderForCausalLM", ("decoder",)),
     ("Kosmos2ForConditionalGeneration", ("text_model.lm_head",)),
@@ -81,12 +82,18 @@ def tie_flag(config: Mapping[str, Any]) -> bool | None:
 
 def _outputs(base: Header, architecture: str, embedding: str, flag: bool | None) -> tuple[str, ...]:
     """The modules that are the input embedding again."""
-    outputs = tuple(output for part, output in _HEAD_PARTS.items() if part in base.tensors) or _by_name(architecture)
+    parts = tuple(
+        name.removesuffix(part) + output
+        for part, output in _HEAD_PARTS.items()
+        for name in base.tensors
+        if f".{name}".endswith(f".{part}")  # BLIP has its decoder's below `text_decoder`
+    )
+    outputs = dict(_HEADS).get(architecture) or parts or _by_name(architecture)  # a full name goes first
     if not outputs and not architecture and flag:
         outputs = ("lm_head",)
     if outputs and embedding.rpartition(".")[2] == "shared" and "Encoder" not in architecture:
-        parts = (f"{embedding.removesuffix('shared')}{side}.embed_tokens" for side in ("encoder", "decoder"))
-        outputs = tuple(dict.fromkeys((*parts, *outputs)))
+        sides = (f"{embedding.removesuffix('shared')}{side}.embed_tokens" for side in ("encoder", "decoder"))
+        outputs = tuple(dict.fromkeys((*sides, *outputs)))
     return outputs
 
 

@@ -121,7 +121,10 @@ def measure(
     return Measured(
         given=given,
         label=label,
-        layout=replace(checkpoint.layout, problems=(*checkpoint.layout.problems, *zero_problems(checkpoint))),
+        layout=replace(
+            checkpoint.layout,
+            problems=(*checkpoint.layout.problems, *zero_problems(checkpoint)),
+        ),
         nbytes=checkpoint.layout.path.stat().st_size,
         kinds={at.name: checkpoint.layout.adapters[at.module].kind for at in places(checkpoint)},
         nominal=nominal_ranks(checkpoint),

@@ -1,12 +1,13 @@
 """Modules that learnt nothing: what the factors show without a base."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from d2surgery.adapters import Adapter
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import Problem
+from d2surgery.formats.layout import Layout
 from d2surgery.kinds import TABLE
 
 _ROWS = 64  # of a dense delta that are looked at together
@@ -24,7 +25,11 @@ def zero_updates(checkpoint: Checkpoint) -> list[str]:
 
 def zero_problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     """What to say of them: a warning ZERO_UPDATE, or nothing."""
-    layout, found = checkpoint.layout, zero_updates(checkpoint)
+    yield from problems_of_zeros(checkpoint.layout, zero_updates(checkpoint))
+
+
+def problems_of_zeros(layout: Layout, found: Sequence[str]) -> Iterator[Problem]:
+    """The same, of modules that are known to be zero."""
     if not found:
         return
     every = len(layout.adapters)

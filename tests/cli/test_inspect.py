@@ -249,7 +249,7 @@ def test_wrong_usage_is_exit_2(arguments: list[str], part: str, capsys: pytest.C
 def test_what_the_system_does_to_us_is_a_message_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: BaseException, code: int, text: str
 ) -> None:
-    def broken(adapter: str) -> None:
+    def broken(adapter: str, **options: Any) -> None:
         raise fault
 
     monkeypatch.setattr("d2surgery.cli.inspect.open_layout", broken)
@@ -367,7 +367,7 @@ def test_plan_says_that_there_is_no_delta_and_prints_no_nan(tmp_path: Path, caps
     assert main(["plan", "--base", model, "--adapter", directory, "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
     assert "nan" not in text.replace(str(tmp_path), "")
-    assert "1 of 1 module would change nothing: the delta is zero" in text
+    assert "zero: there is nothing to lose" in text
 
 
 @pytest.mark.parametrize("verb", ["plan", "merge", "audit", "report", "spectrum", "drift", "diff"])

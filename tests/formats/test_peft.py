@@ -33,6 +33,7 @@ EXPERTS = {
     **LORA,
     "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
     "peft_version": "0.21.2",
+    "lora_B_layout": "rank_major",
 }
 E = "base_model.model.layers.0.experts"
 
@@ -262,6 +263,13 @@ MILD: list[tuple[Shapes, dict[str, Any], str, str, str]] = [  # (shapes, config,
         "PROMISED_BUT_ABSENT",
         "warning",
         "qa_outputs",
+    ),
+    (
+        {f"{E}.lora_A.weight": (8, 6), f"{E}.lora_B.weight": (4, 8)},
+        {k: v for k, v in with_(EXPERTS, target_parameters=["experts.down_proj"]).items() if k != "lora_B_layout"},
+        "EXPERT_LAYOUT_ASSUMED",
+        "warning",
+        "read interleaved",
     ),
     (PAIR, with_(LORA, bias="lora_only"), "BIAS_NOT_SAVED", "warning", "no bias"),
     (PAIR | {f"{Q}.bias": (4,)}, with_(LORA, bias="all"), "PEFT_IGNORES_BIAS", "warning", "q.bias"),

@@ -543,12 +543,12 @@ def test_trap_16_an_initialisation_that_changed_the_base_is_refused(tmp_path: Pa
     assert codes(error) == ["MUTATED_BASE"]
 
 
-def test_trap_18_experts_packed_by_an_older_peft_are_refused(tmp_path: Path) -> None:
+def test_trap_18_experts_packed_by_peft_0_19_0_are_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", {"mlp.experts.down_proj": numbers(3, 6, 4)})
     tensors = {"mlp.experts.lora_A.weight": numbers(6, 4), "mlp.experts.lora_B.weight": numbers(6, 6)}
     options = {"target_parameters": ["experts.down_proj"], "target_modules": None}
     with pytest.raises(D2SurgeryError) as error:
-        merge(base, peft_adapter(tmp_path / "a", tensors, **options, peft_version="0.18.1"), tmp_path / "out")
+        merge(base, peft_adapter(tmp_path / "a", tensors, **options, peft_version="0.19.0"), tmp_path / "out")
     assert codes(error) == ["OLD_EXPERT_PACKING"]
     merge(base, peft_adapter(tmp_path / "b", tensors, **options), tmp_path / "out")
 

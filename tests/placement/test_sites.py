@@ -3,27 +3,19 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import LORA, SIZES
+from landing import Shapes, header, pair, place
 from models import Built
 
 import d2surgery.placement.sites
 from d2surgery import formats
-from d2surgery.files.header import Header, TensorInfo, read_checkpoint_header
+from d2surgery.files.header import Header, read_checkpoint_header
 from d2surgery.formats.layout import Layout
 from d2surgery.placement.site import Site
 from d2surgery.placement.sites import Landing, sites
-
-Shapes = Mapping[str, tuple[int, ...]]
-NOWHERE = Path("/nowhere")  # whoever reads data here fails
-
-
-def pair(module: str, out: int = 4, in_: int = 6) -> dict[str, tuple[int, ...]]:
-    return {f"base_model.model.{module}.lora_A.weight": (2, in_), f"base_model.model.{module}.lora_B.weight": (out, 2)}
 
 
 class Lands(NamedTuple):
@@ -33,14 +25,6 @@ class Lands(NamedTuple):
     transposed: bool | None = None  # None: not patched
     experts: tuple[tuple[int, tuple[int, int | None]], ...] = ()  # (expert, its rows of the adapter's output)
     replaced: bool = False
-
-
-def header(shapes: Shapes, dtypes: Mapping[str, str] | None = None) -> Header:
-    infos = {}
-    for name, shape in shapes.items():
-        dtype = (dtypes or {}).get(name, "F32")
-        infos[name] = TensorInfo(NOWHERE, dtype, tuple(shape), 0, prod(shape) * SIZES[dtype])
-    return Header((NOWHERE / "adapter_model.safetensors",), infos, {})
 
 
 def names_only(layout: Layout | Header) -> Header:
@@ -193,14 +177,6 @@ SQUARE = pair("h.0.attn.c_proj", 6, 6)
 GPT2_BLOCK = {"h.0.attn.c_proj.weight": (6, 6), "h.0.attn.c_proj.bias": (6,)}
 
 
-def place(shapes: Shapes, base: Shapes, config: Any = (), base_config: Any = (), **dtypes: str) -> Landing:
-    targets = {"target_modules": r".*", "trainable_token_indices": [0, 1], "peft_version": "0.21.2"}
-    full = {**LORA, **targets, **dict(config)}
-    layout = formats.layout(header(shapes), full)
-    assert [p for p in layout.problems if p.severity == "error"] == [], "the adapter file itself is in order"
-    return sites(layout, header(base, dtypes), dict(base_config))
-
-
 @pytest.mark.parametrize(
     ("neighbour", "bias", "config", "transposed"),
     [
@@ -295,6 +271,18 @@ MISFITS: list[tuple[Shapes, Shapes, dict[str, Any], dict[str, Any], str, str]] =
     (ROWS, {"embed_tokens.weight": (9, 5)}, {}, {}, "SHAPE_MISMATCH", "token rows"),
     ({"norm.weight": (5,)}, {"norm.weight": (6,)}, {"modules_to_save": ["norm"]}, {}, "SHAPE_MISMATCH", "replacement"),
     ({"lm_head.weight": (9, 5)}, {"lm_head.weight": (8, 6)}, {}, {}, "SHAPE_MISMATCH", "replacement"),
+    (
+        pair("model.layers.3.q"), {"model.language_model.layers.3.q.weight": (4, 6)}, {}, {}, "NAME_MATCHED",
+        "model.…: 1 name: model.language_model.… in the base (got model.language_model.layers.3.q.weight)",
+    ),
+    (
+        pair("layers.3.q"), {"model.text_model.layers.3.q.weight": (4, 6), "model.decoder.layers.3.q.weight": (4, 6)},
+        {}, {}, "AMBIGUOUS_MODULE", "layers.3.q: fits several",
+    ),
+    (
+        pair("model.language_model.layers.0.mlp.gate_proj"), {"model.llm.layers.0.mlp.w13_dn.weight": (8, 6)}, {},
+        {"architectures": ["InklingForConditionalGeneration"]}, "STORED_OTHERWISE", "w13_dn.weight through Interleave",
+    ),
     (pair("q"), {"a.q.weight": (4, 6), "b.q.weight": (4, 6)}, {}, {}, "AMBIGUOUS_MODULE", "a.q.weight, b.q.weight"),
     ({**pair("q"), **pair("m.q")}, {"m.q.weight": (4, 6)}, {}, {}, "AMBIGUOUS_MODULE", "adapted twice"),
     ({"n.weight": (6,), "m.n.weight": (6,)}, {"m.n.weight": (6,)}, {}, {}, "AMBIGUOUS_MODULE", "replaced twice"),

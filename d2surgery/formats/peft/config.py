@@ -8,14 +8,14 @@ from math import sqrt
 from typing import Any
 
 from d2surgery.errors import Problem
-from d2surgery.formats.layout import About, alpha_divisor, lies_within
+from d2surgery.formats.layout import About, Packing, alpha_divisor, lies_within
 from d2surgery.formats.peft.keys import TOKENS
 from d2surgery.kinds import TABLE
 
 FORMS = ("projected_plus_update", "projected", "update")
 _PATTERN_FIELDS = ("rank_pattern", "alpha_pattern")
 _OURS = ("r1", "r2", "tau", "along", "form", "format_version", "training")
-_FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, 0.2's two that are gone, and ours
+_FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, 0.2's two that are gone, unsloth's and ours
     re.findall(
         r"\w+",
         """
@@ -25,9 +25,12 @@ _FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, 0.2's two that 
         trainable_token_indices loftq_config eva_config corda_config lora_ga_config use_dora alora_invocation_tokens
         use_qalora qalora_group_size layer_replication runtime_config lora_bias target_parameters use_bdlora
         arrow_config ensure_weight_tying kasa_config velora_config monteclora_config enable_lora merge_weights
+        lora_B_layout
         """,
     )
 ) | frozenset(_OURS)
+PACKED = "lora_B_layout"  # unsloth's field, from September 2026
+PACKINGS: dict[str, Packing] = {"rank_major": "interleaved", "grouped_by_expert": "grouped"}
 _VARIANTS = {  # config field -> the variant's name, when the field is set
     "alora_invocation_tokens": "aLoRA (applies to some tokens only)",
     "use_qalora": "QALoRA",
@@ -207,6 +210,7 @@ class Config:
         return About(
             base_model=base if isinstance(base, str) and base else None,
             task=self.get("task_type") if isinstance(self.get("task_type"), str) else None,
+            model_class=self._model_class,
             tied=bool(self.get("ensure_weight_tying")),
             transposed=bool(self.get("fan_in_fan_out")),
             saved_modules=tuple(self.get("modules_to_save") or ()),
@@ -217,6 +221,19 @@ class Config:
             settings=self.values,
             targets=self.wants,
         )
+
+    @property
+    def _model_class(self) -> str | None:
+        """PEFT notes it where no task_type is given."""
+        mapping = self.get("auto_mapping")
+        name = mapping.get("base_model_class") if _is_table(mapping) else None
+        return name if isinstance(name, str) else None
+
+    @property
+    def by_unsloth(self) -> bool:
+        """Whether unsloth has left a mark: in the mapping that it writes, or as the owner of the base."""
+        mapping, base = self.get("auto_mapping"), self.get("base_model_name_or_path")
+        return (_is_table(mapping) and "unsloth_fixed" in mapping) or str(base).startswith("unsloth/")
 
     # Problems ----------------------------------------------------------------------------------------------------
 
@@ -369,6 +386,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # field -> what is wa
     "trainable_token_indices": ("row numbers", lambda v: v is None or isinstance(v, list | dict)),
     "along": ("in_features or out_features", lambda value: value in ("in_features", "out_features")),
     "form": (", ".join(FORMS), lambda value: value in FORMS),
+    PACKED: (" or ".join(PACKINGS), lambda value: value is None or value in PACKINGS),
     "bias": ("none, all or lora_only", lambda value: value in (None, "none", "all", "lora_only")),
 }
 

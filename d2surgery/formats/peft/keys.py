@@ -11,7 +11,10 @@ from d2surgery.kinds import TABLE
 PREFIX = "base_model.model."
 METADATA = "d2surgery"  # our key in the safetensors metadata: JSON {"config": …, "scaling": {module: …}}
 TOKENS = "trainable_tokens_delta"
-PARAMETER_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")  # as the models declare them
+# Parameters of experts in the order in which transformers' models declare them.
+PARAMETER_ORDER = (
+    "gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"
+)  # fmt: skip
 OTHER_METHODS = re.compile(
     r"(^|\.)(lora_|hada_|lokr_|vera_|oft_|boft_|ia3_|hra_|prompt_embeddings|delora_|vblora_|randlora_)"
 )
@@ -82,6 +85,11 @@ def copies(names: Collection[str]) -> dict[str, str]:
 def target_of(name: str) -> str:
     """The base tensor that a full weight under a bare name replaces: the name without PEFT's wrappers."""
     return re.sub(r"\.(modules_to_save\.[^.]+|token_adapter|base_layer|original_module)(?=\.)", "", name)
+
+
+def unwrapped(name: str) -> str:
+    """A module without the wrappers around it: PEFT puts one around a module for each of its adapted parameters."""
+    return re.sub(r"(\.base_layer)+$", "", name)
 
 
 def split(name: str, known: dict[str, tuple[str, Stored]]) -> tuple[str, Leaf | None]:

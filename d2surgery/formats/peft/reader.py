@@ -1,5 +1,6 @@
 """Reading PEFT's form: one pass over the keys, one over the modules. Problems pile up and nothing raises."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -8,8 +9,9 @@ from typing import Any
 from d2surgery.errors import Problems
 from d2surgery.files.header import FLOATS, Header, TensorInfo
 from d2surgery.formats.layout import AdapterLayout, Layout, Rows, Slot, Stored
-from d2surgery.formats.peft.config import Config, ends_with, methods, peft_type, version_of
+from d2surgery.formats.peft.config import PACKED, PACKINGS, Config, ends_with, methods, peft_type, version_of
 from d2surgery.formats.peft.keys import (
+    METADATA,
     OTHER_METHODS,
     PARAMETER_ORDER,
     TOKENS,
@@ -20,6 +22,7 @@ from d2surgery.formats.peft.keys import (
     leaves,
     split,
     target_of,
+    unwrapped,
 )
 from d2surgery.kinds import TABLE, Kind, kind_with
 
@@ -42,6 +45,7 @@ def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float]
     keys = _Keys(header, config, say)
     keys.sort()
     modules = _Modules(header, config, say)
+    modules.wrappers = Counter(unwrapped(name) for name in keys.groups)
     adapters: dict[str, AdapterLayout] = {}
     for name, group in keys.groups.items():
         if (adapter := modules.adapter(name, group)) is not None:
@@ -60,7 +64,22 @@ def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float]
             say("NOT_AN_ADAPTER", message)
         else:
             _miss_promised(header, config, say, adapted=bool(adapters))
-    return _layout(header, config, keys, adapters, say)
+    return _layout(header, config, keys, _with_packing(header, config, adapters, say), say)
+
+
+def _with_packing(
+    header: Header, config: Config, adapters: Mapping[str, AdapterLayout], say: Problems
+) -> dict[str, AdapterLayout]:
+    """How experts share the columns of lora_B: as the file says, else as PEFT packs them, and that is said."""
+    said = PACKINGS.get(config.get(PACKED) or header.metadata.get(PACKED, ""))
+    several = [module for module, entry in adapters.items() if entry.experts > 1 and entry.ranks["update"] > 1]
+    if several and not said and METADATA not in header.metadata:  # we write as PEFT does
+        got = "unsloth's mark in the config" if config.by_unsloth else f"no {PACKED}"
+        say("EXPERT_LAYOUT_ASSUMED", "lora_B of the experts is read interleaved", severity="warning", got=got)
+    return {
+        module: entry.with_packing(said or "interleaved") if entry.experts > 1 else entry
+        for module, entry in adapters.items()
+    }
 
 
 def _of_model(keys: "_Keys", config: Config) -> str:
@@ -226,6 +245,7 @@ class _Modules:
     header: Header
     config: Config
     say: Problems
+    wrappers: Mapping[str, int] = field(default_factory=dict)  # how many wrap each module: one per adapted parameter
 
     def adapter(self, name: str, group: _Group) -> AdapterLayout | None:
         """None when something is wrong with it."""
@@ -247,14 +267,21 @@ class _Modules:
         ranks = {name: self._info(group, each.down).shape[0] // experts for name, each in row.groups.items()}
         scaling = self.config.scaling(module, kind, ranks)
         stored: Stored = "experts" if module != name else "conv" if len(down.shape) > 2 else group.stored
+        slots = {slot: Slot(group.keys[slot]) for slot in (*row.slots, "bias") if slot in group.keys}
+        out, inside = up.shape[0], prod(down.shape[1:])
+        if turned := self._turned(experts):
+            slots |= {"A": Slot(group.keys["B"], transposed=True), "B": Slot(group.keys["A"], transposed=True)}
+            out, inside = inside, out
         return AdapterLayout(
             module=module,
             kind=kind,
             stored=stored,
-            slots={slot: Slot(group.keys[slot]) for slot in (*row.slots, "bias") if slot in group.keys},
+            slots=slots,
             ranks=ranks,
-            out_features=up.shape[0],
-            in_features=prod(down.shape[1:]),
+            out_features=out,
+            in_features=inside,
+            blocked=("B",) if turned else ("A",),
+            as_declared=turned,
             dtype=down.dtype,
             scaling=scaling,
             settings=self.config.settings(kind),
@@ -293,21 +320,16 @@ class _Modules:
 
     def _experts(self, name: str, group: _Group) -> tuple[str, int]:
         """The parameter's full name and the number of experts, for a module adapted through target_parameters."""
-        module = name
-        while module.endswith(".base_layer"):
-            module = module.removesuffix(".base_layer")
+        module = unwrapped(name)
         depth = name.count(".base_layer") - module.count(".base_layer")
-        parts = [target.rpartition(".") for target in self.config.get("target_parameters") or ()]
-        # A target without a dot names a parameter of any module that is not itself a target.
-        alone = any(not first for first, _, _ in parts) and not self.config.listed(module)
-        short = {last for first, _, last in parts if (ends_with(module, first) if first else alone)}
-        if not short:
+        parameters = self._parameters(module)
+        if not parameters:
             if ".base_layer" in name:
                 what = "MultiheadAttention, or a base_layer that target_parameters does not explain"
                 self.say("UNSUPPORTED_VARIANT", what, module=name)
             return name, 1
-        ordered = in_declared_order(short)
-        if len(short) > 1 and not short <= set(PARAMETER_ORDER):
+        ordered = in_declared_order(parameters)
+        if len(parameters) > 1 and not parameters <= set(PARAMETER_ORDER):
             self.say("AMBIGUOUS_PARAMETER", "cannot tell the parameters apart", module=name, got=", ".join(ordered))
             return name, 1
         if depth >= len(ordered):
@@ -316,6 +338,20 @@ class _Modules:
         parameter = f"{module}.{ordered[len(ordered) - 1 - depth]}"  # the innermost wrapper came first
         return parameter, self._packed(name, parameter, self._info(group, "A").shape[0])
 
+    def _parameters(self, module: str) -> set[str]:
+        """The parameters of a module that target_parameters names, as far as they can be the module's.
+
+        A target with a dot names its module, one without a parameter of any module that is not itself a target
+        (PEFT's own "all-linear" writes both: "gate.weight", "gate_up_proj", "down_proj"). Each has a wrapper in the
+        file; where there are fewer wrappers, the targets that name the module come first.
+        """
+        parts = [target.rpartition(".") for target in self.config.get("target_parameters") or ()]
+        named = {last for first, _, last in parts if first and ends_with(module, first)}
+        loose = set() if self.config.listed(module) else {last for first, _, last in parts if not first}
+        if named and len(named) == self.wrappers[module]:
+            return named
+        return named | loose
+
     def _packed(self, name: str, parameter: str, rows: int) -> int:
         """How many experts lie in so many rows of A."""
         r = self.config.rank(parameter)
@@ -323,10 +359,15 @@ class _Modules:
             self.say("RANK_DISAGREES", "rows of A are not a multiple of r", module=name, wanted=f"k·{r}", got=str(rows))
             return 1
         version = self.config.get("peft_version")
-        if rows > r and version_of(version) < (0, 19, 1):
-            wanted = "0.19.1 or later"
-            self.say("OLD_EXPERT_PACKING", "saved before PEFT 0.19.1", module=name, wanted=wanted, got=str(version))
+        if rows > r and version_of(version)[:2] < (0, 17):
+            self.say("OLD_EXPERT_PACKING", "saved by an unknown PEFT", module=name, wanted="0.17", got=str(version))
+        elif rows > r and version_of(version) == (0, 19, 0):
+            self.say("OLD_EXPERT_PACKING", "saved by PEFT 0.19.0", module=name, wanted="another", got=str(version))
         return rows // r
+
+    def _turned(self, experts: int) -> bool:
+        """PEFT 0.17 and 0.18: ΔW = (B A)ᵀ of each expert, whatever the model, so A's columns are the update's rows."""
+        return experts > 1 and version_of(self.config.get("peft_version")) < (0, 19)
 
     def _with_rank_as_said(self, adapter: AdapterLayout) -> AdapterLayout:
         """Where the config says another rank than the tensors have, the scaling is unknown."""
