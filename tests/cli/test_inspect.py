@@ -361,6 +361,36 @@ def test_numbers_find_what_the_header_cannot_show(
     assert found["modules"][0]["frobenius_norm"] is None
 
 
+def test_plan_says_that_there_is_no_delta_and_prints_no_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = save(tmp_path / "a", {key: torch.zeros(shape) for key, shape in PAIR.items()})
+    model = base(tmp_path / "base", {"layers.0.q.weight": (4, 6)})
+    assert main(["plan", "--base", model, "--adapter", directory, "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "nan" not in text.replace(str(tmp_path), "")
+    assert "zero: there is nothing to lose" in text
+
+
+@pytest.mark.parametrize("verb", ["plan", "merge", "audit", "report", "spectrum", "drift", "diff"])
+def test_nothing_to_apply_is_refused_by_every_verb(
+    adapter: WriteAdapter, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    empty = str(adapter({}))
+    assert main(["inspect", empty]) == 1
+    model, out = base(tmp_path / "base", {"layers.0.q.weight": (4, 6)}), str(tmp_path / "out.html")
+    arguments = {
+        **{name: ["--base", model, "--adapter", empty, "--out", out] for name in ("plan", "merge")},
+        "audit": ["--base", model, "--adapter", empty, "--merged", model],
+        "report": [empty, "--out", out],
+        "spectrum": [empty],
+        "drift": [empty, "--base", model],
+        "diff": [empty, empty],
+    }[verb]
+    capsys.readouterr()
+    assert main([verb, *arguments]) == 2
+    assert "error NOTHING_TO_APPLY" in capsys.readouterr().err
+    assert not Path(out).exists()
+
+
 # What people ask first ------------------------------------------------------------------------------------------------
 
 

@@ -104,6 +104,7 @@ FAULTS: list[tuple[Shapes, dict[str, Any] | None, str, str]] = [  # (shapes, con
     (PAIR | {f"{Q}.lora_A.bias": (2,)}, LORA, "UNKNOWN_TENSOR", "no slot"),
     (PAIR | {"lora_A.weight": (2, 6)}, LORA, "UNKNOWN_TENSOR", "no slot"),
     (D2_SHAPES | PAIR, D2, "UNKNOWN_TENSOR", "d2lora has no slot A"),
+    ({"layers.0.q.weight": (4, 6), "layers.0.norm.weight": (6,)}, LORA, "NOT_AN_ADAPTER", "not factors: 1 of"),
     (PAIR, with_(LORA, target_modules=["k"]), "NOT_TARGETED", "layers.0.q"),
     (PAIR, with_(LORA, target_modules=r".*\.k"), "NOT_TARGETED", "layers.0.q"),
     (PAIR, with_(LORA, target_modules=r"layers\.0"), "NOT_TARGETED", "layers.0.q"),

@@ -60,9 +60,10 @@ def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float]
     if not found:
         _doubt_ranks(adapters, say)
     elif header.tensors and not any(problem.severity == "error" for problem in say.all):
-        held = (target_of(bare(key)) for key in header.tensors)
-        for promised in config.absent(held, adapted=bool(adapters)):
-            say("PROMISED_BUT_ABSENT", f"{promised}, of which the file holds nothing", severity="warning")
+        if not adapters and (message := _of_model(keys, config)):
+            say("NOT_AN_ADAPTER", message)
+        else:
+            _miss_promised(header, config, say, adapted=bool(adapters))
     return _layout(header, config, keys, _with_packing(header, config, adapters, say), say)
 
 
@@ -79,6 +80,19 @@ def _with_packing(
         module: entry.with_packing(said or "interleaved") if entry.experts > 1 else entry
         for module, entry in adapters.items()
     }
+
+
+def _of_model(keys: "_Keys", config: Config) -> str:
+    """What to say of a model's own weights beside an adapter's config, as a merged model's directory may have them."""
+    names = [name.rpartition(".")[0] for name in keys.replacements if name.endswith(".weight")]
+    targeted = [name for name in names if config.wants(name) and not config.declares(f"{name}.weight")]
+    return f"the weights of a model, not factors: {len(targeted)} of targeted modules" if targeted else ""
+
+
+def _miss_promised(header: Header, config: Config, say: Problems, *, adapted: bool) -> None:
+    held = (target_of(bare(key)) for key in header.tensors)
+    for promised in config.absent(held, adapted=adapted):
+        say("PROMISED_BUT_ABSENT", f"{promised}, of which the file holds nothing", severity="warning")
 
 
 def _doubt_ranks(adapters: Mapping[str, AdapterLayout], say: Problems) -> None:
