@@ -13,7 +13,8 @@ from models import Built
 
 import d2surgery.placement.sites
 from d2surgery import formats
-from d2surgery.files.header import Header, TensorInfo, read_checkpoint_header
+from d2surgery.files.checkpoints import read_checkpoint_header
+from d2surgery.files.header import Header, TensorInfo
 from d2surgery.formats.layout import Layout
 from d2surgery.placement.site import Site
 from d2surgery.placement.sites import Landing, sites
