@@ -38,6 +38,12 @@ CODES: dict[str, Code] = {
     "NO_WEIGHTS": Code("The directory holds no adapter weights.", "Expected adapter_model.safetensors or .bin in it."),
     "SEVERAL_WEIGHTS": Code("The directory holds several weight files.", "Name the one you mean."),
     "HUB_UNREACHABLE": Code("The hub id could not be downloaded.", "Check the id, the network and your token."),
+    "LEFT_OUT": Code(
+        "Another file of weights lies beside the adapter's. Only the adapter's is read: its safetensors where a .bin lies "
+        "beside it, as in PEFT; never what a trainer saved in a second file, such as a projector or new embeddings.",
+        "See what it holds. What was trained in it is not in the merge: put it into the base, or train it through "
+        "modules_to_save, which keeps it in the adapter's file.",
+    ),
     # What an adapter file says.
     "MISSING_CONFIG": Code(
         "There is no adapter_config.json beside the weights and none inside the file, so the scaling is unknown.",
