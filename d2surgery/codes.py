@@ -257,8 +257,8 @@ CODES: dict[str, Code] = {
     "DISK_FULL": Code("There is not enough space on the disk.", "Free space and run again with --resume."),
     "MEMORY": Code("The merge needs more memory than --max-memory allows.", "Raise --max-memory."),
     "OTHER_BASE_NAMED": Code(
-        "The adapter's config names another base than the one given. Another size, version or tuning has others, "
-        "and what was learnt does not fit them even where every shape does.",
+        "The adapter's config names another base than the one given. Another size, version or tuning has weights "
+        "of its own, and what was learnt does not fit them even where every shape does.",
         "Give the base that the config names, or see that the given one is the same under another name.",
     ),
     "ZERO_UPDATE": Code(
