@@ -45,6 +45,12 @@ CODES: dict[str, Code] = {
     "NO_WEIGHTS": Code("The directory holds no adapter weights.", "Expected adapter_model.safetensors or .bin in it."),
     "SEVERAL_WEIGHTS": Code("The directory holds several weight files.", "Name the one you mean."),
     "HUB_UNREACHABLE": Code("The hub id could not be downloaded.", "Check the id, the network and your token."),
+    "LEFT_OUT": Code(
+        "Another file of weights lies beside the adapter's. Only the adapter's is read: its safetensors where there is "
+        "a .bin, too, as in PEFT; never what a trainer saved in a second file, such as a projector or new embeddings.",
+        "See what it holds. What was trained in it is not in the merge: put it into the base, or train it through "
+        "modules_to_save, which keeps it in the adapter's file.",
+    ),
     # What an adapter file says.
     "MISSING_CONFIG": Code(
         "There is no adapter_config.json beside the weights and none inside the file, so the scaling is unknown.",
@@ -299,6 +305,11 @@ CODES: dict[str, Code] = {
     ),
     "DISK_FULL": Code("There is not enough space on the disk.", "Free space and run again with --resume."),
     "MEMORY": Code("The merge needs more memory than --max-memory allows.", "Raise --max-memory."),
+    "OTHER_BASE_NAMED": Code(
+        "The adapter's config names another base than the one given. Another size, version or tuning has weights "
+        "of its own, and what was learnt does not fit them even where every shape does.",
+        "Give the base that the config names, or see that the given one is the same under another name.",
+    ),
     # Questions, answers and prompts.
     "BAD_DATA": Code(
         "A file of items or prompts is empty, damaged, or holds items that cannot be used.",

@@ -12,7 +12,7 @@ from d2surgery.auditing.findings import LEVELS, Audit, Thresholds, document
 from d2surgery.auditing.receipts import verify_receipt
 from d2surgery.auditing.recipes import RECIPES
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import device_option, expert_layout_option, progress_bar
+from d2surgery.cli.options import BASE_HELP, Base, device_option, expert_layout_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.evaluating.items import read_prompts
 from d2surgery.evaluating.tasks import Progress, read_task
@@ -86,7 +86,7 @@ class Pages:
 
 
 @click.command(name="audit")
-@click.option("--base", type=_DIRECTORY, help="Model directory that was merged into.")
+@click.option("--base", type=Base(), help=f"{BASE_HELP} that was merged into.")
 @click.option("--adapter", help="File, directory or hub id org/name[@revision].")
 @click.option("--merged", type=_DIRECTORY, required=True, help="Model directory to be judged.")
 @click.option("--level", "levels", type=Levels(), default="weights", show_default=True, help=f"Of {', '.join(LEVELS)}.")

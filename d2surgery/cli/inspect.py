@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from d2surgery.cli import output
-from d2surgery.cli.options import expert_layout_option
+from d2surgery.cli.options import Base, expert_layout_option
 from d2surgery.errors import Problem
 from d2surgery.formats import open_layout
 from d2surgery.formats.layout import AdapterLayout, Layout, Packing
@@ -28,7 +28,7 @@ Numbers = Mapping[str, Mapping[str, float | int | None]]  # module -> name -> va
 @click.option("--per-layer", is_flag=True, help="One line per module instead of one per kind of module.")
 @click.option("--numbers", is_flag=True, help="Also read the values: norms and ranks of each update, NaN, infinity.")
 @expert_layout_option
-@click.option("--base", type=click.Path(path_type=Path), help="Also check that it fits this model directory.")
+@click.option("--base", type=Base(), help="Also check that it fits this model directory.")
 @click.option(
     "--fail-on",
     type=click.Choice([*SEVERITIES, "never"]),
@@ -86,7 +86,8 @@ def _read_numbers(layout: Layout) -> tuple[Numbers, list[Problem]]:
 
 def _land(layout: Layout, base: Path) -> tuple[int, list[Problem]]:
     """How many of the base's tensors the adapter touches, and what does not fit."""
-    from d2surgery.files.header import read_checkpoint_header, read_json
+    from d2surgery.files.checkpoints import read_checkpoint_header
+    from d2surgery.files.header import read_json
     from d2surgery.placement.promises import broken_promises
     from d2surgery.placement.sites import sites
 

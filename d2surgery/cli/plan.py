@@ -95,7 +95,7 @@ def _gain(survival: Survival) -> float:
 
 def _row(name: str, by_dtype: Any) -> list[str]:
     if all(not s.delta_squared for s in by_dtype.values()):
-        return [name, "zero: there is nothing to lose"]
+        return [name, "zero: there is nothing to lose", *[""] * (len(by_dtype) - 1)]
     cells = [
         f"{_SHORT[dtype]} {output.number(s.gain)}, {output.number(s.relative_error)}" for dtype, s in by_dtype.items()
     ]

@@ -8,7 +8,7 @@ import click
 
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import cache_option, device_option, progress_bar
+from d2surgery.cli.options import BASE_HELP, Base, cache_option, device_option, progress_bar
 from d2surgery.files.base import BaseWeights
 from d2surgery.measures.ranks import NUMBERS, Method, Of, Spectrum
 from d2surgery.reporting.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
@@ -24,7 +24,7 @@ Found = Mapping[str, Spectrum]
 
 @click.command(name="spectrum")
 @click.argument("adapter")
-@click.option("--base", type=click.Path(path_type=Path), help="Model directory; DoRA's and D2-LoRA's delta needs it.")
+@click.option("--base", type=Base(), help=f"{BASE_HELP}; DoRA's and D2-LoRA's delta needs it.")
 @click.option("--of", type=click.Choice(get_args(Of)), help="What to measure. Default: the delta where it is known.")
 @click.option("--method", type=click.Choice(get_args(Method)), help="Default: by kind and size.")
 @device_option

@@ -4,24 +4,25 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2surgery.errors import refuse
-from d2surgery.files.header import Header, read_checkpoint_header, read_json
+from d2surgery.files.checkpoints import read_checkpoint_header
+from d2surgery.files.header import Header, read_json
+from d2surgery.files.locate import locate_base
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class BaseWeights(Mapping[str, "Tensor"]):
-    """A Hugging Face model directory of safetensors. Each access reads one tensor; `header` has names and shapes.
+    """A Hugging Face model directory, or a hub id. Each access reads one tensor; `header` has names and shapes.
 
-    Raises D2SurgeryError BAD_BASE, MISSING_SHARD or what read_header raises.
+    Raises D2SurgeryError BAD_BASE, MISSING_SHARD, HUB_UNREACHABLE or what read_header raises.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
+        self.directory = locate_base(directory)
         if not self.directory.is_dir():
             raise refuse("BAD_BASE", "not a directory", file=str(directory))
         self.header: Header = read_checkpoint_header(self.directory)

@@ -8,7 +8,7 @@ from typing import Any
 
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.header import Header, is_pickle, read_header, read_json, small_values
-from d2surgery.files.locate import PICKLES, locate
+from d2surgery.files.locate import PICKLES, left_out, locate
 from d2surgery.formats import foreign, peft
 from d2surgery.formats.format import Format, Holding
 from d2surgery.formats.layout import Layout, Packing, with_expert_layout
@@ -26,6 +26,11 @@ def open_layout(adapter: str | os.PathLike[str], *, expert_layout: Packing | Non
     """
     files = locate(adapter)
     found = layout(_header(files.weights), read_json(files.config) if files.config else None)
+    beside = [
+        Problem(code="LEFT_OUT", severity="warning", message="is not read", file=name)
+        for name in left_out(files.weights)
+    ]
+    found = replace(found, problems=(*found.problems, *beside))
     return found if expert_layout is None else with_expert_layout(found, expert_layout)
 
 

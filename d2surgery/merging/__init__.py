@@ -16,6 +16,7 @@ from d2surgery.errors import Problem
 from d2surgery.formats.layout import Packing
 from d2surgery.machine import one_thread, peak_memory, resident_memory, uncollected
 from d2surgery.merging.ahead import HashAhead
+from d2surgery.merging.bases import other_base
 from d2surgery.merging.companions import Tokenizer, tokenizer_problems
 from d2surgery.placement.fit import Fit, fit
 
@@ -175,4 +176,5 @@ def _fitted(
 ) -> Fit:
     """The fit, with what is said of the files beside the weights."""
     found = fit(base, adapter, strength, expert_layout)
-    return replace(found, problems=(*found.problems, *tokenizer_problems(found, tokenizer)))
+    said = (*tokenizer_problems(found, tokenizer), *other_base(found.layout.base_model, found.base))
+    return replace(found, problems=(*found.problems, *said))

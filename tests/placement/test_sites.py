@@ -12,7 +12,8 @@ from models import Built
 
 import d2surgery.placement.sites
 from d2surgery import formats
-from d2surgery.files.header import Header, read_checkpoint_header
+from d2surgery.files.checkpoints import read_checkpoint_header
+from d2surgery.files.header import Header
 from d2surgery.formats.layout import Layout
 from d2surgery.placement.site import Site
 from d2surgery.placement.sites import Landing, sites
