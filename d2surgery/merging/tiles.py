@@ -281,15 +281,24 @@ class TileMerger:
 def tiles(output: Output) -> Iterator[Tile]:
     """The grid: fixed by shapes. Patches cover whole rows; what no patch covers is cut by bytes."""
     if output.site is None or not output.site.patches:
-        step = TILE * BITS[output.info.dtype] // 8
-        for start in range(0, output.info.nbytes, step):
-            yield Tile(output, start, min(step, output.info.nbytes - start))
+        yield from _plain(output, 0, output.info.nbytes)
         return
     rows, _ = output.site.matrix
     row_bytes = output.info.nbytes // rows
+    done = 0
     for patch in output.site.patches:
+        yield from _plain(output, done * row_bytes, patch.start * row_bytes)
         for first, last in cuts(patch.start, patch.stop, row_bytes * 8 // BITS[output.info.dtype]):
             yield Tile(output, first * row_bytes, (last - first) * row_bytes, first, last, patch)
+        done = patch.stop
+    yield from _plain(output, done * row_bytes, output.info.nbytes)
+
+
+def _plain(output: Output, begin: int, end: int) -> Iterator[Tile]:
+    """Tiles without a patch, from byte to byte."""
+    step = TILE * BITS[output.info.dtype] // 8
+    for start in range(begin, end, step):
+        yield Tile(output, start, min(step, end - start))
 
 
 def part_of(output: Output, patch: Patch, first: int, last: int) -> Tile:
