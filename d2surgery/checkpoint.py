@@ -12,7 +12,7 @@ from d2surgery import formats
 from d2surgery.adapters import KINDS, Adapter
 from d2surgery.errors import refuse
 from d2surgery.files.tensors import NAMES, header_of, read_tensor
-from d2surgery.formats.layout import About, AdapterLayout, Layout, Rows, Slot, Stored
+from d2surgery.formats.layout import About, AdapterLayout, Layout, Packing, Rows, Slot, Stored
 from d2surgery.kinds import TABLE
 
 
@@ -82,12 +82,14 @@ class Checkpoint(Mapping[str, Adapter]):
         return matrix.T if slot.transposed else matrix
 
 
-def load(adapter: str | os.PathLike[str]) -> Checkpoint:
+def load(adapter: str | os.PathLike[str], *, expert_layout: Packing | None = None) -> Checkpoint:
     """Open an adapter: a file, a directory or a hub id. Nothing but the header is read until it is asked for.
+
+    expert_layout: how experts share the columns of lora_B, "interleaved" or "grouped"; None: as the file says.
 
     Misfits are in `.layout.problems`. Raises D2SurgeryError when the file cannot be read at all.
     """
-    return Checkpoint(formats.open_layout(adapter))
+    return Checkpoint(formats.open_layout(adapter, expert_layout=expert_layout))
 
 
 def save(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, format: str = "peft") -> None:

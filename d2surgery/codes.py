@@ -17,10 +17,17 @@ CODES: dict[str, Code] = {
         "The file is a Git LFS pointer: a clone without LFS left the address of the weights, not the weights.",
         "Run `git lfs pull` in the clone, or download the file from the hub.",
     ),
-    "NOT_SAFETENSORS": Code("The file does not begin like a safetensors file.", "Give a .safetensors or .bin file."),
+    "NOT_SAFETENSORS": Code(
+        "The file does not begin like a safetensors file.",
+        "Give a .safetensors or .bin file, or save what it holds as one.",
+    ),
     "PICKLE": Code(
-        "The file is a pickle that holds more than tensors; loading it would run code.",
-        "Load it where you trust it and save its tensors as safetensors.",
+        "The file is a pickle, and not one of tensors by name alone: nothing else is loaded, for it could run code.",
+        "Load it where you trust it and save its tensors by name as safetensors.",
+    ),
+    "NOT_AN_ADAPTER": Code(
+        "The file is something else than an adapter: a model's own weights, an optimizer's state, a config.",
+        "Give the adapter's weights, adapter_model.safetensors or .bin, or the directory that holds them.",
     ),
     "TRUNCATED_FILE": Code("The file ends before its header says it does.", "Download or copy it again."),
     "CORRUPT_HEADER": Code(
@@ -38,6 +45,12 @@ CODES: dict[str, Code] = {
     "NO_WEIGHTS": Code("The directory holds no adapter weights.", "Expected adapter_model.safetensors or .bin in it."),
     "SEVERAL_WEIGHTS": Code("The directory holds several weight files.", "Name the one you mean."),
     "HUB_UNREACHABLE": Code("The hub id could not be downloaded.", "Check the id, the network and your token."),
+    "LEFT_OUT": Code(
+        "Another file of weights lies beside the adapter's. Only the adapter's is read: its safetensors where there is "
+        "a .bin, too, as in PEFT; never what a trainer saved in a second file, such as a projector or new embeddings.",
+        "See what it holds. What was trained in it is not in the merge: put it into the base, or train it through "
+        "modules_to_save, which keeps it in the adapter's file.",
+    ),
     # What an adapter file says.
     "MISSING_CONFIG": Code(
         "There is no adapter_config.json beside the weights and none inside the file, so the scaling is unknown.",
@@ -62,7 +75,14 @@ CODES: dict[str, Code] = {
     ),
     "MUTATED_BASE": Code(
         "The initialisation changed the base weights, so base + scaling·B·A is not the trained model.",
-        "Save with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA.",
+        "If the changed base was saved (PEFT calls it the residual model), give it as the base and set "
+        "init_lora_weights to true in adapter_config.json: residual + scaling·B·A is the trained model. Otherwise save "
+        "with path_initial_model_for_weight_conversion, which makes a plain LoRA of the original base.",
+    ),
+    "MERGED_LINEAR": Code(
+        "The factors are those of MergedLinear in PEFT 0.1 and 0.2 (enable_lora): several products of one module, "
+        "one for each part of a fused layer, the other parts left out.",
+        "Merge it with PEFT 0.2, which alone reads it, or train again with today's PEFT.",
     ),
     "LAYER_REPLICATION": Code(
         "The adapter belongs to a model with repeated layers; its layer numbers do not name layers of this base.",
@@ -72,6 +92,12 @@ CODES: dict[str, Code] = {
         "How the experts' factors are packed cannot be told: PEFT 0.19.0 did it another way for some models, and here "
         "the config does not say which PEFT it was.",
         "Set peft_version in adapter_config.json to the version that trained it (PEFT 0.19.0: load and save it there).",
+    ),
+    "EXPERT_LAYOUT_ASSUMED": Code(
+        "Nothing in the file says how the experts share the columns of lora_B. It is read as PEFT packs them; unsloth "
+        "before 17 September 2026 packed them grouped by expert, and a file read the wrong way gives every expert "
+        "another's columns.",
+        "If an unsloth of before that day trained it, give --expert-layout grouped, otherwise interleaved.",
     ),
     "AMBIGUOUS_PARAMETER": Code(
         "Several parameters of one module are adapted and the file does not say which factors belong to which.",
@@ -99,15 +125,39 @@ CODES: dict[str, Code] = {
         "The config says DoRA but this module has no magnitude vector.",
         "Get the complete file, or correct use_dora if it never was DoRA.",
     ),
-    "RANK_MISMATCH": Code("The two factors of a pair do not share a rank.", "The file is damaged or a variant."),
+    "RANK_MISMATCH": Code(
+        "The two factors of a pair do not share a rank.",
+        "See what wrote them: the file is damaged, or a variant whose factors are not (r, in) and (out, r).",
+    ),
     "RANK_DISAGREES": Code(
         "The rank of the tensors is not the rank the config gives for this module.",
         "Correct r or rank_pattern; the scaling depends on it.",
     ),
     "SHAPE_UNEXPECTED": Code("A tensor does not have the shape its slot needs.", "Get the complete file."),
+    "DTYPE_UNEXPECTED": Code(
+        "A factor is stored in a dtype that is no float of 16 bits or more: the adapter was quantised, or cast.",
+        "Give the adapter as it was trained; where that is lost, save it as F16, BF16 or F32, times its scales.",
+    ),
     "EMPTY_TENSOR": Code(
         "A tensor has no elements: a sharded trainer (ZeRO-3, FSDP) saved it without gathering.",
         "Save again from the trainer with its parameters gathered.",
+    ),
+    "NOTHING_TO_APPLY": Code(
+        "The file holds no factor, no replaced weight and no token row: applied, it would give the base again.",
+        "Save again from the trainer with its parameters gathered (DeepSpeed ZeRO-3 needs "
+        "stage3_gather_16bit_weights_on_model_save), or take the last checkpoint that holds tensors.",
+    ),
+    "ZERO_UPDATE": Code(
+        "The update of a module is exactly zero: no step of training reached it, or it was saved before the first one.",
+        "See whether training ran (its loss, its learning rate, what was frozen), and whether this is the last file.",
+    ),
+    "PROMISED_BUT_ABSENT": Code(
+        "The config names what the file does not hold: modules_to_save, token rows, or modules that have no factors.",
+        "Nothing to do if it was never trained; else the file is incomplete, and those parts stay as in the base.",
+    ),
+    "RANK_DOUBTFUL": Code(
+        "The rank is larger than the smaller side of the weight; without a config nothing says that it is meant.",
+        "See whether the factors lie (in, r) and (r, out), the other way round.",
     ),
     "NOT_FINITE": Code("A tensor holds NaN or infinity.", "The training diverged or the file is damaged."),
     "TWO_ADAPTERS": Code("The file holds the same slot under several adapter names.", "Save one adapter per file."),
@@ -125,8 +175,8 @@ CODES: dict[str, Code] = {
         "Nothing to do if they were trained.",
     ),
     "SUPERSEDED": Code(
-        "PEFT saved the weight of a saved module three times: as trained, untrained, and as trained again. Loading, it "
-        "takes the first alone, and so do we.",
+        "The file holds the weight of a saved module more than once: as trained, as its copy in PEFT's wrapper, and "
+        "untrained. Loading, PEFT takes the trained one alone, and so do we.",
         "Nothing to do.",
     ),
     "BIAS_NOT_SAVED": Code(
@@ -246,7 +296,8 @@ CODES: dict[str, Code] = {
     ),
     "OUTPUT_EXISTS": Code("There is something at the output path.", "Remove it or choose another path."),
     "RESUME_MISMATCH": Code(
-        "What is unfinished at this path, a merge or a training, was made from other inputs, options or versions.",
+        "What is unfinished at this path, a merge or a training, was made from other inputs, options or versions, or, "
+        "where arithmetic differs, on another processor or with another linear-algebra library.",
         "Give the same again, or remove what is there (a merge's .partial directory) and begin anew.",
     ),
     "DAMAGED_CHECKPOINT": Code(
@@ -259,6 +310,11 @@ CODES: dict[str, Code] = {
     ),
     "DISK_FULL": Code("There is not enough space on the disk.", "Free space and run again with --resume."),
     "MEMORY": Code("The merge needs more memory than --max-memory allows.", "Raise --max-memory."),
+    "OTHER_BASE_NAMED": Code(
+        "The adapter's config names another base than the one given. Another size, version or tuning has weights "
+        "of its own, and what was learnt does not fit them even where every shape does.",
+        "Give the base that the config names, or see that the given one is the same under another name.",
+    ),
     # Questions, answers and prompts.
     "BAD_DATA": Code(
         "A file of items or prompts is empty, damaged, or holds items that cannot be used.",
@@ -315,8 +371,8 @@ CODES: dict[str, Code] = {
         "Audit the unquantised merge, and quantise it once afterwards.",
     ),
     "OTHER_ROUNDING": Code(
-        "No known recipe gives every bit, and the differences are within rounding: merged with another library, or, "
-        "where it is a few elements and all else is replayed, touched afterwards.",
+        "No known recipe gives every bit, and the differences are within rounding: merged with another library or on "
+        "another processor, or, where it is a few elements and all else is replayed, touched afterwards.",
         "Nothing to do, unless every bit matters: --exact makes it a failure.",
     ),
     "LOW_SURVIVAL": Code(
@@ -365,6 +421,11 @@ CODES: dict[str, Code] = {
         "Rows of a query or key weight are in another order within each head: the two layouts of rotary embeddings.",
         "Convert base and adapter by the same permutation, or neither.",
     ),
+    "EXPERT_LAYOUT": Code(
+        "The experts' columns of lora_B were read in the other order: interleaved as PEFT packs them, or grouped by "
+        "expert as unsloth did before 17 September 2026.",
+        "Find out what trained the adapter; audit it with the other --expert-layout, or merge it again.",
+    ),
     "DELTA_UNEXPLAINED": Code(
         "An adapted tensor differs from the right merge and no known fault explains how.",
         "Merge again; check that base, adapter and merged belong together.",
@@ -381,6 +442,11 @@ CODES: dict[str, Code] = {
     ),
     "CONFIG_CHANGED": Code(
         "A config beside the merged weights differs from what merging writes.", "Copy the base's file, or see why."
+    ),
+    "TOKENIZER_TAKEN": Code(
+        "A tokenizer or chat template lies beside the adapter and is not the base's. Whoever trained the adapter meant "
+        "it, so merging takes it.",
+        "Nothing to do; --tokenizer base keeps the base's.",
     ),
     "TOKENIZER_CHANGED": Code(
         "The tokenizer differs from the one that belongs to the base or adapter, or is missing.",

@@ -20,6 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: `p
 settings.register_profile("d2surgery", deadline=None)  # a busy machine is no failure
 settings.load_profile("d2surgery")
 
+NUMERICAL = ("adapters", "measures", "merging", "auditing")  # folders of tests that arithmetic decides
+
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "F8_E4M3": 1}
 LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"], "base_model_name_or_path": "org/base"}
 PAIR = {"base_model.model.layers.0.q.lora_A.weight": (2, 6), "base_model.model.layers.0.q.lora_B.weight": (4, 2)}
@@ -40,6 +42,12 @@ def safetensors_bytes(
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     header = json.dumps(entries).encode()
     return struct.pack("<Q", len(header)) + header + bytes(end)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name in NUMERICAL:
+            item.add_marker(pytest.mark.numerical)
 
 
 @pytest.fixture

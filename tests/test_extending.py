@@ -50,7 +50,7 @@ def test_a_fifth_kind_goes_all_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     toy_kind.register(monkeypatch)
-    monkeypatch.setattr("d2surgery.merging.tiles.TILE", 256)
+    monkeypatch.setattr("d2surgery.merging.tiles.TILE_ENTRIES", 256)
     base = base_of(tmp_path / "base", gpt2())
     stored = load_file(base / "model.safetensors")
     shapes = {module: stored[f"{module}.weight"].T.shape for module in MODULES}

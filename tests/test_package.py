@@ -118,6 +118,25 @@ def test_measures_know_tensors_only() -> None:
         assert wings <= {"errors", "adapters", "measures"}, path
 
 
+# Size ------------------------------------------------------------------------------------------------------------
+
+TABLES = {"codes"}  # modules that are one table
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_is_longer_than_a_reader_takes_in(name: str) -> None:
+    text = MODULES[name].read_text()
+    longest = {ast.ClassDef: 200, ast.FunctionDef: 60, ast.AsyncFunctionDef: 60}
+    too_long = [
+        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
+        if node.end_lineno - node.lineno + 1 > longest[type(node)]
+    ]
+    assert too_long == []
+    assert name in TABLES or len(text.splitlines()) <= 450
+
+
 # Imports ---------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ class Part(TypedDict, total=False):
     in_: slice
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Adapter(ABC):
     """What was learnt for one module. A value: no method changes it. Construction raises SHAPE_UNEXPECTED."""
 
@@ -45,6 +45,12 @@ class Adapter(ABC):
     def __post_init__(self) -> None:
         if not torch.compiler.is_compiling():
             check_shapes(self)
+
+    def __repr__(self) -> str:
+        ranks = "+".join(str(getattr(self, group.down).shape[0]) for group in TABLE[self.kind].groups.values())
+        said = "".join(f", {name} {value}" for name, value in self.settings.items())
+        size = f"{self.in_features} → {self.out_features}, rank {ranks}, scaling {float(self.scaling):.4g}"
+        return f"{type(self).__name__}({size}{said}, {str(next(iter(self.slots().values())).dtype)[6:]})"
 
     @classmethod
     @abstractmethod

@@ -15,7 +15,7 @@ from d2surgery.adapters.vectors import Gains, Triple, Weight, sum_norm
 Form = Literal["projected_plus_update", "projected", "update"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class D2LoRA(Thin):
     """Ŵ = W* + ΔW, W* = c ⊙ (W0 + ΔW), c = ‖W0‖/‖W0 + ΔW‖, ΔW = s·(B₊A₊ − τ·B₋A₋)  (arXiv:2602.14728).
 

@@ -13,7 +13,7 @@ from d2surgery.adapters.thin import OneProduct
 from d2surgery.adapters.vectors import Gains, Triple, Weight, row_sums, sum_norm
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class DoRA(OneProduct):
     """W' = m ⊙ V/‖V‖, V = W0 + s·B·A, norms along `along`  (arXiv:2402.09353).
 

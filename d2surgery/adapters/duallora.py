@@ -24,7 +24,7 @@ FORMED = 1 << 18
 """Entries of Dual LoRA's delta formed at once: 2 MB in float64."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class DualLoRA(Adapter):
     """W' = W0 + s·ReLU(B·A) ⊙ sign(D·C), sign(z) = +1 for z > 0, else −1  (arXiv:2512.03402).
 

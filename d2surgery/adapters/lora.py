@@ -11,7 +11,7 @@ from d2surgery.adapters.thin import OneProduct
 from d2surgery.adapters.vectors import Weight
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LoRA(OneProduct):
     """W' = W0 + s·B·A  (arXiv:2106.09685; rsLoRA arXiv:2312.03732 is a choice of s)."""
 

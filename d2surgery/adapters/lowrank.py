@@ -10,7 +10,7 @@ from torch import Tensor
 from d2surgery.errors import refuse
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
     """P @ Q, never formed unless asked. Every number it gives is computed in float64.
 
@@ -27,6 +27,9 @@ class LowRank:
         if self.P.ndim != 2 or self.Q.ndim != 2 or self.P.shape[1] != self.Q.shape[0]:
             wanted = "P (out_features, rank) and Q (rank, in_features)"
             raise refuse("SHAPE_UNEXPECTED", "The factors of a product do not fit.", wanted=wanted, got=f"{shapes}")
+
+    def __repr__(self) -> str:
+        return f"LowRank({self.shape[0]} × {self.shape[1]}, rank at most {self.rank})"
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from d2surgery.adapters.vectors import (
     row_squares,
     rows_first,
     squared_norms,
+    triple_of_cancelling_rows,
     triple_of_rows,
 )
 from d2surgery.errors import refuse
@@ -61,9 +62,9 @@ class Thin(Adapter):
         W, P, Q = rows_first(at_least_float32(base_weight), *self._factors(torch.float64), along)
         triple = triple_of_rows(W, P, Q)
         bad = doubtful(triple)
-        if W.dtype == torch.float64 or bad.numel() == 0:
+        if bad.numel() == 0:
             return triple
-        exact = triple_of_rows(W[bad].double(), P[bad], Q)
+        exact = triple_of_cancelling_rows(W[bad], P[bad], Q)
         return Triple(*(sums.index_copy(0, bad, better) for sums, better in zip(triple, exact, strict=True)))
 
     def delta(self, base_weight: Weight, triple: Triple | None = None) -> Weight:
@@ -113,7 +114,7 @@ class Thin(Adapter):
             return Triple(squares, *sums(*rows_first(base_weight, P, Q, along)))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class OneProduct(Thin):
     """ΔW = s·B·A."""
 
@@ -162,12 +163,10 @@ class Streamed(OverTiles):
         for tile, part in tiles():
             self.add(tile, **part)
         bad = doubtful(self._triple(slice(None)))
-        if not len(bad):
-            return
-        self.base[bad] = 0
-        self.products[:, bad] = 0
-        for tile, part in tiles():
-            self._add_exactly(tile, bad, **part)
+        if len(bad):
+            parts = (self._rows_first(tile, part.get("out", slice(None)), part.get("in_", slice(None)))
+                     for tile, part in tiles())  # fmt: skip
+            self._sum_exactly(bad, ((W[bad], others) for W, _, others in parts))
 
     def add(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> None:
         """Add a tile to the sums of its vectors."""
@@ -176,14 +175,16 @@ class Streamed(OverTiles):
         self.products[:, vectors] += self.Q_low[:, others] @ W.T
         self.added = True
 
-    def _add_exactly(
-        self, tile: Weight, vectors: Tensor, *, out: slice = slice(None), in_: slice = slice(None)
-    ) -> None:
-        """Add a tile to the sums of some vectors that it crosses, in float64."""
-        W, _, others = self._rows_first(tile, out, in_)
-        W = W[vectors].double()
-        self.base[vectors] += (W * W).sum(1)
-        self.products[:, vectors] += self.Q[:, others] @ W.T
+    def _sum_exactly(self, bad: Tensor, parts: Iterator[tuple[Tensor, slice]]) -> None:
+        """The sums of some vectors over their parts, as `triple_of_cancelling_rows`."""
+        P, squares = self.P[bad], torch.zeros_like(self.base[bad])
+        products = torch.zeros_like(self.products[:, bad])
+        for part, others in parts:
+            W, Q = part.double(), self.Q[:, others]
+            squares += (W + P @ Q).square().sum(1)
+            products += Q @ W.T
+        self.products[:, bad] = products
+        self.base[bad] = squares - 2 * (P.T * products).sum(0) - self.norms[bad]
 
     def delta(self, tile: Weight, *, out: slice = slice(None), in_: slice = slice(None)) -> Weight:
         W, vectors, others = self._rows_first(tile, out, in_)
@@ -219,9 +220,8 @@ class Streamed(OverTiles):
         self.base[vectors] = row_squares(W)
         self.products[:, vectors] = self.Q_low @ W.T
         bad = doubtful(self._triple(vectors))
-        exact = W[bad].double()
-        self.base[vectors].index_copy_(0, bad, (exact * exact).sum(1))  # a view: it writes through
-        self.products[:, vectors].index_copy_(1, bad, self.Q @ exact.T)
+        if len(bad):
+            self._sum_exactly(bad + (vectors.start or 0), iter([(W[bad], slice(None))]))
         return self._gained(self.adapter.take(out=out, in_=in_), vectors)
 
     def _gained(self, adapter: Adapter, vectors: slice) -> "_Gained":

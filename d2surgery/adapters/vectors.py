@@ -17,7 +17,7 @@ CANCELLED = 1e-12
 
 
 SUSPICIOUS = 0.1
-"""Below this share, float32 sums are repeated in float64."""
+"""Below this share, the sums are repeated over w + u itself, in float64."""
 
 
 BLOCK = 32
@@ -57,6 +57,14 @@ def triple_of_rows(W: Tensor, P: Tensor, Q: Tensor) -> Triple:
     with no_autocast(W):
         cross = (P.T * (Q.to(W.dtype) @ W.T)).sum(0)
         return Triple(row_sums(W * W), cross, norms_by_qr(P, Q))
+
+
+def triple_of_cancelling_rows(W: Tensor, P: Tensor, Q: Tensor) -> Triple:
+    """As `triple_of_rows`, in float64, where w + u is small beside both: ‖w+u‖² is summed over w + u itself, and ‖w‖²
+    takes up what rounding leaves of the rest. Of three sums that cancel, the order of summing would decide."""
+    W = W.double()
+    cross, update = (P.T * (Q @ W.T)).sum(0), norms_by_qr(P, Q)
+    return Triple((W + P @ Q).square().sum(1) - 2 * cross - update, cross, update)
 
 
 def norms_by_qr(P: Tensor, Q: Tensor) -> Tensor:

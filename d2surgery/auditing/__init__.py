@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from d2surgery.auditing.blocks import diagnosis_of
 from d2surgery.auditing.diagnosis import Diagnosis
-from d2surgery.auditing.findings import Audit, ModuleAudit, Thresholds, several, verdict_of
+from d2surgery.auditing.findings import Audit, ModuleAudit, TensorAudit, Thresholds, several, verdict_of
 from d2surgery.auditing.judgement import (
     FEW,
     isolated,
@@ -37,19 +36,21 @@ from d2surgery.auditing.judgement import (
     shared_twice,
     wrong_base,
 )
-from d2surgery.auditing.pairing import Pair, pair_up
+from d2surgery.auditing.pairing import Pairing, TensorPair, pair_up
 from d2surgery.auditing.recipes import RECIPES
-from d2surgery.auditing.replay import Replay, read_part
+from d2surgery.auditing.replay import Replay
 from d2surgery.auditing.settings import compare_settings
+from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.evaluating.tasks import Task
 from d2surgery.files.base import BaseWeights
-from d2surgery.files.header import FLOATS
 from d2surgery.files.locate import PICKLES
-from d2surgery.files.tensors import DTYPES, as_bytes
+from d2surgery.files.tensors import read_tensor
+from d2surgery.formats.layout import Packing
 from d2surgery.machine import one_thread, peak_memory
 from d2surgery.merging.companions import companions
-from d2surgery.merging.job import Job, prepare
+from d2surgery.merging.prepared import Prepared, prepare
+from d2surgery.placement.fit import Fit, fit
 
 if TYPE_CHECKING:
     from d2surgery.evaluating.behaviour import Behaviour, TaskGap
@@ -65,6 +66,7 @@ def audit(
     levels: tuple[str, ...] = ("weights",),
     thresholds: Thresholds = Thresholds(),  # noqa: B008
     strength: float = 1.0,
+    expert_layout: Packing | None = None,
     files: bool = True,
     prompts: Sequence[str] | None = None,
     tasks: Sequence[Task] = (),
@@ -73,6 +75,7 @@ def audit(
 ) -> Audit:
     """Compare every tensor of `merged` with `base` + `strength`·`adapter`, and the files beside the weights.
 
+    expert_layout: how experts share the columns of the adapter's lora_B, None as its file says.
     levels: "weights", always looked at; "outputs" or "logits" also run the models, on `prompts` (None: bundled ones);
     "task" lets them answer `tasks`, on `device`. files=False leaves config and tokenizer alone. progress(done, total)
     is called with bytes of the merged file.
@@ -80,31 +83,18 @@ def audit(
     Raises D2SurgeryError for what cannot be audited at all: unreadable inputs, an adapter that does not fit the base.
     """
     began = time.monotonic()
-    job = prepare(base, adapter, None, strength, "cpu")
-    job.check_adapter(hashes=False)
+    prepared = prepare(fit(base, adapter, strength, expert_layout), None, "cpu")
+    prepared.check_adapter(hashes=False)
     found = open_merged(merged)
-    pairing = pair_up(job, found)
-    kinds = {name: entry.kind for name, entry in job.layout.adapters.items()}
-    replay = Replay(job.merger, kinds)
-    with one_thread():
-        replay.run(pairing.pairs, progress)
-        _settle_recipes(replay, pairing.pairs)
-        modules = dict(_judged(job, replay, pairing.pairs, thresholds))
-        forgotten = {pair.name: _is_base(job, pair) for pair in pairing.pairs if replay.tensors[pair.name].mismatched}
-    modules = isolated(pooled(modules, replay.modules, thresholds, _usual_dtype(found) or ""))
-    modules = shared_twice(wrong_base(modules, pairing.pairs, replay), pairing.shared)
-    tensors = {pair.name: judge_tensor(pair, replay, modules, forgotten) for pair in pairing.pairs}
-    tensors |= pairing.others
+    pairing = pair_up(prepared, found)
+    modules, tensors = _compared(prepared, pairing, thresholds, found.header.usual_dtype or "", progress)
     reasons = [*reasons_of(modules, tensors.values())]
-    unread = [f"{name}: its tensor is not in the merged checkpoint" for name in kinds if name not in modules]
     if files:
-        reasons += compare_settings(_expected_files(job, found), found, tied=pairing.tied)
-    else:
-        unread.append("config and tokenizer: not asked for")
-    behaviour, gap, problems = _run(base, adapter, merged, levels, prompts, tasks, device)
+        expected, with_base_tokenizer = _expected_files(prepared.fit, found)
+        reasons += compare_settings(expected, found, with_base_tokenizer, tied=pairing.tied)
+    behaviour, gap, problems = _run(base, prepared.merger.checkpoint, merged, levels, prompts, tasks, device)
     reasons += problems
-    unread += behaviour.not_checked if behaviour else ["outputs and logits"]
-    unread += [] if gap else ["answers to questions"]
+    unread = [name for name in prepared.fit.layout.adapters if name not in modules]
     return Audit(
         verdict=verdict_of(tuple(reasons)),
         reasons=tuple(reasons),
@@ -116,7 +106,7 @@ def audit(
         recipe=_commonest(modules),
         modules=modules,
         tensors=tensors,
-        not_checked=tuple(unread),
+        not_checked=tuple(_not_checked(unread, files, behaviour, gap)),
         behaviour=behaviour,
         task=gap,
         seconds=time.monotonic() - began,
@@ -124,8 +114,35 @@ def audit(
     )
 
 
+def _compared(
+    prepared: Prepared, pairing: Pairing, thresholds: Thresholds, dtype: str, progress: Callable[[int, int], None]
+) -> tuple[dict[str, ModuleAudit], dict[str, TensorAudit]]:
+    """Every module and every tensor with its evidence; `dtype` is the file's usual one."""
+    pairs = pairing.pairs
+    replay = Replay(prepared.merger, {name: entry.kind for name, entry in prepared.fit.layout.adapters.items()})
+    with one_thread():
+        replay.run(pairs, progress)
+        _settle_recipes(replay, pairs)
+        modules = dict(_judged(prepared, replay, pairs, thresholds))
+        different = [pair for pair in pairs if replay.tensors[pair.name].mismatched]
+        forgotten = {pair.name: _is_base(prepared.fit.base, pair) for pair in different}
+    modules = isolated(pooled(modules, replay.modules, thresholds, dtype), replay.modules)
+    modules = shared_twice(wrong_base(modules, pairs, replay), pairing.shared)
+    tensors = {pair.name: judge_tensor(pair, replay, modules, forgotten) for pair in pairs}
+    return modules, tensors | dict(pairing.others)
+
+
+def _not_checked(unread: list[str], files: bool, behaviour: "Behaviour | None", gap: "TaskGap | None") -> Iterator[str]:
+    yield from (f"{name}: its tensor is not in the merged checkpoint" for name in unread)
+    if not files:
+        yield "config and tokenizer: not asked for"
+    yield from behaviour.not_checked if behaviour else ["outputs and logits"]
+    if gap is None:
+        yield "answers to questions"
+
+
 def _run(
-    base: Directory, adapter: Directory, merged: Directory, levels: tuple[str, ...], prompts: Sequence[str] | None,
+    base: Directory, adapter: Checkpoint, merged: Directory, levels: tuple[str, ...], prompts: Sequence[str] | None,
     tasks: Sequence[Task], device: str,
 ) -> tuple["Behaviour | None", "TaskGap | None", list[Problem]]:  # fmt: skip
     """What the models say, where they were asked to and can be run, and what is wrong with it."""
@@ -178,18 +195,14 @@ def open_merged(directory: str | os.PathLike[str]) -> BaseWeights:
     return found
 
 
-def _expected_files(job: Job, merged: BaseWeights) -> dict[str, bytes]:
-    """What merge would have written beside weights of these dtypes."""
-    theirs, ours = (_usual_dtype(weights) for weights in (merged, job.base))
-    return companions(job.base, job.layout, job.landing, theirs if theirs != ours else None)
+def _expected_files(fit: Fit, merged: BaseWeights) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """What merge would have written beside weights of these dtypes: with the adapter's tokenizer, with the base's."""
+    theirs, ours = merged.header.usual_dtype, fit.base.header.usual_dtype
+    dtype = theirs if theirs != ours else None
+    return companions(fit, dtype, "adapter"), companions(fit, dtype, "base")
 
 
-def _usual_dtype(weights: BaseWeights) -> str | None:
-    count = Counter(info.dtype for info in weights.header.tensors.values() if info.dtype in FLOATS)
-    return count.most_common(1)[0][0] if count else None
-
-
-def _settle_recipes(replay: Replay, pairs: tuple[Pair, ...]) -> None:
+def _settle_recipes(replay: Replay, pairs: tuple[TensorPair, ...]) -> None:
     """One recipe per module, and one for all of them if it can be: small weights fit several."""
     count: Counter[str] = Counter()
     for tally in replay.modules.values():
@@ -214,8 +227,10 @@ def _settle_recipes(replay: Replay, pairs: tuple[Pair, ...]) -> None:
                 replay.modules[module] = second.modules[module]
 
 
-def _judged(job: Job, replay: Replay, pairs: tuple[Pair, ...], limits: Thresholds) -> Iterator[tuple[str, ModuleAudit]]:
-    tensors: dict[str, list[Pair]] = {}
+def _judged(
+    prepared: Prepared, replay: Replay, pairs: tuple[TensorPair, ...], limits: Thresholds
+) -> Iterator[tuple[str, ModuleAudit]]:
+    tensors: dict[str, list[TensorPair]] = {}
     for pair in pairs:
         for module in dict.fromkeys(p.module for p in pair.output.site.patches) if pair.output.site else ():
             if pair.status != "tied":
@@ -224,7 +239,7 @@ def _judged(job: Job, replay: Replay, pairs: tuple[Pair, ...], limits: Threshold
     for module, tally in replay.modules.items():
         if tally.comparison.elements:
             held = tensors[module]
-            found = diagnosis_of(job, tally, before) if tally.comparison.mismatched and tally.finite else None
+            found = diagnosis_of(prepared, tally.first, before) if tally.first and tally.finite else None
             before = found if found and found.code else before
             names = tuple(pair.name for pair in held)
             yield module, judge_module(module, replay.kinds[module], names, held[0].info.dtype, tally, found, limits)
@@ -238,23 +253,16 @@ def _commonest(modules: Mapping[str, ModuleAudit]) -> str | None:
     return count.most_common(1)[0][0] if count else None
 
 
-def _is_base(job: Job, pair: Pair) -> bool:
+def _is_base(base: BaseWeights, pair: TensorPair) -> bool:
     """Whether a tensor that should have been replaced is still the base's."""
     site = pair.output.site
     if site is None or site.source is None or site.patches:
         return False
-    base = job.base[site.source]
-    if tuple(base.shape) != pair.output.shape or not base.is_floating_point():
+    stored, merged = base[site.source], read_tensor(pair.info)
+    if stored.shape != merged.shape or not stored.is_floating_point():
         return False
-    merged = _read(pair, 0, pair.info.nbytes)
-    there = base.to(merged.dtype)
+    kept = stored.to(merged.dtype)
     if site.rows is None:
-        return torch.equal(merged.reshape(there.shape), there)
+        return torch.equal(merged, kept)
     rows = list(site.rows.indices)
-    return torch.equal(merged.reshape(there.shape)[rows], there[rows])
-
-
-def _read(pair: Pair, start: int, nbytes: int) -> Tensor:
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
-    read_part(pair, start, as_bytes(buffer))
-    return buffer.view(DTYPES[pair.info.dtype])
+    return torch.equal(merged[rows], kept[rows])

@@ -1,6 +1,6 @@
 """The block of a weight on which the cause of a difference is looked for, and what an adapter makes of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import starmap
 
@@ -11,26 +11,26 @@ from d2surgery.adapters import Adapter
 from d2surgery.adapters.vectors import Triple
 from d2surgery.auditing.diagnosis import Diagnosis, diagnose, rows_moved
 from d2surgery.auditing.faults import Case
-from d2surgery.auditing.pairing import Pair
-from d2surgery.auditing.replay import Tally, base_part, merged_part, width_of
-from d2surgery.files.tensors import DTYPES
-from d2surgery.merging.job import Job
-from d2surgery.merging.tiles import cuts
+from d2surgery.auditing.pairing import TensorPair
+from d2surgery.auditing.replay import Mismatch, base_part, merged_part
+from d2surgery.checkpoint import Checkpoint
+from d2surgery.formats.layout import Packing, with_expert_layout
+from d2surgery.merging.prepared import Prepared
+from d2surgery.merging.tiles import row_ranges
 from d2surgery.placement.site import Patch
 
 _ENTRIES = 1 << 18  # enough to tell a fault of which rounding leaves a few hundredths
 _HEAD = 128  # a block begins at a multiple of this many rows, so that it holds whole attention heads
 
 
-def diagnosis_of(job: Job, tally: Tally, before: Diagnosis) -> Diagnosis:
-    """Of the module whose sums these are, on a block that holds its first mismatch."""
-    assert tally.first is not None
-    pair, patch, element = tally.first
-    rows, columns = slice(patch.start, patch.stop), slice(0, width_of(pair))
+def diagnosis_of(prepared: Prepared, first: Mismatch, before: Diagnosis) -> Diagnosis:
+    """Of the module whose first mismatched element this is, on a block that holds it."""
+    pair, patch, element = first
+    rows, columns = slice(patch.start, patch.stop), slice(0, pair.output.matrix[1])
     row, column = divmod(element, columns.stop)
-    flat = Block(job, pair, patch, _about(row, rows, columns), columns)
-    tall = Block(job, pair, patch, rows, _about(column, columns, rows))
-    block = tall if job.merger.crosses_tiles(patch) else flat
+    flat = Block(prepared, pair, patch, _about(row, rows, columns), columns)
+    tall = Block(prepared, pair, patch, rows, _about(column, columns, rows))
+    block = tall if prepared.merger.crosses_tiles(patch) else flat
     found = diagnose(block.case(), block.merged(), before)
     if found.residual_rank is None:
         return found
@@ -48,28 +48,30 @@ def _about(place: int, all_: slice, others: slice) -> slice:
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows and columns of a stored tensor that one adapter patches; it holds whole vectors that this normalises.
+    """Some rows and columns of a stored tensor, under the patch of one adapter.
 
-    Its matrices are (out_features, in_features).
+    Its matrices are (out_features, in_features). Of vectors that reach beyond it, `triple` has the sums.
     """
 
-    job: Job
-    pair: Pair
+    prepared: Prepared
+    pair: TensorPair
     patch: Patch
     rows: slice
     columns: slice
 
     def case(self) -> Case:
+        fit = self.prepared.fit
         return Case(
             module=self.patch.module,
             base=self._base(self.rows, self.columns),
-            adapter=self.job.merger.adapter(self.patch),
+            adapter=self.prepared.merger.adapter(self.patch),
             part=self.part,
             triple=self.triple,
-            strength=self.job.strength,
-            entry=self.job.layout.adapters[self.patch.module],
-            base_config=self.job.base.config,
-            dtype=DTYPES[self.pair.info.dtype],
+            strength=fit.strength,
+            entry=fit.layout.adapters[self.patch.module],
+            base_config=fit.base.config,
+            dtype=self.pair.dtype,
+            repacked=self._repacked(),
         )
 
     def merged(self) -> Tensor:
@@ -86,19 +88,27 @@ class Block:
             return None
         in_a_row = (adapter.along == "out_features") != self.patch.transposed
         rows = self.rows if in_a_row else slice(self.patch.start, self.patch.stop)
-        columns = slice(0, width_of(self.pair)) if in_a_row else self.columns
+        columns = slice(0, self.pair.output.matrix[1]) if in_a_row else self.columns
         if (rows, columns) == (self.rows, self.columns):
             return None
         triples = [
             self._part(adapter, part, columns).triple(self._base(part, columns), adapter.along)
-            for part in starmap(slice, cuts(rows.start, rows.stop, width_of(self.pair)))
+            for part in starmap(slice, row_ranges(rows.start, rows.stop, self.pair.output.matrix[1]))
         ]
         if in_a_row:
             return Triple(*map(torch.cat, zip(*triples, strict=True)))
         return reduce(Triple.plus, triples)
 
+    def _repacked(self) -> Adapter | None:
+        merger = self.prepared.merger
+        layout = merger.checkpoint.layout
+        if layout.adapters[self.patch.module].experts == 1:
+            return None
+        other: Packing = "interleaved" if layout.adapters[self.patch.module].packed == "grouped" else "grouped"
+        return replace(merger, checkpoint=Checkpoint(with_expert_layout(layout, other))).adapter(self.patch)
+
     def _base(self, rows: slice, columns: slice) -> Tensor:
-        return base_part(self.job.merger, self.pair, self.patch, rows, columns)
+        return base_part(self.prepared.merger, self.pair, self.patch, rows, columns)
 
     def _part(self, adapter: Adapter, rows: slice, columns: slice) -> Adapter:
         within = slice(rows.start - self.patch.start, rows.stop - self.patch.start)

@@ -54,7 +54,7 @@ class _Trial:
         return Diagnosis(self.named.code, self.named.what, exact=not self.against.mismatched, fit=fit)
 
     def explains(self, own: float, fitted: float) -> bool:
-        """Bit for bit, or with what a right merge (`own` noise) and a fitted strength leave far behind."""
+        """Whether it gives every bit, or far less is left than by a right merge (`own`) and a fitted strength."""
         if not self.against.mismatched:
             return True
         plain_strength = fitted <= min(EXCESS, 0.9 * self.noise)

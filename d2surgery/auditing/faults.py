@@ -32,6 +32,7 @@ class Case:
     entry: AdapterLayout
     base_config: Mapping[str, Any]
     dtype: torch.dtype  # of the merged file
+    repacked: Adapter | None = None  # where experts share factors: the same with its columns taken in the other order
 
     def delta_of(self, adapter: Adapter) -> Tensor:
         return self.part(adapter).delta(self.base, self.triple(adapter)) * self.strength
@@ -110,6 +111,12 @@ def _transposed(case: Case) -> Iterator[Named]:
         turned |= {group.down: slots[group.up].T, group.up: slots[group.down].T}
     other = replace(adapter, **turned)
     yield Named("DELTA_TRANSPOSED", "the update was transposed", lambda: case.with_(other))
+
+
+def _packing(case: Case) -> Iterator[Named]:
+    if (other := case.repacked) is not None:
+        was, read = ("grouped", "interleaved") if case.entry.packed == "interleaved" else ("interleaved", "grouped")
+        yield Named("EXPERT_LAYOUT", f"lora_B was merged {was}; here it is read {read}", lambda: case.with_(other))
 
 
 # DoRA ------------------------------------------------------------------------------------------------------------
@@ -240,7 +247,7 @@ def head_size(case: Case) -> int | None:
 
 GENERAL: tuple[Fault, ...] = (_strength, _merged_twice)
 FAULTS: dict[str, tuple[Fault, ...]] = {  # of a kind; what is not listed may be wrong by its scaling
-    "lora": (_scaling,),
+    "lora": (_packing, _scaling),
     "dora": (_magnitude, _scaled_again, _scaling, _dora_twice),
     "duallora": (_direction, _scaling),
     "d2lora": (_branches, _scaled_again, _scaling, _dora_twice),

@@ -85,7 +85,7 @@ class ReceiptAudit:
     mismatched: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Audit:
     """Is `merged` the `base` with the `adapter`?"""
 
@@ -105,6 +105,10 @@ class Audit:
     task: "TaskGap | None" = None  # what the level task found
     seconds: float = 0.0
     peak_memory_bytes: int = 0
+
+    def __repr__(self) -> str:
+        codes = "".join(f", {code}" for code in dict.fromkeys(problem.code for problem in self.reasons))
+        return f"Audit({self.verdict}: {len(self.modules)} modules, {len(self.tensors)} tensors{codes})"
 
     @property
     def coverage(self) -> dict[str, int]:

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 from d2surgery.auditing.diagnosis import EXCESS, SIGNIFICANT, Diagnosis
 from d2surgery.auditing.findings import ModuleAudit, ModuleStatus, TensorAudit, Thresholds, Verdict, several
-from d2surgery.auditing.pairing import Pair
+from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.replay import Replay, Tally
 from d2surgery.errors import Problem, Severity
 from d2surgery.measures.fidelity import LOW_GAIN, ULPS, Comparison, Survival
 
 FEW = 16  # differing elements that are a change, not another library's rounding, when all else is replayed
+ELSEWHERE = "where the exact value lies halfway, as another linear-algebra library or processor rounds"
 COARSE = 0.05  # a strength known no better than this is not known
 FAR = 0.1  # |λ̂ − 1| beyond which λ̂ is a rough number
 NOISY = 2.5  # times the noise of rounding once: no merger known here makes more
@@ -174,13 +175,17 @@ def _beyond(sums: Comparison) -> str:
     return f"{_count(sums)} {_differ(sums)}, {sums.beyond} by more than rounding"
 
 
-def isolated(modules: Mapping[str, ModuleAudit]) -> dict[str, ModuleAudit]:
-    """A few differing elements beside modules that one recipe replays are changes: no library rounds so seldom."""
+def isolated(modules: Mapping[str, ModuleAudit], tallies: Mapping[str, Tally]) -> dict[str, ModuleAudit]:
+    """A few differing elements beside modules that one recipe replays are changes, unless each lies where other sums
+    of the same terms round the other way: then they say that another library or processor made the file."""
     replayed = {module.recipe for module in modules.values() if module.status == "replayed"}
     settled = {}
     for name, module in modules.items():
+        sums = tallies[name].comparison
         few = module.code == "OTHER_ROUNDING" and module.mismatched_elements <= FEW
-        if few and module.recipe in replayed:
+        if module.code == "OTHER_ROUNDING" and sums.halfway == sums.mismatched:
+            module = replace(module, message=f"{_count(sums)} {_differ(sums)} by a unit in the last place, {ELSEWHERE}")
+        elif few and module.recipe in replayed:
             one = module.mismatched_elements == 1
             what = f"{module.mismatched_elements} of {module.elements} elements {'differs' if one else 'differ'}"
             place = f"{'at' if one else 'the first at'} {list(module.first_mismatch or ())}"
@@ -205,7 +210,7 @@ def shared_twice(modules: Mapping[str, ModuleAudit], shared: frozenset[str]) -> 
 
 
 def judge_tensor(
-    pair: Pair, replay: Replay, modules: Mapping[str, ModuleAudit], forgotten: Mapping[str, bool]
+    pair: TensorPair, replay: Replay, modules: Mapping[str, ModuleAudit], forgotten: Mapping[str, bool]
 ) -> TensorAudit:
     """`forgotten`: of tensors that differ, whether they are still the base's."""
     found = replay.tensors[pair.name]
@@ -248,7 +253,9 @@ def index_of(element: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 # The whole -------------------------------------------------------------------------------------------------------
 
 
-def wrong_base(modules: Mapping[str, ModuleAudit], pairs: Iterable[Pair], replay: Replay) -> dict[str, ModuleAudit]:
+def wrong_base(
+    modules: Mapping[str, ModuleAudit], pairs: Iterable[TensorPair], replay: Replay
+) -> dict[str, ModuleAudit]:
     """Where untouched tensors changed too, what no fault explains in the modules is another base."""
     plain = [pair for pair in pairs if pair.status == "unchanged"]
     changed = [pair for pair in plain if replay.tensors[pair.name].mismatched]
@@ -269,10 +276,13 @@ def reasons_of(modules: Mapping[str, ModuleAudit], tensors: Iterable[TensorAudit
     for module in modules.values():
         if module.code:
             alone = module.module if module.code == "OTHER_ROUNDING" and "all else" in module.message else ""
+            alone = ELSEWHERE if ELSEWHERE in module.message else alone
             groups.setdefault((module.code, module.verdict, alone), []).append(module)
     for (code, verdict, alone), group in groups.items():
-        severity = "error" if verdict == "fail" else "warning" if alone else _OPEN_OR_BETTER.get(code, "warning")
-        yield Problem(code=code, severity=severity, message=_worst(group).message, module=_several(group))
+        named = alone not in ("", ELSEWHERE)
+        severity = "error" if verdict == "fail" else "warning" if named else _OPEN_OR_BETTER.get(code, "warning")
+        message = _of_all(group) if alone == ELSEWHERE else _worst(group).message
+        yield Problem(code=code, severity=severity, message=message, module=_several(group))
     low = [m for m in modules.values() if m.verdict == "pass" and m.survival.gain < LOW_GAIN]
     if low:
         least = min(low, key=lambda m: m.survival.gain)
@@ -291,6 +301,13 @@ def reasons_of(modules: Mapping[str, ModuleAudit], tensors: Iterable[TensorAudit
             by_code.setdefault(tensor.code, []).append(tensor)
     for code, found in by_code.items():
         yield Problem(code=code, message=_tensors(found), module=_several(found))
+
+
+def _of_all(group: list[ModuleAudit]) -> str:
+    bad, total = sum(m.mismatched_elements for m in group), sum(m.elements for m in group)
+    where = "1 module" if len(group) == 1 else f"{len(group)} modules"
+    differ = "differs" if bad == 1 else "differ"
+    return f"{bad} of {total} elements in {where} {differ} by a unit in the last place, {ELSEWHERE}"
 
 
 def _worst(group: list[ModuleAudit]) -> ModuleAudit:

@@ -5,16 +5,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+import torch
+
 from d2surgery.auditing.findings import Status, TensorAudit
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import FLOATS, TensorInfo
-from d2surgery.merging.job import Job
+from d2surgery.files.tensors import DTYPES
+from d2surgery.merging.prepared import Prepared
 from d2surgery.merging.tiles import Output
 from d2surgery.placement.ties import find_tie, tie_flag
 
 
 @dataclass(frozen=True)
-class Pair:
+class TensorPair:
     """A tensor of the merged file and what it should be; `output` in the dtype of the file."""
 
     name: str
@@ -22,6 +25,11 @@ class Pair:
     info: TensorInfo
     status: Status  # when it is right
     otherwise: str = "TENSOR_CHANGED"  # the code when it is not, of a tied one
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensor in the merged file."""
+        return DTYPES[self.info.dtype]
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -32,26 +40,26 @@ class Pair:
 class Pairing:
     """Every tensor of both sides: compared (pairs), or listed with what is wrong with it (others)."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[TensorPair, ...]
     others: Mapping[str, TensorAudit]
-    shared: frozenset[str]  # tensors in the file that a tie makes two
-    tied: bool  # an output that the merge ties, or should write, is left to the tie in the file
+    shared: frozenset[str]  # tensors in the file that stand for two outputs, by a tie
+    tied: bool  # the file leaves an output to its tie, whether the merge ties it or writes it
 
 
-def pair_up(job: Job, merged: BaseWeights) -> Pairing:
+def pair_up(prepared: Prepared, merged: BaseWeights) -> Pairing:
     """Each expected output with the tensor that holds it; what is missing, extra, resized or of another nature."""
     there = merged.header.tensors
-    expected = {output.name: output for output in job.outputs}
+    expected = {output.name: output for output in prepared.outputs}
     names = _match(expected, there)
     ties = find_tie(merged.header, merged.config)
-    pairs: list[Pair] = []
+    pairs: list[TensorPair] = []
     others: dict[str, TensorAudit] = {}
     for name, output in expected.items():
         status, otherwise = right_status(output), "TENSOR_CHANGED"
         found = names.get(name)
         if found is None and ties.aliases.get(name) in there and tie_flag(merged.config) is not False:
             found, status = ties.aliases[name], "tied"
-            otherwise = "TIE_DOUBLED" if job.landing.untied else "TENSOR_MISSING"
+            otherwise = "TIE_DOUBLED" if prepared.fit.landing.untied else "TENSOR_MISSING"
         if found is None:
             others[name] = _lacking(output, name, "missing", "TENSOR_MISSING")
         elif there[found].shape != output.shape:
@@ -62,12 +70,12 @@ def pair_up(job: Job, merged: BaseWeights) -> Pairing:
             others[found] = _lacking(output, found, "changed", "TENSOR_CHANGED", there[found])
         else:
             written = output._replace(dtype=there[found].dtype)
-            pairs.append(Pair(name if status == "tied" else found, written, there[found], status, otherwise))
-    own_ties = find_tie(job.base.header, job.base.config).aliases
+            pairs.append(TensorPair(name if status == "tied" else found, written, there[found], status, otherwise))
+    own_ties = find_tie(prepared.fit.base.header, prepared.fit.base.config).aliases
     for name in sorted(there.keys() - set(names.values())):
         info, source = there[name], expected.get(own_ties.get(name, ""))
         if source is not None and source.shape == info.shape and info.dtype in FLOATS:
-            pairs.append(Pair(name, source._replace(dtype=info.dtype), info, "tied"))
+            pairs.append(TensorPair(name, source._replace(dtype=info.dtype), info, "tied"))
         else:
             others[name] = TensorAudit(
                 name=name, status="extra", dtype=info.dtype, shape=info.shape, elements=prod(info.shape),

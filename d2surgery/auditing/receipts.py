@@ -13,9 +13,9 @@ from d2surgery.checkpoint import load
 from d2surgery.errors import Problem, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import TensorInfo, read_json
-from d2surgery.files.tensors import as_bytes, read_into
+from d2surgery.files.tensors import as_bytes, read_part
 from d2surgery.machine import peak_memory
-from d2surgery.merging.job import RECEIPT
+from d2surgery.merging.receipt import RECEIPT
 
 _PIECE = 1 << 22
 
@@ -92,11 +92,10 @@ def _hashes(
 
 def _hash(info: TensorInfo) -> str:
     digest, piece = hashlib.sha256(), bytearray(min(_PIECE, max(info.nbytes, 1)))
-    with info.file.open("rb", buffering=0) as file:
-        for start in range(0, info.nbytes, _PIECE):
-            view = memoryview(piece)[: min(_PIECE, info.nbytes - start)]
-            read_into(file.fileno(), view, info.start + start)
-            digest.update(view)
+    for start in range(0, info.nbytes, _PIECE):
+        view = memoryview(piece)[: min(_PIECE, info.nbytes - start)]
+        read_part(info, start, view)
+        digest.update(view)
     return digest.hexdigest()
 
 

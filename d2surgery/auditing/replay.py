@@ -4,7 +4,6 @@ The recipe that fitted last is tried first, so a file made by one merger costs o
 recipe gives every bit, the nearest is what the file is measured against.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,13 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d2surgery.auditing.pairing import Pair
+from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.recipes import OURS, RECIPES, Operands, Recipe
 from d2surgery.files.header import BITS
-from d2surgery.files.tensors import DTYPES, as_bytes, let_go, read_into
+from d2surgery.files.tensors import as_bytes, read_part, read_rows
 from d2surgery.machine import workers
 from d2surgery.measures.fidelity import Comparison, Survival, bits, compare, measured
-from d2surgery.merging.tiles import Steps, Tile, TileMerger, all_finite, cuts, part_of
+from d2surgery.merging.tiles import (
+    AdaptedTile,
+    Steps,
+    Tile,
+    TileMerger,
+    all_finite,
+    row_ranges,
+    row_tile,
+)
 from d2surgery.placement.site import Patch
 
 WHOLE = 1 << 24  # entries: the largest weight held whole, for recipes that normalise across tiles
@@ -28,12 +35,21 @@ _SAMPLE = 64  # rows on which recipes are told apart
 
 
 class Made(NamedTuple):
-    """A tile as our merge makes it, and the file's elements, both flat; of a patched one what it was made from."""
+    """An adapted tile as our merge makes it, what it is made from, and what the file has."""
 
-    ours: Tensor
-    merged: Tensor
-    base_weight: Tensor | None = None  # (out_features, in_features), in the dtype of the work, as delta
-    delta: Tensor | None = None
+    tile: AdaptedTile
+    ours: Tensor  # flat, in the dtype of the file
+    merged: Tensor  # flat, as stored
+    base_weight: Tensor  # (out_features, in_features), in the dtype of the work, as delta
+    delta: Tensor
+
+
+class Mismatch(NamedTuple):
+    """An element, by its position in the tensor, that is not as a patch should have left it."""
+
+    pair: TensorPair
+    patch: Patch
+    element: int
 
 
 @dataclass
@@ -44,7 +60,7 @@ class Tally:
     comparison: Comparison = field(default_factory=Comparison)
     recipes: set[str] = field(default_factory=set)  # that its tiles were compared with
     nearest: Recipe | None = None  # when no recipe gave every bit of a tile
-    first: tuple[Pair, Patch, int] | None = None  # the first mismatched element
+    first: Mismatch | None = None
     finite: bool = True
 
     def plus(self, other: "Tally") -> "Tally":
@@ -80,7 +96,7 @@ class Replay:
     modules: dict[str, Tally] = field(default_factory=dict)
     tensors: dict[str, Found] = field(default_factory=dict)
 
-    def run(self, pairs: Sequence[Pair], progress: Callable[[int, int], None]) -> None:
+    def run(self, pairs: Sequence[TensorPair], progress: Callable[[int, int], None]) -> None:
         """Compare every pair; progress(done, total) in bytes of the merge as ours would be.
 
         Several at once, but one with an adapter before all others: the recipe that fits it is tried first on them.
@@ -100,7 +116,7 @@ class Replay:
                 favourite = one.favourite
             done += sum(pair.output.entry.nbytes for pair in part)
 
-    def _add(self, pair: Pair, found: Found) -> None:
+    def _add(self, pair: TensorPair, found: Found) -> None:
         self.tensors[pair.name] = found
         for module, tally in found.modules.items():
             self.modules[module] = self.modules[module].plus(tally) if module in self.modules else tally
@@ -113,7 +129,7 @@ class Pass:
     merger: TileMerger
     kinds: dict[str, str]
     recipes: tuple[Recipe, ...]
-    pair: Pair
+    pair: TensorPair
     favourite: Recipe | None  # that fitted last
     found: Found = field(default_factory=Found)
     whole: tuple[Patch, str, Tensor] | None = None  # what a recipe made of a whole patch
@@ -121,50 +137,57 @@ class Pass:
 
     def run(self, steps: Steps) -> Found:
         for tile, stored in steps:
-            self._compare(tile, self._make(tile, stored))
+            merged = self._merged(tile)
+            if isinstance(tile, AdaptedTile):
+                self._compare_adapted(self._made(tile, stored, merged))
+            else:
+                self._compare(tile, self.merger.merge(tile, stored).reshape(-1).view(merged.dtype), merged)
         self.whole = self.tall = None
         return self.found
 
-    def _make(self, tile: Tile, stored: Tensor) -> Made:
+    def _merged(self, tile: Tile) -> Tensor:
+        """The tile's elements in the merged file, flat, in memory of this thread."""
+        source, own = BITS[self.pair.output.info.dtype], BITS[self.pair.info.dtype]
+        merged = self.merger.workspace.take("merged", tile.nbytes * own // source, torch.uint8)
+        read_part(self.pair.info, tile.start * own // source, as_bytes(merged), once=True)
+        return merged.view(self.pair.dtype)
+
+    def _made(self, tile: AdaptedTile, stored: Tensor, merged: Tensor) -> Made:
         """Our merge of a tile, in memory of this thread."""
-        first, nbytes = _share(self.pair, tile)
-        merged = self.merger.workspace.take("merged", nbytes, torch.uint8)
-        read_part(self.pair, first, as_bytes(merged))
-        merged = merged.view(DTYPES[self.pair.info.dtype])
-        if tile.patch is None:
-            return Made(self.merger.merge(tile, stored).reshape(-1).view(merged.dtype), merged)
         working = self.merger.base_weight(tile, stored)
         base_weight = self._space("base_weight", working).copy_(working)
         effective = self.merger.effective(tile, working)
-        ours = self.merger.finish(tile, effective, stored).reshape(-1)
-        return Made(ours, merged, base_weight, effective.sub_(base_weight))
+        ours = self.merger.finish(tile, tile.flat(effective), stored).reshape(-1)
+        return Made(tile, ours, merged, base_weight, effective.sub_(base_weight))
 
-    def _compare(self, tile: Tile, made: Made) -> None:
-        ours, merged, base_weight, delta = made
-        pair, patch = self.pair, tile.patch
-        if patch is None or base_weight is None or delta is None:
-            site = pair.output.site
-            if self._note(tile, ours, merged) is not None and site is not None and site.bias is not None:
-                within = self._rounding_only(site.bias, tile, ours, merged)
-                self.found.rounding = within and self.found.rounding is not False
+    def _compare(self, tile: Tile, ours: Tensor, merged: Tensor) -> None:
+        """Of a tensor that no adapter patches."""
+        site = self.pair.output.site
+        if self._note(tile, ours, merged) is not None and site is not None and site.bias is not None:
+            within = self._rounding_only(site.bias, tile, ours, merged)
+            self.found.rounding = within and self.found.rounding is not False
+
+    def _compare_adapted(self, made: Made) -> None:
+        pair, patch, merged = self.pair, made.tile.patch, made.merged
+        if pair.status == "tied":  # its module is judged where it is not tied
+            self._note(made.tile, self._wanted(Tally(), made), merged)
             return
-        tally = self.found.modules.setdefault(patch.module, Tally()) if pair.status != "tied" else Tally()
-        wanted = self._wanted(tally, tile, base_weight, ours, merged)
-        if pair.status != "tied":
-            base, change = (base_weight.T, delta.T) if patch.transposed else (base_weight, delta)
-            there = merged.view(base.shape)
-            survival = measured(base, change, there, (self._space("change", base), self._space("product", base)))
-            tally.survival += survival
-            if wanted is merged:
-                tally.comparison += Comparison(
-                    elements=survival.elements, e_delta=survival.inner, ee=survival.applied_squared
-                )
-                return
-            tally.comparison += compare(base, change, wanted.view(base.shape), there)
-            tally.finite &= all_finite(merged)
-        first = self._note(tile, wanted, merged)
-        if first is not None and tally.first is None:
-            tally.first = (pair, patch, first)
+        tally = self.found.modules.setdefault(patch.module, Tally())
+        wanted = self._wanted(tally, made)
+        base, change = (m.T if patch.transposed else m for m in (made.base_weight, made.delta))
+        there = merged.view(base.shape)
+        survival = measured(base, change, there, (self._space("change", base), self._space("product", base)))
+        tally.survival += survival
+        if wanted is merged:
+            tally.comparison += Comparison(
+                elements=survival.elements, e_delta=survival.inner, ee=survival.applied_squared
+            )
+            return
+        tally.comparison += compare(base, change, wanted.view(base.shape), there)
+        tally.finite &= all_finite(merged)
+        element = self._note(made.tile, wanted, merged)
+        if element is not None and tally.first is None:
+            tally.first = Mismatch(pair, patch, element)
 
     def _rounding_only(self, module: str, tile: Tile, wanted: Tensor, merged: Tensor) -> bool:
         """Whether base + s·bias differs by no more than rounding a product and a sum."""
@@ -179,27 +202,27 @@ class Pass:
 
     # Recipes -----------------------------------------------------------------------------------------------------
 
-    def _wanted(self, tally: Tally, tile: Tile, base_weight: Tensor, ours: Tensor, merged: Tensor) -> Tensor:
+    def _wanted(self, tally: Tally, made: Made) -> Tensor:
         """What the right recipe makes of the tile: `merged` itself where one gives every bit, else the nearest's."""
-        patch = tile.patch
-        assert patch is not None
+        merged, patch = made.merged, made.tile.patch
         if tally.nearest is None:
             bank = self._bank(patch)
-            few = cache(lambda recipe: self._few(recipe, tile, base_weight, ours, merged))
+            few = cache(lambda recipe: self._few(recipe, made))
             # Products of other shapes than the whole may differ in their last bits, of which 16 bits show few.
-            share = (1 / 8 if merged.itemsize > 2 else 1 / 64) if self.merger.crosses_tiles(patch) else 0
+            crosses = self.merger.crosses_tiles(patch)
+            share = (1 / 8 if merged.itemsize > 2 else 1 / 64) if crosses else 0
             for recipe in bank:
                 if recipe.name == OURS or _differing(*few(recipe)) <= share:
-                    made = self._made(recipe, tile, base_weight, ours, tile.last - tile.first)
-                    if made is not None and _equal(made, merged):
+                    again = self._by(recipe, made)
+                    if again is not None and _equal(again, merged):
                         self.favourite = recipe
                         tally.recipes.add(recipe.name)
                         return merged
-            # Ours stands for all that are as near: it can be had tile by tile.
+            # Where several are about as near, ours is taken: it can be had tile by tile.
             tally.nearest = min(bank, key=lambda recipe: _distance(*few(recipe)) * (1 + 0.01 * (recipe.name != OURS)))
         tally.recipes.add(tally.nearest.name)
-        made = self._made(tally.nearest, tile, base_weight, ours, tile.last - tile.first)
-        return ours if made is None else made
+        again = self._by(tally.nearest, made)
+        return made.ours if again is None else again
 
     def _bank(self, patch: Patch) -> list[Recipe]:
         """The recipes of this kind, the one that fitted last first."""
@@ -208,57 +231,51 @@ class Pass:
             fitting = [recipe for recipe in fitting if recipe.name == OURS]
         return sorted(fitting, key=lambda recipe: recipe is not self.favourite)
 
-    def _few(
-        self, recipe: Recipe, tile: Tile, base_weight: Tensor, ours: Tensor, merged: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _few(self, recipe: Recipe, made: Made) -> tuple[Tensor, Tensor]:
         """A few vectors as the recipe makes them, and as they are in the file."""
-        patch, opened = tile.patch, tile.opened
-        assert patch is not None
-        assert opened is not None
-        if not self.merger.crosses_tiles(patch):
-            made = self._made(recipe, tile, base_weight, ours, min(_SAMPLE, tile.last - tile.first))
-            assert made is not None
-            return made, merged[: made.numel()]
-        columns = slice(0, min(_SAMPLE, width_of(self.pair)))
+        tile, pair = made.tile, self.pair
+        if not self.merger.crosses_tiles(tile.patch):
+            rows = self._rows_by(recipe, made, min(_SAMPLE, tile.last - tile.first))
+            return rows, made.merged[: rows.numel()]
+        patch, columns = tile.patch, slice(0, min(_SAMPLE, pair.output.matrix[1]))
         if self.tall is None or self.tall[0] != patch:
-            rows = slice(patch.start, patch.stop)
-            base = base_part(self.merger, self.pair, patch, rows, columns).to(DTYPES[self.pair.output.info.dtype])
-            self.tall = patch, base, merged_part(self.pair, patch, rows, columns)
+            rows_of_patch = slice(patch.start, patch.stop)
+            base = base_part(self.merger, pair, patch, rows_of_patch, columns).to(pair.output.stored_dtype)
+            self.tall = patch, base, merged_part(pair, patch, rows_of_patch, columns)
         _, base, there = self.tall
-        adapter = opened.adapter.take(**{"out" if patch.transposed else "in_": columns})
-        return recipe.merge(Operands(base, adapter, DTYPES[self.pair.info.dtype])), there
+        adapter = tile.adapter.take(**{"out" if patch.transposed else "in_": columns})
+        return recipe.merge(Operands(base, adapter, pair.dtype)), there
 
-    def _made(self, recipe: Recipe, tile: Tile, base_weight: Tensor, ours: Tensor, count: int) -> Tensor | None:
-        """The first `count` stored rows of the tile, flat; None where the recipe cannot be had tile by tile."""
-        patch = tile.patch
-        assert patch is not None
+    def _by(self, recipe: Recipe, made: Made) -> Tensor | None:
+        """The tile as the recipe makes it, flat; None where that cannot be had tile by tile."""
+        tile = made.tile
         if recipe.name == OURS:
-            width = ours.numel() // (tile.last - tile.first)
-            return ours[: count * width]
-        first = tile.first - patch.start
-        if self.merger.crosses_tiles(patch):
-            whole = self._made_whole(recipe, tile)
-            return None if whole is None else whole[first : first + count].reshape(-1)
-        part = slice(first, first + count)
-        assert tile.opened is not None
-        adapter = tile.opened.adapter.take(**{"in_" if patch.transposed else "out": part})
-        base = base_weight[:, :count] if patch.transposed else base_weight[:count]
-        made = recipe.merge(
-            Operands(base.to(DTYPES[self.pair.output.info.dtype]), adapter, DTYPES[self.pair.info.dtype])
-        )
-        return (made.T if patch.transposed else made).reshape(-1)
+            return made.ours
+        if not self.merger.crosses_tiles(tile.patch):
+            return self._rows_by(recipe, made, tile.last - tile.first)
+        whole = self._whole_by(recipe, tile)
+        first = tile.patch.start
+        return None if whole is None else whole[tile.first - first : tile.last - first].reshape(-1)
 
-    def _made_whole(self, recipe: Recipe, tile: Tile) -> Tensor | None:
-        """What the recipe makes of the whole patch, as stored; kept while its tiles pass by."""
-        patch = tile.patch
-        assert patch is not None
-        assert tile.opened is not None
-        rows, columns = slice(patch.start, patch.stop), slice(0, width_of(self.pair))
+    def _rows_by(self, recipe: Recipe, made: Made, count: int) -> Tensor:
+        """The first `count` stored rows of the tile, flat, where its vectors lie in rows."""
+        tile = made.tile
+        if recipe.name == OURS:
+            return made.ours[: count * self.pair.output.matrix[1]]
+        first = tile.first - tile.patch.start
+        adapter = tile.adapter.take(**{"in_" if tile.patch.transposed else "out": slice(first, first + count)})
+        base = made.base_weight[:, :count] if tile.patch.transposed else made.base_weight[:count]
+        return tile.flat(recipe.merge(Operands(base.to(self.pair.output.stored_dtype), adapter, self.pair.dtype)))
+
+    def _whole_by(self, recipe: Recipe, tile: AdaptedTile) -> Tensor | None:
+        """The whole patch as stored, kept while its tiles pass by; None where it is too large."""
+        patch, pair = tile.patch, self.pair
+        rows, columns = slice(patch.start, patch.stop), slice(0, pair.output.matrix[1])
         if (patch.stop - patch.start) * columns.stop > WHOLE:
             return None
         if self.whole is None or self.whole[:2] != (patch, recipe.name):
-            base = base_part(self.merger, self.pair, patch, rows, columns).to(DTYPES[self.pair.output.info.dtype])
-            made = recipe.merge(Operands(base, tile.opened.adapter, DTYPES[self.pair.info.dtype]))
+            base = base_part(self.merger, pair, patch, rows, columns).to(pair.output.stored_dtype)
+            made = recipe.merge(Operands(base, tile.adapter, pair.dtype))
             self.whole = (patch, recipe.name, (made.T if patch.transposed else made).contiguous())
         return self.whole[2]
 
@@ -273,53 +290,29 @@ class Pass:
             self.found.finite &= all_finite(merged)
         if not count:
             return None
-        at = tile.start * 8 // BITS[self.pair.output.info.dtype] + int(different.to(torch.uint8).argmax())
+        at = tile.element + int(different.to(torch.uint8).argmax())
         self.found.first = at if self.found.first is None else self.found.first
         return at
 
 
-def base_part(merger: TileMerger, pair: Pair, patch: Patch, rows: slice, columns: slice) -> Tensor:
+def base_part(merger: TileMerger, pair: TensorPair, patch: Patch, rows: slice, columns: slice) -> Tensor:
     """W0 of some stored rows and columns, (out_features, in_features) in the dtype of the work."""
-    merger = merger.apart()
+    merger, width = merger.apart(), pair.output.matrix[1]
     whole = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=pair.output.work_dtype)
-    for first, last in cuts(rows.start, rows.stop, width_of(pair)):
-        tile = part_of(pair.output, patch, first, last)
-        weight = merger.base_weight(tile, merger.read(tile))
-        whole[first - rows.start : last - rows.start] = (weight.T if patch.transposed else weight)[:, columns]
-    return whole.T if patch.transposed else whole
-
-
-def merged_part(pair: Pair, patch: Patch, rows: slice, columns: slice) -> Tensor:
-    """The same part of the merged weight, as stored."""
-    width, dtype = width_of(pair), DTYPES[pair.info.dtype]
-    whole = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=dtype)
-    for first, last in cuts(rows.start, rows.stop, width):
-        values = torch.empty(last - first, width, dtype=dtype)
-        read_part(pair, first * width * dtype.itemsize, as_bytes(values))
+    for first, last in row_ranges(rows.start, rows.stop, width):
+        tile = row_tile(pair.output, first, last)
+        values = merger.values(tile, merger.read(tile)).view(last - first, width)
         whole[first - rows.start : last - rows.start] = values[:, columns]
     return whole.T if patch.transposed else whole
 
 
-def width_of(pair: Pair) -> int:
-    """Stored columns."""
-    assert pair.output.site is not None
-    return pair.output.site.matrix[1]
-
-
-def read_part(pair: Pair, start: int, target: memoryview) -> None:
-    """Bytes of the merged tensor from a position within it."""
-    fd = os.open(pair.info.file, os.O_RDONLY)
-    try:
-        read_into(fd, target, pair.info.start + start)
-        let_go(fd, pair.info.start + start, len(target))
-    finally:
-        os.close(fd)
-
-
-def _share(pair: Pair, tile: Tile) -> tuple[int, int]:
-    """Where the tile's elements are in the merged tensor: first byte and number of bytes."""
-    source, own = BITS[pair.output.info.dtype], BITS[pair.info.dtype]
-    return tile.start * own // source, tile.nbytes * own // source
+def merged_part(pair: TensorPair, patch: Patch, rows: slice, columns: slice) -> Tensor:
+    """The same part of the merged weight, as stored."""
+    count, width = pair.output.matrix
+    whole = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=pair.dtype)
+    for first, last in row_ranges(rows.start, rows.stop, width):
+        whole[first - rows.start : last - rows.start] = read_rows(pair.info, first, last, of=count)[:, columns]
+    return whole.T if patch.transposed else whole
 
 
 def _differing(made: Tensor, merged: Tensor) -> float:

@@ -12,11 +12,11 @@ from typing import Any
 
 from d2surgery.errors import Problem, Severity
 from d2surgery.files.base import BaseWeights
+from d2surgery.files.tokenizers import CHAT_TEMPLATE, TOKENIZER_CONFIG, VOCABULARIES
 from d2surgery.placement.ties import tie_flag
 
-_GENERATION, _TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+_GENERATION = "generation_config.json"
 _TOKENIZING = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
 
 # Fields that say who wrote the config, or how it is used, not what the model computes.
 _COSMETIC = frozenset((
@@ -35,18 +35,31 @@ _NEEDED = frozenset((
 ))  # fmt: skip
 
 
-def compare_settings(expected: Mapping[str, bytes], merged: BaseWeights, *, tied: bool) -> list[Problem]:
-    """All files beside the weights. `expected`: name -> content; tied: the file leaves an output to its tie."""
+def compare_settings(
+    expected: Mapping[str, bytes], merged: BaseWeights, or_tokenizer: Mapping[str, bytes], *, tied: bool
+) -> list[Problem]:
+    """All files beside the weights. `expected`: name -> content, with the adapter's tokenizer where it brings one;
+    `or_tokenizer`: the same with the base's; tied: the file leaves an output to its tie."""
     want, got = _json(expected.get("config.json")), merged.config
     if want and not got:
         missing = Problem(code="CONFIG_CHANGED", message="there is none", file="config.json")
-        return [missing, *compare_tokenizers(expected, merged.directory)]
+        return [missing, *_either_tokenizer(expected, or_tokenizer, merged.directory)]
     return [
         *(compare_config(want, got) if want else ()),
         *(_tie(want, got, tied) if want else ()),
         *_generation(expected.get(_GENERATION), merged.directory / _GENERATION),
-        *compare_tokenizers(expected, merged.directory),
+        *_either_tokenizer(expected, or_tokenizer, merged.directory),
     ]
+
+
+def _either_tokenizer(adapters: Mapping[str, bytes], bases: Mapping[str, bytes], merged: Path) -> Iterator[Problem]:
+    """The adapter's tokenizer is the right one; the base's beside the merged weights may have been meant."""
+    found = list(compare_tokenizers(adapters, merged))
+    if found and bases != adapters and not list(compare_tokenizers(bases, merged)):
+        message = "it is the base's, although the adapter brings its own"
+        yield Problem(code="TOKENIZER_CHANGED", severity="warning", message=message, got=found[0].message)
+    else:
+        yield from found
 
 
 def _json(content: bytes | None) -> dict[str, Any]:
@@ -105,13 +118,13 @@ def compare_generation(expected: Mapping[str, Any], merged: Mapping[str, Any]) -
 
 def compare_tokenizers(expected: Mapping[str, bytes], merged: Path) -> Iterator[Problem]:
     """By vocabulary, merges and added tokens where the files differ; a missing tokenizer is an error."""
-    wanted = [name for name in TOKENIZERS if name in expected]
+    wanted = [name for name in VOCABULARIES if name in expected]
     there = [name for name in wanted if (merged / name).is_file()]
-    if wanted and not any((merged / name).is_file() for name in TOKENIZERS):
+    if wanted and not any((merged / name).is_file() for name in VOCABULARIES):
         got = "none of its files"
         yield Problem(code="TOKENIZER_CHANGED", message="there is no tokenizer", wanted=wanted[0], got=got)
     else:
-        yield from _tokenizer_config(expected.get(_TOKENIZER_CONFIG), merged / _TOKENIZER_CONFIG)
+        yield from _tokenizer_config(expected.get(TOKENIZER_CONFIG), merged / TOKENIZER_CONFIG)
     for name in there:
         content = (merged / name).read_bytes()
         if content != expected[name]:
@@ -223,20 +236,18 @@ def _token(value: Any) -> Any:
 def _templates(expected: Mapping[str, bytes], merged: Path) -> Iterator[Problem]:
     """The chat template, wherever it is kept."""
     there = {
-        path.name: path.read_bytes()
-        for path in (merged / "chat_template.jinja", merged / _TOKENIZER_CONFIG)
-        if path.is_file()
+        path.name: path.read_bytes() for path in (merged / CHAT_TEMPLATE, merged / TOKENIZER_CONFIG) if path.is_file()
     }
     want, got = _template(expected), _template(there)
-    if _TOKENIZER_CONFIG in there and want != got:
+    if TOKENIZER_CONFIG in there and want != got:
         yield Problem(code="TOKENIZER_CHANGED", message="another chat template", severity="warning")
 
 
 def _template(files: Mapping[str, bytes]) -> str | None:
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode(errors="replace").strip()
+    if CHAT_TEMPLATE in files:
+        return files[CHAT_TEMPLATE].decode(errors="replace").strip()
     try:
-        template = json.loads(files.get(_TOKENIZER_CONFIG, b"{}")).get("chat_template")
+        template = json.loads(files.get(TOKENIZER_CONFIG, b"{}")).get("chat_template")
     except (ValueError, AttributeError):
         return None
     return template.strip() if isinstance(template, str) else None

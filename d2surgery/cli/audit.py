@@ -1,8 +1,9 @@
 """`d2surgery audit`: is the merged checkpoint the base with the adapter?"""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -11,13 +12,15 @@ from d2surgery.auditing.findings import LEVELS, Audit, Thresholds, document
 from d2surgery.auditing.receipts import verify_receipt
 from d2surgery.auditing.recipes import RECIPES
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import device_option, progress_bar
+from d2surgery.cli.options import BASE_HELP, Base, device_option, expert_layout_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.evaluating.items import read_prompts
-from d2surgery.evaluating.tasks import read_task
+from d2surgery.evaluating.tasks import Progress, read_task
 from d2surgery.files.whole import write_whole
+from d2surgery.formats.layout import Packing
 from d2surgery.reporting import audit_files
 
+Given = TypeVar("Given")
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _DIRECTORY = click.Path(path_type=Path)
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
@@ -38,8 +41,52 @@ class Levels(click.ParamType[tuple[str, ...]]):
         return tuple(level for level in LEVELS if level in asked)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is to be audited, and how."""
+
+    base: Path | None
+    adapter: str | None
+    merged: Path
+    receipt: bool
+    levels: tuple[str, ...]
+    prompts: Path | None
+    tasks: tuple[Path, ...]
+    strength: float
+    strength_pass: float
+    strength_fail: float
+    exact: bool
+    weights_only: bool
+    expert_layout: Packing | None
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """The files that an audit is written into."""
+
+    html: Path | None
+    junit: Path | None
+    sarif: Path | None
+
+    def check(self) -> None:
+        """Refuses before any work what could not be written after it."""
+        for path in filter(None, (self.html, self.junit, self.sarif)):
+            measured.require_folder(path)
+
+    def write(self, found: Audit) -> None:
+        if self.junit is not None:
+            write_whole(self.junit, audit_files.junit(found))
+        if self.sarif is not None:
+            write_whole(self.sarif, audit_files.sarif(found))
+        if self.html is not None:
+            from d2surgery.reporting.pages.audit import audit_page  # plotly, where a page is asked for
+
+            write_whole(self.html, audit_page(found))
+
+
 @click.command(name="audit")
-@click.option("--base", type=_DIRECTORY, help="Model directory that was merged into.")
+@click.option("--base", type=Base(), help=f"{BASE_HELP} that was merged into.")
 @click.option("--adapter", help="File, directory or hub id org/name[@revision].")
 @click.option("--merged", type=_DIRECTORY, required=True, help="Model directory to be judged.")
 @click.option("--level", "levels", type=Levels(), default="weights", show_default=True, help=f"Of {', '.join(LEVELS)}.")
@@ -55,6 +102,7 @@ class Levels(click.ParamType[tuple[str, ...]]):
 @click.option("--exact", is_flag=True, help="Fail on one differing bit.")
 @click.option("--weights-only", is_flag=True, help="Compare neither config nor tokenizer.")
 @click.option("--receipt", is_flag=True, help="Verify d2surgery_merge.json by hashes only; base and adapter optional.")
+@expert_layout_option
 @device_option
 @click.option("--per-layer", is_flag=True, help="A line for every module, not for the worst only.")
 @click.option("--html", type=_FILE, help="Write the audit as one page: verdict, causes, layers, every tensor.")
@@ -63,20 +111,18 @@ class Levels(click.ParamType[tuple[str, ...]]):
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print the verdict only.")
 def command(
-    html: Path | None, junit: Path | None, sarif: Path | None, receipt: bool, per_layer: bool, as_json: bool,
-    quiet: bool, **asked: Any,
-) -> int:  # fmt: skip
+    html: Path | None, junit: Path | None, sarif: Path | None, per_layer: bool, as_json: bool, quiet: bool, **asked: Any
+) -> int:
     """Is MERGED the BASE with the ADAPTER? Every tensor accounted for, every difference explained.
 
     The merge is replayed by the known mergers' recipes; what none gives bit for bit is measured: its strength λ̂ with
     a standard error, and which usual fault fits. Exit code 0 pass, 1 fail, 2 could not be audited, 3 inconclusive.
     """
-    for path in (html, junit, sarif):
-        if path is not None:
-            measured.require_folder(path)
+    pages, wanted = Pages(html=html, junit=junit, sarif=sarif), Asked(**asked)
+    pages.check()
     with progress_bar("auditing", show=not (as_json or quiet)) as progress:
-        found = _by_receipt(asked, progress) if receipt else _by_weights(asked, progress)
-    _write(found, html, junit, sarif)
+        found = _by_receipt(wanted, progress) if wanted.receipt else _by_weights(wanted, progress)
+    pages.write(found)
     if as_json:
         output.emit_json(document(found))
     else:
@@ -85,43 +131,37 @@ def command(
     return _EXIT[found.verdict]
 
 
-def _by_weights(asked: dict[str, Any], progress: Any) -> Audit:
-    for name in ("base", "adapter"):
-        if asked[name] is None:
-            raise refuse("USAGE", f"audit needs --{name}; only --receipt does without")
-    right, wrong = asked["strength_pass"], asked["strength_fail"]
+def _by_weights(asked: Asked, progress: Progress) -> Audit:
+    base, adapter = _required("base", asked.base), _required("adapter", asked.adapter)
+    right, wrong = asked.strength_pass, asked.strength_fail
     if not 0 <= right <= wrong:
         raise refuse("USAGE", "strengths", wanted="0 <= --strength-pass <= --strength-fail", got=f"{right}, {wrong}")
-    if ("task" in asked["levels"]) != bool(asked["tasks"]):
+    if ("task" in asked.levels) != bool(asked.tasks):
         raise refuse("USAGE", "--level task and --tasks belong together")
     return audit(
-        asked["base"],
-        asked["adapter"],
-        asked["merged"],
-        levels=asked["levels"],
-        thresholds=Thresholds(strength_pass=right, strength_fail=wrong, exact=asked["exact"]),
-        strength=asked["strength"],
-        files=not asked["weights_only"],
-        prompts=read_prompts(asked["prompts"]) if asked["prompts"] else None,
-        tasks=[read_task(path) for path in asked["tasks"]],
-        device=asked["device"],
+        base,
+        adapter,
+        asked.merged,
+        levels=asked.levels,
+        thresholds=Thresholds(strength_pass=right, strength_fail=wrong, exact=asked.exact),
+        strength=asked.strength,
+        expert_layout=asked.expert_layout,
+        files=not asked.weights_only,
+        prompts=read_prompts(asked.prompts) if asked.prompts else None,
+        tasks=[read_task(path) for path in asked.tasks],
+        device=asked.device,
         progress=progress,
     )
 
 
-def _by_receipt(asked: dict[str, Any], progress: Any) -> Audit:
-    return verify_receipt(asked["merged"], base=asked["base"], adapter=asked["adapter"], progress=progress)
+def _required(name: str, value: Given | None) -> Given:
+    if value is None:
+        raise refuse("USAGE", f"audit needs --{name}; only --receipt does without")
+    return value
 
 
-def _write(found: Audit, html: Path | None, junit: Path | None, sarif: Path | None) -> None:
-    if junit is not None:
-        write_whole(junit, audit_files.junit(found))
-    if sarif is not None:
-        write_whole(sarif, audit_files.sarif(found))
-    if html is not None:
-        from d2surgery.reporting.pages.audit import audit_page  # plotly, where a page is asked for
-
-        write_whole(html, audit_page(found))
+def _by_receipt(asked: Asked, progress: Progress) -> Audit:
+    return verify_receipt(asked.merged, base=asked.base, adapter=asked.adapter, progress=progress)
 
 
 # Text ------------------------------------------------------------------------------------------------------------

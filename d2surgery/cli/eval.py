@@ -11,7 +11,7 @@ import click
 from torch import nn
 
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import DTYPES, device_option, progress_bar
+from d2surgery.cli.options import BASE_HELP, DTYPES, Base, device_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.evaluating.behaviour import compare_scores
 from d2surgery.evaluating.harness import harness_scores
@@ -54,7 +54,7 @@ class Questions:
 
 
 @click.command(name="eval")
-@click.option("--base", type=_PATH, required=True, help="Model directory with safetensors weights.")
+@click.option("--base", type=Base(), required=True, help=f"{BASE_HELP}.")
 @click.option("--adapter", help="File, directory or hub id org/name[@revision]; live in the base, not merged.")
 @click.option("--merged", type=_PATH, help="Merged model directory. With --adapter: the gap between the two.")
 @click.option("--tasks", "files", type=_PATH, multiple=True, help="JSON or JSONL items; repeatable.")

@@ -3,15 +3,17 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import click
 
 from d2surgery.cli import output
+from d2surgery.cli.options import Base, expert_layout_option
 from d2surgery.errors import Problem
 from d2surgery.formats import open_layout
-from d2surgery.formats.layout import AdapterLayout, Layout
+from d2surgery.formats.layout import AdapterLayout, Layout, Packing
 from d2surgery.kinds import TABLE
 
 SEVERITIES = ("info", "warning", "error")  # from the mildest
@@ -25,7 +27,8 @@ Numbers = Mapping[str, Mapping[str, float | int | None]]  # module -> name -> va
 @click.argument("adapter")
 @click.option("--per-layer", is_flag=True, help="One line per module instead of one per kind of module.")
 @click.option("--numbers", is_flag=True, help="Also read the values: norms and ranks of each update, NaN, infinity.")
-@click.option("--base", type=click.Path(path_type=Path), help="Also check that it fits this model directory.")
+@expert_layout_option
+@click.option("--base", type=Base(), help="Also check that it fits this model directory.")
 @click.option(
     "--fail-on",
     type=click.Choice([*SEVERITIES, "never"]),
@@ -36,13 +39,20 @@ Numbers = Mapping[str, Mapping[str, float | int | None]]  # module -> name -> va
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print problems only.")
 def command(
-    adapter: str, per_layer: bool, numbers: bool, base: Path | None, fail_on: str, as_json: bool, quiet: bool
+    adapter: str,
+    per_layer: bool,
+    numbers: bool,
+    expert_layout: Packing | None,
+    base: Path | None,
+    fail_on: str,
+    as_json: bool,
+    quiet: bool,
 ) -> int:
     """What an adapter is: format, kinds, base, ranks, scalings, targets, and everything wrong with it.
 
     Reads names and shapes only, so it takes a moment and cannot see NaN; --numbers reads the values too.
     """
-    layout = open_layout(adapter)
+    layout = open_layout(adapter, expert_layout=expert_layout)
     problems = list(layout.problems)
     values: Numbers | None = None
     if numbers:
@@ -76,12 +86,14 @@ def _read_numbers(layout: Layout) -> tuple[Numbers, list[Problem]]:
 
 def _land(layout: Layout, base: Path) -> tuple[int, list[Problem]]:
     """How many of the base's tensors the adapter touches, and what does not fit."""
-    from d2surgery.files.header import read_checkpoint_header, read_json
+    from d2surgery.files.checkpoints import read_checkpoint_header
+    from d2surgery.files.header import read_json
+    from d2surgery.placement.promises import broken_promises
     from d2surgery.placement.sites import sites
 
-    config = base / "config.json"
-    landing = sites(layout, read_checkpoint_header(base), read_json(config) if config.exists() else {})
-    return len(landing.sites), list(landing.problems)
+    config, header = base / "config.json", read_checkpoint_header(base)
+    landing = sites(layout, header, read_json(config) if config.exists() else {})
+    return len(landing.sites), [*landing.problems, *broken_promises(layout, header, landing)]
 
 
 # As JSON --------------------------------------------------------------------------------------------------------------
@@ -94,12 +106,17 @@ def _document(layout: Layout, numbers: Numbers | None) -> dict[str, Any]:
         "peft_version": layout.about.version,
         "kinds": layout.kinds,
         "base_model": layout.base_model,
+        "task": layout.about.task,
+        "alpha": layout.about.alpha,
+        "dropout": layout.about.dropout,
+        "parameters": _parameters(layout),
+        "replaced_parameters": _replaced_parameters(layout),
         "file_bytes": layout.path.stat().st_size,
         "values_read": numbers is not None,
         "tensors_total": len(layout.header.tensors),
         "tensors_accounted": len(list(layout.accounted())),
         "modules": [
-            _module(a) | ({} if numbers is None else dict.fromkeys(NUMBERS) | dict(numbers.get(a.module, {})))
+            _module(layout, a) | ({} if numbers is None else dict.fromkeys(NUMBERS) | dict(numbers.get(a.module, {})))
             for a in layout.adapters.values()
         ],
         "replacements": [_replacement(layout, tensor, key) for tensor, key in layout.replacements.items()],
@@ -111,7 +128,7 @@ def _document(layout: Layout, numbers: Numbers | None) -> dict[str, Any]:
     }
 
 
-def _module(adapter: AdapterLayout) -> dict[str, Any]:
+def _module(layout: Layout, adapter: AdapterLayout) -> dict[str, Any]:
     return {
         "module": adapter.module,
         "kind": adapter.kind,
@@ -124,6 +141,7 @@ def _module(adapter: AdapterLayout) -> dict[str, Any]:
         "out_features": adapter.out_features,
         "in_features": adapter.in_features,
         "dtype": adapter.dtype,
+        "dtypes": _dtypes(layout, adapter),
         "slots": adapter.keys,
     }
 
@@ -131,6 +149,24 @@ def _module(adapter: AdapterLayout) -> dict[str, Any]:
 def _replacement(layout: Layout, tensor: str, key: str) -> dict[str, Any]:
     info = layout.header.tensors[key]
     return {"tensor": tensor, "key": key, "shape": list(info.shape), "dtype": info.dtype}
+
+
+def _dtypes(layout: Layout, adapter: AdapterLayout) -> list[str]:
+    """Of all its tensors, the first factor's first."""
+    return list(dict.fromkeys(layout.header.tensors[key].dtype for key in adapter.keys.values()))
+
+
+def _parameters(layout: Layout) -> int:
+    """How many numbers were trained in factors, magnitudes and biases."""
+    keys = {key for adapter in layout.adapters.values() for key in (*adapter.keys.values(), *adapter.numbers)}
+    keys -= {key for key in keys if not layout.header.tensors[key].shape}  # an alpha
+    return sum(prod(layout.header.tensors[key].shape) for key in keys)
+
+
+def _replaced_parameters(layout: Layout) -> int:
+    """How many numbers stand in place of the base's."""
+    keys = {*layout.replacements.values(), *(rows.key for rows in layout.rows.values())}
+    return sum(prod(layout.header.tensors[key].shape) for key in keys)
 
 
 # As text --------------------------------------------------------------------------------------------------------------
@@ -142,8 +178,8 @@ def describe(layout: Layout, per_layer: bool = False, numbers: Numbers | None = 
     yield from output.problem_lines(_gathered(layout.problems))
     if layout.adapters:
         yield ""
-        groups = [[a] for a in layout.adapters.values()] if per_layer else _groups(layout.adapters.values())
-        yield from output.table([_row(group, per_layer, numbers) for group in groups])
+        groups = [[a] for a in layout.adapters.values()] if per_layer else _groups(layout)
+        yield from output.table([_row(layout, group, per_layer, numbers) for group in groups])
     if layout.replacements or layout.rows:
         yield ""
         yield "replacing the base's values:"
@@ -170,9 +206,26 @@ def _verdict(layout: Layout) -> list[str]:
         f"  file    {layout.path}, {output.size(layout.path.stat().st_size)}",
         f"  format  {layout.format}{version}",
         f"  base    {layout.base_model or 'not named'}",
+        *(
+            [f"  trained {', '.join(_trained(layout))}"]
+            if layout.adapters or layout.replacements or layout.rows
+            else []
+        ),
     ]
-    on = f"{what} on {output.count(len(layout.adapters), 'module')}"
+    on = f"{what} on {output.count(len(layout.adapters), 'module')}" if layout.adapters else what
     return [f"{verdict}  {': '.join(filter(None, [on, ', '.join(tally)]))}", *map(output.printable, facts)]
+
+
+def _trained(layout: Layout) -> Iterator[str]:
+    """What people ask first: how many parameters, alpha and dropout as the config has them, for what."""
+    about, replaced = layout.about, _replaced_parameters(layout)
+    yield f"{_parameters(layout):,} parameters" + (f" and {replaced:,} that replace the base's" if replaced else "")
+    if about.alpha is not None:
+        yield f"alpha {about.alpha:g}"
+    if about.dropout is not None:
+        yield f"dropout {about.dropout:g}"
+    if about.task is not None:
+        yield f"for {about.task}"
 
 
 def _gathered(problems: Iterable[Problem]) -> list[Problem]:
@@ -189,11 +242,12 @@ def _gathered(problems: Iterable[Problem]) -> list[Problem]:
     return lines
 
 
-def _groups(adapters: Iterable[AdapterLayout]) -> list[list[AdapterLayout]]:
+def _groups(layout: Layout) -> list[list[AdapterLayout]]:
     """Those of the same name, kind and shape, across layers."""
     groups: dict[tuple[object, ...], list[AdapterLayout]] = {}
-    for a in adapters:
-        key = (_leaf(a.module), a.kind, a.stored, a.experts, a.out_features, a.in_features, a.dtype)
+    for a in layout.adapters.values():
+        dtypes = tuple(_dtypes(layout, a))
+        key = (_leaf(a.module), a.kind, a.stored, a.experts, a.out_features, a.in_features, dtypes)
         groups.setdefault(key, []).append(a)
     return list(groups.values())
 
@@ -205,7 +259,7 @@ def _leaf(module: str) -> str:
     return re.split(r"\.(?=[^.]*[^\d.][^.]*(?:\.\d+)*$)", module)[-1]
 
 
-def _row(group: list[AdapterLayout], per_layer: bool, numbers: Numbers | None) -> list[str]:
+def _row(layout: Layout, group: list[AdapterLayout], per_layer: bool, numbers: Numbers | None) -> list[str]:
     first = group[0]
     special = [TABLE[first.kind].title] if first.kind != "lora" else []
     special += [first.stored] if first.stored in ("embedding", "conv") else []
@@ -216,7 +270,7 @@ def _row(group: list[AdapterLayout], per_layer: bool, numbers: Numbers | None) -
         "rank " + _ranks(group),
         "scaling " + _range([a.scaling for a in group]),
         f"({first.in_features} → {first.out_features})",
-        first.dtype,
+        " and ".join(_dtypes(layout, first)),
         " ".join(special),
         *([] if numbers is None else _norms(group, numbers)),
     ]

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from d2surgery.files.locate import locate_base
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64"}
@@ -39,19 +41,42 @@ class Dtype(click.Choice[str]):
         return DTYPES[super().convert(value, param, ctx)]
 
 
+class Base(click.ParamType[Path]):
+    """The directory of a model; of a hub id, where huggingface_hub keeps it."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return locate_base(value)
+
+
+BASE_HELP = "Model directory or hub id org/name[@revision]"
 _DIRECTORY = click.Path(path_type=Path)
 device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")
 cache_option = click.option(
     "--cache", type=_DIRECTORY, help="Keep finished dense spectra here: a second run takes up where one stopped."
 )
+expert_layout_option = click.option(
+    "--expert-layout",
+    type=click.Choice(["interleaved", "grouped"]),
+    help="How experts share lora_B's columns: as PEFT packs them, or as unsloth did. Default: as the file says.",
+)
 _OPTIONS = (
-    click.option("--base", type=_DIRECTORY, required=True, help="Model directory with safetensors weights."),
+    click.option("--base", type=Base(), required=True, help=f"{BASE_HELP}."),
     click.option("--adapter", required=True, help="File, directory or hub id org/name[@revision]."),
     click.option("--out", type=_DIRECTORY, required=True, help="Directory to be made."),
     click.option("--dtype", type=Dtype(), help="Of all floating-point tensors. Default: as in the base."),
     click.option("--strength", type=float, default=1.0, show_default=True, help="λ in W0 + λ·delta; 0 is the base."),
     click.option("--max-memory", type=Bytes(), help="Resident memory that may be used, such as 400MB."),
     click.option("--shard-size", type=Bytes(), default="5GB", show_default=True, help="Largest output file."),
+    expert_layout_option,
+    click.option(
+        "--tokenizer",
+        type=click.Choice(["adapter", "base"]),
+        default="adapter",
+        show_default=True,
+        help="Whose tokenizer to write; the base's where the adapter has none.",
+    ),
     device_option,
 )
 

@@ -64,6 +64,11 @@ def problem_lines(problems: Iterable[Problem]) -> list[str]:
     return [*lines, f"  {pending}"] if pending else lines
 
 
+def taken(problems: Iterable[Problem]) -> list[str]:
+    """Whose tokenizer a merge writes, where the adapter brings one."""
+    return [f"  tokens   {printable(problem.message)}" for problem in problems if problem.code == "TOKENIZER_TAKEN"]
+
+
 def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
     """Aligned columns, empty ones left out; where they do not fit the terminal, the first on a line of its own."""
     cells = [[printable(cell) for cell in row] for row in rows]

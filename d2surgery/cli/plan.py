@@ -68,6 +68,7 @@ def _text(report: PlanReport, per_layer: bool) -> Iterable[str]:
     yield f"{verdict}  {output.count(report.modules, 'module')} into {output.count(report.tensors, 'tensor')}, {files}"
     yield f"  disk    {output.size(report.bytes)} of {output.size(report.disk_free_bytes)} free"
     yield f"  memory  about {output.size(report.peak_memory_bytes)}"
+    yield from output.taken(report.problems)
     if report.untied:
         yield "  ties    the output no longer equals the input embedding: both are written, tie_word_embeddings false"
     if not report.survival:
@@ -93,6 +94,8 @@ def _gain(survival: Survival) -> float:
 
 
 def _row(name: str, by_dtype: Any) -> list[str]:
+    if all(not s.delta_squared for s in by_dtype.values()):
+        return [name, "zero: there is nothing to lose", *[""] * (len(by_dtype) - 1)]
     cells = [
         f"{_SHORT[dtype]} {output.number(s.gain)}, {output.number(s.relative_error)}" for dtype, s in by_dtype.items()
     ]

@@ -9,17 +9,17 @@ import click
 
 from d2surgery.auditing import audit
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import cache_option, progress_bar
+from d2surgery.cli.options import BASE_HELP, Base, cache_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.files.whole import write_whole
-from d2surgery.measures.spectrum import Method
+from d2surgery.measures.ranks import Method
 from d2surgery.reporting.pages.report import report_page
 from d2surgery.surveying.adapter import Named, survey
 
 
 @click.command(name="report")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("--base", type=click.Path(path_type=Path), help="Model directory: adds drift and relative sizes.")
+@click.option("--base", type=Base(), help=f"{BASE_HELP}: adds drift and relative sizes.")
 @click.option("--merged", type=click.Path(path_type=Path), help="With --base and one adapter, adds the merge's audit.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .html file.")
 @click.option("--method", type=click.Choice(get_args(Method)), help="Of dense spectra. Default: by kind and size.")

@@ -8,12 +8,13 @@ import click
 
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import cache_option, device_option, progress_bar
+from d2surgery.cli.options import BASE_HELP, Base, cache_option, device_option, progress_bar
 from d2surgery.files.base import BaseWeights
-from d2surgery.measures.spectrum import NUMBERS, Method, Of, Spectrum
+from d2surgery.measures.ranks import NUMBERS, Method, Of, Spectrum
 from d2surgery.reporting.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
 from d2surgery.surveying.adapter import nominal_ranks
 from d2surgery.surveying.modules import places, spectra
+from d2surgery.surveying.zeros import zero_problems, zero_updates
 
 if TYPE_CHECKING:
     from d2surgery.reporting.figures.parts import Plot
@@ -23,7 +24,7 @@ Found = Mapping[str, Spectrum]
 
 @click.command(name="spectrum")
 @click.argument("adapter")
-@click.option("--base", type=click.Path(path_type=Path), help="Model directory; DoRA's and D2-LoRA's delta needs it.")
+@click.option("--base", type=Base(), help=f"{BASE_HELP}; DoRA's and D2-LoRA's delta needs it.")
 @click.option("--of", type=click.Choice(get_args(Of)), help="What to measure. Default: the delta where it is known.")
 @click.option("--method", type=click.Choice(get_args(Method)), help="Default: by kind and size.")
 @device_option
@@ -75,6 +76,7 @@ def _document(checkpoint: Checkpoint, base: Path | None, found: Found) -> dict[s
         "path": str(checkpoint.layout.path),
         "base": None if base is None else str(base),
         "kinds": checkpoint.layout.kinds,
+        "zero_updates": zero_updates(checkpoint),
         "modules": [
             {"module": module, "kind": entries[module].kind, "rank": entries[module].rank} | _record(record)
             for module, record in found.items()
@@ -91,6 +93,7 @@ def _record(record: Spectrum) -> dict[str, Any]:
 def _text(checkpoint: Checkpoint, found: Found, per_layer: bool) -> Iterator[str]:
     nominal = nominal_ranks(checkpoint)
     yield from measured.prose(f"{_verdict(checkpoint, found, nominal)}")
+    yield from output.problem_lines(zero_problems(checkpoint))
     yield ""
     rows = [["", "rank", "used", "stable", "k90", "k99", "‖·‖F"]]
     for name, modules in measured.groups(found, per_layer).items():

@@ -83,7 +83,8 @@ def command(config: Path | None, resume: bool, as_json: bool, quiet: bool, **opt
     """
     given = {name: dict(v) if name == "lr_ratio" else v for name, v in options.items() if v is not None and v != ()}
     chosen = read_config(config, given)
-    from d2surgery.training.loop import TrainPlan, train  # here: --help and a bad config wait for no model library
+    from d2surgery.training.loop import train  # here: --help and a bad config wait for no model library
+    from d2surgery.training.planning import TrainPlan  # here: --help and a bad config wait for no model library
 
     silent = quiet or as_json or os.environ.get("RANK", "0") != "0"
 

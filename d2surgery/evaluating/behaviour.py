@@ -37,9 +37,7 @@ from d2surgery.live.loading import (
 )
 
 KL_FACTOR = 2.0  # KL above this many times a right merge's is a difference
-EFFECT_FAIL = (
-    0.10  # … and a failure above this share of the adapter's own effect, or KL_FACTOR times what serving loses
-)
+EFFECT_FAIL = 0.10  # … and a failure above this share of the adapter's effect, or KL_FACTOR times what serving loses
 LAYER_FACTOR, LAYER_FAIL = 2.0, 3.0  # an output's error above this many times a right merge's
 STRENGTH_OFF = 0.02  # |λ − 1| above it matters, if it is also
 LIKELY, CERTAIN = 3.0, 5.0  # … this many standard errors: a warning, a failure
@@ -50,7 +48,7 @@ _MOST_TOKENS = 512  # of one prompt
 _RANDOM = (8, 24)  # prompts and tokens, where there is no tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Behaviour:
     """What was compared, what differs. `layers` are in the order in which they run."""
 
@@ -63,6 +61,11 @@ class Behaviour:
     first_deviating: str | None
     problems: tuple[Problem, ...]
     not_checked: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        kl = f"KL {self.logits.kl_mean:.2g} nats, " if self.logits else ""
+        first = f"{self.first_deviating} deviates first" if self.first_deviating else "no module deviates"
+        return f"Behaviour({self.prompts} prompts, {self.tokens} tokens: {kl}{first}; {_codes(self.problems)})"
 
 
 def compare_outputs(
@@ -83,7 +86,7 @@ def compare_outputs(
     weights = BaseWeights(merged)
     to = stored_dtype(weights.header)
     wide = torch.float32 if to in (torch.bfloat16, torch.float16) else torch.float64
-    kind = model_kind(base, checkpoint.layout.about.task)
+    kind = model_kind(base, checkpoint.layout.about)
     if getattr(kind, "main_input_name", "") != "input_ids":
         return _behaviour((), to, wide, None, (), [f"outputs and logits: a {kind.__name__} does not read tokens"])
     tokens, notes = _tokens(base, merged, prompts)
@@ -126,7 +129,7 @@ class TaskComparison:
     gap: Gap
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TaskGap:
     """The gap in accuracy that merging made, in percentage points, as papers report it: its mean and its worst."""
 
@@ -141,6 +144,11 @@ class TaskGap:
     equivalent: bool  # a gap of the margin or more is refuted for every task
     tasks: tuple[TaskComparison, ...]
     problems: tuple[Problem, ...]
+
+    def __repr__(self) -> str:
+        low, high = self.ci_pp
+        worst = f"worst {self.worst_gap_pp:+.2f} in {self.worst_task}"
+        return f"TaskGap({self.gap_pp:+.2f} points ({low:+.2f} to {high:+.2f}), {worst}; {_codes(self.problems)})"
 
 
 def compare_scores(before: Sequence[Score], after: Sequence[Score], *, margin_pp: float = MARGIN_PP) -> TaskGap:
@@ -252,6 +260,10 @@ def _behaviour(
         problems=(*_layer_problems(layers), *(_logit_problems(logits, wide) if logits else ())),
         not_checked=tuple(notes),
     )
+
+
+def _codes(problems: Sequence[Problem]) -> str:
+    return ", ".join(f"{problem.severity} {problem.code}" for problem in problems) or "no problem"
 
 
 # Verdicts --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from scipy.special import stdtrit
 from torch import Tensor
 
-MARGIN = 8.0  # rms logit errors: 5.7 standard deviations of the difference of two logits
+CLEAR = 8.0  # rms logit errors: 5.7 standard deviations of the difference of two logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Logits:
     kl_p99: float
     kl_max: float
     top1_agreement: float  # 0 to 1
-    flips: int  # top-1 changes although the reference's margin exceeds MARGIN · rounding_rms
+    flips: int  # top-1 changes although the reference's margin exceeds CLEAR · rounding_rms
     max_abs: float  # largest |Δlogit|, each position's mean removed
     rms: float
     noise_floor: float  # kl_mean, top1_agreement and max_abs of the live model in the merged dtype
@@ -96,7 +96,7 @@ class LogitSums:
     def record(self) -> Logits:
         kl, agree = torch.cat(self.kl["merged"]), torch.cat(self.agree["merged"])
         rounding_rms = sqrt(self.squares["right"] / self.entries)
-        sure = torch.cat(self.margins) > MARGIN * rounding_rms
+        sure = torch.cat(self.margins) > CLEAR * rounding_rms
         effect = self._effect()
         strength, error = self._strength()
         mean = float(kl.mean())

@@ -56,7 +56,7 @@ def paired_gap(gold: Sequence[int], before: Sequence[int | None], after: Sequenc
         gained=gained,
         changed=int((first != second).sum()),
         gap_pp=100 * (gained - lost) / items,
-        ci_pp=quantiles(bootstrap(lost, gained, items, seed=seed), 0.95),
+        ci_pp=percentile_interval(bootstrap(lost, gained, items, seed=seed), 0.95),
         equivalence_pp=_wald(lost, gained, items, 0.90),
         mcnemar_p=mcnemar(lost, gained),
     )
@@ -66,13 +66,13 @@ def mean_gap(gaps: Iterable[Gap], *, seed: int = 0) -> tuple[float, Interval]:
     """The mean over tasks in percentage points and its 95 % bootstrap interval; tasks are fixed, their items drawn."""
     gaps = list(gaps)
     draws = [bootstrap(g.lost, g.gained, g.items, seed=seed + at) for at, g in enumerate(gaps)]
-    return float(np.mean([gap.gap_pp for gap in gaps])), quantiles(np.mean(draws, axis=0), 0.95)
+    return float(np.mean([gap.gap_pp for gap in gaps])), percentile_interval(np.mean(draws, axis=0), 0.95)
 
 
 def mean_accuracy(correct: Sequence[int], items: Sequence[int], *, seed: int = 0) -> tuple[float, Interval]:
     """The mean accuracy over tasks, 0 to 1, and its 95 % bootstrap interval; tasks are fixed, their items drawn."""
     draws = [bootstrap(0, c, n, seed=seed + at) / 100 for at, (c, n) in enumerate(zip(correct, items, strict=True))]
-    return float(np.mean(np.divide(correct, items))), quantiles(np.mean(draws, axis=0), 0.95)
+    return float(np.mean(np.divide(correct, items))), percentile_interval(np.mean(draws, axis=0), 0.95)
 
 
 def bootstrap(lost: int, gained: int, items: int, *, seed: int, draws: int = DRAWS) -> npt.NDArray[np.float64]:
@@ -84,8 +84,8 @@ def bootstrap(lost: int, gained: int, items: int, *, seed: int, draws: int = DRA
     return np.asarray(100 * (counts[:, 2] - counts[:, 0]) / items)
 
 
-def quantiles(draws: npt.NDArray[np.float64], level: float) -> Interval:
-    """The percentile interval."""
+def percentile_interval(draws: npt.NDArray[np.float64], level: float) -> Interval:
+    """Between the (1 − level)/2 and the (1 + level)/2 quantile of the draws."""
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -106,8 +106,11 @@ def wilson(successes: int, items: int, level: float = 0.95) -> Interval:
 
 
 def _wald(lost: int, gained: int, items: int, level: float) -> Interval:
-    """gap ± z·√(b + c − (c − b)²/n)/n in percentage points, with half an item more in each cell of the table
-    (b + ½, c + ½, n + 2): no flips among a few items are no proof of equivalence."""
+    """gap ± z·√(b + c − (c − b)²/n)/n in percentage points.
+
+    Half an item is added to each of the four cells of the table (b + ½, c + ½, n + 2): without it, no flips among a
+    few items would prove equivalence.
+    """
     b, c, n = lost + 0.5, gained + 0.5, items + 2
     centre, z = (c - b) / n, _NORMAL.inv_cdf((1 + level) / 2)
     half = z * sqrt(b + c - (c - b) ** 2 / n) / n

@@ -33,15 +33,18 @@ def silent(done: int, total: int) -> None:
     """Nobody is told."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Task:
     """Items between whose choices a model can choose."""
 
     name: str
     items: tuple[Item, ...]
 
+    def __repr__(self) -> str:
+        return f"Task({self.name!r}, {len(self.items)} items)"
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Score:
     """What a model chose on each item of a task; None where it named no choice or its numbers are not numbers."""
 
@@ -52,6 +55,9 @@ class Score:
     chance: float | None  # the accuracy of guessing, 0 to 1; None where not known
     log_likelihoods: tuple[tuple[float, ...], ...] = ()  # of each choice, in nats
     texts: tuple[str, ...] = ()  # what was generated
+
+    def __repr__(self) -> str:
+        return f"Score({self.task!r} by {self.by}: {self.correct} of {len(self.gold)} right)"
 
     @cached_property
     def correct(self) -> int:

@@ -1,7 +1,7 @@
 """What every module of a running model puts out, and how far that lies from another model's.
 
-Twice: in the model's own course, where each module passes on what it is given, and alone, given the reference's input,
-so that a module that differs is told from those that follow it.
+Each output is taken twice: in the model's own course, where a module also passes on the errors before it, and alone,
+where it is given the reference's input. That tells the module that differs from those that only follow it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ POSITIONS = 8  # of each prompt, the last ones, that are compared
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """‖y − y_reference‖/‖y_reference‖ of a module's output; inf where shapes differ or the numbers are none.
+    """‖y − y_reference‖/‖y_reference‖ of a module's output; inf where shapes differ or a number is not finite.
 
     own_…: of the module alone, given the reference's input; None where it looks at several positions or inputs.
     """
@@ -124,8 +124,11 @@ class LayerSums:
         return run.logits if run.logits is not None else torch.empty(0, 0)
 
     def records(self, wide: torch.dtype) -> tuple[Layer, ...]:
-        """In the order in which the modules first ran. Sums in the dtype computed in are no surer than a few roundings;
-        float32 merges differ among libraries as float32 sums do, so there the noise of serving counts too."""
+        """In the order in which the modules first ran; `wide` is the dtype that was computed in.
+
+        The noise is never less than a few roundings of that dtype. Libraries add up float32 products in different
+        orders, and so merge into float32 differently: there (wide is float64) the noise of serving counts too.
+        """
         least = 16 * torch.finfo(wide).eps
 
         def noise(own: str, name: str) -> float:

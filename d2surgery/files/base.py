@@ -3,28 +3,33 @@
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from d2surgery.errors import refuse
-from d2surgery.files.header import Header, read_checkpoint_header, read_json
+from d2surgery.files.checkpoints import read_checkpoint_header
+from d2surgery.files.header import Header, read_json
+from d2surgery.files.locate import locate_base
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class BaseWeights(Mapping[str, "Tensor"]):
-    """A Hugging Face model directory of safetensors. Each access reads one tensor; `header` has names and shapes.
+    """A Hugging Face model directory, or a hub id. Each access reads one tensor; `header` has names and shapes.
 
-    Raises D2SurgeryError BAD_BASE, MISSING_SHARD or what read_header raises.
+    Raises D2SurgeryError BAD_BASE, MISSING_SHARD, HUB_UNREACHABLE or what read_header raises.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
+        self.directory = locate_base(directory)
         if not self.directory.is_dir():
             raise refuse("BAD_BASE", "not a directory", file=str(directory))
         self.header: Header = read_checkpoint_header(self.directory)
         self.opened = self._stamps()
+
+    def __repr__(self) -> str:
+        return f"BaseWeights({str(self.directory)!r}, {len(self)} tensors in {len(self.header.files)} files)"
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -46,6 +51,24 @@ class BaseWeights(Mapping[str, "Tensor"]):
         from d2surgery.files.tensors import read_tensor  # torch, which names and shapes do not need
 
         return read_tensor(self.header.tensors[name])
+
+    def rows(self, name: str, start: int, stop: int, *, of: int | None = None) -> "Tensor":
+        """Rows `start` to `stop` of a tensor seen as a matrix of `of` rows (None: its first dimension), and only these
+        read: (stop - start, elements / of) in the stored dtype.
+
+        Of experts (experts, out, in), `of=experts * out` gives the rows of single ones.
+
+        Raises D2SurgeryError USAGE for rows that are not there.
+        """
+        from d2surgery.files.tensors import read_rows
+
+        info = self.header.tensors[name]
+        count = (info.shape or (1,))[0] if of is None else of
+        if not 0 <= start <= stop <= count or prod(info.shape) % max(count, 1):
+            raise refuse(
+                "USAGE", "no such rows", module=name, wanted=f"of {list(info.shape)}", got=f"{start} to {stop}"
+            )
+        return read_rows(info, start, stop, of=count)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.header.tensors)

@@ -4,7 +4,7 @@
     n bytes   JSON: {"name": {"dtype", "shape", "data_offsets": [start, stop]}, …, "__metadata__": {str: str}}
     the rest  the tensors, back to back, without a gap
 
-A checkpoint may be one such file or several with a `*.safetensors.index.json`.
+Several such files, or those of torch.save, may be one checkpoint: see `checkpoints`.
 """
 
 import json
@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
+from d2surgery.errors import Problem, raise_errors, refuse
 
 if TYPE_CHECKING:  # names and shapes need no torch
     from torch import Tensor
@@ -39,6 +39,7 @@ _FORMATS = {  # dtype -> struct's letters
 }  # fmt: skip
 _MAGICS = (  # (first bytes, code, what it is)
     (b"version https://git-lfs", "LFS_POINTER", "a Git LFS pointer"),
+    (b"{", "NOT_AN_ADAPTER", "JSON, such as a config"),
     (b"PK\x03\x04", "NOT_SAFETENSORS", "a zip archive, perhaps a PyTorch .bin under another name"),
     (b"\x80\x02", "NOT_SAFETENSORS", "a pickle"),
     (b"GGUF", "NOT_SAFETENSORS", "a GGUF file"),
@@ -69,6 +70,12 @@ class Header:
     metadata: Mapping[str, str]
     loaded: "Mapping[str, Tensor] | None" = field(default=None, compare=False, repr=False)
     """The tensors themselves where they cannot be read one by one: of a pickle, or of no file at all."""
+
+    @property
+    def usual_dtype(self) -> str | None:
+        """The dtype of most floating-point tensors; None where there are none."""
+        count = Counter(info.dtype for info in self.tensors.values() if info.dtype in FLOATS)
+        return count.most_common(1)[0][0] if count else None
 
 
 def read_header(path: Path) -> Header:
@@ -116,40 +123,10 @@ def is_pickle(path: Path) -> bool:
     """Does the file begin like one that torch.save wrote: a zip archive, or before PyTorch 1.6 a bare pickle?"""
     try:
         with path.open("rb") as file:
-            head = file.read(9)
-            return head.startswith((b"PK\x03\x04", b"\x80\x02")) and not _begins_a_header(head)
+            head = file.read(64)
+            return head.startswith((b"PK\x03\x04", b"\x80\x02")) and not (_begins_a_header(head) or _is_npz(head))
     except OSError:
         return False  # read_header says why
-
-
-def read_checkpoint_header(directory: Path) -> Header:
-    """The joint header of a model directory: `model.safetensors`, or the shards of its index, or the only file."""
-    index = directory / INDEX
-    if not index.exists():
-        files = sorted(directory.glob("*.safetensors"))
-        if (directory / "model.safetensors") in files:
-            files = [directory / "model.safetensors"]
-        if len(files) != 1:
-            raise refuse("BAD_BASE", "no model.safetensors and no index", file=str(directory), got=_listing(directory))
-        return read_header(files[0])
-    weight_map = _weight_map(index)
-    headers = {name: _shard(index, name) for name in sorted(set(weight_map.values()))}
-    raise_errors(
-        problem for header in headers.values() if isinstance(header, D2SurgeryError) for problem in header.problems
-    )
-    shards = {name: header for name, header in headers.items() if isinstance(header, Header)}
-    tensors = {name: info for header in shards.values() for name, info in header.tensors.items()}
-    problems = [
-        Problem(code="MISSING_SHARD", message=f"{name} is not in {shard}", file=str(index))
-        for name, shard in weight_map.items()
-        if name not in shards[shard].tensors
-    ]
-    counts = sum(len(header.tensors) for header in shards.values())
-    if counts != len(tensors):
-        problems.append(Problem(code="DUPLICATE_KEY", message="a tensor stands in two shards", file=str(index)))
-    raise_errors(problems)
-    first = next(iter(shards.values()))
-    return Header(tuple(file for header in shards.values() for file in header.files), tensors, first.metadata)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -167,42 +144,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise refuse("BAD_BASE", "the index has no weight_map", file=str(index))
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise refuse(
-                "BAD_BASE", "not the name of a file beside the index", file=str(index), module=name, got=str(shard)
-            )
-    return weight_map
-
-
-def _shard(index: Path, name: str) -> Header | D2SurgeryError:
-    path = index.parent / name
-    if not path.exists():
-        return refuse("MISSING_SHARD", f"the index names {name}, which is not there", file=str(index))
-    try:
-        return read_header(path)
-    except D2SurgeryError as error:
-        return error
-
-
-def _listing(directory: Path) -> str:
-    if not directory.is_dir():
-        return "not a directory"
-    return ", ".join(sorted(path.name for path in directory.iterdir())[:8]) or "an empty directory"
-
-
 def _check_magic(path: Path, head: bytes, size: int) -> None:
     if size == 0:
         raise refuse("FILE_EMPTY", "the file has no bytes", file=str(path))
+    if _is_npz(head):
+        raise refuse("NOT_SAFETENSORS", "the file is a NumPy archive (.npz)", file=str(path), wanted="safetensors")
     for magic, code, name in _MAGICS:
         if head.startswith(magic) and not _begins_a_header(head):
             raise refuse(code, f"the file is {name}", file=str(path), wanted="safetensors", got=f"{size} bytes")
     if size < 8:
         raise refuse("TRUNCATED_FILE", "shorter than any header", file=str(path), got=f"{size} bytes")
+
+
+def _is_npz(head: bytes) -> bool:
+    """A zip archive whose first entry is an array: PyTorch's begins with its pickle."""
+    length = int.from_bytes(head[26:28], "little")  # of the entry's name, which stands at 30
+    return head.startswith(b"PK\x03\x04") and head[30 : 30 + length].endswith(b".npy")
 
 
 def _begins_a_header(head: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Where an adapter's files are: a file, a directory, or a hub id."""
+"""Where the files of an adapter or a base are: a file, a directory, or a hub id."""
 
 import os
 import re
@@ -6,10 +6,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from d2surgery.errors import refuse
+from d2surgery.files.tokenizers import BEGINNINGS
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.bin)(@[\w./-]+)?")  # not a mistyped path
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PICKLES = (".bin", ".pt", ".pth")
+OTHERS = (
+    "non_lora_trainables.bin",
+    "new_embeddings.safetensors",
+)  # trained weights beside an adapter's, by their usual names
+_OF_AN_ADAPTER = ["adapter_config.json", *WEIGHTS, "*.safetensors", *OTHERS, *(f"{name}*" for name in BEGINNINGS)]
+_OF_A_MODEL = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
 _STATES = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")  # what trainers leave beside weights
 
 
@@ -26,7 +33,7 @@ def locate(adapter: str | os.PathLike[str]) -> AdapterFiles:
     """
     path = Path(adapter)
     if not path.exists() and _HUB_ID.fullmatch(str(adapter)):
-        path = _download(str(adapter))
+        path = _download(str(adapter), _OF_AN_ADAPTER)
     if path.is_dir():
         path = _weights_in(path)
     elif not path.exists():
@@ -35,10 +42,35 @@ def locate(adapter: str | os.PathLike[str]) -> AdapterFiles:
     return AdapterFiles(path, config if config.exists() else None)
 
 
+def left_out(weights: Path) -> list[str]:
+    """Names of other files of weights beside an adapter's, which are not read; numbered shards as one.
+
+    Not what trainers keep of their own state; not a model in whose directory the adapter lies. Beside a file of no
+    usual name only those of a usual one: it may lie among other adapters.
+    """
+    beside = [p.name for p in weights.parent.iterdir() if p.suffix in (".safetensors", *PICKLES) and p != weights]
+    if weights.name not in WEIGHTS:
+        return sorted(name for name in beside if name in OTHERS)
+    model = ("model", "pytorch_model") if (weights.parent / "config.json").exists() else ()
+    kept = (name for name in beside if not name.startswith((*_STATES, *model)))
+    return sorted({re.sub(r"-\d{5}-of-(\d{5})", r"-*-of-\1", name) for name in kept})
+
+
+def locate_base(base: str | os.PathLike[str]) -> Path:
+    """The directory of a model; a hub id is downloaded as an adapter's is. Raises D2SurgeryError HUB_UNREACHABLE."""
+    path = Path(base)
+    if path.exists() or not _HUB_ID.fullmatch(str(base)):
+        return path
+    path = _download(str(base), _OF_A_MODEL)
+    return path if any(path.glob("*.safetensors")) else _download(str(base), [*_OF_A_MODEL, "*.bin"])
+
+
 def _weights_in(directory: Path) -> Path:
     for name in WEIGHTS:  # PEFT's order: safetensors wins where both exist
         if (directory / name).exists():
             return directory / name
+    if next(directory.glob("*.index.json"), None):
+        raise refuse("NOT_AN_ADAPTER", "the directory holds a model in shards", file=str(directory))
     found = sorted(directory.glob("*.safetensors")) or sorted(
         path for path in directory.iterdir() if path.suffix in PICKLES and path.stem not in _STATES
     )
@@ -50,11 +82,10 @@ def _weights_in(directory: Path) -> Path:
     return found[0]
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, patterns: list[str]) -> Path:
     import huggingface_hub  # half a second, and only here
 
     repository, _, revision = hub_id.partition("@")
-    patterns = ["adapter_config.json", *WEIGHTS, "*.safetensors"]
     try:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:

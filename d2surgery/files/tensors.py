@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -69,13 +70,33 @@ def let_go(fd: int, start: int = 0, nbytes: int = 0) -> None:
         os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
+def read_part(info: TensorInfo, start: int, target: memoryview, *, once: bool = False) -> None:
+    """Fill the buffer with the bytes of a stored tensor from position `start` within it.
+
+    once: they will not be read again, so the kernel need not keep them.
+    """
+    fd = os.open(info.file, os.O_RDONLY)
+    try:
+        read_into(fd, target, info.start + start)
+        if once:
+            let_go(fd, info.start + start, len(target))
+    finally:
+        os.close(fd)
+
+
+def read_rows(info: TensorInfo, start: int, stop: int, *, of: int) -> Tensor:
+    """Rows `start` to `stop` of a tensor seen as a matrix of `of` rows: (stop - start, elements / of), as stored."""
+    width = prod(info.shape) // of if of else prod(info.shape[1:])
+    row_bytes = info.nbytes // max(of, 1)
+    data = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+    if len(data):
+        read_part(info, start * row_bytes, as_bytes(data))
+    return data.view(DTYPES[info.dtype]).view(stop - start, width)
+
+
 def read_tensor(info: TensorInfo) -> Tensor:
     """One whole tensor in its stored dtype."""
-    data = torch.empty(info.nbytes, dtype=torch.uint8)
-    if info.nbytes:
-        with info.file.open("rb", buffering=0) as file:
-            read_into(file.fileno(), as_bytes(data), info.start)
-    return data.view(DTYPES[info.dtype]).reshape(info.shape)
+    return read_rows(info, 0, 1, of=1).reshape(info.shape)
 
 
 def header_of(loaded: Mapping[str, Tensor], path: Path = Path()) -> Header:

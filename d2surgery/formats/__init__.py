@@ -2,33 +2,48 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.header import Header, is_pickle, read_header, read_json, small_values
-from d2surgery.files.locate import PICKLES, locate
+from d2surgery.files.locate import PICKLES, left_out, locate
 from d2surgery.formats import foreign, peft
 from d2surgery.formats.format import Format, Holding
-from d2surgery.formats.layout import Layout
+from d2surgery.formats.layout import Layout, Packing, with_expert_layout
 
 FORMATS: tuple[Format, ...] = (peft, foreign)
 """In the order of detection; the last recognises every file."""
 
 
-def open_layout(adapter: str | os.PathLike[str]) -> Layout:
+def open_layout(adapter: str | os.PathLike[str], *, expert_layout: Packing | None = None) -> Layout:
     """What the adapter at a path or hub id holds, by names and shapes; its misfits stand in `problems`.
+
+    expert_layout: how experts share the columns of lora_B; None: as the file says, or as PEFT packs them.
 
     Raises D2SurgeryError where nothing can be said of it: no such file, a file that is not what it should be.
     """
     files = locate(adapter)
-    return layout(_header(files.weights), read_json(files.config) if files.config else None)
+    found = layout(_header(files.weights), read_json(files.config) if files.config else None)
+    beside = [
+        Problem(code="LEFT_OUT", severity="warning", message="is not read", file=name)
+        for name in left_out(files.weights)
+    ]
+    found = replace(found, problems=(*found.problems, *beside))
+    return found if expert_layout is None else with_expert_layout(found, expert_layout)
 
 
 def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
     """The layout by the first format that recognises the file."""
     format = next(each for each in FORMATS if each.recognise(header, config))
-    return format.layout(header, config, lambda key: small_values(header, key))
+    found = format.layout(header, config, lambda key: small_values(header, key))
+    broken = any(problem.severity == "error" for problem in found.problems)
+    if broken or found.adapters or found.replacements or found.rows:
+        return found
+    got = "no tensor" if not header.tensors else f"{len(header.tensors)} tensors that change nothing"
+    nothing = Problem(code="NOTHING_TO_APPLY", message="the adapter is empty", file=str(header.files[0]), got=got)
+    return replace(found, problems=(*found.problems, nothing))
 
 
 def write(checkpoint: Holding, directory: str | os.PathLike[str], name: str) -> None:

@@ -6,14 +6,20 @@
     diffusers     PEFT's leaves under unet., transformer. or text_encoder, without a config
     mlx           <name>.lora_a (in, r)            <name>.lora_b (r, out)          columns of lora_a
     torchtune     <name>.lora_a.weight (r, in)     <name>.lora_b.weight (out, r)   rows of lora_a
+    x A B         <name>.lora_A (in, r)            <name>.lora_B (r, out)          columns of lora_A, by the shapes
     lycoris, …    recognised by one leaf, not taken apart
+
+A magnitude beside a pair makes it DoRA: `dora_scale` (kohya; a number per output, or per input where it is a row),
+`m` (mlx), `magnitude` or `lora_magnitude_vector`.  `lora_mid.weight` (r, r, *kernel) between the two of a convolution
+holds its kernel.
 
 `inspect` prints modules and ranks; the scaling is unknown, so `merge` refuses.  Facts: kohya-ss/sd-scripts, LyCORIS,
 diffusers, mlx-lm and torchtune as published.
 """
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +27,7 @@ from typing import Any, NamedTuple
 from d2surgery.errors import Problem, refuse
 from d2surgery.files.header import Header
 from d2surgery.formats.format import Holding, Values
-from d2surgery.formats.layout import About, AdapterLayout, Layout, Slot, Stored
+from d2surgery.formats.layout import About, AdapterLayout, Layout, Slot, Stored, lies_transposed
 
 
 class _Pairs(NamedTuple):
@@ -39,6 +45,15 @@ _PAIRED = (
     _Pairs("diffusers", ".lora_A.weight", ".lora_B.weight"),
     _Pairs("torchtune", ".lora_a.weight", ".lora_b.weight"),
     _Pairs("mlx", ".lora_a", ".lora_b", transposed=True),
+    _Pairs("x A B", ".lora.lora_A", ".lora.lora_B", transposed=True),
+    _Pairs("x A B", ".lora_A", ".lora_B", transposed=True),
+)
+_MAGNITUDES = (".dora_scale", ".m", ".magnitude", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+_MID, _ALPHA = ".lora_mid.weight", ".alpha"
+# Names that models have and adapters lack: embeddings, heads, numbered layers.
+_OF_MODELS = re.compile(
+    r"(^|[._])(embed_tokens|wte|word_embeddings|embeddings|patch_embed\w*|shared|lm_head|conv_in|conv_out)\."
+    r"|(^|[._])(layers?|h|blocks?|stages?|resnets)\.\d+\."
 )
 _LEAVES = {  # leaf -> format, where no pair is taken apart
     "hada_w1_a": "lycoris (LoHa)",
@@ -72,17 +87,31 @@ def write(checkpoint: Holding, directory: Path) -> None:
 
 def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> Layout:
     """By the table that most keys fit."""
+    if not header.tensors:
+        return _layout(header, config, "unknown", {}, "NOTHING_TO_APPLY", "no tensor in the file")
     counts = [sum(key.endswith(pairs.down) for key in header.tensors) for pairs in _PAIRED]
     leaves = Counter(_LEAVES[leaf] for key in header.tensors for leaf in key.split(".") if leaf in _LEAVES)
     if not any(counts) and not leaves:
+        if any(_OF_MODELS.search(key) for key in header.tensors):
+            message = f"the weights of a model: {len(header.tensors)} tensors, none of them a factor"
+            return _layout(header, config, "unknown", {}, "NOT_AN_ADAPTER", message)
         return _layout(header, config, "unknown", {}, "UNKNOWN_FORMAT", "no adapter's keys")
     if max(counts) < sum(leaves.values()) or not any(counts):
         name = leaves.most_common(1)[0][0]
         return _layout(header, config, name, {}, "FOREIGN_FORMAT", f"the keys are those of {name}")
     pairs = _PAIRED[counts.index(max(counts))]
+    if lies_transposed(_shapes(header, pairs)):
+        pairs = pairs._replace(transposed=True)
     adapters = {a.module: a for key in header.tensors if (a := _adapter(header, key, pairs)) is not None}
     message = f"the keys are those of {pairs.format}: {len(adapters)} pairs"
     return _layout(header, config, pairs.format, adapters, "FOREIGN_FORMAT", message)
+
+
+def _shapes(header: Header, pairs: _Pairs) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    for key, info in header.tensors.items():
+        up = header.tensors.get(key.removesuffix(pairs.down) + pairs.up)
+        if key.endswith(pairs.down) and up is not None and not pairs.transposed:
+            yield info.shape, up.shape
 
 
 def _layout(
@@ -93,7 +122,7 @@ def _layout(
     code: str,
     message: str,
 ) -> Layout:
-    used = {slot.key for adapter in adapters.values() for slot in adapter.slots.values()}
+    used = {key for adapter in adapters.values() for key in (*adapter.keys.values(), *adapter.numbers)}
     base = (config or {}).get("base_model_name_or_path")
     problem = Problem(code=code, message=message, file=str(header.files[0]))
     unread = tuple(key for key in header.tensors if key not in used)
@@ -117,15 +146,26 @@ def _adapter(header: Header, key: str, pairs: _Pairs) -> AdapterLayout | None:
         return None
     down_shape = down.shape[::-1] if pairs.transposed else down.shape
     up_shape = up.shape[::-1] if pairs.transposed else up.shape
+    module = key.removesuffix(pairs.down)
+    beside = [name for end in (_MID, _ALPHA) if (name := module + end) in header.tensors]
+    kernel = header.tensors[module + _MID].shape[2:] if module + _MID in header.tensors else down_shape[2:]
+    magnitude = next((name for end in _MAGNITUDES if (name := module + end) in header.tensors), None)
+    kind, slots = "lora", {"A": Slot(key, pairs.transposed), "B": Slot(up_key, pairs.transposed)}
+    settings: dict[str, Any] = {}
+    if magnitude is not None:
+        kind, slots["magnitude"] = "dora", Slot(magnitude)
+        settings["along"] = "in_features" if header.tensors[magnitude].shape[:1] == (1,) else "out_features"
     return AdapterLayout(
-        module=key.removesuffix(pairs.down),
-        kind="lora",
-        stored="linear" if len(down_shape) == 2 else "conv",
-        slots={"A": Slot(key, pairs.transposed), "B": Slot(up_key, pairs.transposed)},
+        module=module,
+        kind=kind,
+        stored="conv" if kernel else "linear",
+        slots=slots,
         ranks={"update": down_shape[0]},
         out_features=up_shape[0],
-        in_features=prod(down_shape[1:]),
+        in_features=down_shape[1] * prod(kernel),
         dtype=down.dtype,
         scaling=None,
-        kernel=down_shape[1:] if len(down_shape) > 2 else (),
+        settings=settings,
+        kernel=(down_shape[1], *kernel) if kernel else (),
+        numbers=tuple(beside),
     )

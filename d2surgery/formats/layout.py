@@ -5,8 +5,8 @@ a problem names the last two.
 Nothing here reads tensor data or imports torch.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +16,8 @@ from d2surgery.files.header import Header
 from d2surgery.kinds import TABLE
 
 Stored = Literal["linear", "embedding", "conv", "experts"]
+Packing = Literal["interleaved", "grouped"]
+"""Where column j of expert e's B lies in lora_B (out, r·E): column j·E + e, as in PEFT, or e·r + j."""
 
 
 class Slot(NamedTuple):
@@ -62,6 +64,16 @@ class AdapterLayout:
         return TABLE[self.kind].axis(self.settings)
 
     @property
+    def packed(self) -> Packing:
+        """Whether every expert's ranks lie together in both factors, or in one only, as PEFT has them."""
+        return "grouped" if len(self.blocked) == 2 else "interleaved"
+
+    def with_packing(self, packed: Packing) -> "AdapterLayout":
+        """The same factors, shared by the experts in another way."""
+        peft: tuple[str, ...] = ("B",) if self.as_declared else ("A",)
+        return replace(self, blocked=("A", "B") if packed == "grouped" else peft)
+
+    @property
     def keys(self) -> dict[str, str]:
         """Slot -> key."""
         return {name: slot.key for name, slot in self.slots.items()}
@@ -81,12 +93,22 @@ class About:
 
     base_model: str | None = None  # name or path of the base it was trained on
     task: str | None = None  # CAUSAL_LM, SEQ_CLS, TOKEN_CLS …: what the model around it is for
+    model_class: str | None = None  # transformers' class that it was trained in
     tied: bool = False  # the two sides of a tie were trained as one, so they hold the same numbers
     transposed: bool = False  # its writer took base weights to lie (in, out)
-    saved_modules: tuple[str, ...] = ()  # trained whole, by name or end of a name
+    saved_modules: tuple[str, ...] = ()  # trained whole: see `saves`
     version: str | None = None  # of what wrote it
+    alpha: float | None = field(default=None, compare=False)  # as its config has it, for modules that no pattern names
+    dropout: float | None = field(default=None, compare=False)
     training: Mapping[str, Any] = field(default_factory=dict)  # how it was trained, for the record
     settings: Mapping[str, Any] = field(default_factory=dict)  # the format's own, read by that format's module alone
+
+    targets: Callable[[str], bool | None] = field(default=lambda module: None, compare=False, repr=False)
+    """Whether it asks for factors on a module, by its name; None where it names none."""
+
+    def saves(self, tensor: str) -> bool:
+        """Whether saved_modules name the module of a tensor, or one that holds it: it then has a copy of its own."""
+        return lies_within(self.saved_modules, tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +146,33 @@ class Layout:
         yield from self.replacements.values()
         yield from (rows.key for rows in self.rows.values())
         yield from self.superseded
+
+
+def lies_within(ends: Iterable[str], tensor: str) -> bool:
+    """Whether a tensor lies in a module whose name ends so. PEFT's rule for modules_to_save: the end may begin inside
+    a word, `classifier` is an end of `pre_classifier`."""
+    parts = tensor.split(".")
+    holders = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return any(holder.endswith(end) for end in ends for holder in holders)
+
+
+def lies_transposed(pairs: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether the shapes of pairs fit as (in, r) and (r, out), and one of them not as (r, in) and (out, r).
+
+    Nor does a rank above both sides fit, where the other reading gives a smaller one.
+    """
+    found = list(pairs)
+    matrices = all(len(down) == len(up) == 2 and down[1] == up[0] for down, up in found)
+    return matrices and any(down[0] != up[1] or down[0] > max(down[1], up[0]) for down, up in found)
+
+
+def with_expert_layout(layout: Layout, packed: Packing) -> Layout:
+    """The layout with every expert's B read so, whatever the file says: nothing is assumed any more."""
+    entries = {
+        module: entry.with_packing(packed) if entry.experts > 1 else entry for module, entry in layout.adapters.items()
+    }
+    problems = tuple(problem for problem in layout.problems if problem.code != "EXPERT_LAYOUT_ASSUMED")
+    return replace(layout, adapters=entries, problems=problems)
 
 
 def alpha_divisor(ranks: Mapping[str, int]) -> float:

@@ -18,11 +18,13 @@ from d2surgery.adapters import Adapter
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import raise_errors, refuse
 from d2surgery.files.base import BaseWeights
-from d2surgery.files.header import FLOATS, Header
+from d2surgery.files.header import Header
 from d2surgery.files.tensors import DTYPES, rounded
-from d2surgery.formats.layout import AdapterLayout
+from d2surgery.files.tokenizers import TOKENIZER_CONFIG, VOCABULARIES
+from d2surgery.formats.layout import About, AdapterLayout
 from d2surgery.live.attaching import attach, is_linear
 from d2surgery.live.quantization import Quantization, by_bitsandbytes, loading_options, quantization_of
+from d2surgery.placement.fit import new_labels
 from d2surgery.placement.sites import sites
 
 Directory = str | os.PathLike[str]
@@ -114,7 +116,7 @@ def merged_in_memory(
     return model.to(device)
 
 
-def model_kind(directory: Directory, task_type: str | None = None) -> Any:
+def model_kind(directory: Directory, about: About = About()) -> Any:  # noqa: B008  # a frozen value
     """transformers' class for a directory: its config's architecture, or the class with an adapter's head."""
     import transformers
 
@@ -124,15 +126,17 @@ def model_kind(directory: Directory, task_type: str | None = None) -> Any:
     if not hasattr(transformers, name):
         raise refuse("NOT_RUNNABLE", "transformers has no such architecture", file=str(directory), got=str(name))
     kind = getattr(transformers, name)
-    mapping = getattr(transformers, _HEADS.get(task_type or "", ""), None)
+    trained = getattr(transformers, about.model_class or "", None)
+    if about.task is None and trained is not None and trained.__name__.endswith("Classification"):
+        return trained
+    mapping = getattr(transformers, _HEADS.get(about.task or "", ""), None)
     wanted = mapping._model_mapping.get(kind.config_class, None) if mapping is not None else None
     return wanted or kind
 
 
 def stored_dtype(header: Header) -> torch.dtype:
     """The dtype of most floating-point tensors; float32 where there are none."""
-    counts = {name: sum(info.dtype == name for info in header.tensors.values()) for name in FLOATS}
-    return DTYPES[max(counts, key=counts.__getitem__)] if any(counts.values()) else torch.float32
+    return DTYPES[header.usual_dtype or "F32"]
 
 
 def load_tokenizer(*directories: Directory) -> Any:
@@ -140,15 +144,7 @@ def load_tokenizer(*directories: Directory) -> Any:
     from transformers import AutoTokenizer
 
     for directory in directories:
-        names = (
-            "tokenizer.json",
-            "tokenizer.model",
-            "tokenizer_config.json",
-            "vocab.txt",
-            "vocab.json",
-            "spiece.model",
-        )
-        if not any((Path(directory) / name).exists() for name in names):
+        if not any((Path(directory) / name).exists() for name in (*VOCABULARIES, TOKENIZER_CONFIG)):
             continue
         try:
             return AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -184,7 +180,7 @@ def _load(
                 model.set_experts_implementation("eager")  # grouped products know no float64
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise refuse("NOT_RUNNABLE", _first_line(error), file=str(directory)) from None
-    return model.eval(), set(info["missing_keys"])
+    return model.eval(), {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
 
 
 @contextmanager
@@ -212,9 +208,10 @@ def _with_replacements(base: Directory, checkpoint: Checkpoint, dtype: torch.dty
     layout = checkpoint.layout
     weights = BaseWeights(base)
     raise_errors([*layout.problems, *sites(layout, weights.header, weights.config).problems])
-    kind = kind or model_kind(base, layout.about.task)
-    labels = _new_labels(checkpoint)
-    model, missing = _load(Path(base), kind, dtype, {} if labels is None else {"num_labels": labels})
+    kind = kind or model_kind(base, layout.about)
+    labels = new_labels(layout)
+    changes = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
+    model, missing = _load(Path(base), kind, dtype, changes)
     names = dict(model.named_modules())
     for target, key in layout.replacements.items():
         module, _, parameter = target.rpartition(".")
@@ -230,15 +227,6 @@ def _with_replacements(base: Directory, checkpoint: Checkpoint, dtype: torch.dty
         with torch.no_grad():  # in place: a tied output has the same rows
             weight[list(rows.indices)] = checkpoint.tensor(rows.key).to(weight.dtype)
     return model
-
-
-def _new_labels(checkpoint: Checkpoint) -> int | None:
-    """The classes of a classification head that the adapter brings; None when it brings none."""
-    layout = checkpoint.layout
-    if layout.about.task not in ("SEQ_CLS", "TOKEN_CLS"):
-        return None
-    heads = [k for name, k in layout.replacements.items() if name.endswith(("score.weight", "classifier.weight"))]
-    return layout.header.tensors[heads[0]].shape[0] if heads else None
 
 
 # Putting an adapter's tensors in place ---------------------------------------------------------------------------

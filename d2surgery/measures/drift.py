@@ -20,7 +20,7 @@ from d2surgery.adapters.lowrank import LowRank
 from d2surgery.adapters.thin import gains_of
 from d2surgery.adapters.vectors import Triple
 from d2surgery.errors import refuse
-from d2surgery.measures.spectrum import Delta, cuts
+from d2surgery.measures.delta import Delta, cuts
 
 Vectors = Float64[Tensor, " vectors"]
 
@@ -34,7 +34,7 @@ class Moments(NamedTuple):
     max: float
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Drift:
     """One number per vector along `along`, and what they come to. W' is the effective weight, delta = W' − W0.
 
@@ -68,6 +68,10 @@ class Drift:
     undefined: int
     """How many base vectors are zero."""
 
+    def __repr__(self) -> str:
+        moved = f"‖delta‖/‖W0‖ {self.relative_update:.4g}, mean drift {self.mean_drift:+.3g}"
+        return f"Drift({len(self.drift)} vectors along {self.along}: {moved}, mean cosine {self.cosine_mean:.6g})"
+
 
 @torch.no_grad()
 def drift(adapter: Adapter, base_weight: Tensor, along: Axis | None = None) -> Drift:
@@ -90,27 +94,24 @@ def drift(adapter: Adapter, base_weight: Tensor, along: Axis | None = None) -> D
 
 
 def thin_triple(update: LowRank, base_weight: Tensor, along: Axis) -> Triple:
-    """(‖w‖², <w,u>, ‖u‖²) per vector in one pass: ‖w‖² in float64 (a norm ratio near 1 is a difference of two norms),
-    products with W0 in float32 or better, of the update's singular vectors, so that branches that nearly cancel cost
-    no accuracy: u = Σ_k P_k Q_k with orthogonal P_k and orthonormal Q_k, hence ‖u_i‖² = Σ_k P_ik² along the rows and
-    ‖u_j‖² = Σ_k ‖P_k‖² Q_kj² along the columns.
+    """(‖w‖², <w,u>, ‖u‖²) per vector in one pass, all in float64: a norm ratio near 1 is a difference of two norms, and
+    float32 products err by what the library's order of summing makes of them. Products with W0 are of the update's
+    singular vectors, so that branches that nearly cancel cost no accuracy: u = Σ_k P_k Q_k with orthogonal P_k and
+    orthonormal Q_k, hence ‖u_i‖² = Σ_k P_ik² along the rows and ‖u_j‖² = Σ_k ‖P_k‖² Q_kj² along the columns.
     """
     thin = update.recompressed()
     P, Q = thin.P, thin.Q
-    wide = torch.promote_types(base_weight.dtype, torch.float32)
-    P_, Q_ = P.to(wide), Q.to(wide)
     rows = along == "out_features"
     base = P.new_zeros(base_weight.shape[0 if rows else 1])
-    images = P_.new_zeros(P.shape if rows else Q.shape)  # W0·Qᵀ or Pᵀ·W0
+    images = P.new_zeros(P.shape if rows else Q.shape)  # W0·Qᵀ or Pᵀ·W0
     for cut in cuts(*base_weight.shape):
-        tile = base_weight[cut].to(wide)
-        squares = tile.double().square()
+        tile = base_weight[cut].double()
         if rows:
-            base[cut] = squares.sum(1)
-            images[cut] = tile @ Q_.T
+            images[cut] = tile @ Q.T
+            base[cut] = tile.square().sum(1)
         else:
-            base += squares.sum(0)
-            images.addmm_(P_[cut].T, tile)
+            images.addmm_(P[cut].T, tile)
+            base += tile.square().sum(0)
     if not bool(base.isfinite().all()):
         raise refuse("NOT_FINITE", "The base weight holds NaN or infinity.")
     if rows:

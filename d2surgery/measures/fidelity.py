@@ -91,6 +91,7 @@ class Comparison:
     mismatched: int = 0  # entries whose bits differ from the wanted ones
     ulps: tuple[int, ...] = (0,) * (len(ULPS) + 1)  # mismatched entries by distance in units in the last place
     beyond: int = 0  # entries whose difference is more than rounding and sloppy products make
+    halfway: int = 0  # mismatched entries whose exact value lies halfway: another order of summing rounds them so
     e_delta: float = 0.0  # <e, delta>
     d_delta: float = 0.0  # <d, delta>
     ee: float = 0.0  # ‖e‖²
@@ -135,7 +136,7 @@ def compare(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comp
 
 
 def regress(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comparison:
-    """As `compare`, without looking at single entries: `ulps` and `beyond` are left at 0, and it takes a third."""
+    """As `compare`, without looking at single entries: `ulps`, `beyond`, `halfway` stay 0, and it takes a third."""
     return sum((_regressed(*piece) for piece in _pieces(base, delta, wanted, merged)), Comparison())
 
 
@@ -156,7 +157,9 @@ def _compared(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, size:
     within = [sums.elements - sums.mismatched, *(int((distances <= edge).sum()) for edge in ULPS), sums.elements]
     beyond = ~(_by_rounding(base, delta, wanted, merged, size) | alike)
     bins = tuple(upper - lower for lower, upper in pairwise(within))
-    return replace(sums, ulps=bins, beyond=int(torch.count_nonzero(beyond)))
+    halfway = _halfway(base, delta, wanted, merged) & ~alike
+    counts = [int(torch.count_nonzero(entries)) for entries in (beyond, halfway)]
+    return replace(sums, ulps=bins, beyond=counts[0], halfway=counts[1])
 
 
 def _regressed(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comparison:
@@ -220,6 +223,14 @@ def _by_rounding(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, si
     bound = _power_of_two(largest).mul_(4 * torch.finfo(wanted.dtype).eps).add_(delta.abs(), alpha=1 / 64)
     off = merged.to(base.dtype).sub(wanted).abs_()
     return off <= bound.add_(size / 256)
+
+
+def _halfway(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Tensor:
+    """Where W0 + delta lies halfway between the two, to 32 units in the last place of the computation's dtype: what
+    other sums and gains change of it decides which is nearer. Of a value changed by hand that is a rare chance."""
+    middle = (wanted.to(base.dtype) + merged.to(base.dtype)) / 2
+    size = torch.maximum(base.abs(), middle.abs())
+    return (base + delta - middle).abs() <= 32 * torch.finfo(base.dtype).eps * size
 
 
 def _power_of_two(values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from d2surgery.adapters import Adapter
 from d2surgery.adapters.forwards import Axis
-from d2surgery.measures.spectrum import Delta
+from d2surgery.measures.delta import Delta
 from d2surgery.measures.subspace import Cosine, SignAgreement, Similarity, agreement, cosine, similarity
 
 SIDES: tuple[Axis, ...] = ("in_features", "out_features")

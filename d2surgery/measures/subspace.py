@@ -13,7 +13,8 @@ from d2surgery.adapters import Adapter
 from d2surgery.adapters.forwards import Axis
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.errors import refuse
-from d2surgery.measures.spectrum import Delta, cuts, lower_gram
+from d2surgery.measures.delta import Delta, cuts
+from d2surgery.measures.dense import lower_gram
 
 RELIABLE = 1e-6
 """Relative to σ₁: singular vectors of a float64 Gram matrix below it are not to be trusted."""
@@ -30,10 +31,17 @@ class Cosine(NamedTuple):
 
 
 def cosine(first: LowRank, second: LowRank) -> Cosine:
-    """From the factors. `LowRank.inner` refuses what is not finite."""
-    norms = float(first.frobenius_norm()) * float(second.frobenius_norm())
-    inner = float(first.inner(second))
-    return Cosine(min(max(inner / norms, -1.0), 1.0) if norms else nan, 1 / sqrt(first.shape[0] * first.shape[1]))
+    """From the factors. `LowRank.inner` refuses what is not finite.
+
+    The squares of the norms are summed as the product is, so that M and −M have −1 whatever the order of summing.
+    """
+    null_sd = 1 / sqrt(first.shape[0] * first.shape[1])
+    sizes = float(first.frobenius_norm()), float(second.frobenius_norm())
+    if not all(sizes):
+        return Cosine(nan, null_sd)
+    M, N = first * (1 / sizes[0]), second * (1 / sizes[1])
+    value = float(M.inner(N)) / sqrt(float(M.inner(M)) * float(N.inner(N)))
+    return Cosine(min(max(value, -1.0), 1.0), null_sd)
 
 
 # Subspaces -------------------------------------------------------------------------------------------------------
@@ -152,12 +160,11 @@ def amplification(update: LowRank, base_weight: Tensor, rank: int | None = None)
         return Amplification(0, nan, nan)
     inside = P.new_zeros(kept, kept)
     energy = 0.0
-    wide = torch.promote_types(base_weight.dtype, torch.float32)
-    U = (P / P.norm(dim=0)).to(wide)
+    U = P / P.norm(dim=0)
     for cut in cuts(*base_weight.shape):
-        tile = base_weight[cut].to(wide)
-        inside += U[cut].double().T @ (tile @ Q.T.to(wide)).double()
-        energy += float(tile.double().square().sum())
+        tile = base_weight[cut].double()
+        inside += U[cut].T @ (tile @ Q.T)
+        energy += float(tile.square().sum())
     size, found = float(P.norm()), float(inside.norm())
     count = base_weight.numel()
     null = size / sqrt(energy) * sqrt(count) / kept if energy else nan

@@ -8,14 +8,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2surgery.errors import Problem
+from d2surgery.formats.layout import Packing
 from d2surgery.machine import one_thread, peak_memory, resident_memory, uncollected
 from d2surgery.merging.ahead import HashAhead
-from d2surgery.placement.fit import fit
+from d2surgery.merging.bases import other_base
+from d2surgery.merging.companions import Tokenizer, tokenizer_problems
+from d2surgery.placement.fit import Fit, fit
 
 if TYPE_CHECKING:
     from d2surgery.measures.fidelity import Survival
@@ -37,7 +40,7 @@ class MergeReport:
     problems: tuple[Problem, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlanReport:
     """What merge would do."""
 
@@ -52,6 +55,11 @@ class PlanReport:
     survival: Mapping[str, Mapping[str, "Survival"]]  # module -> dtype -> survival
     problems: tuple[Problem, ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"PlanReport({self.modules} modules into {self.tensors} tensors, {self.bytes} bytes in {self.shards} files)"
+        )
+
 
 def merge(
     base: str | os.PathLike[str],
@@ -63,6 +71,8 @@ def merge(
     max_memory: int | None = None,
     shard_size: int = SHARD_SIZE,
     device: str = "cpu",
+    expert_layout: Packing | None = None,
+    tokenizer: Tokenizer = "adapter",
     resume: bool = False,
     verify: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -72,8 +82,10 @@ def merge(
     merged = round(W0 + strength·delta), computed one precision above the output and rounded once to `dtype`
     ("F32", "BF16", "F16", "F64"; None: each tensor keeps the base's). Nothing stands at `out` until all is written.
 
-    max_memory: bytes of resident memory that may be used. shard_size: bytes per output file. resume: continue an
-    interrupted merge with the same arguments. verify=False writes no hashes and does not fsync.
+    max_memory: bytes of resident memory that may be used. shard_size: bytes per output file. expert_layout: how experts
+    share the columns of lora_B, None as the file says. tokenizer: whose stands beside the weights, "adapter"'s where it
+    brings one or "base"'s. resume: continue an interrupted merge with the same arguments.
+    verify=False writes no hashes and does not fsync.
     progress(done, total) is called with bytes written.
 
     Raises D2SurgeryError with every misfit at once, before anything is written: what `load` and `sites` find,
@@ -81,13 +93,16 @@ def merge(
     BASE_CHANGED.
     """
     began = time.monotonic()
-    fitted = fit(base, adapter, strength)
+    fitted = _fitted(base, adapter, strength, expert_layout, tokenizer)
     with HashAhead(fitted.computed if verify and "torch" not in sys.modules else {}) as ahead:
         with uncollected():  # torch, which leaves cores for hashing
-            from d2surgery.merging.job import RECEIPT, Job
+            from d2surgery.merging.job import write
+            from d2surgery.merging.prepared import prepare
+            from d2surgery.merging.receipt import RECEIPT
 
-        job = Job.of(fitted, dtype, device)
-        written = job.write(
+        prepared = prepare(fitted, dtype, device, tokenizer)
+        written, problems = write(
+            prepared,
             Path(out),
             ahead.stop,
             max_memory=max_memory,
@@ -98,13 +113,13 @@ def merge(
         )
     return MergeReport(
         out=str(out),
-        tensors_written=len(job.outputs),
+        tensors_written=len(prepared.outputs),
         bytes_written=written,
-        modules_merged=len(job.layout.adapters),
+        modules_merged=len(fitted.layout.adapters),
         seconds=time.monotonic() - began,
         peak_memory_bytes=peak_memory(),
         receipt=str(Path(out) / RECEIPT),
-        problems=job.problems,
+        problems=problems,
     )
 
 
@@ -118,6 +133,8 @@ def plan(
     max_memory: int | None = None,
     shard_size: int = SHARD_SIZE,
     device: str = "cpu",
+    expert_layout: Packing | None = None,
+    tokenizer: Tokenizer = "adapter",
     dtypes: tuple[str, ...] = ("BF16", "F16"),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PlanReport:
@@ -125,24 +142,39 @@ def plan(
 
     Reads the adapted tensors once or twice, writes nothing. Raises what merge raises before it writes.
     """
+    fitted = _fitted(base, adapter, strength, expert_layout, tokenizer)
     from d2surgery.files.writer import free_space, shards
-    from d2surgery.merging.job import prepare
+    from d2surgery.merging.forecast import forecast, low_survival, zero_updates
+    from d2surgery.merging.prepared import prepare
 
-    job = prepare(base, adapter, dtype, strength, device)
-    files = shards((output.entry for output in job.outputs), shard_size)
+    prepared = prepare(fitted, dtype, device, tokenizer)
+    files = shards((output.entry for output in prepared.outputs), shard_size)
     with one_thread():
-        job.check_adapter(hashes=False)
-        threads = job.threads(max_memory)
-        found = job.survival(threads, dtypes, progress)
+        zero = prepared.check_adapter(hashes=False).zero
+        threads = prepared.threads(max_memory)
+        found = forecast(prepared, threads, dtypes, progress)
     return PlanReport(
         out=str(out),
-        tensors=len(job.outputs),
+        tensors=len(prepared.outputs),
         bytes=sum(shard.nbytes for shard in files),
         disk_free_bytes=free_space(Path(out)),
-        peak_memory_bytes=max(peak_memory(), resident_memory() + threads * job.memory_of_one()),
+        peak_memory_bytes=max(peak_memory(), resident_memory() + threads * prepared.memory_of_one()),
         shards=len(files),
-        modules=len(job.layout.adapters),
-        untied=job.landing.untied,
+        modules=len(fitted.layout.adapters),
+        untied=fitted.landing.untied,
         survival=found,
-        problems=job.problems,
+        problems=(*fitted.problems, *zero_updates(prepared, zero), *low_survival(prepared, found)),
     )
+
+
+def _fitted(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    strength: float,
+    expert_layout: Packing | None,
+    tokenizer: Tokenizer,
+) -> Fit:
+    """The fit, with what is said of the files beside the weights."""
+    found = fit(base, adapter, strength, expert_layout)
+    said = (*tokenizer_problems(found, tokenizer), *other_base(found.layout.base_model, found.base))
+    return replace(found, problems=(*found.problems, *said))

@@ -85,6 +85,6 @@ def hash_all(files: list[str], tensors: Iterable[tuple[int, int, int]]) -> None:
 
 
 if __name__ == "__main__":
-    # First what was asked: who embeds Python may have set sys.executable to a program that says something else.
+    # First what was asked: where Python is embedded, sys.executable may be a program that says something else.
     sys.stdout.buffer.write(hashlib.sha256(sys.argv[1].encode()).digest())
     hash_all(*json.loads(sys.argv[1]))

@@ -4,11 +4,9 @@ The tile grid depends on shapes alone, so the result does not depend on the memo
 vectors that no single tile holds, the tiles are read twice: once to sum each vector's triple, once to merge.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from math import isfinite, prod
 from threading import Event, Lock
 from typing import NamedTuple, TypeVar
@@ -21,12 +19,12 @@ from d2surgery.adapters.adapter import OverTiles, Part
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, refuse
 from d2surgery.files.header import BITS, FLOATS, TensorInfo
-from d2surgery.files.tensors import DTYPES, Workspace, as_bytes, read_into, rounded
+from d2surgery.files.tensors import DTYPES, Workspace, as_bytes, read_part, rounded
 from d2surgery.files.writer import Entry
 from d2surgery.machine import ahead
 from d2surgery.placement.site import Patch, Site
 
-TILE = 1 << 19  # entries; with what is computed from them, small enough for the cache that cores share
+TILE_ENTRIES = 1 << 19  # with what is computed from them, small enough for the cache that cores share
 _LEAST_ROWS = 4  # products of one to three rows take other code paths in the linear-algebra library
 
 
@@ -43,6 +41,11 @@ class Output(NamedTuple):
         return self.site.shape if self.site else self.info.shape
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """Its rows and columns, as patches count them."""
+        return (self.site or Site(source=None, shape=self.shape)).matrix
+
+    @property
     def entry(self) -> Entry:
         return Entry(self.name, self.dtype, self.shape, prod(self.shape) * BITS[self.dtype] // 8)
 
@@ -51,22 +54,29 @@ class Output(NamedTuple):
         return self.site is None and self.dtype == self.info.dtype
 
     @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the bytes it is made from."""
+        return DTYPES[self.info.dtype]
+
+    @property
     def work_dtype(self) -> torch.dtype:
         """One precision above the output: float32 for 16-bit outputs, float64 for float32 and float64 ones."""
         wide = self.dtype in ("F32", "F64") or self.info.dtype == "F64"
         return torch.float64 if wide else torch.float32
 
 
-class Tile(NamedTuple):
-    """A byte range of an output's source. With a patch: whole rows first..last of the stored matrix."""
+@dataclass(frozen=True)
+class Tile:
+    """Bytes of an output's source, from position `start` within it."""
 
     output: Output
     start: int
     nbytes: int
-    first: int = 0
-    last: int = 0
-    patch: Patch | None = None
-    opened: "Opened | None" = None
+
+    @property
+    def element(self) -> int:
+        """The position of its first element within the tensor."""
+        return self.start * 8 // BITS[self.output.info.dtype]
 
     @property
     def written(self) -> int:
@@ -74,11 +84,30 @@ class Tile(NamedTuple):
         return self.nbytes * BITS[self.output.dtype] // BITS[self.output.info.dtype]
 
 
-class Opened(NamedTuple):
-    """The adapter of a patch, and what its tiles share."""
+@dataclass(frozen=True)
+class AdaptedTile(Tile):
+    """Whole rows of a patch, first..last of the stored matrix, and the adapter of the patch, which its tiles share."""
 
+    first: int
+    last: int
+    patch: Patch
     adapter: Adapter
-    streamed: OverTiles
+    engine: OverTiles
+
+    @property
+    def part(self) -> Part:
+        """Which features of the adapter the tile holds."""
+        held = slice(self.first - self.patch.start, self.last - self.patch.start)
+        return {"in_": held} if self.patch.transposed else {"out": held}
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """Its values, flat in the order of the file, as an (out_features, in_features) matrix in the same memory."""
+        rows = values.view(self.last - self.first, -1)
+        return rows.T if self.patch.transposed else rows
+
+    def flat(self, matrix: Tensor) -> Tensor:
+        """Such a matrix in the order of the file."""
+        return (matrix.T if self.patch.transposed else matrix).reshape(-1)
 
 
 Steps = Iterator[tuple[Tile, Tensor]]
@@ -102,7 +131,7 @@ class TileMerger:
     @property
     def grid(self) -> int:
         """Entries per tile: with the shapes, all that decides the grid."""
-        return TILE
+        return TILE_ENTRIES
 
     def over(
         self, work: Sequence[tuple[Output, Callable[[Steps], Result]]], threads: int, progress: Callable[[int], None]
@@ -133,43 +162,32 @@ class TileMerger:
 
     def tiles(self, output: Output) -> Iterator[Tile]:
         """The tiles of an output, in order, each patch's adapter opened when its first tile is due."""
-        for _, part in groupby(tiles(output), lambda tile: tile.patch):
-            yield from self._opened(list(part))
+        for patch, begin, end in _spans(output):
+            yield from _plain(output, begin, end) if patch is None else self._adapted(output, patch)
 
     def read(self, tile: Tile) -> Tensor:
         """The tile's bytes, until this thread's next one."""
-        info = tile.output.info
         buffer = self.workspace.take("read", tile.nbytes, torch.uint8)
-        target = as_bytes(buffer)
-        if info.file == self.checkpoint.layout.path and self.checkpoint.in_memory:
-            site = tile.output.site
-            key = site.replacement if site else None
-            assert key is not None
-            whole = as_bytes(self.checkpoint.tensor(key).contiguous())
-            target[:] = whole[tile.start : tile.start + tile.nbytes]
-            return buffer
-        fd = os.open(info.file, os.O_RDONLY)
-        try:
-            read_into(fd, target, info.start + tile.start)
-        finally:
-            os.close(fd)
+        site = tile.output.site
+        if site is not None and site.replacement and self.checkpoint.in_memory:
+            whole = as_bytes(self.checkpoint.tensor(site.replacement).contiguous())
+            as_bytes(buffer)[:] = whole[tile.start : tile.start + tile.nbytes]
+        else:
+            read_part(tile.output.info, tile.start, as_bytes(buffer))
         return buffer
 
     def merge(self, tile: Tile, raw: Tensor) -> Tensor:
         """The tile's elements as they will be written, made of the bytes read. May overwrite them."""
         if tile.output.copied:
             return raw
-        stored = raw.view(DTYPES[tile.output.info.dtype])
         if tile.output.info.dtype not in FLOATS:
-            return stored
-        if tile.patch is None:
-            return self.finish(tile, self._values(tile, raw), raw)
-        return self.finish(tile, self.effective(tile, self.base_weight(tile, raw)), raw)
+            return raw.view(tile.output.stored_dtype)
+        if isinstance(tile, AdaptedTile):
+            return self.finish(tile, tile.flat(self.effective(tile, self.base_weight(tile, raw))), raw)
+        return self.finish(tile, self.values(tile, raw), raw)
 
-    def finish(self, tile: Tile, effective: Tensor, raw: Tensor) -> Tensor:
-        """The effective weight as it will be written: its bias added, rounded once. May overwrite the bytes read."""
-        transposed = tile.patch is not None and tile.patch.transposed
-        values = (effective.T if transposed else effective).reshape(-1)
+    def finish(self, tile: Tile, values: Tensor, raw: Tensor) -> Tensor:
+        """The values before rounding as they will be written: their bias added, rounded once. May overwrite `raw`."""
         site = tile.output.site
         if site is not None and site.bias is not None:
             values = values + self.bias(site.bias, tile, values)
@@ -178,29 +196,56 @@ class TileMerger:
             self._check_finite(tile, values, result)
         return result
 
-    def delta(self, tile: Tile, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """The tile's base weight as an (out_features, in_features) matrix, and strength·delta."""
-        base_weight = self.base_weight(tile, raw)
-        return base_weight, self._patched(tile, base_weight, over=False)
+    def values(self, tile: Tile, raw: Tensor) -> Tensor:
+        """What adapters see as the base, flat, in the dtype of the work, until this thread's next tile."""
+        working = self._working_copy(raw.view(tile.output.stored_dtype), tile.output.work_dtype)
+        return self._with_rows(tile, working)
 
-    def base_weight(self, tile: Tile, raw: Tensor) -> Tensor:
-        """The tile as an (out_features, in_features) matrix in the dtype of the work, until this thread's next one."""
-        assert tile.patch is not None
-        matrix = self._values(tile, raw).view(tile.last - tile.first, -1)
-        return matrix.T if tile.patch.transposed else matrix
+    def base_weight(self, tile: AdaptedTile, raw: Tensor) -> Tensor:
+        """The same as an (out_features, in_features) matrix."""
+        return tile.matrix(self.values(tile, raw))
 
-    def effective(self, tile: Tile, base_weight: Tensor) -> Tensor:
+    def delta(self, tile: AdaptedTile, base_weight: Tensor) -> Tensor:
+        """strength·delta."""
+        with _placed(tile):
+            return tile.engine.delta(base_weight, **tile.part)
+
+    def effective(self, tile: AdaptedTile, base_weight: Tensor) -> Tensor:
         """W0 + strength·delta before rounding, written over the base weight."""
-        return self._patched(tile, base_weight, over=True)
+        with _placed(tile):
+            return tile.engine.merged(base_weight, **tile.part)
 
     def adapter(self, patch: Patch) -> Adapter:
         """The adapter of the whole patch."""
         return self.checkpoint.adapter(patch.module, patch.expert).take(out=slice(*patch.out)).to(self.device)
 
+    def first_rows(self, output: Output, entries: int) -> AdaptedTile | None:
+        """About so many entries where an output's first patch begins; None where its vectors lie across tiles."""
+        patch = output.site.patches[0] if output.site and output.site.patches else None
+        if patch is None or self.crosses_tiles(patch):
+            return None
+        adapter = self.adapter(patch)
+        last = min(patch.stop, patch.start + max(entries // output.matrix[1], _LEAST_ROWS))
+        where = _bytes_of(output, patch.start, last)
+        engine = adapter.over_tiles(output.work_dtype, self.strength)
+        return AdaptedTile(output, *where, patch.start, last, patch, adapter, engine)
+
     def crosses_tiles(self, patch: Patch) -> bool:
         """Whether its adapter normalises vectors that lie across rows of the stored tensor."""
         axis = self.checkpoint.layout.adapters[patch.module].axis
         return axis is not None and (axis == "out_features") == patch.transposed
+
+    def _adapted(self, output: Output, patch: Patch) -> list[AdaptedTile]:
+        """All tiles of a patch with its adapter; where its vectors lie across tiles, with their sums over all."""
+        adapter = self.adapter(patch)
+        engine = adapter.over_tiles(output.work_dtype, self.strength)
+        tiles = [
+            AdaptedTile(output, *_bytes_of(output, first, last), first, last, patch, adapter, engine)
+            for first, last in row_ranges(patch.start, patch.stop, output.matrix[1])
+        ]
+        if len(tiles) > 1 and self.crosses_tiles(patch):
+            engine.sum_over(lambda: ((self.base_weight(tile, self.read(tile)), tile.part) for tile in tiles))
+        return tiles
 
     def _working_copy(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """The tile in the dtype of the work; on a CPU always in the same memory, which costs no page faults."""
@@ -216,51 +261,21 @@ class TileMerger:
         once = rounded(values, dtype) if values.dtype == torch.float64 else values  # copy_ rounds float32 once
         return raw[: values.numel() * dtype.itemsize].view(dtype).copy_(once)
 
-    def _values(self, tile: Tile, raw: Tensor) -> Tensor:
-        stored = raw.view(DTYPES[tile.output.info.dtype])
-        return self._with_rows(tile, self._working_copy(stored, tile.output.work_dtype))
-
-    def _patched(self, tile: Tile, base_weight: Tensor, *, over: bool) -> Tensor:
-        """strength·delta or, over the base weight, their sum."""
-        patch, opened = tile.patch, tile.opened
-        assert patch is not None
-        assert opened is not None
-        adapter, streamed = opened
-        part = _part(tile, patch)
-        try:
-            return streamed.merged(base_weight, **part) if over else streamed.delta(base_weight, **part)
-        except D2SurgeryError as error:
-            rows_are_vectors = (adapter.along == "out_features") is not patch.transposed
-            counting = f", counting from row {tile.first} of {tile.output.name}" if rows_are_vectors else ""
-            where = f"{patch.module}{counting}"
-            raise D2SurgeryError(*(replace(problem, module=where) for problem in error.problems)) from None
-
-    def _opened(self, patch_tiles: list[Tile]) -> list[Tile]:
-        """All tiles of a patch with its adapter; where its vectors lie across tiles, with their sums over all."""
-        output, patch = patch_tiles[0].output, patch_tiles[0].patch
-        if patch is None:
-            return patch_tiles
-        adapter = self.adapter(patch)
-        streamed = adapter.over_tiles(output.work_dtype, self.strength)
-        if len(patch_tiles) > 1 and self.crosses_tiles(patch):
-            streamed.sum_over(lambda: ((self.base_weight(t, self.read(t)), _part(t, patch)) for t in patch_tiles))
-        return [tile._replace(opened=Opened(adapter, streamed)) for tile in patch_tiles]
-
     def bias(self, module: str, tile: Tile, values: Tensor) -> Tensor:
         """What the module's own bias adds to the values of a tile."""
         scaling = self.checkpoint.layout.adapters[module].scaling
         assert scaling is not None
-        first = tile.start * 8 // BITS[tile.output.info.dtype]
+        first = tile.element
         bias = self.checkpoint.bias(module).to(values.device, torch.float64) * (scaling * self.strength)
         return bias[first : first + values.numel()].to(values.dtype)
 
     def _with_rows(self, tile: Tile, values: Tensor) -> Tensor:
-        """What adapters see as the base: trained rows put in; a tile need not begin or end at a row."""
+        """With trained rows put in; a tile need not begin or end at a row."""
         rows = tile.output.site.rows if tile.output.site else None
         if rows is None:
             return values
         trained = self.checkpoint.tensor(rows.key).to(values.device, values.dtype).flatten(1)
-        first = tile.start * 8 // BITS[tile.output.info.dtype]
+        first = tile.element
         width = trained.shape[1]
         for number, row in enumerate(rows.indices):
             low, high = max(row * width, first), min((row + 1) * width, first + values.numel())
@@ -278,44 +293,65 @@ class TileMerger:
         raise refuse("NOT_FINITE", message, module=tile.output.name)
 
 
-def tiles(output: Output) -> Iterator[Tile]:
-    """The grid: fixed by shapes. Patches cover whole rows; what no patch covers is cut by bytes."""
-    if output.site is None or not output.site.patches:
-        yield from _plain(output, 0, output.info.nbytes)
-        return
-    rows, _ = output.site.matrix
-    row_bytes = output.info.nbytes // rows
+@contextmanager
+def _placed(tile: AdaptedTile) -> Iterator[None]:
+    """A refused vector is counted within the tile: say where the tile is."""
+    try:
+        yield
+    except D2SurgeryError as error:
+        rows_are_vectors = (tile.adapter.along == "out_features") is not tile.patch.transposed
+        counting = f", counting from row {tile.first} of {tile.output.name}" if rows_are_vectors else ""
+        where = f"{tile.patch.module}{counting}"
+        raise D2SurgeryError(*(replace(problem, module=where) for problem in error.problems)) from None
+
+
+# The grid --------------------------------------------------------------------------------------------------------
+
+
+def grid(output: Output) -> Iterator[Tile]:
+    """All tiles: fixed by shapes. Patches cover whole rows; what no patch covers is cut by bytes."""
+    for patch, begin, end in _spans(output):
+        if patch is None:
+            yield from _plain(output, begin, end)
+        else:
+            for rows in row_ranges(patch.start, patch.stop, output.matrix[1]):
+                yield row_tile(output, *rows)
+
+
+def _spans(output: Output) -> Iterator[tuple[Patch | None, int, int]]:
+    """The bytes of each patch, and of what lies between patches, in order."""
     done = 0
-    for patch in output.site.patches:
-        yield from _plain(output, done * row_bytes, patch.start * row_bytes)
-        for first, last in cuts(patch.start, patch.stop, row_bytes * 8 // BITS[output.info.dtype]):
-            yield Tile(output, first * row_bytes, (last - first) * row_bytes, first, last, patch)
-        done = patch.stop
-    yield from _plain(output, done * row_bytes, output.info.nbytes)
+    for patch in output.site.patches if output.site else ():
+        begin, size = _bytes_of(output, patch.start, patch.stop)
+        if begin > done:
+            yield None, done, begin
+        yield patch, begin, begin + size
+        done = begin + size
+    if done < output.info.nbytes:
+        yield None, done, output.info.nbytes
 
 
 def _plain(output: Output, begin: int, end: int) -> Iterator[Tile]:
-    """Tiles without a patch, from byte to byte."""
-    step = TILE * BITS[output.info.dtype] // 8
+    """Tiles of what no patch covers, from byte to byte."""
+    step = TILE_ENTRIES * BITS[output.info.dtype] // 8
     for start in range(begin, end, step):
         yield Tile(output, start, min(step, end - start))
 
 
-def part_of(output: Output, patch: Patch, first: int, last: int) -> Tile:
-    """Whole rows of a patch as one tile."""
-    row_bytes = output.info.nbytes // (output.site.matrix[0] if output.site else 1)
-    return Tile(output, first * row_bytes, (last - first) * row_bytes, first, last, patch)
+def row_tile(output: Output, first: int, last: int) -> Tile:
+    """Rows first..last of the stored matrix."""
+    return Tile(output, *_bytes_of(output, first, last))
 
 
-def _part(tile: Tile, patch: Patch) -> Part:
-    """Which features of the patch's adapter the tile holds."""
-    held = slice(tile.first - patch.start, tile.last - patch.start)
-    return {"in_": held} if patch.transposed else {"out": held}
+def _bytes_of(output: Output, first: int, last: int) -> tuple[int, int]:
+    """Where these rows begin in the source, and how many bytes they are."""
+    row_bytes = output.info.nbytes // output.matrix[0]
+    return first * row_bytes, (last - first) * row_bytes
 
 
-def cuts(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of about TILE entries; a short last range joins its neighbour."""
-    step = max(TILE // max(width, 1), _LEAST_ROWS)
+def row_ranges(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+    """Rows start..stop in ranges of about TILE_ENTRIES entries; a short last range joins its neighbour."""
+    step = max(TILE_ENTRIES // max(width, 1), _LEAST_ROWS)
     while start < stop:
         last = stop if stop - start <= step * 3 // 2 else start + step
         yield start, last

@@ -8,7 +8,9 @@ from d2surgery.errors import Problem, raise_errors
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import TensorInfo
 from d2surgery.formats import open_layout
-from d2surgery.formats.layout import Layout
+from d2surgery.formats.layout import Layout, Packing
+from d2surgery.placement.promises import broken_promises
+from d2surgery.placement.site import is_head
 from d2surgery.placement.sites import Landing, sites
 
 
@@ -24,18 +26,23 @@ class Fit:
 
     @property
     def computed(self) -> Mapping[str, TensorInfo]:
-        """The tensors of the base that are not copied but computed from, in the order in which they are read."""
+        """The base's tensors from which outputs are computed, not copied, in the order in which they are read."""
         names = [name for name, site in self.landing.sites.items() if site.source == name and site.replacement is None]
         tensors = self.base.header.tensors
         return {name: tensors[name] for name in sorted(names, key=lambda n: (tensors[n].file, tensors[n].start))}
 
 
-def fit(base: str | os.PathLike[str], adapter: str | os.PathLike[str], strength: float = 1.0) -> Fit:
+def fit(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    strength: float = 1.0,
+    expert_layout: Packing | None = None,
+) -> Fit:
     """Where every tensor of the adapter lands. Raises D2SurgeryError with every misfit at once."""
-    layout = open_layout(adapter)
+    layout = open_layout(adapter, expert_layout=expert_layout)
     weights = BaseWeights(base)
     landing = sites(layout, weights.header, weights.config)
-    problems = [*layout.problems, *landing.problems]
+    problems = [*layout.problems, *landing.problems, *broken_promises(layout, weights.header, landing)]
     if strength != 1 and (layout.replacements or layout.rows):
         names = ", ".join([*layout.replacements, *layout.rows][:3])
         problems.append(
@@ -46,6 +53,12 @@ def fit(base: str | os.PathLike[str], adapter: str | os.PathLike[str], strength:
     if strength == 0:  # the base, bit for bit
         landing = replace(landing, sites={}, untied=False)
     return Fit(layout, weights, landing, strength, tuple(problems))
+
+
+def new_labels(layout: Layout) -> int | None:
+    """The classes of a classification head that the adapter brings; None when it brings none."""
+    heads = [key for name, key in layout.replacements.items() if name.endswith(".weight") and is_head(name)]
+    return layout.header.tensors[heads[0]].shape[0] if heads else None
 
 
 def _unconsumed(layout: Layout, landing: Landing) -> Iterator[Problem]:

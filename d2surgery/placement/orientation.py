@@ -84,7 +84,7 @@ class Patches:
             return evidence.pop()
         if not evidence and self.config.get("model_type") in _CONV1D_MODELS:
             return True
-        if evidence or self.hint:
+        if evidence or (self.hint and not self.config.get("model_type")):
             self.say("AMBIGUOUS_ORIENTATION", "(out, in) or (in, out)?", module=module)
             return None
         return False

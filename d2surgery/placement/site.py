@@ -1,5 +1,6 @@
 """Site: all that happens to one tensor of the base; Patch: one adapter on some of its rows."""
 
+import re
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -7,6 +8,14 @@ from typing import NamedTuple
 from d2surgery.formats.layout import Rows
 
 OUTPUTS = ("lm_head", "embed_out")  # their rows are tokens, also where they are not tied
+
+
+_HEAD = re.compile(r"(.*\.)?(score|classifier(\.(out_proj|linear_out|\d+))?|classification_head\.out_proj|logits_proj)")
+
+
+def is_head(tensor: str) -> bool:
+    """Whether a tensor is a classification head's weight or bias, by its name: its rows are labels."""
+    return _HEAD.fullmatch(tensor.rpartition(".")[0]) is not None
 
 
 class Patch(NamedTuple):

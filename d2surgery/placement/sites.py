@@ -16,7 +16,7 @@ from d2surgery.files.header import Header
 from d2surgery.formats.layout import AdapterLayout, Layout, Rows
 from d2surgery.placement.names import Names
 from d2surgery.placement.orientation import Patches
-from d2surgery.placement.site import OUTPUTS, Patch, Site
+from d2surgery.placement.site import OUTPUTS, Patch, Site, is_head
 from d2surgery.placement.ties import Tie, find_tie
 from d2surgery.placement.untying import Settlement
 
@@ -97,12 +97,24 @@ class _Finder:
             self.say("AMBIGUOUS_MODULE", "replaced twice", module=tensor, got=f"again as {target}")
             return
         want = self._stored_shape(tensor)
-        if shape != want:
+        if shape != want and not self._is_new_head(target, tensor, shape, want):
             if not self._resizes(tensor, shape, want):
                 self.say("SHAPE_MISMATCH", "replacement", module=target, wanted=str(want), got=str(shape))
                 return
             self.vocab_size = shape[0]
         self.sites[tensor] = Site(source=self._source(tensor), shape=shape, replacement=key)
+
+    def _is_new_head(self, target: str, tensor: str, shape: tuple[int, ...], want: tuple[int, ...]) -> bool:
+        """A classification head with another number of labels, all of its module saved."""
+        module, trained = tensor.rpartition(".")[0], target.rpartition(".")[0]
+        saved = self.layout.replacements
+        whole = (
+            saved.get(f"{trained}.{name.removeprefix(module + '.')}")
+            for name in self.base.tensors
+            if name.rpartition(".")[0] == module
+        )
+        rows = {self.layout.header.tensors[key].shape[:1] if key else () for key in whole}
+        return is_head(tensor) and len(shape) == len(want) and shape[1:] == want[1:] and rows == {shape[:1]}
 
     def _resizes(self, tensor: str, shape: tuple[int, ...], want: tuple[int, ...]) -> bool:
         """An embedding, its tied output or an output's bias may have another number of tokens."""

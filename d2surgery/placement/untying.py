@@ -32,14 +32,12 @@ class Settlement:
         if self.layout.about.tied and embedding in self.sites:
             self._tie_twins(embedding)
             return
-        shared = self._share_replacement(embedding)
+        self._share_replacement(embedding)
         touched = self.sites.get(embedding)
-        if touched is not None and not touched.patches and touched.replacement == shared:
-            others = [alias for alias in self.tie.aliases if self._changed(alias, touched)]
-            if not others:
-                for alias in self.tie.aliases:
-                    self.sites.pop(alias, None)
-                return
+        if touched is not None and self._keeps_tie(embedding, touched):
+            for alias in self.tie.aliases:
+                self.sites.pop(alias, None)
+            return
         if touched is None and not any(alias in self.sites for alias in self.tie.aliases):
             return
         if not self.tie.aliases and touched is not None and self.tie.unknown_output:
@@ -48,8 +46,7 @@ class Settlement:
             return
         for alias in self.tie.aliases:  # without the tie each side needs its own tensor
             if alias not in self.sites:
-                shape = self.layout.header.tensors[shared].shape if shared else self.base.tensors[embedding].shape
-                self.sites[alias] = Site(source=embedding, shape=shape, replacement=shared)
+                self.sites[alias] = Site(source=embedding, shape=self.base.tensors[embedding].shape)
             if touched is not None and self.sites[alias].replacement == touched.replacement:
                 self.sites[alias] = replace(self.sites[alias], rows=self.sites[alias].rows or touched.rows)
             self._untie_bias(alias)
@@ -59,23 +56,35 @@ class Settlement:
                 "NEVER_CALLED", "the merged model ignores it as the unmerged one does", "warning", module=embedding
             )
 
-    def _share_replacement(self, embedding: str) -> str | None:
-        """A full weight that modules_to_save does not name is loaded into the parameter that both sides share."""
-        sides = [side for side in (embedding, *self.tie.aliases) if side in self.sites]
-        keys = {key for side in sides if (key := self.sites[side].replacement)}
-        saved = self.layout.about.saved_modules
-        modules = [side.removesuffix(".weight") for side in sides]
-        if len(keys) != 1 or any(f".{module}".endswith(f".{name}") for name in saved for module in modules):
-            return None
+    def _share_replacement(self, embedding: str) -> None:
+        """A full weight that modules_to_save does not name is loaded into the parameter that the other sides share.
+
+        A side that it names, by itself or by what holds it, has a copy of its own and stays out.
+        """
+        sharing = [side for side in (embedding, *self.tie.aliases) if not self._is_saved(side)]
+        keys = {key for side in sharing if (site := self.sites.get(side)) and (key := site.replacement)}
+        if len(keys) != 1:
+            return
         (key,) = keys
         shape = self.layout.header.tensors[key].shape
-        for side in dict.fromkeys((embedding, *sides)):
+        for side in sharing:
             site = self.sites.get(side) or Site(source=embedding, shape=shape)
             self.sites[side] = replace(site, replacement=key, shape=shape)
-        return key
 
-    def _changed(self, alias: str, kept: Site) -> bool:
-        return alias in self.sites and self.sites[alias] != replace(kept, rows=None)
+    def _is_saved(self, side: str) -> bool:
+        """By the name that the adapter has for it, where it has one: the base's file may lack the model's prefix."""
+        site = self.sites.get(side)
+        names = [target for target, key in self.layout.replacements.items() if site and key == site.replacement]
+        return any(self.layout.about.saves(name) for name in names or [side])
+
+    def _keeps_tie(self, embedding: str, touched: Site) -> bool:
+        """Whether one tensor still does for all sides: loaded into what they share, or with rows trained for all."""
+        others = [self.sites.get(alias) for alias in self.tie.aliases]
+        if touched.replacement is None:
+            shared = all(site in (None, replace(touched, rows=None)) for site in others)
+        else:
+            shared = not self._is_saved(embedding) and all(site == replace(touched, rows=None) for site in others)
+        return shared and not touched.patches
 
     def _untie_bias(self, alias: str) -> None:
         """The tie also holds `cls.predictions.decoder.bias` to `cls.predictions.bias`, and the like."""

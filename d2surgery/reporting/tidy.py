@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2surgery.measures.drift import Drift
 from d2surgery.measures.likeness import SIDES, Difference, phi
-from d2surgery.measures.spectrum import NUMBERS, Spectrum
+from d2surgery.measures.ranks import NUMBERS, Spectrum
 
 Row = dict[str, str | int | float | None]
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -12,9 +12,10 @@ from d2surgery.files.base import BaseWeights
 from d2surgery.formats.layout import Layout
 from d2surgery.measures.drift import Drift
 from d2surgery.measures.likeness import Difference
-from d2surgery.measures.spectrum import Method, Spectrum
+from d2surgery.measures.ranks import Method, Spectrum
 from d2surgery.measures.subspace import Intruders, intruders
 from d2surgery.surveying.modules import BaseMatrices, Progress, differences, drifts, places, spectra
+from d2surgery.surveying.zeros import zero_problems
 
 Named = Callable[[str], Progress]
 """Gives for a label the function that is told done and total."""
@@ -120,7 +121,10 @@ def measure(
     return Measured(
         given=given,
         label=label,
-        layout=checkpoint.layout,
+        layout=replace(
+            checkpoint.layout,
+            problems=(*checkpoint.layout.problems, *zero_problems(checkpoint)),
+        ),
         nbytes=checkpoint.layout.path.stat().st_size,
         kinds={at.name: checkpoint.layout.adapters[at.module].kind for at in places(checkpoint)},
         nominal=nominal_ranks(checkpoint),

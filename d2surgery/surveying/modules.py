@@ -21,12 +21,13 @@ from d2surgery.adapters.forwards import Axis
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
-from d2surgery.files.tensors import as_bytes, find_device, read_tensor
+from d2surgery.files.tensors import as_bytes, find_device
 from d2surgery.files.whole import write_whole
 from d2surgery.machine import ahead, one_thread
 from d2surgery.measures.drift import Drift, drift
 from d2surgery.measures.likeness import Difference, difference
-from d2surgery.measures.spectrum import Method, Of, Spectrum, delta_spectrum, update_spectrum
+from d2surgery.measures.ranks import Method, Of, Spectrum
+from d2surgery.measures.spectrum import delta_spectrum, update_spectrum
 from d2surgery.placement.site import Patch, Site
 from d2surgery.placement.sites import sites
 
@@ -77,11 +78,7 @@ class BaseMatrices:
 
     def _read(self, site: Site, patch: Patch) -> Tensor:
         assert site.source is not None
-        info = self.base.header.tensors[site.source]
-        rows, columns = site.matrix
-        row_bytes = info.nbytes // rows
-        start, stop = info.start + patch.start * row_bytes, info.start + patch.stop * row_bytes
-        part = read_tensor(info._replace(shape=(patch.stop - patch.start, columns), start=start, stop=stop))
+        part = self.base.rows(site.source, patch.start, patch.stop, of=site.matrix[0])
         return part.T if patch.transposed else part
 
 

@@ -4,12 +4,9 @@ import importlib.util
 import inspect
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +18,11 @@ from d2surgery.files.whole import PARTIAL, write_whole
 from d2surgery.formats.layout import About
 from d2surgery.kinds import TABLE
 from d2surgery.live.attaching import ALL_LINEAR, adapted, attach, initial, set_warmup
-from d2surgery.live.quantization import Quantization, entries, loading_options, quantization_in, quantization_of
+from d2surgery.live.quantization import Quantization, loading_options, quantization_in, quantization_of
 from d2surgery.training.config import TrainConfig, differences, read_config, to_toml
-from d2surgery.training.data import Collate, Corpus, Row, Rows, read_corpus, rows, tokens_of
+from d2surgery.training.data import Collate, Corpus, Rows, read_corpus
 from d2surgery.training.disk import check_whole, checkpoints, full_disk_named, read_json, step_of
+from d2surgery.training.planning import Schedule, TrainPlan, plan_of, schedule_of, world
 from d2surgery.training.reporters import check_reporters, failures_named
 
 if TYPE_CHECKING:
@@ -33,28 +31,6 @@ if TYPE_CHECKING:
 CONFIG = "train.toml"
 INPUTS = "inputs.json"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainPlan:
-    """What will be trained, known before the first step."""
-
-    kind: str
-    modules: int
-    targets: Mapping[str, tuple[str, ...]]  # "model.layers.*.mlp" -> last names of its adapted modules
-    ranks: tuple[int, ...]
-    scaling: float
-    trainable_parameters: int
-    all_parameters: int
-    quantization: Quantization | None  # of the base in memory
-    items: int
-    held_out: int
-    rows: int
-    steps: int
-    rows_per_step: int
-    tokens: int
-    resumed_from: int | None
-    problems: tuple[Problem, ...]  # warnings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +81,7 @@ def train(
     checkpoint = _begin_in(out, config, resume)
     tokenizer = _tokenizer(config)
     corpus = read_corpus(config.data, tokenizer, config.run.seed)
-    schedule = _schedule(config, corpus)
+    schedule = schedule_of(config, corpus)
     inputs = {"data_sha256": corpus.digest, "rows_per_step": schedule.rows_per_step}
     if checkpoint is not None:
         _check_inputs(out, inputs)
@@ -117,7 +93,7 @@ def train(
     from d2surgery.training.trainer import forget_after, read_metrics  # transformers, accelerate
 
     resumed_from = None if checkpoint is None else step_of(checkpoint)
-    plan = _plan(config, model, corpus, schedule, resumed_from)
+    plan = plan_of(config, model, corpus, schedule, resumed_from)
     announce(plan)
     trainer, flow, metrics = _trainer(config, model, tokenizer, corpus, schedule, progress, fresh=checkpoint is None)
     with full_disk_named(out):
@@ -125,7 +101,7 @@ def train(
             write_whole(out / CONFIG, to_toml(config))
             write_whole(out / INPUTS, json.dumps(inputs, indent=2))
             forget_after(out, resumed_from if resumed_from is not None else -1)
-        with flow.catching_signals(alone=_world() == 1), failures_named(config.run.report_to):
+        with flow.catching_signals(alone=world() == 1), failures_named(config.run.report_to):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if trainer.state.global_step < schedule.steps:
             raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; --resume goes on from there")
@@ -259,95 +235,6 @@ def _start(config: TrainConfig, model: Any) -> dict[str, Adapter]:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Schedule:
-    """The rows of the run, and what happens when."""
-
-    rows: list[Row]
-    rows_per_step: int
-    steps: int
-    tokens: list[int]  # in the first n steps, n from 0
-    epochs: float
-    scaling_warmup: int
-
-    def every(self, chosen: int | None) -> int:
-        return chosen or ceil(self.steps / 10)
-
-
-def _schedule(config: TrainConfig, corpus: Corpus) -> _Schedule:
-    optimizer = config.optimizer
-    per_step = optimizer.batch * optimizer.accumulation * _world()
-    chosen = rows(
-        corpus.train,
-        batching=config.data.batching,
-        max_length=config.data.max_length,
-        batch=per_step,
-        seed=config.run.seed,
-        **({"count": optimizer.steps * per_step} if optimizer.steps else {"epochs": optimizer.epochs}),
-    )
-    steps = ceil(len(chosen) / per_step)
-    each = [tokens_of(corpus.train, chosen[at * per_step : (at + 1) * per_step]) for at in range(steps)]
-    warmup = config.adapter.scaling_warmup
-    if config.adapter.kind == "duallora" and warmup is None:
-        warmup = ceil(steps / 10)
-    if (warmup or 0) > steps:
-        raise refuse("BAD_CONFIG", "the scaling would not have finished rising", module="adapter.scaling_warmup",
-                     wanted=f"at most {steps}", got=str(warmup))  # fmt: skip
-    return _Schedule(
-        rows=chosen,
-        rows_per_step=per_step,
-        steps=steps,
-        tokens=[0, *accumulate(each)],
-        epochs=sum(map(len, chosen)) / len(corpus.train),
-        scaling_warmup=warmup or 0,
-    )
-
-
-def _plan(config: TrainConfig, model: Any, corpus: Corpus, schedule: _Schedule, resumed_from: int | None) -> TrainPlan:
-    layers = adapted(model)
-    groups = len(TABLE[config.adapter.kind].groups)
-    return TrainPlan(
-        kind=config.adapter.kind,
-        modules=len(layers),
-        targets=_by_parent(layers),
-        ranks=(config.group_rank,) * groups,
-        scaling=config.scaling,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        all_parameters=sum(map(entries, model.parameters())),
-        quantization=quantization_in(model),
-        items=len(corpus.train),
-        held_out=len(corpus.held_out),
-        rows=len(schedule.rows),
-        steps=schedule.steps,
-        rows_per_step=schedule.rows_per_step,
-        tokens=schedule.tokens[-1],
-        resumed_from=resumed_from,
-        problems=tuple(_too_long(config, corpus)),
-    )
-
-
-def _by_parent(modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Last names by what stands before them, numbers as *: where targets matched more than was meant, it shows."""
-    found: dict[str, dict[str, None]] = {}
-    for module in modules:
-        parent, _, name = re.sub(r"(?<![^.])\d+(?![^.])", "*", module).rpartition(".")
-        found.setdefault(parent, {})[name] = None
-    return {parent: tuple(names) for parent, names in found.items()}
-
-
-def _too_long(config: TrainConfig, corpus: Corpus) -> Iterator[Problem]:
-    """What max_length cost."""
-    most = config.data.max_length
-    if corpus.prompts_cut:
-        message = f"{corpus.prompts_cut} prompts lost their beginning to fit {most} tokens with their answers"
-        yield Problem(code="ITEMS_TOO_LONG", message=message, severity="warning")
-    if corpus.left_out:
-        few, more = "; ".join(corpus.left_out[:8]), len(corpus.left_out) - 8
-        message = f"left out, since the answer alone does not fit {most} tokens: {few}"
-        message += f" and {more} more" if more > 0 else ""
-        yield Problem(code="ITEMS_TOO_LONG", message=message, severity="warning")
-
-
 def _report(out: Path, plan: TrainPlan, lines: Sequence[Mapping[str, Any]], seconds: float | None) -> TrainReport:
     evaluations = [line["eval_loss"] for line in lines if "eval_loss" in line]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -377,7 +264,7 @@ def _trainer(
     model: Any,
     tokenizer: Any,
     corpus: Corpus,
-    schedule: _Schedule,
+    schedule: Schedule,
     progress: Callable[[int, int], None],
     *,
     fresh: bool,
@@ -412,7 +299,7 @@ def _trainer(
     return trainer, flow, metrics
 
 
-def _arguments(config: TrainConfig, schedule: _Schedule, *, evaluates: bool, fresh: bool) -> Any:
+def _arguments(config: TrainConfig, schedule: Schedule, *, evaluates: bool, fresh: bool) -> Any:
     from transformers import TrainingArguments
 
     optimizer, run, steps = config.optimizer, config.run, schedule.steps
@@ -449,11 +336,11 @@ def _arguments(config: TrainConfig, schedule: _Schedule, *, evaluates: bool, fre
         label_names=["labels"],
         dataloader_pin_memory=run.device != "cpu" and torch.cuda.is_available(),
         ddp_find_unused_parameters=False,  # every slot is used in every step
-        **({"ddp_backend": "gloo"} if run.device == "cpu" and _world() > 1 else {}),
+        **({"ddp_backend": "gloo"} if run.device == "cpu" and world() > 1 else {}),
     )
 
 
-def _about(config: TrainConfig, model: Any, schedule: _Schedule) -> About:
+def _about(config: TrainConfig, model: Any, schedule: Schedule) -> About:
     """What the file says beside the values. PEFT's own kinds have no place for how they were trained."""
     adapter = next(iter(adapted(model).values())).adapter
     shown = About(base_model=config.base, task="CAUSAL_LM")
@@ -477,8 +364,3 @@ def _publish(trainer: "AdapterTrainer", out: Path) -> None:
     trainer.save_model(str(out))
     if trainer.args.should_save:
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
-
-
-def _world() -> int:
-    """The processes that share a step, as torchrun and accelerate launch say it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -838,3 +838,21 @@ def test_streamed_norms_that_nearly_cancel_are_summed_in_float64(whole_vectors: 
     squares = streamed.base + 2 * (streamed.P.T * streamed.products).sum(0) + streamed.norms
     torch.testing.assert_close(squares, norms**2, rtol=1e-6, atol=0)
     assert torch.isfinite(found).all()
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+REPRS = {
+    "lora": "LoRA(90 → 70, rank 4, scaling 0.7, float32)",
+    "dora": "DoRA(90 → 70, rank 4, scaling 0.7, along out_features, float32)",
+    "duallora": "DualLoRA(90 → 70, rank 4+4, scaling 0.7, float32)",
+    "d2lora": "D2LoRA(90 → 70, rank 4+4, scaling 0.7, tau 0.5, along in_features, form projected_plus_update, float32)",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_said_in_one_line_without_its_numbers(kind: str) -> None:
+    adapter = KINDS[kind].init(torch.randn(70, 90, generator=torch.Generator().manual_seed(0)), rank=4, scaling=0.7)
+    assert repr(adapter) == REPRS[kind]
+    update = adapter.update()
+    assert update is None or repr(update) == f"LowRank(70 × 90, rank at most {8 if kind == 'd2lora' else 4})"

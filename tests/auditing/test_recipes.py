@@ -11,7 +11,7 @@ from kinds import KINDS_AND_AXES, make
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from d2surgery.adapters import Adapter, DoRA, LoRA
+from d2surgery.adapters import KINDS, Adapter, DoRA, LoRA
 from d2surgery.auditing.recipes import OURS, RECIPES, Operands
 from d2surgery.files.tensors import rounded
 from d2surgery.measures.fidelity import bits
@@ -135,7 +135,7 @@ def test_every_recipe_is_a_right_merge_within_rounding(kind: str, axis: Any, see
     right = base.double() + adapter.delta(base.double())
     delta = float((right - base.double()).norm())
     for recipe in RECIPES:
-        if adapter.kind in recipe.kinds:
+        if recipe.fits(adapter.kind):
             made = recipe.merge(Operands(base, adapter, dtype))
             coarsest = base.dtype if recipe.name in IN_THE_BASES_DTYPE else dtype
             once = float((rounded(right, coarsest).double() - right).norm())
@@ -150,4 +150,6 @@ def test_every_recipe_is_a_right_merge_within_rounding(kind: str, axis: Any, see
 def test_recipes_have_names_of_their_own_and_ours_is_first() -> None:
     assert RECIPES[0].name == OURS
     assert len(BY_NAME) == len(RECIPES)
-    assert {kind for recipe in RECIPES for kind in recipe.kinds} == {"lora", "dora", "duallora", "d2lora"}
+    assert all(RECIPES[0].fits(kind) for kind in (*KINDS, "a kind to come"))
+    assert {kind for recipe in RECIPES for kind in recipe.kinds} <= set(KINDS)
+    assert all(recipe.fits(kind) == (kind in recipe.kinds) for recipe in RECIPES if recipe.kinds for kind in KINDS)

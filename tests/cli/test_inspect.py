@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import LORA, PAIR, WriteAdapter, safetensors_bytes
@@ -248,7 +249,7 @@ def test_wrong_usage_is_exit_2(arguments: list[str], part: str, capsys: pytest.C
 def test_what_the_system_does_to_us_is_a_message_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: BaseException, code: int, text: str
 ) -> None:
-    def broken(adapter: str) -> None:
+    def broken(adapter: str, **options: Any) -> None:
         raise fault
 
     monkeypatch.setattr("d2surgery.cli.inspect.open_layout", broken)
@@ -315,6 +316,35 @@ def test_numbers_of_nothing_are_zero(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {module[name] for name in ("frobenius_norm", "spectral_norm", "entropy_rank", "stable_rank")} == {0.0}
 
 
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ((0, 1, 2), "3 of 3 modules are zero: merged, it is the base again"),
+        ((1,), "1 of 3 modules are zero"),
+        ((), None),
+    ],
+)
+def test_modules_that_learnt_nothing_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], zero: tuple[int, ...], said: str | None
+) -> None:
+    tensors = {
+        key.replace("layers.0", f"layers.{at}"): torch.zeros(shape) if at in zero and "_B" in key else torch.ones(shape)
+        for at in range(3)
+        for key, shape in PAIR.items()
+    }
+    directory = save(tmp_path, tensors)
+    for arguments in (["inspect", directory, "--numbers"], ["spectrum", directory]):
+        assert main([*arguments, "--json"]) == 0
+        found = document(capsys)
+        assert [p["message"] for p in found.get("problems", []) if p["code"] == "ZERO_UPDATE"] == (
+            [said] if said and "problems" in found else []
+        )
+        assert found.get("zero_updates", [f"layers.{at}.q" for at in zero]) == [f"layers.{at}.q" for at in zero]
+        assert main(arguments) == 0
+        text = capsys.readouterr().out
+        assert ("ZERO_UPDATE" in text, (said or "ZERO") in text) == (bool(zero), bool(zero))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_numbers_find_what_the_header_cannot_show(
@@ -329,6 +359,106 @@ def test_numbers_find_what_the_header_cannot_show(
     found = document(capsys)
     assert [(p["code"], p["module"]) for p in found["problems"] if p["severity"] == "error"] == [("NOT_FINITE", B)]
     assert found["modules"][0]["frobenius_norm"] is None
+
+
+def test_plan_says_that_there_is_no_delta_and_prints_no_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = save(tmp_path / "a", {key: torch.zeros(shape) for key, shape in PAIR.items()})
+    model = base(tmp_path / "base", {"layers.0.q.weight": (4, 6)})
+    assert main(["plan", "--base", model, "--adapter", directory, "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "nan" not in text.replace(str(tmp_path), "")
+    assert "zero: there is nothing to lose" in text
+
+
+@pytest.mark.parametrize("verb", ["plan", "merge", "audit", "report", "spectrum", "drift", "diff"])
+def test_nothing_to_apply_is_refused_by_every_verb(
+    adapter: WriteAdapter, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    empty = str(adapter({}))
+    assert main(["inspect", empty]) == 1
+    model, out = base(tmp_path / "base", {"layers.0.q.weight": (4, 6)}), str(tmp_path / "out.html")
+    arguments = {
+        **{name: ["--base", model, "--adapter", empty, "--out", out] for name in ("plan", "merge")},
+        "audit": ["--base", model, "--adapter", empty, "--merged", model],
+        "report": [empty, "--out", out],
+        "spectrum": [empty],
+        "drift": [empty, "--base", model],
+        "diff": [empty, empty],
+    }[verb]
+    capsys.readouterr()
+    assert main([verb, *arguments]) == 2
+    assert "error NOTHING_TO_APPLY" in capsys.readouterr().err
+    assert not Path(out).exists()
+
+
+# What people ask first ------------------------------------------------------------------------------------------------
+
+
+def test_it_says_how_much_was_trained_with_which_alpha_and_for_what(
+    adapter: WriteAdapter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = PAIR | {"base_model.model.score.weight": (3, 4)}
+    more = {"lora_dropout": 0.05, "task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    directory = str(adapter(shapes, LORA | more))
+    assert main(["inspect", directory]) == 0
+    line = "  trained 20 parameters and 12 that replace the base's, alpha 4, dropout 0.05, for SEQ_CLS\n"
+    assert line in capsys.readouterr().out
+    assert main(["inspect", directory, "--json"]) == 0
+    found = document(capsys)
+    asked = {"parameters": 20, "replaced_parameters": 12, "alpha": 4, "dropout": 0.05, "task": "SEQ_CLS"}
+    assert {name: found[name] for name in asked} == asked
+
+
+def test_every_dtype_of_a_module_is_told(adapter: WriteAdapter, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = str(adapter(PAIR, LORA, dtypes={A: "F16", B: "BF16"}))
+    assert main(["inspect", directory]) == 0
+    assert "F16 and BF16" in capsys.readouterr().out
+    assert main(["inspect", directory, "--json"]) == 0
+    (module,) = document(capsys)["modules"]
+    assert (module["dtype"], module["dtypes"]) == ("F16", ["F16", "BF16"])
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_model_is_called_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], shards: int) -> None:
+    directory = Path(base(tmp_path / "model", {"model.layers.0.q.weight": (4, 6)}))
+    if shards > 1:
+        (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
+        (directory / "model.safetensors.index.json").write_text("{}")
+    assert main(["inspect", str(directory), "--json"]) == shards
+    assert [p["code"] for p in document(capsys)["problems"]] == ["NOT_AN_ADAPTER"]
+
+
+@pytest.mark.parametrize(
+    ("state", "what"),
+    [
+        (lambda p: torch.optim.AdamW([p]).state_dict(), "an optimizer's state"),
+        (
+            lambda p: torch.optim.lr_scheduler.StepLR(torch.optim.SGD([p]), 1).state_dict(),
+            "a learning-rate scheduler's",
+        ),
+    ],
+)
+def test_a_trainers_state_is_called_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], state: Any, what: str
+) -> None:
+    torch.save(state(torch.nn.Parameter(torch.ones(2))), tmp_path / "x.pt")
+    assert main(["inspect", str(tmp_path / "x.pt")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error NOT_AN_ADAPTER")
+    assert what in err
+
+
+def test_a_config_and_an_npz_are_called_what_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(LORA, indent=2))
+    assert main(["inspect", str(tmp_path / "adapter_config.json")]) == 2
+    assert "error NOT_AN_ADAPTER" in capsys.readouterr().err
+    for name in ("adapters.npz", "adapters.bin"):
+        with (tmp_path / name).open("wb") as file:
+            np.savez(file, a=np.ones(2))
+        assert main(["inspect", str(tmp_path / name)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error NOT_SAFETENSORS")
+        assert "a NumPy archive (.npz)" in err
 
 
 # A base ---------------------------------------------------------------------------------------------------------------
@@ -350,6 +480,30 @@ def test_with_a_base_it_says_what_would_change(
     assert f"1 tensor of {fitting} would change." in capsys.readouterr().out
     assert main(["inspect", directory, "--base", fitting, "--json"]) == 0
     assert document(capsys)["base_tensors_touched"] == 1
+
+
+def test_with_a_base_it_says_what_the_config_promises_and_the_file_lacks(
+    adapter: WriteAdapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = {f"model.layers.{at}.{name}.weight": (4, 6) for at in range(2) for name in ("q", "k", "v")}
+    elsewhere = {"model.layers.0.norm.weight": (4,), "vision.layers.0.q.weight": (4, 6), "lm_head.weight": (9, 6)}
+    directory = base(tmp_path / "base", weights | elsewhere)
+    shapes = {key.replace("model.layers", "model.model.layers"): shape for key, shape in PAIR.items()}
+    for targets, absent in {
+        ("q",): ["model.layers.1.q"],
+        ("q", "k"): ["model.layers.0.k", "model.layers.1.q", "model.layers.1.k"],
+        ("0.q", "norm"): [],
+        ("0.q", "lm_head"): ["lm_head"],
+        r".*\.0\.[qv]": ["model.layers.0.v"],
+        "all-linear": ["model.layers.1.q"],
+    }.items():
+        listed = targets if isinstance(targets, str) else list(targets)
+        assert (
+            main(["inspect", str(adapter(shapes, LORA | {"target_modules": listed})), "--base", directory, "--json"])
+            == 0
+        )
+        found = [p["module"] for p in document(capsys)["problems"] if p["code"] == "PROMISED_BUT_ABSENT"]
+        assert found == ([", ".join(absent)] if absent else []), targets
 
 
 @pytest.mark.parametrize(
@@ -493,8 +647,8 @@ PUBLISHED = [  # (folder, format, base, modules, rank, scaling, replaced tensors
     *[(f"gemma270m-aowei{suffix}", "peft", "gemma3-270m-it", 72, 4, 4.0, set(), set()) for suffix in
       ("", "-stage1", "-seed123")],
     ("distilbert-imdb", "peft", "distilbert-base-uncased", 12, 8, 2.0,
-     {f"{m}.{p}" for m in ("classifier", "pre_classifier") for p in ("weight", "bias")}, {"UNDECLARED_REPLACEMENT"}),
-    ("gpt2-anirudh", "peft", "gpt2", 12, 8, 1.0, {"score.weight"}, {"UNDECLARED_REPLACEMENT"}),
+     {f"{m}.{p}" for m in ("classifier", "pre_classifier") for p in ("weight", "bias")}, set()),
+    ("gpt2-anirudh", "peft", "gpt2", 12, 8, 1.0, {"score.weight"}, set()),
     ("sd-vfph55", "diffusers", None, 128, 4, None, set(), {"FOREIGN_FORMAT"}),
 ]  # fmt: skip
 
@@ -514,12 +668,15 @@ def test_published_adapters_are_described_truthfully(
     assert found["tensors_total"] == found["tensors_accounted"]
 
 
-def test_the_undeclared_weights_of_a_published_adapter_are_named(
+def test_what_peft_names_by_an_end_of_a_name_or_by_the_task_is_not_called_undeclared(
     published: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", str(published / "distilbert-imdb"), "--json"]) == 0
-    undeclared = {p["module"] for p in document(capsys)["problems"] if p["code"] == "UNDECLARED_REPLACEMENT"}
-    assert undeclared == {"pre_classifier.weight", "pre_classifier.bias"}
+    """`classifier` names pre_classifier too; SEQ_CLS adds `score`."""
+    for name in ("distilbert-imdb", "gpt2-anirudh"):
+        assert main(["inspect", str(published / name)]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith("OK")
+        assert "for SEQ_CLS" in text
 
 
 def test_a_published_lfs_pointer_is_explained(published: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,6 +205,8 @@ def test_the_gap_is_mean_and_worst_over_tasks() -> None:
     assert found.ci_pp[0] < found.gap_pp < found.ci_pp[1]
     assert codes(found) == {("TASK_GAP", "info")}
     assert not found.equivalent
+    assert repr(found).startswith("TaskGap(-1.00 points (")
+    assert repr(found).endswith("worst -3.00 in b; info TASK_GAP)")
 
 
 GAPS = [  # items, wrong after, right after, severity

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from d2surgery.evaluating.divergence import MARGIN, LogitSums, kl_divergence
+from d2surgery.evaluating.divergence import CLEAR, LogitSums, kl_divergence
 
 
 def exact(z: Any, y: Any) -> float:
@@ -74,7 +74,7 @@ def test_every_number_is_the_formula_again() -> None:
     assert found.rounding_rms == pytest.approx(np.sqrt((centred(right - z) ** 2).mean()))
     top = z.argmax(-1)
     ordered = np.sort(z, -1)
-    sure = ordered[..., -1] - ordered[..., -2] > MARGIN * found.rounding_rms
+    sure = ordered[..., -1] - ordered[..., -2] > CLEAR * found.rounding_rms
     assert found.top1_agreement == pytest.approx((merged.argmax(-1) == top).mean())
     assert found.noise_top1_agreement == pytest.approx((served.argmax(-1) == top).mean())
     assert found.flips == ((merged.argmax(-1) != top) & sure).sum() >= 1

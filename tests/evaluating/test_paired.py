@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from d2surgery.evaluating.paired import bootstrap, mcnemar, mean_gap, paired_gap, quantiles, wilson
+from d2surgery.evaluating.paired import bootstrap, mcnemar, mean_gap, paired_gap, percentile_interval, wilson
 
 choice = st.none() | st.integers(0, 2)
 answers = st.lists(st.tuples(st.integers(0, 2), choice, choice), min_size=1, max_size=60)
@@ -109,4 +109,4 @@ def test_the_mean_over_tasks_has_the_interval_of_a_mean() -> None:
     assert mean == pytest.approx(np.mean([gap.gap_pp for gap in gaps]))
     variances = [(g.lost + g.gained - (g.gained - g.lost) ** 2 / 400) / 400**2 for g in gaps]
     assert high - low == pytest.approx(2 * 1.96 * 100 * sqrt(sum(variances)) / 3, rel=0.05)
-    assert quantiles(np.arange(101.0), 0.9) == pytest.approx((5, 95))
+    assert percentile_interval(np.arange(101.0), 0.9) == pytest.approx((5, 95))

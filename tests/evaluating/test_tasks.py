@@ -14,7 +14,17 @@ from models import byte_tokenizer, llama, scatter
 
 from d2surgery.errors import D2SurgeryError
 from d2surgery.evaluating.items import Item, encode
-from d2surgery.evaluating.tasks import NEW_TOKENS, WAYS, Task, generate, log_likelihoods, named_choice, read_task, score
+from d2surgery.evaluating.tasks import (
+    NEW_TOKENS,
+    WAYS,
+    Score,
+    Task,
+    generate,
+    log_likelihoods,
+    named_choice,
+    read_task,
+    score,
+)
 
 TOKENIZER = byte_tokenizer()
 
@@ -209,3 +219,10 @@ def test_items_without_choices_are_no_task(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"question": "1?", "answer": "a"}, {"question": "2?", "answer": "a"}]))
     with pytest.raises(D2SurgeryError, match=r"BAD_DATA .*nothing to choose between.*items 1, 2"):
         read_task(path)
+
+
+def test_tasks_and_scores_print_in_a_line() -> None:
+    task = Task("even", (Item("Is 2 even?", "yes", ("yes", "no")),) * 500)
+    assert repr(task) == "Task('even', 500 items)"
+    found = Score(task="even", by="likelihood", gold=(0,) * 500, picked=(0, None) * 250, chance=0.5)
+    assert repr(found) == "Score('even' by likelihood: 250 of 500 right)"

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from d2surgery.errors import D2SurgeryError
-from d2surgery.files.locate import locate
+from d2surgery.files.locate import left_out, locate
+from d2surgery.formats import open_layout
 
 
 def code(error: pytest.ExceptionInfo[D2SurgeryError]) -> str:
@@ -43,6 +44,32 @@ def test_the_config_beside_the_weights_is_theirs(tmp_path: Path) -> None:
     config = tmp_path / "adapter_config.json"
     assert locate(tmp_path) == (tmp_path / "adapter_model.safetensors", config)
     assert locate(str(tmp_path / "other.safetensors")) == (tmp_path / "other.safetensors", config)
+
+
+@pytest.mark.parametrize(
+    ("beside", "wanted"),
+    [
+        (["non_lora_trainables.bin", "new_embeddings.safetensors"], ["new_embeddings.safetensors",
+                                                                     "non_lora_trainables.bin"]),
+        (["adapter_model.bin"], ["adapter_model.bin"]),
+        (["optimizer.pt", "training_args.bin", "rng_state_0.pth", "scheduler.pt", "tokenizer.json"], []),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], ["model-*-of-00002.safetensors"]),
+        (["config.json", "model.safetensors", "extra.safetensors"], ["extra.safetensors"]),
+    ],
+)  # fmt: skip
+def test_other_weights_beside_an_adapter_are_named(tmp_path: Path, beside: list[str], wanted: list[str]) -> None:
+    assert left_out(touch(tmp_path, "adapter_model.safetensors", *beside) / "adapter_model.safetensors") == wanted
+
+
+def test_beside_a_file_among_others_only_usual_names_are_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "one.safetensors", "two.safetensors", "non_lora_trainables.bin")
+    assert left_out(tmp_path / "one.safetensors") == ["non_lora_trainables.bin"]
+
+
+def test_what_is_left_out_is_said_by_whoever_opens_the_adapter(adapter: Any) -> None:
+    directory = touch(adapter(), "non_lora_trainables.bin")
+    (problem,) = open_layout(directory).problems
+    assert (problem.code, problem.severity, problem.file) == ("LEFT_OUT", "warning", "non_lora_trainables.bin")
 
 
 def test_no_weights_says_what_is_there(tmp_path: Path) -> None:

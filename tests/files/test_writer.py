@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from d2surgery.files.header import read_checkpoint_header
+from d2surgery.files.checkpoints import read_checkpoint_header
 from d2surgery.files.tensors import NAMES
 from d2surgery.files.writer import Entry, Shard, ShardWriter, hash_tensors, index_file, shards
 

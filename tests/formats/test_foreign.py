@@ -84,9 +84,67 @@ def test_mlx_config_beside_mlx_weights_does_not_make_them_pefts(adapter: WriteAd
 
 
 def test_a_file_of_no_adapters_is_unknown(adapter: WriteAdapter) -> None:
-    layout = open_layout(adapter({"model.layers.0.q.weight": (4, 4)}, None))
+    layout = open_layout(adapter({"emb_params.weight": (4, 4)}, None))
     assert (layout.format, [problem.code for problem in layout.problems]) == ("unknown", ["UNKNOWN_FORMAT"])
-    assert layout.unread == ("model.layers.0.q.weight",)
+    assert layout.unread == ("emb_params.weight",)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["model.layers.0.q.weight", "wte.weight", "bert.embeddings.word_embeddings.weight", "down_blocks.0.resnets.1.w",
+     "lm_head.weight"],
+)  # fmt: skip
+def test_the_weights_of_a_model_are_called_that(adapter: WriteAdapter, key: str) -> None:
+    (problem,) = open_layout(adapter({key: (4, 4)}, None)).problems
+    assert (problem.code, problem.severity) == ("NOT_AN_ADAPTER", "error")
+    assert "the weights of a model" in problem.message
+
+
+def test_nothing_at_all_is_nothing_to_apply(adapter: WriteAdapter) -> None:
+    assert [problem.code for problem in open_layout(adapter({}, None)).problems] == ["NOTHING_TO_APPLY"]
+
+
+MAGNITUDES = [  # (pair and magnitude, shape of the magnitude, along)
+    (("lora_down.weight", "lora_up.weight", "dora_scale"), (8, 1), "out_features"),
+    (("lora_down.weight", "lora_up.weight", "dora_scale"), (1, 6), "in_features"),
+    (("lora_A.weight", "lora_B.weight", "magnitude"), (8,), "out_features"),
+    (("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"), (8,), "out_features"),
+    (("lora_a", "lora_b", "m"), (8,), "out_features"),
+    (("lora_a.weight", "lora_b.weight", "magnitude"), (8,), "out_features"),
+]
+
+
+@pytest.mark.parametrize(("leaves", "shape", "along"), MAGNITUDES)
+def test_a_pair_with_a_magnitude_is_dora(
+    adapter: WriteAdapter, leaves: tuple[str, str, str], shape: tuple[int, ...], along: str
+) -> None:
+    down, up = ((6, 4), (4, 8)) if leaves[0] == "lora_a" else ((4, 6), (8, 4))
+    shapes = {f"unet.x.{leaf}": size for leaf, size in zip(leaves, (down, up, shape), strict=True)}
+    (found,) = open_layout(adapter(shapes, None)).adapters.values()
+    assert (found.kind, found.settings["along"], found.rank) == ("dora", along, 4)
+    assert found.keys == {"A": f"unet.x.{leaves[0]}", "B": f"unet.x.{leaves[1]}", "magnitude": f"unet.x.{leaves[2]}"}
+
+
+def test_the_kernel_of_a_convolution_may_lie_in_a_third_factor(adapter: WriteAdapter) -> None:
+    sizes = {"lora_down": (4, 16, 1, 1), "lora_mid": (4, 4, 3, 3), "lora_up": (8, 4, 1, 1)}
+    layout = open_layout(adapter({f"{KOHYA}.{name}.weight": shape for name, shape in sizes.items()}, None))
+    (found,) = layout.adapters.values()
+    assert (found.stored, found.kernel, found.in_features, found.out_features, found.rank) == (
+        "conv", (16, 3, 3), 144, 8, 4
+    )  # fmt: skip
+    assert layout.unread == ()
+
+
+@pytest.mark.parametrize("leaf", ["lora_A", "lora_A.weight", "lora.lora_A", "lora_down.weight"])
+def test_factors_that_lie_the_other_way_round_are_read_so(adapter: WriteAdapter, leaf: str) -> None:
+    """(48, 8) and (8, 48) fit both ways; a rank of 48 in a weight of 8 × 8 is not what anyone trained."""
+    up = leaf.replace("A", "B").replace("down", "up")
+    sizes = {"q": (144, 8), "o": (48, 8)}
+    shapes = {f"h.0.{m}.{leaf}": (48, 8) for m in sizes} | {f"h.0.{m}.{up}": s[::-1] for m, s in sizes.items()}
+    found = open_layout(adapter(shapes, None)).adapters
+    assert {m: (a.rank, a.in_features, a.out_features) for m, a in found.items()} == {
+        f"h.0.{m}": (8, 48, size[0]) for m, size in sizes.items()
+    }
 
 
 @pytest.mark.parametrize(

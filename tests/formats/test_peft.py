@@ -33,6 +33,7 @@ EXPERTS = {
     **LORA,
     "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
     "peft_version": "0.21.2",
+    "lora_B_layout": "rank_major",
 }
 E = "base_model.model.layers.0.experts"
 
@@ -53,7 +54,8 @@ def assert_conserved(layout: Layout) -> None:
     """Every key in exactly one place, and every unread key, or its module, named by a problem."""
     places = Counter([*layout.accounted(), *layout.unread])
     assert places == Counter(list(layout.header.tensors))
-    whole = any(p.code in ("UNSUPPORTED_METHOD", "FOREIGN_FORMAT", "UNKNOWN_FORMAT") for p in layout.problems)
+    unread = ("UNSUPPORTED_METHOD", "MERGED_LINEAR", "FOREIGN_FORMAT", "UNKNOWN_FORMAT", "NOT_AN_ADAPTER")
+    whole = any(p.code in unread and not p.module for p in layout.problems)
     named = {problem.module for problem in layout.problems if problem.severity == "error"}
     for key in layout.unread:
         assert whole or key in named or any(name and name.rpartition(".")[0] in key for name in named), key
@@ -81,6 +83,10 @@ FAULTS: list[tuple[Shapes, dict[str, Any] | None, str, str]] = [  # (shapes, con
     (DUAL_SHAPES | {f"{Q}.lora_C.weight": (3, 7)}, DUAL, "SHAPE_UNEXPECTED", "differ"),
     (D2_SHAPES | {f"{Q}.lora_B_minus.weight": (5, 2)}, D2, "SHAPE_UNEXPECTED", "differ"),
     ({A: (2, 6, 3, 3), B: (4, 1, 1, 1)}, LORA, "GROUPED_CONV", "do not multiply"),
+    ({A: (4, 6), B: (4, 2, 1)}, LORA, "MERGED_LINEAR", "A (4, 6) and B (4, 2, 1)"),
+    ({A: (4, 6), B: (4, 2, 1)}, with_(LORA, enable_lora=[True, False, True]), "MERGED_LINEAR", "[True, False, True]"),
+    (PAIR, with_(LORA, enable_lora=[True], merge_weights=False), "MERGED_LINEAR", "enable_lora"),
+    (PAIR | {A: (3, 6), B: (4, 3)}, with_(LORA, rank_pattern={"q": 8}), "RANK_DISAGREES", "wanted [8]; got [3]"),
     (PAIR | {A: (6,)}, LORA, "SHAPE_UNEXPECTED", "A is not a matrix"),
     (PAIR | {B: ()}, LORA, "SHAPE_UNEXPECTED", "B is not a matrix"),
     (dict.fromkeys(PAIR, (0,)), LORA, "EMPTY_TENSOR", "no elements"),
@@ -98,6 +104,7 @@ FAULTS: list[tuple[Shapes, dict[str, Any] | None, str, str]] = [  # (shapes, con
     (PAIR | {f"{Q}.lora_A.bias": (2,)}, LORA, "UNKNOWN_TENSOR", "no slot"),
     (PAIR | {"lora_A.weight": (2, 6)}, LORA, "UNKNOWN_TENSOR", "no slot"),
     (D2_SHAPES | PAIR, D2, "UNKNOWN_TENSOR", "d2lora has no slot A"),
+    ({"layers.0.q.weight": (4, 6), "layers.0.norm.weight": (6,)}, LORA, "NOT_AN_ADAPTER", "not factors: 1 of"),
     (PAIR, with_(LORA, target_modules=["k"]), "NOT_TARGETED", "layers.0.q"),
     (PAIR, with_(LORA, target_modules=r".*\.k"), "NOT_TARGETED", "layers.0.q"),
     (PAIR, with_(LORA, target_modules=r"layers\.0"), "NOT_TARGETED", "layers.0.q"),
@@ -200,7 +207,7 @@ def test_every_code_of_the_format_has_a_case_here() -> None:
     trees = [ast.parse(path.read_text()) for path in Path(peft.__file__).parent.glob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     constants = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    elsewhere = {"CONFIG_DISAGREES", "UNSUPPORTED_METHOD", "FORMAT_CANNOT_HOLD"}
+    elsewhere = {"DTYPE_UNEXPECTED", "RANK_DOUBTFUL", "CONFIG_DISAGREES", "UNSUPPORTED_METHOD", "FORMAT_CANNOT_HOLD"}
     assert constants & set(CODES) == {code for _, _, code, *_ in [*FAULTS, *MILD]} | elsewhere
 
 
@@ -216,6 +223,54 @@ MILD: list[tuple[Shapes, dict[str, Any], str, str, str]] = [  # (shapes, config,
         "info",
         "a copy beside score.weight",
     ),
+    (
+        PAIR | {f"base_model.model.score.{part}.weight": (2, 4) for part in ("modules_to_save.one", "original_module")},
+        with_(LORA, modules_to_save=["score"]),
+        "SUPERSEDED",
+        "info",
+        "a copy beside score.modules_to_save.one.weight",
+    ),
+    (
+        PAIR
+        | {
+            f"base_model.model.cls.{part}out.weight": (2, 4)
+            for part in ("modules_to_save.default.", "original_module.")
+        },
+        with_(LORA, modules_to_save=["cls"]),
+        "SUPERSEDED",
+        "info",
+        "a copy beside cls.modules_to_save.default.out.weight",
+    ),
+    (
+        PAIR | {"base_model.model.score.original_module.weight": (2, 4)},
+        LORA,
+        "SUPERSEDED",
+        "info",
+        "no trained weight",
+    ),
+    (PAIR, with_(LORA, modules_to_save=["head"]), "PROMISED_BUT_ABSENT", "warning", "modules_to_save: head"),
+    (PAIR, with_(LORA, trainable_token_indices=[1]), "PROMISED_BUT_ABSENT", "warning", "trainable_token_indices"),
+    (
+        {"base_model.model.score.weight": (2, 4)},
+        with_(LORA, modules_to_save=["score"]),
+        "PROMISED_BUT_ABSENT",
+        "warning",
+        "target_modules: ['q']",
+    ),
+    (
+        PAIR,
+        with_(LORA, modules_to_save=["qa_outputs"], task_type="QUESTION_ANS"),
+        "PROMISED_BUT_ABSENT",
+        "warning",
+        "qa_outputs",
+    ),
+    (
+        {f"{E}.lora_A.weight": (8, 6), f"{E}.lora_B.weight": (4, 8)},
+        {k: v for k, v in with_(EXPERTS, target_parameters=["experts.down_proj"]).items() if k != "lora_B_layout"},
+        "EXPERT_LAYOUT_ASSUMED",
+        "warning",
+        "read interleaved",
+    ),
     (PAIR, with_(LORA, bias="lora_only"), "BIAS_NOT_SAVED", "warning", "no bias"),
     (PAIR | {f"{Q}.bias": (4,)}, with_(LORA, bias="all"), "PEFT_IGNORES_BIAS", "warning", "q.bias"),
 ]
@@ -230,6 +285,12 @@ def test_what_may_be_right_is_said_and_does_not_stop_a_merge(
     assert part in str(layout.problems[0])
     assert not layout.unread
     assert_conserved(layout)
+
+
+@pytest.mark.parametrize("config", [LORA, DORA, D2, with_(LORA, modules_to_save=["score"]), None])
+def test_a_file_with_nothing_in_it_is_an_error(adapter: WriteAdapter, config: dict[str, Any] | None) -> None:
+    errors = [problem.code for problem in open_layout(adapter({}, config)).problems if problem.severity == "error"]
+    assert errors == ["NOTHING_TO_APPLY"]
 
 
 def test_a_pair_without_a_fault_has_no_problem(adapter: WriteAdapter) -> None:
@@ -303,6 +364,15 @@ SPELLINGS = {
     "compiled per layer": lambda key: key.replace("layers.0.", "layers.0._orig_mod."),
     "data parallel": lambda key: f"module.{key}",
     "fsdp": lambda key: key.replace("layers.0.", "_fsdp_wrapped_module.layers.0._checkpoint_wrapped_module."),
+    "fabric": lambda key: f"_forward_module.{key}",
+    "value head": lambda key: f"pretrained_model.{key}",
+    "lightning": lambda key: f"model.{key}",
+    "any trainer": lambda key: f"policy.network.{key}",
+    "peft in peft": lambda key: key.replace("base_model.model.", "base_model.model." * 2),
+    "peft in a wrapper in peft": lambda key: key.replace(
+        "base_model.model.", "base_model.model.module.base_model.model."
+    ),
+    "fabric without peft's prefix": lambda key: key.replace("base_model.model.", "_forward_module.module."),
     "data parallel and compiled": lambda key: f"module._orig_mod.{key}".replace(".weight", ".default.weight"),
 }
 
@@ -318,6 +388,59 @@ def test_every_spelling_of_the_keys_gives_the_same_layout(adapter: WriteAdapter,
     assert found.keys == {slot: spelling(key) for slot, key in zip(("A", "B", "magnitude"), DORA_SHAPES, strict=True)}
     assert layout.replacements == {"score.weight": score}
     assert [key for key, _ in tensors_of(Checkpoint(layout))] == [*DORA_SHAPES, score]
+
+
+def test_a_rank_that_disagrees_leaves_the_scaling_open_and_its_pattern_alone(adapter: WriteAdapter) -> None:
+    """The pattern matches: to call it unmatched would send its reader to the wrong line."""
+    layout = open_layout(adapter(PAIR, with_(LORA, rank_pattern={"q": 8}, alpha_pattern={"q": 3})))
+    assert [code for code, _ in problems(layout)] == ["RANK_DISAGREES"]
+    assert (layout.adapters["layers.0.q"].rank, layout.adapters["layers.0.q"].scaling) == (2, None)
+
+
+def test_patterns_are_not_judged_where_a_module_could_not_be_read(adapter: WriteAdapter) -> None:
+    layout = open_layout(adapter(PAIR | {A: (3, 6)}, with_(LORA, alpha_pattern={"q": 3})))
+    assert [code for code, _ in problems(layout)] == ["RANK_MISMATCH"]
+
+
+@pytest.mark.parametrize("target", ["classifier.weight", "pre_classifier.bias"])
+def test_an_end_of_a_name_in_modules_to_save_declares_it(adapter: WriteAdapter, target: str) -> None:
+    shapes = PAIR | {f"base_model.model.{target}": (4,)}
+    layout = open_layout(adapter(shapes, with_(LORA, modules_to_save=["classifier"])))
+    assert (list(layout.replacements), problems(layout)) == ([target], [])
+
+
+@pytest.mark.parametrize("saved", [None, ["classifier", "score"]])
+def test_a_head_that_pefts_task_adds_is_declared_and_the_name_it_has_not_is_no_promise(
+    adapter: WriteAdapter, saved: list[str] | None
+) -> None:
+    shapes = PAIR | {"base_model.model.score.weight": (2, 4)}
+    assert problems(open_layout(adapter(shapes, with_(LORA, modules_to_save=saved, task_type="SEQ_CLS")))) == []
+
+
+def test_a_promise_is_not_missed_where_its_tensor_came_empty(adapter: WriteAdapter) -> None:
+    shapes = PAIR | {"base_model.model.score.weight": (0,)}
+    layout = open_layout(adapter(shapes, with_(LORA, modules_to_save=["score", "head"])))
+    assert [code for code, _ in problems(layout)] == ["EMPTY_TENSOR"]
+
+
+def test_a_rank_above_both_sides_is_doubted_where_no_config_confirms_it(adapter: WriteAdapter) -> None:
+    shapes = {A: (48, 8), B: (8, 48)}
+    assert [code for code, _ in problems(open_layout(adapter(shapes, None)))] == ["MISSING_CONFIG", "RANK_DOUBTFUL"]
+    assert problems(open_layout(adapter(shapes, with_(LORA, r=48)))) == []
+
+
+def test_alpha_and_dropout_are_told_as_the_config_has_them(adapter: WriteAdapter) -> None:
+    about = open_layout(adapter(PAIR, with_(LORA, lora_alpha=32, lora_dropout=0.05, task_type="CAUSAL_LM"))).about
+    assert (about.alpha, about.dropout, about.task) == (32, 0.05, "CAUSAL_LM")
+
+
+def test_the_trained_weight_wins_over_the_untrained_original(adapter: WriteAdapter) -> None:
+    """As FSDP, DeepSpeed and plain `torch.save(model.state_dict())` leave them."""
+    root = "base_model.model.head"
+    shapes = PAIR | {f"{root}.original_module.weight": (2, 4), f"{root}.modules_to_save.default.weight": (2, 4)}
+    layout = open_layout(adapter(shapes, with_(LORA, modules_to_save=["head"])))
+    assert layout.replacements == {"head.weight": f"{root}.modules_to_save.default.weight"}
+    assert layout.superseded == (f"{root}.original_module.weight",)
 
 
 @pytest.mark.parametrize("infix", ["", ".modules_to_save.default", ".base_layer", ".token_adapter.base_layer"])
@@ -337,7 +460,7 @@ def test_an_integer_buffer_of_a_saved_module_is_a_replacement_and_elsewhere_a_ri
 
 def test_factors_of_integers_are_refused(adapter: WriteAdapter) -> None:
     layout = open_layout(adapter(PAIR, LORA, dtypes={A: "U8"}))
-    assert [code for code, _ in problems(layout)] == ["SHAPE_UNEXPECTED"]
+    assert [code for code, _ in problems(layout)] == ["DTYPE_UNEXPECTED"]
 
 
 # Rank and alpha patterns ----------------------------------------------------------------------------------------------

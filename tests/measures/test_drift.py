@@ -13,8 +13,8 @@ from torch import Tensor
 from d2surgery.adapters import Adapter, D2LoRA, DoRA, LoRA
 from d2surgery.adapters.forwards import Axis
 from d2surgery.errors import D2SurgeryError
+from d2surgery.measures import delta as tiling
 from d2surgery.measures import drift as module
-from d2surgery.measures import spectrum as tiling
 from d2surgery.measures.drift import Drift, correlation, drift, entries, thin_triple
 
 AXES: tuple[Axis, Axis] = ("out_features", "in_features")

@@ -161,6 +161,14 @@ def test_one_changed_element_is_one_and_a_large_change_is_beyond_rounding() -> N
     assert compare(base, delta, wanted, far).beyond == 1
 
 
+def test_an_element_lies_halfway_where_another_order_of_summing_turns_it() -> None:
+    base, delta = torch.ones(2, 2), torch.tensor([[2**-8, 2**-9], [2**-8 + 2**-20, 0.0]])
+    wanted, merged = torch.ones(2, 2, dtype=torch.bfloat16), torch.full((2, 2), 1 + 2**-7, dtype=torch.bfloat16)
+    found = compare(base, delta, wanted, merged)
+    assert (found.mismatched, found.ulps[0], found.halfway) == (4, 4, 2)  # of 2⁻⁷: a half, a quarter, about a half, 0
+    assert compare(base, delta, wanted, wanted).halfway == 0
+
+
 def test_what_is_measured_in_the_file_is_what_was_forecast() -> None:
     base, delta = base_and_delta(0.01)
     merged = rounded(base + delta, torch.bfloat16)

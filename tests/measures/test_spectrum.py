@@ -14,21 +14,13 @@ from torch import Tensor
 from d2surgery.adapters import Adapter, D2LoRA, DoRA, LoRA
 from d2surgery.adapters.forwards import Axis
 from d2surgery.errors import D2SurgeryError
+from d2surgery.measures import delta as tiling
+from d2surgery.measures import dense
 from d2surgery.measures import spectrum as module
-from d2surgery.measures.spectrum import (
-    NUMBERS,
-    Delta,
-    Method,
-    Spectrum,
-    cancellation,
-    delta_spectrum,
-    head_tail,
-    matrix_spectrum,
-    numerical_rank,
-    rank_above_noise,
-    ranks,
-    update_spectrum,
-)
+from d2surgery.measures.delta import Delta
+from d2surgery.measures.dense import head_tail
+from d2surgery.measures.ranks import NUMBERS, Method, Spectrum, numerical_rank, rank_above_noise, ranks
+from d2surgery.measures.spectrum import cancellation, delta_spectrum, matrix_spectrum, update_spectrum
 
 DENSE = [pair for pair in KINDS_AND_AXES if pair[0] != "lora"]
 
@@ -227,8 +219,8 @@ def test_what_has_no_structure_says_so() -> None:
 def test_the_exact_spectrum_is_that_of_the_effective_weight_minus_the_base(
     kind: str, axis: Axis, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_TILE", 7 * 24)  # several tiles
-    monkeypatch.setattr(module, "_BLOCK", 10)
+    monkeypatch.setattr(tiling, "_TILE", 7 * 24)  # several tiles
+    monkeypatch.setattr(dense, "_BLOCK", 10)
     W = normal(*shape, seed=5)
     adapter = make(kind, W, axis, gain=0.02)
     true = true_singular_values(adapter, W)
@@ -336,17 +328,17 @@ def test_head_and_tail_of_a_low_rank_matrix_is_its_rank() -> None:
 
 def test_a_tail_whose_energy_is_known_has_it() -> None:
     theta, nodes = torch.tensor([3.0, 2.0]), normal(4, 5, seed=0).abs()
-    tail = module._Tail(theta, nodes, torch.full((4, 5), 2.0), energy=7.0)
+    tail = dense._Tail(theta, nodes, torch.full((4, 5), 2.0), energy=7.0)
     assert tail.ranks(range(4))["frobenius_norm"] == pytest.approx(sqrt(9 + 4 + 7))
     assert tail.ranks([2])["frobenius_norm"] == pytest.approx(sqrt(9 + 4 + 7))
-    free = module._Tail(theta, nodes, torch.full((4, 5), 2.0), energy=None)
+    free = dense._Tail(theta, nodes, torch.full((4, 5), 2.0), energy=None)
     assert free.ranks([2])["frobenius_norm"] == pytest.approx(sqrt(13 + 2 * float(nodes[2].square().sum())))
 
 
 def test_what_follows_an_unconverged_value_is_not_counted_as_converged() -> None:
     theta, residual = torch.tensor([3.0, 2.0, 1.0, 1e-7]), torch.tensor([1e-4, 0.5, 0.0, 0.0])
-    assert module._Head(theta, torch.eye(4), residual).converged() == 1
-    assert module._Head(theta, torch.eye(4), 0 * residual).converged() == 3  # the last is float32's rounding
+    assert dense._Head(theta, torch.eye(4), residual).converged() == 1
+    assert dense._Head(theta, torch.eye(4), 0 * residual).converged() == 3  # the last is float32's rounding
 
 
 def test_head_and_tail_is_the_same_twice_and_another_with_another_seed() -> None:
@@ -414,7 +406,7 @@ def test_tiles_of_a_delta_are_the_delta(kind: str, axis: Axis, monkeypatch: pyte
     W = normal(23, 37, seed=0)
     adapter = make(kind, W, axis)
     true = torch.from_numpy((effective(adapter, W) - W.numpy()).astype(np.float64))
-    monkeypatch.setattr(module, "_TILE", 5 * 37)
+    monkeypatch.setattr(tiling, "_TILE", 5 * 37)
     delta = Delta(adapter, W)
     torch.testing.assert_close(delta.dense(torch.float64), true, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(torch.cat(list(delta.tiles()), 1), true, rtol=1e-9, atol=1e-12)

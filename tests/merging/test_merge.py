@@ -30,7 +30,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import d2surgery.merging.job
+import d2surgery.merging.prepared
 from d2surgery.adapters import Adapter, D2LoRA, DoRA, DualLoRA, LoRA
 from d2surgery.checkpoint import from_adapters, save
 from d2surgery.errors import D2SurgeryError
@@ -38,8 +38,8 @@ from d2surgery.files.writer import ShardWriter
 from d2surgery.formats import open_layout
 from d2surgery.merging import merge, plan
 from d2surgery.merging.ahead import HashAhead
-from d2surgery.merging.job import RECEIPT
-from d2surgery.merging.tiles import TILE, Output, Tile, TileMerger
+from d2surgery.merging.receipt import RECEIPT
+from d2surgery.merging.tiles import TILE_ENTRIES, Output, Tile, TileMerger
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 SHARE = {"BF16": 1 / 1024, "F16": 2 / 1024, "F32": 1.0}
@@ -161,7 +161,7 @@ def test_merged_is_the_formula_rounded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stored: str, dtype: str, tile: int
 ) -> None:
     """Also where the vectors that are normalised lie across tiles, and the last tile is short and joins another."""
-    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", tile)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE_ENTRIES", tile)
     name, options = KINDS[kind]
     out, in_ = 251, 203
     W = numbers(out, in_, scale=0.05).to(DTYPES[dtype])
@@ -177,7 +177,7 @@ def test_norms_of_one_module_are_not_those_of_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Also where one module's tensor is transposed and another has its shape."""
-    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", 200)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE_ENTRIES", 200)
     name, options = KINDS[kind]
     weights = {f"layers.{i}.proj": numbers(40, 24, seed=i, scale=0.05 * (i + 1)) for i in range(3)}
     stored = {m: W.T if m == "layers.1.proj" else W for m, W in weights.items()}
@@ -268,7 +268,7 @@ def test_the_merged_llama_answers_as_a_float64_forward_with_the_formula(tmp_path
 @pytest.fixture
 def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A base of many tensors and tiles with a D2 adapter, whose norms lie across tiles."""
-    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", 128)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE_ENTRIES", 128)
     tensors = {f"layers.{i}.proj.weight": numbers(40, 24, seed=i).bfloat16() for i in range(4)}
     base = write_base(tmp_path / "base", tensors | {"norm.weight": numbers(24), "counts": torch.arange(5)})
     adapters = {f"layers.{i}.proj": make("d2lora", 40, 24) for i in range(4)}
@@ -283,7 +283,7 @@ def contents(directory: Path, *, without: str = "") -> dict[str, bytes]:
 def test_memory_changes_no_byte(
     several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_memory: int
 ) -> None:
-    monkeypatch.setattr(d2surgery.merging.job, "resident_memory", lambda: 0)
+    monkeypatch.setattr(d2surgery.merging.prepared, "resident_memory", lambda: 0)
     merge(*several, tmp_path / "one")
     merge(*several, tmp_path / "two", max_memory=max_memory)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -293,9 +293,9 @@ def test_memory_changes_no_byte(
 def test_the_number_of_threads_changes_no_byte(
     several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    monkeypatch.setattr(d2surgery.merging.job, "workers", lambda: 1)
+    monkeypatch.setattr(d2surgery.merging.prepared, "workers", lambda: 1)
     merge(*several, tmp_path / "one")
-    monkeypatch.setattr(d2surgery.merging.job, "workers", lambda: threads)
+    monkeypatch.setattr(d2surgery.merging.prepared, "workers", lambda: threads)
     merge(*several, tmp_path / "two")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
@@ -338,7 +338,7 @@ def test_hashes_taken_ahead_are_those_taken_from_the_tiles(
 def test_a_process_that_has_yet_to_import_torch_writes_the_same(
     several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", TILE)  # as in the other process
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE_ENTRIES", TILE_ENTRIES)  # as in the other process
     merge(*several, tmp_path / "one")
     options = ["--base", str(several[0]), "--adapter", str(several[1]), "--out", str(tmp_path / "two"), "--quiet"]
     subprocess.run([sys.executable, "-m", "d2surgery", "merge", *options], check=True)
@@ -349,7 +349,7 @@ def test_a_process_that_has_yet_to_import_torch_writes_the_same(
 def test_progress_counts_every_byte_and_never_goes_back(
     several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    monkeypatch.setattr(d2surgery.merging.job, "workers", lambda: threads)
+    monkeypatch.setattr(d2surgery.merging.prepared, "workers", lambda: threads)
     for dtype in (None, "F32"):
         seen: list[tuple[int, int]] = []
         report = merge(*several, tmp_path / str(dtype), dtype=dtype, progress=lambda *at, seen=seen: seen.append(at))
@@ -361,7 +361,7 @@ def test_an_error_in_one_tensor_stops_the_others_and_leaves_no_thread(
     several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second tensor never runs out of tiles: without a stop this would not end."""
-    monkeypatch.setattr(d2surgery.merging.job, "workers", lambda: 2)
+    monkeypatch.setattr(d2surgery.merging.prepared, "workers", lambda: 2)
     before = threading.enumerate()
     begun = threading.Event()
     tiles = TileMerger.tiles
@@ -416,7 +416,7 @@ def test_a_sharded_base_gives_the_tensors_of_a_single_file(several: tuple[Path, 
 def test_another_dtype_is_rounded_once_for_every_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, dtype: str, tile: int
 ) -> None:
-    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", tile)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE_ENTRIES", tile)
     W, other = numbers(40, 24).to(DTYPES[stored]), numbers(900, seed=1).to(DTYPES[stored])
     tensors = {f"{MODULE}.weight": W, "norm.weight": other, "counts": torch.arange(3)}
     base = write_base(tmp_path / "base", tensors, dtype="float32")
@@ -486,7 +486,7 @@ def test_trap_13_a_zero_row_with_magnitude_zero_stays_zero_where_pefts_formula_i
 def test_trap_13_a_zero_row_with_a_magnitude_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile: int, first: int, row: int
 ) -> None:
-    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", tile)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE_ENTRIES", tile)
     base, adapter = zero_row(tmp_path, 1.0)
     with pytest.raises(D2SurgeryError, match=rf"ZERO_NORM {MODULE}, counting from row {first} of.*: {row}\b"):
         merge(base, adapter, tmp_path / "out")

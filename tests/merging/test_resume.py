@@ -24,7 +24,7 @@ from d2surgery.adapters import D2LoRA
 from d2surgery.checkpoint import from_adapters, save
 from d2surgery.errors import D2SurgeryError
 from d2surgery.files.writer import JOURNAL
-from d2surgery.merging import merge
+from d2surgery.merging import merge, receipt
 
 TILE = 128
 SHARD = 4000  # bytes: two tensors of 1920 each
@@ -35,7 +35,7 @@ import os, signal, sys
 from pathlib import Path
 import d2surgery.merging, d2surgery.merging.tiles
 
-d2surgery.merging.tiles.TILE = {TILE}
+d2surgery.merging.tiles.TILE_ENTRIES = {TILE}
 base, adapter, out = map(Path, sys.argv[1:])
 journal = out.parent / f".{{out.name}}.partial" / "{JOURNAL}"
 after = 0
@@ -64,7 +64,7 @@ def numbers(*shape: int, seed: int) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", TILE)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE_ENTRIES", TILE)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     }
     save(from_adapters(adapters), folder / "adapter")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(d2surgery.merging.tiles, "TILE", TILE)
+        patch.setattr(d2surgery.merging.tiles, "TILE_ENTRIES", TILE)
         merge(base, folder / "adapter", folder / "whole", shard_size=SHARD)
     child = subprocess.run(
         [sys.executable, "-c", KILLED, base, folder / "adapter", folder / "out"], check=False, capture_output=True
@@ -223,6 +223,18 @@ def test_other_options_are_another_merge(
     assert codes(error) == ["RESUME_MISMATCH"]
 
 
+def test_another_processor_or_library_is_another_merge(
+    resumed: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a file from each would be nobody's merge."""
+    own = receipt.arithmetic(torch.device("cpu"))
+    for field in own:
+        monkeypatch.setattr(receipt, "arithmetic", lambda device, field=field: own | {field: "another"})
+        with pytest.raises(D2SurgeryError, match="these differ: arithmetic") as error:
+            resumed()
+        assert codes(error) == ["RESUME_MISMATCH"]
+
+
 def test_another_adapter_or_base_is_another_merge(scene: Scene, tmp_path: Path) -> None:
     for changed in ("base", "adapter"):
         folder = tmp_path / changed
@@ -257,7 +269,7 @@ def test_without_hashes_nothing_is_taken_for_finished(scene: Scene, tmp_path: Pa
 def test_other_tiles_are_another_merge(
     resumed: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(d2surgery.merging.tiles, "TILE", 2 * TILE)
+    monkeypatch.setattr(d2surgery.merging.tiles, "TILE_ENTRIES", 2 * TILE)
     with pytest.raises(D2SurgeryError, match="tile") as error:
         resumed()
     assert codes(error) == ["RESUME_MISMATCH"]

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from d2surgery import BaseWeights, D2LoRA, from_adapters, merge, save
 from d2surgery.files.header import TensorInfo
-from d2surgery.merging.tiles import TILE, Output, tiles
+from d2surgery.merging.tiles import TILE_ENTRIES, Output, grid
 from d2surgery.placement.site import Patch, Site
 
 
@@ -19,18 +19,20 @@ from d2surgery.placement.site import Patch, Site
 def test_the_grid_covers_every_row_once_and_has_no_short_tail(rows: int, columns: int) -> None:
     info = TensorInfo(Path("x"), "BF16", (rows, columns), 0, 2 * rows * columns)
     site = Site(source="w", shape=(rows, columns), patches=(Patch("m", 0, rows),))
-    found = list(tiles(Output("w", info, "BF16", site)))
-    assert [row for tile in found for row in range(tile.first, tile.last)] == list(range(rows))
-    sizes = [tile.last - tile.first for tile in found]
+    found = list(grid(Output("w", info, "BF16", site)))
+    positions = [tile.start for tile in found] + [info.nbytes]
+    assert [tile.nbytes for tile in found] == np.diff(positions).tolist()
+    assert [position % (2 * columns) for position in positions] == [0] * len(positions)
+    sizes = (np.diff(positions) // (2 * columns)).tolist()
+    assert sum(sizes) == rows
     assert min(sizes) * 2 >= max(sizes) - 1
-    assert all(size * columns <= max(2 * TILE, 8 * columns) for size in sizes)
-    assert all(tile.nbytes == 2 * columns * (tile.last - tile.first) for tile in found)
+    assert all(size * columns <= max(2 * TILE_ENTRIES, 8 * columns) for size in sizes)
 
 
 def test_norms_that_nearly_cancel_across_tiles_keep_their_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2surgery.merging.tiles.TILE", 16 * 48)
+    monkeypatch.setattr("d2surgery.merging.tiles.TILE_ENTRIES", 16 * 48)
     generator = torch.Generator().manual_seed(6)
     B, A = torch.randn(96, 2, generator=generator), torch.randn(2, 48, generator=generator)
     zeros = (torch.zeros(2, 48), torch.zeros(96, 2))

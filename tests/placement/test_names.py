@@ -13,7 +13,7 @@ from landing import Shapes, header, pair, place
 from safetensors.torch import load_file
 
 from d2surgery.errors import Problems
-from d2surgery.files.header import read_checkpoint_header
+from d2surgery.files.checkpoints import read_checkpoint_header
 from d2surgery.placement.names import Names
 from d2surgery.placement.renaming import Renaming, table
 from d2surgery.placement.ties import find_tie

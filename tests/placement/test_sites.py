@@ -12,7 +12,8 @@ from models import Built
 
 import d2surgery.placement.sites
 from d2surgery import formats
-from d2surgery.files.header import Header, read_checkpoint_header
+from d2surgery.files.checkpoints import read_checkpoint_header
+from d2surgery.files.header import Header
 from d2surgery.formats.layout import Layout
 from d2surgery.placement.site import Site
 from d2surgery.placement.sites import Landing, sites
@@ -195,6 +196,14 @@ def test_a_square_weight_lies_as_its_neighbours_or_as_its_family(
     found = place(SQUARE, GPT2_BLOCK | other, base_config=config)
     assert found.problems == ()
     assert found.sites["h.0.attn.c_proj.weight"].patches[0].transposed is transposed
+
+
+@pytest.mark.parametrize(("family", "transposed"), [("llama", False), ("opt", False), ("gpt2", True)])
+def test_the_kind_of_model_goes_before_what_the_adapters_config_says_of_it(family: str, transposed: bool) -> None:
+    """PEFT warns of fan_in_fan_out on an nn.Linear and takes it for false."""
+    config = {"fan_in_fan_out": True}
+    found = place(pair("layers.0.q", 6, 6), {"layers.0.q.weight": (6, 6)}, config, {"model_type": family})
+    assert (found.problems, found.sites["layers.0.q.weight"].patches[0].transposed) == ((), transposed)
 
 
 def test_a_neighbour_in_another_block_says_nothing() -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from measuring import RANK, write_adapter, write_base
 from d2surgery import BaseWeights, Checkpoint, LoRA, load
 from d2surgery.measures.drift import Drift, drift, expected_point
 from d2surgery.measures.likeness import likeness
-from d2surgery.measures.spectrum import Spectrum, update_spectrum
+from d2surgery.measures.ranks import Spectrum
+from d2surgery.measures.spectrum import update_spectrum
 from d2surgery.measures.subspace import intruders
 from d2surgery.reporting.figures import drifts as drift_figures
 from d2surgery.reporting.figures import spectra as spectrum_figures
@@ -218,20 +218,6 @@ def pairs(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> t
     return checkpoint, load(write_adapter(tmp_path_factory.mktemp("c") / "other", seed=5))
 
 
-def test_the_similarity_of_two_adapters_is_that_of_their_dense_updates(pairs: tuple[Checkpoint, Checkpoint]) -> None:
-    dense = []
-    for each in pairs:
-        adapters = [each[module] for module in each]
-        updates = [a.scaling * a.B.double() @ a.A.double() for a in adapters if isinstance(a, LoRA)]
-        dense.append(torch.cat([u.reshape(-1) for u in updates]))
-    expected = float(dense[0] @ dense[1] / (dense[0].norm() * dense[1].norm()))
-    found = dict(differences(*pairs))
-    assert likeness(found).cosine == pytest.approx(expected, abs=1e-12)
-    assert 0 < likeness(found).cosine_null < 1 / sqrt(16 * 20)
-    assert likeness(found).in_words() == "unrelated"
-    assert likeness(dict(differences(pairs[0], pairs[0]))).in_words() == "nearly the same"
-
-
 def test_the_matrix_is_symmetric_and_shows_chance(pairs: tuple[Checkpoint, Checkpoint]) -> None:
     whole = likeness(dict(differences(*pairs)))
     plot = similarity_matrix(["one", "one"], {(0, 1): whole})
@@ -350,3 +336,8 @@ def test_pure_functions_write_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     first, second = (spectrum_figures.spectrum_fan(found, nominal(found)) for _ in range(2))
     assert texts(first.figure) == texts(second.figure)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plot_prints_in_a_line(found: dict[str, Spectrum]) -> None:
+    plot = spectrum_figures.size_map(found)
+    assert repr(plot) == f"Plot('size_map': Size, by layer and module type, {len(found)} numbers)"

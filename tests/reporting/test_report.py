@@ -16,7 +16,6 @@ from measuring import RANK, write_adapter, write_base
 from d2surgery import D2SurgeryError
 from d2surgery.cli.report import report
 from d2surgery.reporting.tidy import COLUMNS
-from d2surgery.surveying.adapter import labels
 
 KINDS = ("lora", "dora", "duallora", "d2lora")
 HOSTILE = [
@@ -169,20 +168,6 @@ def test_figures_bring_their_numbers(four: str) -> None:
         rows = list(csv.DictReader(io.StringIO(text)))
         assert rows
         assert tuple(rows[0]) == COLUMNS
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (["a/b/one", "two/"], ["one", "two"]),
-        (["x/lora", "y/lora"], ["x/lora", "y/lora"]),
-        (["x/lora", "x/lora"], ["x/lora (1)", "x/lora (2)"]),
-        (["/"], ["/"]),
-        (["org/name@v1"], ["name@v1"]),
-    ],
-)
-def test_labels_are_short_and_differ(given: list[str], expected: list[str]) -> None:
-    assert labels(given) == expected
 
 
 def test_two_adapters_without_a_common_module_have_a_page(work: Path) -> None:

@@ -17,7 +17,8 @@ from d2surgery.checkpoint import Checkpoint, from_adapters, load, save
 from d2surgery.errors import D2SurgeryError
 from d2surgery.files.base import BaseWeights
 from d2surgery.measures.drift import Drift
-from d2surgery.measures.spectrum import NUMBERS, Spectrum, delta_spectrum
+from d2surgery.measures.ranks import NUMBERS, Spectrum
+from d2surgery.measures.spectrum import delta_spectrum
 from d2surgery.surveying import modules as survey
 from d2surgery.surveying.modules import differences, drifts, places, spectra
 

@@ -8,7 +8,8 @@
     lora_A.weight, lora_B.weight         (r, in), (out, r)           Linear, and Conv1D, whose weight lies (in, out)
                                          (r, Cin, *k), (out, r, 1…)  convolution
                                          (E·r, in), (out, r·E)       E experts: rows of A expert-slowest, columns of B
-                                                                     expert-fastest (PEFT 0.19.1 and later)
+                                                                     expert-fastest (PEFT 0.19.1 and later), or expert-
+                                                                     slowest: lora_B_layout is grouped_by_expert
     lora_embedding_A, lora_embedding_B   (r, vocab), (dim, r)        Embedding, whose weight lies (vocab, dim)
     lora_magnitude_vector                (out,) | (1, out, 1…)       DoRA
     lora_B.bias                          (out,)                      lora_bias: the bias grows by scaling times it

@@ -8,13 +8,14 @@ from math import sqrt
 from typing import Any
 
 from d2surgery.errors import Problem
-from d2surgery.formats.layout import About, alpha_divisor
+from d2surgery.formats.layout import About, Packing, alpha_divisor, lies_within
+from d2surgery.formats.peft.keys import TOKENS
 from d2surgery.kinds import TABLE
 
 FORMS = ("projected_plus_update", "projected", "update")
 _PATTERN_FIELDS = ("rank_pattern", "alpha_pattern")
 _OURS = ("r1", "r2", "tau", "along", "form", "format_version", "training")
-_FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, and ours
+_FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, 0.2's two that are gone, unsloth's and ours
     re.findall(
         r"\w+",
         """
@@ -23,10 +24,13 @@ _FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, and ours
         layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core
         trainable_token_indices loftq_config eva_config corda_config lora_ga_config use_dora alora_invocation_tokens
         use_qalora qalora_group_size layer_replication runtime_config lora_bias target_parameters use_bdlora
-        arrow_config ensure_weight_tying kasa_config velora_config monteclora_config
+        arrow_config ensure_weight_tying kasa_config velora_config monteclora_config enable_lora merge_weights
+        lora_B_layout
         """,
     )
 ) | frozenset(_OURS)
+PACKED = "lora_B_layout"  # unsloth's field, from September 2026
+PACKINGS: dict[str, Packing] = {"rank_major": "interleaved", "grouped_by_expert": "grouped"}
 _VARIANTS = {  # config field -> the variant's name, when the field is set
     "alora_invocation_tokens": "aLoRA (applies to some tokens only)",
     "use_qalora": "QALoRA",
@@ -36,6 +40,7 @@ _VARIANTS = {  # config field -> the variant's name, when the field is set
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
 }
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -166,10 +171,31 @@ class Config:
                 return int(match[1]) in ([chosen] if isinstance(chosen, int) else chosen)
         return False
 
+    def wants(self, module: str) -> bool | None:
+        """Whether target_modules name it; None where they name nothing. What is saved whole gets no factors."""
+        if self.get("target_modules") in (None, "all-linear"):
+            return None
+        saved = any(
+            re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in self.get("modules_to_save") or ()
+        )
+        return self.listed(module) and not saved and not names(self.get("exclude_modules"), module)
+
+    def absent(self, held: Iterable[str], *, adapted: bool) -> Iterator[str]:
+        """What the config names and the file lacks; held: the base tensors that its keys belong to."""
+        held = list(held) if self.get("modules_to_save") or self.get("trainable_token_indices") else []
+        saved = [name for name in self.get("modules_to_save") or () if not any(lies_within([name], t) for t in held)]
+        heads = _HEADS.get(str(self.get("task_type")), ())
+        found = any(lies_within(heads, tensor) for tensor in held)  # PEFT adds every name that a head may have
+        yield from (f"modules_to_save: {name}" for name in saved if not (found and name in heads))
+        if self.get("trainable_token_indices") and not any(TOKENS in tensor.split(".") for tensor in held):
+            yield "trainable_token_indices"
+        if self.get("target_modules") and not adapted:
+            yield f"target_modules: {str(self.get('target_modules'))[:60]}"
+
     def declares(self, name: str) -> bool:
-        """Part of a module in modules_to_save: a BatchNorm's integer counter is, for one."""
-        saved = self.get("modules_to_save") or ()
-        return any(re.match(rf"(^|.*\.){re.escape(module)}\.", name) for module in saved)
+        """Part of a module that is saved whole: a BatchNorm's integer counter is, for one. PEFT adds a task's heads."""
+        heads = _HEADS.get(str(self.get("task_type")), ())
+        return lies_within([*(self.get("modules_to_save") or ()), *heads], name)
 
     def settings(self, kind: str) -> dict[str, Any]:
         """The kind's own settings; PEFT's DoRA has none of its own."""
@@ -184,13 +210,30 @@ class Config:
         return About(
             base_model=base if isinstance(base, str) and base else None,
             task=self.get("task_type") if isinstance(self.get("task_type"), str) else None,
+            model_class=self._model_class,
             tied=bool(self.get("ensure_weight_tying")),
             transposed=bool(self.get("fan_in_fan_out")),
             saved_modules=tuple(self.get("modules_to_save") or ()),
             version=version if isinstance(version, str) else None,
+            alpha=self.get("lora_alpha") if is_number(self.get("lora_alpha")) else None,
+            dropout=self.get("lora_dropout") if is_number(self.get("lora_dropout")) else None,
             training=dict(training) if _is_table(training) else {},
             settings=self.values,
+            targets=self.wants,
         )
+
+    @property
+    def _model_class(self) -> str | None:
+        """PEFT notes it where no task_type is given."""
+        mapping = self.get("auto_mapping")
+        name = mapping.get("base_model_class") if _is_table(mapping) else None
+        return name if isinstance(name, str) else None
+
+    @property
+    def by_unsloth(self) -> bool:
+        """Whether unsloth has left a mark: in the mapping that it writes, or as the owner of the base."""
+        mapping, base = self.get("auto_mapping"), self.get("base_model_name_or_path")
+        return (_is_table(mapping) and "unsloth_fixed" in mapping) or str(base).startswith("unsloth/")
 
     # Problems ----------------------------------------------------------------------------------------------------
 
@@ -208,19 +251,22 @@ class Config:
         init = self.found.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
             yield said("MUTATED_BASE", f"init_lora_weights is {init}")
+        if self.found.get("enable_lora"):
+            yield said("MERGED_LINEAR", f"enable_lora is {str(self.found['enable_lora'])[:60]}")
         if self.found.get("layer_replication"):
             yield said("LAYER_REPLICATION", f"layer_replication is {self.found['layer_replication']}")
         for _, problem in _misfits(self.found):
             yield said("BAD_CONFIG", **problem)
 
-    def pattern_problems(self, modules: Iterable[str], file: str) -> Iterator[Problem]:
-        """Patterns that match nothing, and modules for which several with different values match."""
+    def pattern_problems(self, modules: Iterable[str], file: str, *, complete: bool) -> Iterator[Problem]:
+        """Patterns that match nothing, where all modules are `complete`, and modules for which several with different
+        values match."""
         modules = list(modules)
         for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             matched = {module: patterns.matching(module) for module in modules}
             used = {key for found in matched.values() for key in found}
             for key in patterns.patterns:
-                if modules and key not in used:
+                if modules and complete and key not in used:
                     yield Problem(code="PATTERN_UNMATCHED", message=f"{name}: {key!r}", severity="warning", file=file)
             for module, found in matched.items():
                 values = sorted({str(patterns.patterns[key]) for key in found})
@@ -340,6 +386,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # field -> what is wa
     "trainable_token_indices": ("row numbers", lambda v: v is None or isinstance(v, list | dict)),
     "along": ("in_features or out_features", lambda value: value in ("in_features", "out_features")),
     "form": (", ".join(FORMS), lambda value: value in FORMS),
+    PACKED: (" or ".join(PACKINGS), lambda value: value is None or value in PACKINGS),
     "bias": ("none, all or lora_only", lambda value: value in (None, "none", "all", "lora_only")),
 }
 

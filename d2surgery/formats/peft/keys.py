@@ -1,10 +1,11 @@
 """PEFT's names of tensors: which slot of which module a key is, and the key of a slot."""
 
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 from d2surgery.files.header import Header
-from d2surgery.formats.layout import Stored
+from d2surgery.formats.layout import Stored, lies_transposed
 from d2surgery.kinds import TABLE
 
 PREFIX = "base_model.model."
@@ -17,10 +18,14 @@ PARAMETER_ORDER = (
 OTHER_METHODS = re.compile(
     r"(^|\.)(lora_|hada_|lokr_|vera_|oft_|boft_|ia3_|hra_|prompt_embeddings|delora_|vblora_|randlora_)"
 )
-# Beside `lm_head.weight`, trained, PEFT saves with the embeddings what its wrapper holds: the untrained original, and
-# the trained weight once more. Loading, it takes `lm_head.weight` alone.
-COPY = re.compile(r"(.+)\.(?:original_module|modules_to_save)\.([^.]+)")
+# PEFT's wrapper of a saved module holds the untrained original and the trained weight.
+_ORIGINAL = re.compile(r"(?:^|(?<=\.))original_module\.")
+_SAVED = re.compile(r"(?:^|(?<=\.))modules_to_save\.")
+# What trainers put around a model: compiling, FSDP, checkpointing; DDP and DeepSpeed, Fabric, TRL's value heads.
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
+_AROUND = re.compile(r"\.?(?:(?:module|_forward_module|pretrained_model)\.)*")
+# PEFT's own prefix, again where a PEFT model was wrapped in another; what stands before it is a wrapper of any trainer.
+_ROOT = re.compile(r"(?:.*?\.)?base_model\.model\.(?:(?:(?:module|model)\.)?base_model\.model\.)*")
 _DIFFUSERS = re.compile(r"(unet|text_encoder\w*|transformer)\.(?!h\.)")  # transformer.h. is GPT-2's
 
 
@@ -42,14 +47,39 @@ def leaves() -> dict[str, tuple[str, Stored]]:
 
 def looks_like_peft(header: Header) -> bool:
     known = leaves()
-    return any(key.startswith(PREFIX) or f".{TOKENS}" in key for key in header.tensors) or any(
-        part in known and not _DIFFUSERS.match(key) for key in header.tensors for part in key.split(".")
+    pairs = (
+        (header.tensors[key].shape, header.tensors[up].shape)
+        for key in header.tensors
+        for end in (".lora_A", ".lora_A.weight")
+        if key.endswith(end) and (up := key.removesuffix(end) + end.replace("A", "B")) in header.tensors
     )
+    if any(PREFIX in key or f".{TOKENS}" in key for key in header.tensors):
+        return True
+    named = any(part in known and not _DIFFUSERS.match(key) for key in header.tensors for part in key.split("."))
+    return named and not lies_transposed(pairs)
 
 
 def bare(key: str) -> str:
     """The key without the prefixes of PEFT and of training wrappers."""
-    return _WRAPPERS.sub("", key).removeprefix("module.").lstrip(".").removeprefix(PREFIX)
+    name = _WRAPPERS.sub("", key)
+    before = _ROOT.match(name) or _AROUND.match(name)
+    return name[before.end() :] if before else name
+
+
+def copies(names: Collection[str]) -> dict[str, str]:
+    """Bare name of a copy -> the name of the trained weight, "" where it is not there.
+
+    Beside `lm_head.weight` PEFT saves with the embeddings what its wrapper holds, the untrained original and the
+    trained weight once more; loading, it takes `lm_head.weight` alone. A raw state dict has the wrapper's two only.
+    """
+    saved = {name for name in names if _SAVED.search(name)}
+    found = {name: plain for name in saved if (plain := _SAVED.sub("", name)) in names}
+    trained = {target_of(name): name for name in saved - found.keys()}
+    for name in names:
+        if _ORIGINAL.search(name):
+            plain = _ORIGINAL.sub("", name)
+            found[name] = plain if plain in names else trained.get(plain, "")
+    return found
 
 
 def target_of(name: str) -> str:

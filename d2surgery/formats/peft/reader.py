@@ -2,21 +2,22 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 from d2surgery.errors import Problems
 from d2surgery.files.header import FLOATS, Header, TensorInfo
 from d2surgery.formats.layout import AdapterLayout, Layout, Rows, Slot, Stored
-from d2surgery.formats.peft.config import Config, ends_with, methods, peft_type, version_of
+from d2surgery.formats.peft.config import PACKED, PACKINGS, Config, ends_with, methods, peft_type, version_of
 from d2surgery.formats.peft.keys import (
-    COPY,
+    METADATA,
     OTHER_METHODS,
     PARAMETER_ORDER,
     TOKENS,
     Leaf,
     bare,
+    copies,
     in_declared_order,
     leaves,
     split,
@@ -39,6 +40,8 @@ def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float]
     if not found:
         say("MISSING_CONFIG", "no adapter_config.json: ranks are known, scaling is not")
     say.all += config.problems(say.file)
+    if found.get("enable_lora"):
+        return _layout(header, config, _Keys(header, config, say, unread=[*header.tensors]), {}, say)
     keys = _Keys(header, config, say)
     keys.sort()
     modules = _Modules(header, config, say)
@@ -52,9 +55,52 @@ def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float]
     for module, adapter in adapters.items():
         if adapter.stored != "experts" and config and not config.targeted(module):
             say("NOT_TARGETED", "has factors but is not in target_modules", module=module)
-    say.all += config.pattern_problems(adapters, say.file)
+    say.all += config.pattern_problems(adapters, say.file, complete=len(adapters) == len(keys.groups))
     keys.check_replacements(adapters)
-    return _layout(header, config, keys, adapters, say)
+    if not found:
+        _doubt_ranks(adapters, say)
+    elif header.tensors and not any(problem.severity == "error" for problem in say.all):
+        if not adapters and (message := _of_model(keys, config)):
+            say("NOT_AN_ADAPTER", message)
+        else:
+            _miss_promised(header, config, say, adapted=bool(adapters))
+    return _layout(header, config, keys, _with_packing(header, config, adapters, say), say)
+
+
+def _with_packing(
+    header: Header, config: Config, adapters: Mapping[str, AdapterLayout], say: Problems
+) -> dict[str, AdapterLayout]:
+    """How experts share the columns of lora_B: as the file says, else as PEFT packs them, and that is said."""
+    said = PACKINGS.get(config.get(PACKED) or header.metadata.get(PACKED, ""))
+    several = [module for module, entry in adapters.items() if entry.experts > 1 and entry.ranks["update"] > 1]
+    if several and not said and METADATA not in header.metadata:  # we write as PEFT does
+        got = "unsloth's mark in the config" if config.by_unsloth else f"no {PACKED}"
+        say("EXPERT_LAYOUT_ASSUMED", "lora_B of the experts is read interleaved", severity="warning", got=got)
+    return {
+        module: entry.with_packing(said or "interleaved") if entry.experts > 1 else entry
+        for module, entry in adapters.items()
+    }
+
+
+def _of_model(keys: "_Keys", config: Config) -> str:
+    """What to say of a model's own weights beside an adapter's config, as a merged model's directory may have them."""
+    names = [name.rpartition(".")[0] for name in keys.replacements if name.endswith(".weight")]
+    targeted = [name for name in names if config.wants(name) and not config.declares(f"{name}.weight")]
+    return f"the weights of a model, not factors: {len(targeted)} of targeted modules" if targeted else ""
+
+
+def _miss_promised(header: Header, config: Config, say: Problems, *, adapted: bool) -> None:
+    held = (target_of(bare(key)) for key in header.tensors)
+    for promised in config.absent(held, adapted=adapted):
+        say("PROMISED_BUT_ABSENT", f"{promised}, of which the file holds nothing", severity="warning")
+
+
+def _doubt_ranks(adapters: Mapping[str, AdapterLayout], say: Problems) -> None:
+    """No config confirms the rank that the shapes give."""
+    for module, adapter in adapters.items():
+        sides = min(adapter.in_features, adapter.out_features)
+        if (rank := max(adapter.ranks.values())) > sides and adapter.stored == "linear":
+            say("RANK_DOUBTFUL", f"rank {rank} of {sides} at most", severity="warning", module=module)
 
 
 @dataclass
@@ -100,13 +146,16 @@ class _Keys:
     adapter_name: str = ""
 
     def sort(self) -> None:
-        known, names = leaves(), {bare(key) for key in self.header.tensors}
+        known, names = leaves(), {key: bare(key) for key in self.header.tensors}
+        superseded = copies(set(names.values()))
         for key, info in self.header.tensors.items():
-            name = bare(key)
+            name = names[key]
             module, leaf = split(name, known)
-            if (copied := COPY.fullmatch(name)) and f"{copied[1]}.{copied[2]}" in names:
+            if name in superseded:
+                beside = superseded[name]
+                message = f"a copy beside {beside}" if beside else "the untrained original, and no trained weight"
                 self.superseded.append(key)
-                self.say("SUPERSEDED", f"a copy beside {copied[1]}.{copied[2]}", severity="info", module=key)
+                self.say("SUPERSEDED", message, severity="info", module=key)
             elif 0 in info.shape:
                 self._skip(key, "EMPTY_TENSOR", "no elements", got=str(info.shape))
             elif leaf is not None:
@@ -203,7 +252,9 @@ class _Modules:
         before = len(self.say.all)
         kind = self._kind(name, group)
         adapter = self._fitted(name, kind, group) if kind and self._are_matrices(name, TABLE[kind], group) else None
-        return None if any(problem.severity == "error" for problem in self.say.all[before:]) else adapter
+        if adapter is None or any(problem.severity == "error" for problem in self.say.all[before:]):
+            return None
+        return self._with_rank_as_said(adapter)
 
     def _fitted(self, name: str, kind: str, group: _Group) -> AdapterLayout | None:
         before, row = len(self.say.all), TABLE[kind]
@@ -213,7 +264,7 @@ class _Modules:
             return None
         first = next(iter(row.groups.values()))
         down, up = (self._info(group, slot) for slot in (first.down, first.up))
-        ranks = self._ranks(module, kind, group, experts)
+        ranks = {name: self._info(group, each.down).shape[0] // experts for name, each in row.groups.items()}
         scaling = self.config.scaling(module, kind, ranks)
         stored: Stored = "experts" if module != name else "conv" if len(down.shape) > 2 else group.stored
         slots = {slot: Slot(group.keys[slot]) for slot in (*row.slots, "bias") if slot in group.keys}
@@ -318,14 +369,14 @@ class _Modules:
         """PEFT 0.17 and 0.18: ΔW = (B A)ᵀ of each expert, whatever the model, so A's columns are the update's rows."""
         return experts > 1 and version_of(self.config.get("peft_version")) < (0, 19)
 
-    def _ranks(self, module: str, kind: str, group: _Group, experts: int) -> dict[str, int]:
-        pairs = TABLE[kind].groups.items()
-        ranks = {name: self._info(group, pair.down).shape[0] // experts for name, pair in pairs}
-        want = self.config.ranks(module, kind)
-        if want is not None and want != ranks:
-            got = f"{list(ranks.values())}"
-            self.say("RANK_DISAGREES", "ranks", module=module, wanted=f"{list(want.values())}", got=got)
-        return ranks
+    def _with_rank_as_said(self, adapter: AdapterLayout) -> AdapterLayout:
+        """Where the config says another rank than the tensors have, the scaling is unknown."""
+        want = self.config.ranks(adapter.module, adapter.kind)
+        if want is None or want == adapter.ranks:
+            return adapter
+        wanted, got = (f"{list(ranks.values())}" for ranks in (want, adapter.ranks))
+        self.say("RANK_DISAGREES", "ranks", module=adapter.module, wanted=wanted, got=got)
+        return replace(adapter, scaling=None, misread={})
 
     def _are_matrices(self, module: str, row: Kind, group: _Group) -> bool:
         shapes = {slot: self._info(group, slot).shape for slot in row.slots if slot not in row.vectors}
@@ -340,7 +391,9 @@ class _Modules:
         pairs = [*row.groups.values()]
         for down, up, _ in pairs:
             a, b = shapes[down], shapes[up]
-            if prod(b[1:]) != a[0]:
+            if prod(b[1:]) != a[0] and (len(a), len(b)) == (2, 3) and a[0] % b[1] == 0:
+                self.say("MERGED_LINEAR", f"{down} {a} and {up} {b}", module=module)
+            elif prod(b[1:]) != a[0]:
                 code = "GROUPED_CONV" if len(a) > 2 and a[0] % prod(b[1:]) == 0 else "RANK_MISMATCH"
                 self.say(code, f"{down} {a} and {up} {b} do not multiply", module=module)
         if len({(shapes[up][0], *shapes[down][1:]) for down, up, _ in pairs}) > 1:
@@ -356,4 +409,4 @@ class _Modules:
         for slot in group.keys:
             dtype = self._info(group, slot).dtype
             if dtype not in FLOATS:
-                self.say("SHAPE_UNEXPECTED", f"{slot} is {dtype}", module=module, wanted=", ".join(FLOATS))
+                self.say("DTYPE_UNEXPECTED", f"{slot} is {dtype}", module=module, wanted=", ".join(FLOATS))

@@ -16,13 +16,14 @@ from d2surgery.errors import Problem, raise_errors
 from d2surgery.files.header import Header, TensorInfo
 from d2surgery.files.tensors import NAMES
 from d2surgery.formats.format import Holding
-from d2surgery.formats.layout import AdapterLayout, Layout, Slot, alpha_divisor
-from d2surgery.formats.peft.config import peft_type
+from d2surgery.formats.layout import AdapterLayout, Layout, Slot, alpha_divisor, with_expert_layout
+from d2surgery.formats.peft.config import peft_type, version_of
 from d2surgery.formats.peft.keys import METADATA, PREFIX, TOKENS, bare, in_declared_order, key_of
 from d2surgery.formats.peft.reader import read
 from d2surgery.kinds import TABLE
 
 WEIGHTS = "adapter_model.safetensors"
+PACKED_SINCE = (0, 19, 1)  # PEFT packs experts as it does now
 _KEPT = (  # fields of a config that was found which say nothing of the values
     "auto_mapping", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version", "revision",
     "runtime_config", "use_rslora",
@@ -60,6 +61,9 @@ def _cannot_hold(layout: Layout) -> Iterator[Problem]:
                 got = ", ".join(sorted(values))
                 yield Problem(code="FORMAT_CANNOT_HOLD", message=f"one file of PEFT's holds one {name}", got=got)
     for module, entry in layout.adapters.items():
+        if entry.as_declared:
+            message = "experts of PEFT 0.17 and 0.18: which axis today's PEFT takes for out depends on the model"
+            yield Problem(code="FORMAT_CANNOT_HOLD", message=message, module=module)
         if entry.kind == "dora" and entry.settings["along"] != "out_features":
             message = "PEFT's DoRA keeps one magnitude per output feature"
             yield Problem(code="FORMAT_CANNOT_HOLD", message=message, module=module, got="along in_features")
@@ -120,7 +124,7 @@ def _packed(matrices: list[Tensor], slot: str, entry: AdapterLayout) -> Tensor:
 def _config(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The config that was found where it still describes the adapters, else one made anew."""
     found = dict(layout.about.settings) if layout.format == "peft" else {}
-    if found and _describes(found, layout, tensors):
+    if found and _describes(found, with_expert_layout(layout, "interleaved"), tensors):
         return found
     return _made(layout)
 
@@ -132,7 +136,8 @@ def _describes(found: Mapping[str, Any], layout: Layout, tensors: Mapping[str, T
     said = (again.about, again.adapters.keys(), again.replacements.keys(), again.rows.keys())
     if said != (layout.about, layout.adapters.keys(), layout.replacements.keys(), layout.rows.keys()):
         return False
-    return all(_alike(again.adapters[module], entry) for module, entry in layout.adapters.items())
+    written = {module: entry.with_packing("interleaved") for module, entry in layout.adapters.items()}
+    return all(_alike(again.adapters[module], entry) for module, entry in written.items())
 
 
 def _alike(one: AdapterLayout, other: AdapterLayout) -> bool:
@@ -185,7 +190,8 @@ def _beside(layout: Layout) -> dict[str, Any]:
     biases = [t.rpartition(".")[0] in layout.adapters for t in layout.replacements if t.endswith(".bias")]
     if experts:
         config["target_parameters"] = experts
-        config["peft_version"] = about.settings.get("peft_version", "0.19.1")  # whose packing of experts this is
+        found = about.settings.get("peft_version", "")
+        config["peft_version"] = found if version_of(found) >= PACKED_SINCE else "0.19.1"  # whose packing this is
     if about.saved_modules:
         config["modules_to_save"] = list(about.saved_modules)
     if about.tied:

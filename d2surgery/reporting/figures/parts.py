@@ -14,7 +14,10 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from d2surgery.reporting.tidy import Row, address
+from d2surgery.reporting.tidy import (
+    Row,
+    address,
+)
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A800")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")

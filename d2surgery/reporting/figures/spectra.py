@@ -6,7 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from d2surgery.measures.spectrum import Spectrum
+from d2surgery.measures.ranks import Spectrum
 from d2surgery.measures.subspace import Intruders
 from d2surgery.reporting.figures.parts import (
     NULL,

@@ -25,7 +25,7 @@ MOST_ROWS = 5000  # of a figure's table inside the page
 
 
 def whole_page(title: str, parts: Iterable[str]) -> str:
-    """The template filled in one pass, so that nothing filled in is looked at again."""
+    """The template, its marks replaced in one pass: what is filled in is not searched for marks."""
     filling = {"title": safe(title), "body": "\n".join(parts), "plotly": get_plotlyjs()}
     template = files("d2surgery").joinpath("report.html").read_text(encoding="utf-8")
     return re.sub("<!--(title|body|plotly)-->", lambda found: filling[found[1]], template)

@@ -221,7 +221,7 @@ def _or_zero(value: float) -> float:
 
 
 def _same_start(whole: Likeness) -> str:
-    """A shared A and little else is the mark of a shared seed; shared both of a shared history."""
+    """Adapters that share their input directions alone started from one A; those that share both, trained alike."""
     inside, outside = whole.in_features, whole.out_features
     if not inside > 0.9:
         return ""

@@ -1,0 +1,86 @@
+"""What a record calls exact holds however float32 products are summed, on any processor."""
+
+from math import sqrt
+
+import numpy as np
+import pytest
+import torch
+from kinds import KINDS_AND_AXES, make, normal
+from processors.sloppy import AnyOrder
+from torch import Tensor
+
+from d2surgery.adapters.forwards import Axis
+from d2surgery.measures.dense import head_tail
+from d2surgery.measures.drift import drift
+from d2surgery.measures.ranks import NUMBERS
+from d2surgery.measures.spectrum import delta_spectrum, update_spectrum
+from d2surgery.measures.subspace import agreement, amplification, cosine, intruders, similarity
+
+pytestmark = pytest.mark.numerical
+SEEDS = range(3)
+AXES: tuple[Axis, Axis] = ("out_features", "in_features")
+
+
+def graded(rows: int, columns: int, ratio: float) -> Tensor:
+    """Singular values 1, ratio, ratio², …"""
+    side = min(rows, columns)
+    U, V = (torch.linalg.qr(normal(n, side, seed=n)).Q for n in (rows, columns))
+    matrix: Tensor = (U * ratio ** torch.arange(side, dtype=torch.float64)) @ V.T
+    return matrix
+
+
+MATRICES = {
+    "constant": torch.full((300, 310), 0.5),
+    "rank one": torch.outer(normal(310, seed=0), normal(300, seed=1)),
+    "falling": graded(320, 400, 0.9),
+    "falling slowly": graded(400, 320, 0.99),
+    "equal": torch.eye(300),
+    "random": normal(300, 400, seed=3),
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", MATRICES)
+def test_what_head_and_tail_call_exact_is_exact(name: str, seed: int) -> None:
+    matrix = MATRICES[name].float()
+    true = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    with AnyOrder(seed) as fault:
+        found = head_tail(matrix)
+    assert fault.products > 50
+    head = found.singular_values.numpy()
+    assert np.abs(head - true[: len(head)]).max(initial=0) <= found.error_bound * true[0]
+    assert found.frobenius_norm == pytest.approx(float(np.sqrt((true**2).sum())), rel=1e-13)
+    assert true.sum() <= found.nuclear_norm_bound * (1 + 1e-12)
+    assert {number for number in NUMBERS if found.quality[number] == "exact"} == {"frobenius_norm"}
+    if name in ("constant", "rank one", "falling"):
+        assert found.spectral_norm == pytest.approx(true[0], rel=1e-9)
+        assert found.error_bound < 1e-4
+
+
+def test_the_fault_shows_in_a_value_of_float32_products() -> None:
+    """As the constant matrix did on a processor with AVX-512: 152.48004 for 152.47951."""
+    matrix, vector = MATRICES["constant"], torch.full((1, 300), 300**-0.5)
+    with AnyOrder(0):
+        found = float((vector @ matrix).norm())
+    assert found != pytest.approx(0.5 * sqrt(300 * 310), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("kind", "axis"), KINDS_AND_AXES)
+def test_every_measure_is_of_float64_products(kind: str, axis: Axis, dtype: torch.dtype) -> None:
+    """No float32 product is formed on the way to a number: drift, angles, spectra, subspaces, signs, intruders."""
+    W = (0.02 * normal(60, 72, seed=0)).to(dtype)
+    adapter, other = make(kind, W, axis, size=0.01), make(kind, W, axis, size=0.01, seed=5)
+    with AnyOrder(0) as fault:
+        for along in AXES:
+            drift(adapter, W, along)
+        delta_spectrum(adapter, W)
+        intruders(adapter, W)
+        first, second = adapter.update(), other.update()
+        if first is not None and second is not None:
+            update_spectrum(adapter)
+            amplification(first, W)
+            cosine(first, second)
+            similarity(first, second)
+            agreement(first, second)
+    assert fault.products == 0
