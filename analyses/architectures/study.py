@@ -4,6 +4,7 @@ python analyses/architectures/study.py [--results DIR] [--part I/N] [--tiny] [MO
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import re
@@ -23,13 +24,15 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import architectures, config_of, inputs_of
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from d2surgery import D2SurgeryError, merge
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from tiny import architectures, config_of, inputs_of  # noqa: E402
+
 SEED = 0
 RIGHT = 1e-6  # ‖ours − PEFT's‖∞/‖PEFT's‖∞, of outputs in float64 and of weights
 LARGEST = 8_000_000  # parameters; a larger model was not made small
@@ -71,6 +74,7 @@ def study(types: list[str]) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("d2surgery", "transformers", "peft", "torch")},
         "seed": SEED,
         "right": RIGHT,
+        "inputs_sha256": {"model types": hashlib.sha256(" ".join(types).encode()).hexdigest()},
         "runs": runs,
     }
 
@@ -179,6 +183,8 @@ def judged(model: Any, folder: Path, cell: str, options: Mapping[str, Any]) -> d
     if cell not in ("embeddings", "heads"):  # of ties PEFT's forward speaks, its merge does not
         tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
         found["weights"] = difference(weights(merged, tied), weights(unmerged.merge_and_unload(), tied))
+    if "weights" not in found and not found["moved"]:
+        return {"outcome": "no adapter", "reason": "no output depends on what it trains"}
     wrong = max(found["outputs"], found.get("weights", 0)) > RIGHT
     return {"outcome": "wrong" if wrong else "right"} | {key: float(f"{value:.2g}") for key, value in found.items()}
 
@@ -284,7 +290,7 @@ def table(results: Mapping[str, Any]) -> str:
     for run in runs:
         for cell, found in run["cells"].items():
             if found["outcome"] in ("refused", "wrong"):
-                lines.append(f"- {run['model_type']}, {cell}: {found['outcome']} {found.get('reason', found)}")
+                lines.append(f"- {run['model_type']}, {cell}: {found['outcome']} {found.get('reason', '')[:120]}")
     return "\n".join(lines)
 
 
