@@ -233,6 +233,11 @@ CODES: dict[str, Code] = {
         "A square weight, and nothing tells whether the base stores it (out, in) or (in, out).",
         "Give the base with a config.json that names its model_type.",
     ),
+    "NORMED_EMBEDDING": Code(
+        "The model normalises what it looks up in this embedding, inside the module, and PEFT adds the update after "
+        "that: no embedding's weight gives the same.",
+        "Serve the adapter unmerged, or train without the embedding.",
+    ),
     "GROUPED_CONV": Code("The base convolution is grouped; its update is not one product.", "PEFT refuses it too."),
     "UNKNOWN_TIE": Code(
         "The input embedding is tied to an output whose name is not known for this architecture.",

@@ -4,6 +4,7 @@ python analyses/architectures/study.py [--results DIR] [--part I/N] [--tiny] [MO
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import re
@@ -23,13 +24,15 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import architectures, config_of, inputs_of
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from d2surgery import D2SurgeryError, merge
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from tiny import architectures, config_of, inputs_of  # noqa: E402
+
 SEED = 0
 RIGHT = 1e-6  # ‖ours − PEFT's‖∞/‖PEFT's‖∞, of outputs in float64 and of weights
 LARGEST = 8_000_000  # parameters; a larger model was not made small
@@ -71,6 +74,7 @@ def study(types: list[str]) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("d2surgery", "transformers", "peft", "torch")},
         "seed": SEED,
         "right": RIGHT,
+        "inputs_sha256": {"model types": hashlib.sha256(" ".join(types).encode()).hexdigest()},
         "runs": runs,
     }
 
@@ -155,7 +159,7 @@ def parameters_of(model: Any) -> list[str]:
         for parameter, value in module.named_parameters(recurse=False):
             experts = value.ndim == 3 and "proj" in parameter and "experts" in name.rpartition(".")[2]
             router = parameter == "weight" and value.ndim == 2 and re.search(r"(^|\.)(gate|router)$", name)
-            if experts or (router and type(module) is not nn.Linear):
+            if experts or (router and not isinstance(module, nn.Linear)):
                 found.add(f"{name.rpartition('.')[2]}.{parameter}")
     return sorted(found)
 
@@ -164,13 +168,9 @@ def judged(model: Any, folder: Path, cell: str, options: Mapping[str, Any]) -> d
     """One adapter, saved by PEFT, merged by d2surgery: right, refused or wrong."""
     kind, base, adapter, out = type(model), folder / "base", folder / f"a {cell}", folder / f"m {cell}"
     try:
-        save(deepcopy(model), adapter, options)
+        unmerged = trained(model, adapter, options)
         if cell == "older names":
             rename(adapter, older(model, base))
-            adapter_of_peft = folder / "a lora"
-        else:
-            adapter_of_peft = adapter
-        unmerged = PeftModel.from_pretrained(deepcopy(model), adapter_of_peft).eval()
         expected = outputs(unmerged)
     except Exception as error:  # noqa: BLE001: PEFT cannot, so there is nothing to judge
         return {"outcome": "no adapter", "reason": f"{type(error).__name__}: {error}"[:160]}
@@ -183,20 +183,38 @@ def judged(model: Any, folder: Path, cell: str, options: Mapping[str, Any]) -> d
     if cell not in ("embeddings", "heads"):  # of ties PEFT's forward speaks, its merge does not
         tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
         found["weights"] = difference(weights(merged, tied), weights(unmerged.merge_and_unload(), tied))
+    if "weights" not in found and not found["moved"]:
+        return {"outcome": "no adapter", "reason": "no output depends on what it trains"}
     wrong = max(found["outputs"], found.get("weights", 0)) > RIGHT
     return {"outcome": "wrong" if wrong else "right"} | {key: float(f"{value:.2g}") for key, value in found.items()}
 
 
-def save(base: Any, adapter: Path, options: Mapping[str, Any]) -> None:
+def trained(base: Any, adapter: Path, options: Mapping[str, Any]) -> Any:
+    """PEFT's model, saved, with noise for training: where no gradient comes, because a layer is never called, none."""
     torch.manual_seed(SEED + 1)
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, **options))
+    model = get_peft_model(deepcopy(base), LoraConfig(r=4, lora_alpha=8, **options)).eval()
+    never = bypassed(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if any(name.startswith(f"{layer}.") for layer in never):
+                continue
             if parameter.requires_grad and "magnitude" in name:
                 parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
             elif parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(adapter)
+    return model
+
+
+def bypassed(model: Any) -> list[str]:
+    """PEFT's layers that are never called where the module around them is: its functions read the weight itself."""
+    called: set[str] = set()
+    hooks = [m.register_forward_hook(lambda *_, n=n: called.add(n)) for n, m in model.named_modules()]
+    outputs(model)
+    for hook in hooks:
+        hook.remove()
+    layers = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    return [name for name in layers if name not in called and name.rpartition(".")[0] in called]
 
 
 def older(model: Any, base: Path) -> dict[str, str]:
@@ -272,7 +290,7 @@ def table(results: Mapping[str, Any]) -> str:
     for run in runs:
         for cell, found in run["cells"].items():
             if found["outcome"] in ("refused", "wrong"):
-                lines.append(f"- {run['model_type']}, {cell}: {found['outcome']} {found.get('reason', found)}")
+                lines.append(f"- {run['model_type']}, {cell}: {found['outcome']} {found.get('reason', '')[:120]}")
     return "\n".join(lines)
 
 

@@ -162,11 +162,8 @@ class TileMerger:
 
     def tiles(self, output: Output) -> Iterator[Tile]:
         """The tiles of an output, in order, each patch's adapter opened when its first tile is due."""
-        if output.site is None or not output.site.patches:
-            yield from grid(output)
-            return
-        for patch in output.site.patches:
-            yield from self._adapted(output, patch)
+        for patch, begin, end in _spans(output):
+            yield from _plain(output, begin, end) if patch is None else self._adapted(output, patch)
 
     def read(self, tile: Tile) -> Tensor:
         """The tile's bytes, until this thread's next one."""
@@ -313,14 +310,32 @@ def _placed(tile: AdaptedTile) -> Iterator[None]:
 
 def grid(output: Output) -> Iterator[Tile]:
     """All tiles: fixed by shapes. Patches cover whole rows; what no patch covers is cut by bytes."""
-    if output.site is not None and output.site.patches:
-        for patch in output.site.patches:
+    for patch, begin, end in _spans(output):
+        if patch is None:
+            yield from _plain(output, begin, end)
+        else:
             for rows in row_ranges(patch.start, patch.stop, output.matrix[1]):
                 yield row_tile(output, *rows)
-        return
+
+
+def _spans(output: Output) -> Iterator[tuple[Patch | None, int, int]]:
+    """The bytes of each patch, and of what lies between patches, in order."""
+    done = 0
+    for patch in output.site.patches if output.site else ():
+        begin, size = _bytes_of(output, patch.start, patch.stop)
+        if begin > done:
+            yield None, done, begin
+        yield patch, begin, begin + size
+        done = begin + size
+    if done < output.info.nbytes:
+        yield None, done, output.info.nbytes
+
+
+def _plain(output: Output, begin: int, end: int) -> Iterator[Tile]:
+    """Tiles of what no patch covers, from byte to byte."""
     step = TILE_ENTRIES * BITS[output.info.dtype] // 8
-    for start in range(0, output.info.nbytes, step):
-        yield Tile(output, start, min(step, output.info.nbytes - start))
+    for start in range(begin, end, step):
+        yield Tile(output, start, min(step, end - start))
 
 
 def row_tile(output: Output, first: int, last: int) -> Tile:

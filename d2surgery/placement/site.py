@@ -40,7 +40,7 @@ class Site:
 
     source: str | None  # the base tensor; None when the adapter brings a tensor that the base lacks
     shape: tuple[int, ...]  # of the result
-    patches: tuple[Patch, ...] = ()
+    patches: tuple[Patch, ...] = ()  # by their rows, which do not overlap and need not cover the tensor
     replacement: str | None = None  # key in the adapter file
     rows: Rows | None = None
     bias: str | None = None  # the module whose scaling times "bias" slot is added

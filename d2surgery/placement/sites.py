@@ -20,6 +20,13 @@ from d2surgery.placement.site import OUTPUTS, Patch, Site, is_head
 from d2surgery.placement.ties import Tie, find_tie
 from d2surgery.placement.untying import Settlement
 
+# Models whose embedding module normalises what it looks up: an update beside the module is no change of the weight.
+_NORMED_EMBEDDINGS = frozenset(
+    f"{family}{part}"
+    for family in ("muse_spark", "muse_glimmer", "inkling", "inkling2", "inkling_mm_model")
+    for part in ("", "_text")
+)
+
 
 @dataclass(frozen=True)
 class Landing:
@@ -40,7 +47,7 @@ def sites(layout: Layout, base: Header, base_config: Mapping[str, Any]) -> Landi
         say("QUANTIZED_BASE", f"quantization_config: {method}")
     names = Names(base, base_config, tie, say)
     patches = Patches(base, base_config, names, say, hint=layout.about.transposed)
-    finder = _Finder(layout, base, tie, names, patches, say)
+    finder = _Finder(layout, base, base_config, tie, names, patches, say)
     finder.land()
     ties = Settlement(layout, base, tie, finder.sites, say)
     ties.settle()
@@ -58,6 +65,7 @@ def sites(layout: Layout, base: Header, base_config: Mapping[str, Any]) -> Landi
 class _Finder:
     layout: Layout
     base: Header
+    config: Mapping[str, Any]
     tie: Tie
     names: Names
     patches: Patches
@@ -80,6 +88,8 @@ class _Finder:
         shape = self.layout.header.tensors[key].shape
         places = self.names.find(target)
         if not places:  # a new head: modules_to_save may add what the base lacks
+            if self.tie.unknown_output and self.tie.flagged and not self.tie.aliases and "lm_head" in target:
+                self.say("UNKNOWN_TIE", "the output is tied, and is saved in full", module=target)
             self.sites[target] = Site(source=None, shape=shape, replacement=key)
             return
         tensor = places[0].tensor
@@ -130,6 +140,9 @@ class _Finder:
         self.sites[tensor] = replace(site, rows=rows)
 
     def _patch(self, adapter: AdapterLayout) -> None:
+        if adapter.stored == "embedding" and _model_types(self.config) & _NORMED_EMBEDDINGS:
+            self.say("NORMED_EMBEDDING", "PEFT adds the update after the norm", module=adapter.module)
+            return
         places = self.names.find(_name(adapter))
         if not places:
             self.names.missing(adapter.module)
@@ -149,7 +162,8 @@ class _Finder:
                 if twice := [old.module for old in site.patches if _overlap(old, patches)]:
                     self.say("AMBIGUOUS_MODULE", "adapted twice", module=tensor, got=f"{adapter.module}, {twice[0]}")
                     return
-                self.sites[tensor] = replace(site, patches=(*site.patches, *patches))
+                together = sorted((*site.patches, *patches), key=lambda patch: patch.start)
+                self.sites[tensor] = replace(site, patches=tuple(together))
         if "bias" in adapter.slots:
             self._add_bias(adapter)
 
@@ -171,6 +185,11 @@ class _Finder:
 
     def _stored_shape(self, tensor: str) -> tuple[int, ...]:
         return self.base.tensors[self._source(tensor)].shape
+
+
+def _model_types(config: Mapping[str, Any]) -> set[Any]:
+    text = config.get("text_config")
+    return {config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None}
 
 
 def _name(adapter: AdapterLayout) -> str:

@@ -25,7 +25,7 @@ _HEADS: tuple[tuple[str, tuple[str, ...]], ...] = (
         for family in ("Whisper", "Moonshine", "MoonshineStreaming", "Canary", "CohereAsr")
         for task in ("ConditionalGeneration", "CausalLM")
     ),
-    *((f"T5Gemma{version}ForConditionalGeneration", ("lm_head.out_proj",)) for version in ("", "2")),
+    ("T5GemmaForConditionalGeneration", ("lm_head.out_proj",)),
     *((f"{family}ForCausalLM", ("output_projection",)) for family in ("BioGpt", "TrOCR")),
     *((f"{family}WithLMHeadModel", ("pred_layer.proj",)) for family in ("XLM", "Flaubert")),
     ("XLNetLMHeadModel", ("lm_loss",)),
@@ -33,7 +33,12 @@ _HEADS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("BertGenerationDecoder", ("lm_head.decoder",)),
     ("RwkvForCausalLM", ("head",)),
     ("ModernBertDecoderForCausalLM", ("decoder",)),
-    ("Kosmos2ForConditionalGeneration", ("text_model.lm_head",)),
+    *((f"Kosmos2{version}ForConditionalGeneration", ("text_model.lm_head",)) for version in ("", "_5")),
+    ("IdeficsForVisionText2Text", ("lm_head",)),
+    ("ImageGPTForCausalImageModeling", ("lm_head",)),
+    ("DiffusionGemmaForBlockDiffusion", ("lm_head",)),
+    ("NeoMMEForMaskedLM", ("lm_head",)),
+    ("SpeechT5ForSpeechToText", ("text_decoder_postnet.lm_head",)),
     ("MarianMTModel", ("lm_head",)),
     *((f"{family}ForMaskedLM", ("lm_head",)) for family in ("EuroBert", "ModernVBert", "UltraVBert", "Funnel")),
     ("T5EncoderModel", ("encoder.embed_tokens",)),
@@ -46,6 +51,10 @@ _HEADS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("DoubleHeadsModel", ("lm_head",)),
     ("ForConditionalGeneration", ("lm_head",)),
 )
+# Untied these are other models: Switch scales its outputs only when tied, the others tie more than the output.
+_NOT_UNTIED = frozenset(
+    f"{family}ForConditionalGeneration" for family in ("SwitchTransformers", "T5Gemma2", "ProphetNet")
+) | {"ProphetNetForCausalLM"}
 _NO_HEAD = re.compile(r"(Model|Classification|QuestionAnswering|MultipleChoice|RewardModel|Encoder)$")
 
 
@@ -88,7 +97,9 @@ def _outputs(base: Header, architecture: str, embedding: str, flag: bool | None)
         for name in base.tensors
         if f".{name}".endswith(f".{part}")  # BLIP has its decoder's below `text_decoder`
     )
-    outputs = dict(_HEADS).get(architecture) or parts or _by_name(architecture)  # a full name goes first
+    outputs = (
+        dict(_HEADS).get(architecture) or (parts if architecture not in _NOT_UNTIED else ()) or _by_name(architecture)
+    )  # a full name goes first
     if not outputs and not architecture and flag:
         outputs = ("lm_head",)
     if outputs and embedding.rpartition(".")[2] == "shared" and "Encoder" not in architecture:
@@ -98,4 +109,6 @@ def _outputs(base: Header, architecture: str, embedding: str, flag: bool | None)
 
 
 def _by_name(architecture: str) -> tuple[str, ...]:
+    if architecture in _NOT_UNTIED:
+        return ()
     return next((heads for ending, heads in _HEADS if architecture.endswith(ending)), ())

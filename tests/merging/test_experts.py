@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d2surgery import D2SurgeryError, merge
+from d2surgery import D2SurgeryError, audit, merge
 
 E, R = 3, 2  # experts, rank
 DOWN = {"target_parameters": ["experts.down_proj"], "target_modules": None}
@@ -119,3 +119,30 @@ def test_target_parameters_as_all_linear_writes_them(build: Any, options: dict[s
     adapted = unmerged.merge_and_unload().state_dict()
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(tensor, adapted[name], rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["q_proj", "v_proj"], ["k_proj"]])
+@pytest.mark.parametrize("dora", [False, True])
+def test_layers_that_are_rows_of_one_tensor_on_disk(targets: list[str], dora: bool, tmp_path: Path) -> None:
+    """NomicBERT's attention is one tensor on disk and three layers in the model; rows between are the base's."""
+    torch.manual_seed(0)
+    config = T.AutoConfig.for_model(
+        "nomic_bert", vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = T.AutoModel.from_config(config).eval()
+    scatter(model)
+    model.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained = get_peft_model(model, LoraConfig(r=2, target_modules=targets, use_dora=dora))
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+        trained.save_pretrained(tmp_path / "a")
+    merge(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    assert any("Wqkv" in name for name in load_file(tmp_path / "base" / "model.safetensors"))
+    merged = T.AutoModel.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    adapted = trained.merge_and_unload().state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, adapted[name], rtol=0, atol=1e-6, msg=name)
+    assert audit(tmp_path / "base", tmp_path / "a", tmp_path / "out").verdict == "pass"

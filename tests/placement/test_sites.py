@@ -284,6 +284,9 @@ MISFITS: list[tuple[Shapes, Shapes, dict[str, Any], dict[str, Any], str, str]] =
         pair("model.language_model.layers.0.mlp.gate_proj"), {"model.llm.layers.0.mlp.w13_dn.weight": (8, 6)}, {},
         {"architectures": ["InklingForConditionalGeneration"]}, "STORED_OTHERWISE", "w13_dn.weight through Interleave",
     ),
+    (
+        EMBEDDED, {"embed_tokens.weight": (9, 6)}, {}, {"model_type": "muse_spark"}, "NORMED_EMBEDDING", "embed_tokens",
+    ),
     (pair("q"), {"a.q.weight": (4, 6), "b.q.weight": (4, 6)}, {}, {}, "AMBIGUOUS_MODULE", "a.q.weight, b.q.weight"),
     ({**pair("q"), **pair("m.q")}, {"m.q.weight": (4, 6)}, {}, {}, "AMBIGUOUS_MODULE", "adapted twice"),
     ({"n.weight": (6,), "m.n.weight": (6,)}, {"m.n.weight": (6,)}, {}, {}, "AMBIGUOUS_MODULE", "replaced twice"),
