@@ -1,5 +1,6 @@
 """Reading PEFT's form: one pass over the keys, one over the modules. Problems pile up and nothing raises."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -85,7 +86,8 @@ def _with_packing(
 def _of_model(keys: "_Keys", config: Config) -> str:
     """What to say of a model's own weights beside an adapter's config, as a merged model's directory may have them."""
     names = [name.rpartition(".")[0] for name in keys.replacements if name.endswith(".weight")]
-    targeted = [name for name in names if config.wants(name) and not config.declares(f"{name}.weight")]
+    layers = (name for name in names if re.search(r"\.\d+\.", name))  # an embedding may be saved whole
+    targeted = [name for name in layers if config.wants(name) and not config.declares(f"{name}.weight")]
     return f"the weights of a model, not factors: {len(targeted)} of targeted modules" if targeted else ""
 
 
