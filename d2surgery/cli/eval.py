@@ -11,7 +11,7 @@ import click
 from torch import nn
 
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import BASE_HELP, DTYPES, Base, device_option, progress_bar
+from d2surgery.cli.options import BASE_HELP, DTYPE_NAMES, Base, device_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.evaluating.behaviour import compare_scores
 from d2surgery.evaluating.harness import harness_scores
@@ -20,7 +20,7 @@ from d2surgery.evaluating.paired import mean_accuracy
 from d2surgery.evaluating.scoring import Models, scores
 from d2surgery.evaluating.tasks import WAYS, By, Progress, Score, Task, read_task, score_all
 from d2surgery.files.plain import plain
-from d2surgery.files.tensors import DTYPES as TORCH_DTYPES
+from d2surgery.files.tensors import DTYPES
 from d2surgery.files.whole import write_whole
 from d2surgery.live.quantization import QUANTIZATIONS
 
@@ -63,7 +63,9 @@ class Questions:
 @click.option("--by", "by", type=Ways(), default="likelihood", show_default=True, help=f"Of {', '.join(WAYS)}.")
 @click.option("--limit", type=click.IntRange(min=1), help="Items per task, taken evenly.")
 @click.option("--template", type=click.Choice(TEMPLATES), default="auto", show_default=True, help="Of the prompt.")
-@click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="To compute in. Default: fp32 on a CPU, else stored.")
+@click.option(
+    "--dtype", type=click.Choice(sorted(DTYPE_NAMES)), help="To compute in. Default: fp32 on a CPU, else stored."
+)
 @click.option("--quantization", type=click.Choice(QUANTIZATIONS), help="Hold the base in 4 or 8 bit, as in training.")
 @click.option("--items", "items_file", type=_PATH, help="Write every item's answers here, one JSON object a line.")
 @device_option
@@ -103,7 +105,7 @@ def _models(options: dict[str, Any]) -> Models:
     """Those options that say which models answer, taken out of the others."""
     dtype = options.pop("dtype")
     names = ("base", "adapter", "merged", "quantization", "device")
-    return Models(dtype=TORCH_DTYPES[DTYPES[dtype]] if dtype else None, **{name: options.pop(name) for name in names})
+    return Models(dtype=DTYPES[DTYPE_NAMES[dtype]] if dtype else None, **{name: options.pop(name) for name in names})
 
 
 def _check(models: Models, questions: Questions, items_file: Path | None) -> None:

@@ -13,7 +13,7 @@ from d2surgery.files.locate import locate_base
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64"}
+DTYPE_NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64"}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -35,10 +35,10 @@ class Dtype(click.Choice[str]):
     """The safetensors name of an output dtype, by the name people use."""
 
     def __init__(self) -> None:
-        super().__init__(sorted(DTYPES))
+        super().__init__(sorted(DTYPE_NAMES))
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return DTYPES[super().convert(value, param, ctx)]
+        return DTYPE_NAMES[super().convert(value, param, ctx)]
 
 
 class Base(click.ParamType[Path]):

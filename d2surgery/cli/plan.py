@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from d2surgery.cli import output
-from d2surgery.cli.options import DTYPES, job_options, progress_bar
+from d2surgery.cli.options import DTYPE_NAMES, job_options, progress_bar
 from d2surgery.measures.fidelity import LOW_GAIN, Survival
 from d2surgery.merging import PlanReport, plan
 
-_SHORT = {name: short for short, name in DTYPES.items()}
+_SHORT = {name: short for short, name in DTYPE_NAMES.items()}
 
 
 @click.command(name="plan")

@@ -130,7 +130,7 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], *, dropout: float 
     """
     raise_errors(_beyond_linear(adapters))
     modules = dict(_outer_modules(model))
-    places = {_name_in(model, modules, name): adapter for name, adapter in adapters.items()}
+    places = {name_in(model, modules, name): adapter for name, adapter in adapters.items()}
     raise_errors(problem for name, adapter in places.items() for problem in _misfits(modules, name, adapter))
     _keep_unpacked(model)
     model.requires_grad_(False)
@@ -374,7 +374,7 @@ def _options(kind: type[Adapter], options: Mapping[str, Any]) -> tuple[dict[str,
     )
 
 
-def _name_in(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> str:
+def name_in(model: nn.Module, modules: Mapping[str, Any], name: str) -> str:
     """The module's name in this model; the name itself where there is none."""
     prefix = getattr(model, "base_model_prefix", "")
     candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))

@@ -22,7 +22,7 @@ from d2surgery.files.header import Header
 from d2surgery.files.tensors import DTYPES, rounded
 from d2surgery.files.tokenizers import TOKENIZER_CONFIG, VOCABULARIES
 from d2surgery.formats.layout import About, AdapterLayout
-from d2surgery.live.attaching import attach, is_linear
+from d2surgery.live.attaching import attach, is_linear, name_in
 from d2surgery.live.quantization import Quantization, by_bitsandbytes, loading_options, quantization_of
 from d2surgery.placement.fit import new_labels
 from d2surgery.placement.sites import sites
@@ -87,7 +87,7 @@ def unmerged(
     modules = dict(model.named_modules())
     live: dict[str, Adapter] = {}
     for entry in checkpoint.layout.adapters.values():
-        name = _name(model, modules, entry.module)
+        name = name_in(model, modules, entry.module)
         if entry.stored == "linear" and name in modules and is_linear(modules[name]):
             live[name] = checkpoint.adapter(entry.module)
             _add_bias(modules[name], checkpoint, entry)
@@ -215,7 +215,7 @@ def _with_replacements(base: Directory, checkpoint: Checkpoint, dtype: torch.dty
     names = dict(model.named_modules())
     for target, key in layout.replacements.items():
         module, _, parameter = target.rpartition(".")
-        name = _name(model, names, module)
+        name = name_in(model, names, module)
         _replace(names, name, parameter, checkpoint.tensor(key), target)
         missing.discard(f"{name}.{parameter}")
     if missing:
@@ -223,20 +223,13 @@ def _with_replacements(base: Directory, checkpoint: Checkpoint, dtype: torch.dty
         raise refuse("NOT_RUNNABLE", "weights are missing", file=str(base), got=got)
     for target, rows in layout.rows.items():
         module, _, parameter = target.rpartition(".")
-        weight = getattr(names[_name(model, names, module)], parameter)
+        weight = getattr(names[name_in(model, names, module)], parameter)
         with torch.no_grad():  # in place: a tied output has the same rows
             weight[list(rows.indices)] = checkpoint.tensor(rows.key).to(weight.dtype)
     return model
 
 
 # Putting an adapter's tensors in place ---------------------------------------------------------------------------
-
-
-def _name(model: nn.Module, modules: Mapping[str, Any], name: str) -> str:
-    """A module's name in this model: as it is, or with or without the base model's prefix."""
-    prefix = getattr(model, "base_model_prefix", "")
-    spellings = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-    return next((spelling for spelling in spellings if spelling in modules), name)
 
 
 def _replace(modules: dict[str, nn.Module], name: str, parameter: str, value: Tensor, target: str) -> None:
@@ -260,7 +253,7 @@ def _patch(model: nn.Module, checkpoint: Checkpoint, entry: AdapterLayout) -> No
     else:
         owner, parameter = entry.module, "weight"
     modules = dict(model.named_modules(remove_duplicate=False))
-    name = _name(model, modules, owner)
+    name = name_in(model, modules, owner)
     if not isinstance(getattr(modules.get(name), parameter, None), Tensor):
         raise refuse("NOT_RUNNABLE", "the model has no such module", module=entry.module)
     module = _own_module(model, name) if entry.stored == "embedding" else modules[name]

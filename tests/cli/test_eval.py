@@ -158,7 +158,7 @@ def failing(speaker: Speakers, questions: list[str], tmp_path: Path) -> list[tup
         (["--base", str(tmp_path / "absent"), "--tasks", questions[0]], "BAD_BASE"),
         (["--base", adapter, "--tasks", questions[0]], "NOT_RUNNABLE"),
         (["--base", str(bare), "--tasks", questions[0]], "NOT_RUNNABLE"),
-        (["--base", base, "--adapter", str(bad), "--tasks", questions[0]], "CORRUPT_HEADER"),
+        (["--base", base, "--adapter", str(bad), "--tasks", questions[0]], "NOT_AN_ADAPTER"),
         (["--base", base, "--merged", adapter, "--tasks", questions[0]], "NOT_RUNNABLE"),
     ]
 
