@@ -145,7 +145,7 @@ class Names:
         if places := self._held(self.renaming.name(name)):
             return places
         for spelling in (name, *(name.replace(old, new) for old, new in _RENAMED if old in name)):
-            if spelling in self.base.tensors:
+            if spelling in self.base.tensors or spelling in self.tie.aliases:
                 return [Place(spelling, (0, None), 0)]
             if places := self._experts(spelling):
                 return places
