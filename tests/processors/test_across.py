@@ -26,6 +26,7 @@ MODULES = 4
 MERGE = f"""
 import sys
 from pathlib import Path
+from d2surgery.merging import merge
 inputs, out = map(Path, sys.argv[1:])
 for kind in {KINDS}:
     for dtype in {tuple(DTYPES)}:
