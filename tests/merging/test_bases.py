@@ -18,7 +18,7 @@ CASES = [  # (in the adapter's config, _name_or_path, directory, whether that is
     ("Qwen/Qwen2.5-7B", "", "models--Qwen--Qwen2.5-14B/snapshots/abc", True),
     ("meta-llama/Llama-3.1-8B", "somewhere/else-8b", "Llama-3.1-8B", False),  # one of its names is right
     ("org/base", "", "Llama-3.1-8B", False),  # no name of a model
-    ("/root/outputs/run", "", "Llama-3.1-8B", False),
+    ("/home/me/outputs/run", "", "Llama-3.1-8B", False),
     ("meta-llama/Llama-3.1-8B", "", "model", False),
     (None, "", "Llama-3.1-8B", False),
 ]
