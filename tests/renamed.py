@@ -143,7 +143,7 @@ def shorten(config: Any) -> None:
         elif name in ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers") and value:
             try:
                 setattr(config, name, min(value, 2))
-            except Exception:  # noqa: BLE001, S112: a property
+            except Exception:  # a property
                 continue
 
 
@@ -154,7 +154,7 @@ def table() -> dict[str, Any]:
     for name, model_type in classes().items():
         try:
             entries = applied(name)
-        except Exception as error:  # noqa: BLE001: an architecture that its own defaults cannot build
+        except Exception as error:  # an architecture that its own defaults cannot build
             print(f"{name}: {type(error).__name__}: {str(error)[:100]}", file=sys.stderr)
             entries = guessed(name, model_type)
         if not entries:

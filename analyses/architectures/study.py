@@ -87,7 +87,7 @@ def swept(name: str) -> dict[str, Any]:
     try:
         model = built(name, folder / "base")
         cells = {cell: judged(model, folder, cell, options) for cell, options in cells_of(model, folder / "base")}
-    except (Exception, TimeoutError) as error:  # noqa: BLE001: whatever transformers raises for a config of ours
+    except (Exception, TimeoutError) as error:  # whatever transformers raises for a config of ours
         return {"not_built": f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"[:160]}
     finally:
         signal.alarm(0)
@@ -172,7 +172,7 @@ def judged(model: Any, folder: Path, cell: str, options: Mapping[str, Any]) -> d
         if cell == "older names":
             rename(adapter, older(model, base))
         expected = outputs(unmerged)
-    except Exception as error:  # noqa: BLE001: PEFT cannot, so there is nothing to judge
+    except Exception as error:  # PEFT cannot, so there is nothing to judge
         return {"outcome": "no adapter", "reason": f"{type(error).__name__}: {error}"[:160]}
     try:
         merge(base, adapter, out)
