@@ -3,8 +3,9 @@
 No torch: a file is described by names and shapes before a number of it is read.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 Settings = Mapping[str, Any]
@@ -30,12 +31,10 @@ class Kind:
     axis: Callable[[Settings], str | None] = lambda settings: None
     """The axis whose vectors it rescales by what the whole vector holds; None where each entry stands for itself."""
 
-    @property
-    def slots(self) -> Iterator[str]:
+    @cached_property
+    def slots(self) -> tuple[str, ...]:
         """Every slot that it has, in the order in which they are written."""
-        for group in self.groups.values():
-            yield from (group.down, group.up)
-        yield from self.vectors
+        return (*(slot for group in self.groups.values() for slot in (group.down, group.up)), *self.vectors)
 
 
 TABLE: dict[str, Kind] = {  # in the order of detection
@@ -67,5 +66,6 @@ TABLE: dict[str, Kind] = {  # in the order of detection
 
 def kind_with(slots: set[str]) -> str:
     """The kind that these slots are of, complete or not: the first with a slot that LoRA lacks, or LoRA."""
-    plain = set(TABLE["lora"].slots)
-    return next((name for name, kind in TABLE.items() if slots & (set(kind.slots) - plain)), "lora")
+    plain = TABLE["lora"].slots
+    own = (name for name, kind in TABLE.items() if any(s in slots and s not in plain for s in kind.slots))
+    return next(own, "lora")

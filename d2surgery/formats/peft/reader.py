@@ -248,6 +248,7 @@ class _Modules:
     config: Config
     say: Problems
     wrappers: Mapping[str, int] = field(default_factory=dict)  # how many wrap each module: one per adapted parameter
+    methods: Mapping[str, tuple[str, ...]] = field(default_factory=methods)  # peft_type -> kinds
 
     def adapter(self, name: str, group: _Group) -> AdapterLayout | None:
         """None when something is wrong with it."""
@@ -299,7 +300,7 @@ class _Modules:
         """The kind whose slots these are; a half pair or a missing vector is a problem, not another kind."""
         slots, config = set(group.keys), self.config
         kind = kind_with(slots)
-        allowed = methods()[config.get("peft_type", peft_type(kind))]
+        allowed = self.methods[config.get("peft_type", peft_type(kind))]
         if kind not in allowed:
             kind = allowed[0]
         row = TABLE[kind]
