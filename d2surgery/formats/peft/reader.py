@@ -45,8 +45,7 @@ def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float]
         return _layout(header, config, _Keys(header, config, say, unread=[*header.tensors]), {}, say)
     keys = _Keys(header, config, say)
     keys.sort()
-    modules = _Modules(header, config, say)
-    modules.wrappers = Counter(unwrapped(name) for name in keys.groups)
+    modules = _Modules(header, config, say, Counter(unwrapped(name) for name in keys.groups))
     adapters: dict[str, AdapterLayout] = {}
     for name, group in keys.groups.items():
         if (adapter := modules.adapter(name, group)) is not None:
@@ -247,7 +246,7 @@ class _Modules:
     header: Header
     config: Config
     say: Problems
-    wrappers: Mapping[str, int] = field(default_factory=dict)  # how many wrap each module: one per adapted parameter
+    wrappers: Mapping[str, int]  # how many wrap each module: one per adapted parameter
     methods: Mapping[str, tuple[str, ...]] = field(default_factory=methods)  # peft_type -> kinds
 
     def adapter(self, name: str, group: _Group) -> AdapterLayout | None:
