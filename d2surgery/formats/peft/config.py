@@ -131,11 +131,11 @@ class Config:
         """rsLoRA, which is not defined for groups with a rank of their own each."""
         return bool(self.get("use_rslora")) and len({group.rank for group in TABLE[kind].groups.values()}) == 1
 
-    def misread(self, kind: str, scaling: float | None, ranks: Mapping[str, int]) -> dict[str, float]:
-        """What other readers of this config take for a module's scaling."""
+    def misread(self, kind: str, scaling: float | None, ranks: Iterable[tuple[str, int]]) -> dict[str, float]:
+        """What other readers of this config take for the scaling of a module with these ranks by group."""
         if scaling is None:
             return {}
-        rank, root = alpha_divisor(ranks), self.root(kind)
+        rank, root = alpha_divisor(dict(ranks)), self.root(kind)
         alpha = scaling * (sqrt(rank) if root else rank)
         first = {"alpha/r instead of alpha/√r": alpha / rank} if root else {
             "alpha/√r instead of alpha/r": alpha / sqrt(rank)

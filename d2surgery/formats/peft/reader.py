@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -248,6 +248,7 @@ class _Modules:
     say: Problems
     wrappers: Mapping[str, int]  # how many wrap each module: one per adapted parameter
     methods: Mapping[str, tuple[str, ...]] = field(default_factory=methods)  # peft_type -> kinds
+    told: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
 
     def adapter(self, name: str, group: _Group) -> AdapterLayout | None:
         """None when something is wrong with it."""
@@ -286,11 +287,17 @@ class _Modules:
             as_declared=turned,
             dtype=down.dtype,
             scaling=scaling,
-            settings=self.config.settings(kind),
+            settings=self._told(self.config.settings, kind),
             kernel=down.shape[1:] if stored == "conv" else (),
             experts=experts,
-            misread=self.config.misread(kind, scaling, ranks),
+            misread=self._told(self.config.misread, kind, scaling, tuple(ranks.items())),
         )
+
+    def _told(self, ask: Callable[..., dict[str, Any]], *what: Any) -> dict[str, Any]:
+        """What the config says; most modules ask the same, and share the answer."""
+        if (key := (ask.__name__, *what)) not in self.told:
+            self.told[key] = ask(*what)
+        return self.told[key]
 
     def _info(self, group: _Group, slot: str) -> TensorInfo:
         return self.header.tensors[group.keys[slot]]
