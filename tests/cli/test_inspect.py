@@ -62,9 +62,8 @@ def test_450_modules_take_a_moment_and_little_memory(adapter: WriteAdapter) -> N
     )
     command = [sys.executable, "-c", code, "inspect", str(adapter(shapes))]
     own = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as installed
-    runs = [
-        subprocess.run(command, capture_output=True, text=True, check=True, env=own).stderr.split() for _ in "12345"
-    ]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "env": own}
+    runs = [subprocess.run(command, **options).stderr.split() for _ in range(5)]
     assert min(float(seconds) for seconds, _ in runs) < 0.25
     assert max(int(kilobytes) for _, kilobytes in runs) < 35 * 1024
 
