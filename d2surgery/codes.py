@@ -197,6 +197,16 @@ CODES: dict[str, Code] = {
     # Where an adapter lands in a base.
     "BAD_BASE": Code("The base is not a directory of safetensors weights.", "Give a Hugging Face model directory."),
     "MISSING_SHARD": Code("The index names a weight file or tensor that is not there.", "Complete the download."),
+    "TWO_SETS_OF_WEIGHTS": Code(
+        "More weights lie in the directory than are loaded. transformers takes model.safetensors, then its index, then "
+        "pytorch_model.bin, then its index; other loaders take them in another order, or all.",
+        "Keep the files that are meant and remove the others.",
+    ),
+    "INDEX_DISAGREES": Code(
+        "The index does not say where the tensors are. transformers reads every tensor of every shard that it names, "
+        "and of one in two shards the last shard's.",
+        "Save the model again, or write the index anew.",
+    ),
     "QUANTIZED_BASE": Code(
         "The base is quantised; adding the adapter on its grid would lose most of it.",
         "Merge into the unquantised base and quantise once afterwards. What was trained on the quantised base merges "

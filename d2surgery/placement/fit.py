@@ -42,7 +42,12 @@ def fit(
     layout = open_layout(adapter, expert_layout=expert_layout)
     weights = BaseWeights(base)
     landing = sites(layout, weights.header, weights.config)
-    problems = [*layout.problems, *landing.problems, *broken_promises(layout, weights.header, landing)]
+    problems = [
+        *weights.header.problems,
+        *layout.problems,
+        *landing.problems,
+        *broken_promises(layout, weights.header, landing),
+    ]
     if strength != 1 and (layout.replacements or layout.rows):
         names = ", ".join([*layout.replacements, *layout.rows][:3])
         problems.append(
