@@ -225,7 +225,7 @@ CODES: dict[str, Code] = {
         "The module's name fits several tensors of the base.", "Rename the modules to the base's full names."
     ),
     "NAME_MATCHED": Code(
-        "The adapter's names and the base's differ by a prefix, and one prefix alone gives every name a place.",
+        "Names differ from the base's by a prefix, or are those that transformers has for them; each has one place.",
         "Nothing to do.",
     ),
     "STORED_OTHERWISE": Code(
@@ -368,6 +368,27 @@ CODES: dict[str, Code] = {
     "TENSOR_CHANGED": Code(
         "A tensor that the adapter leaves alone differs from the base.",
         "Find out what wrote it; a merge copies what no adapter touches bit for bit.",
+    ),
+    "WRONG_NAMES": Code(
+        "Tensors are there under names that transformers does not know: it leaves them unread and starts the weights "
+        "that it lacks at random.",
+        "Save the model itself, not the one that wraps it: unwrap it from DistributedDataParallel, torch.compile, an "
+        "exponential moving average or PEFT first, then save_pretrained.",
+    ),
+    "ADAPTER_BESIDE": Code(
+        "An adapter lies beside the merged weights. With its adapter_config.json transformers applies it again on "
+        "loading, on top of weights that hold it already.",
+        "Move the adapter's files out of the merged directory.",
+    ),
+    "CANNOT_LOAD": Code(
+        "transformers does not load these weights from this directory, whatever they hold.",
+        "Name the files model.safetensors, or model-….safetensors with a model.safetensors.index.json that has "
+        "`metadata` and `weight_map`; save_pretrained does.",
+    ),
+    "OTHER_RECEIPT": Code(
+        "The receipt in the merged directory is of another merge: of another base, adapter or strength, or of weights "
+        "that were changed since. The weights decide the verdict, not the receipt.",
+        "Remove d2surgery_merge.json, or merge again.",
     ),
     "TENSOR_MISSING": Code("A tensor of the base is not in the merged checkpoint.", "Save the merged model again."),
     "TENSOR_EXTRA": Code(

@@ -36,6 +36,7 @@ from d2surgery.auditing.judgement import (
     shared_twice,
     wrong_base,
 )
+from d2surgery.auditing.loading import directory_problems
 from d2surgery.auditing.pairing import Pairing, TensorPair, pair_up
 from d2surgery.auditing.recipes import RECIPES
 from d2surgery.auditing.replay import Replay
@@ -44,7 +45,8 @@ from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.evaluating.tasks import Task
 from d2surgery.files.base import BaseWeights
-from d2surgery.files.locate import PICKLES
+from d2surgery.files.checkpoints import find_weights
+from d2surgery.files.locate import PICKLES, WEIGHTS
 from d2surgery.files.tensors import read_tensor
 from d2surgery.formats.layout import Packing
 from d2surgery.machine import one_thread, peak_memory
@@ -88,7 +90,8 @@ def audit(
     found = open_merged(merged)
     pairing = pair_up(prepared, found)
     modules, tensors = _compared(prepared, pairing, thresholds, found.header.usual_dtype or "", progress)
-    reasons = [*reasons_of(modules, tensors.values())]
+    reasons = [*directory_problems(found, prepared.fit.base), *pairing.problems]
+    reasons += reasons_of(modules, tensors.values())
     if files:
         expected, with_base_tokenizer = _expected_files(prepared.fit, found)
         reasons += compare_settings(expected, found, with_base_tokenizer, tied=pairing.tied)
@@ -106,7 +109,7 @@ def audit(
         recipe=_commonest(modules),
         modules=modules,
         tensors=tensors,
-        not_checked=tuple(_not_checked(unread, files, behaviour, gap)),
+        not_checked=(*pairing.not_checked, *_not_checked(unread, files, behaviour, gap)),
         behaviour=behaviour,
         task=gap,
         seconds=time.monotonic() - began,
@@ -179,13 +182,14 @@ def open_merged(directory: str | os.PathLike[str]) -> BaseWeights:
     path = Path(directory)
     if not path.is_dir():
         raise refuse("BAD_MERGED", "not a directory", file=str(path))
-    weights = sorted(file.name for file in path.glob("*.safetensors"))
-    if weights == ["adapter_model.safetensors"] or not weights:
-        other = sorted(file.name for file in path.iterdir() if file.suffix in (*PICKLES, ".gguf"))
-        what = "it holds an adapter" if weights else "no safetensors weights"
+    weights = find_weights(path)
+    held = [name for name in WEIGHTS if (path / name).is_file()]
+    if weights is None or weights.name in held:
+        other = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", *PICKLES, ".gguf"))
+        what = "it holds an adapter" if held else "no model.safetensors and no index"
         raise refuse("BAD_MERGED", what, file=str(path), got=several(other))
     try:
-        found = BaseWeights(path)
+        found = BaseWeights(path, as_loaded=True)
     except D2SurgeryError as error:
         raise D2SurgeryError(
             *(replace(p, code="BAD_MERGED") if p.code == "BAD_BASE" else p for p in error.problems)
