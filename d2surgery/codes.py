@@ -302,7 +302,8 @@ CODES: dict[str, Code] = {
     ),
     # Merging.
     "STRENGTH": Code(
-        "Replaced weights and rows have no strength between 0 and 1.", "Merge with --strength 1, or without them."
+        "There is no such strength: it is finite, and replaced weights and rows have none but 1.",
+        "Merge with --strength 1, or without what is replaced.",
     ),
     "OUTPUT_EXISTS": Code("There is something at the output path.", "Remove it or choose another path."),
     "RESUME_MISMATCH": Code(
@@ -384,6 +385,10 @@ CODES: dict[str, Code] = {
         "transformers does not load these weights from this directory, whatever they hold.",
         "Name the files model.safetensors, or model-….safetensors with a model.safetensors.index.json that has "
         "`metadata` and `weight_map`; save_pretrained does.",
+    ),
+    "NEAREST_ADAPTER": Code(
+        "Several adapters were given. The one was audited whose merge the merged weights are nearest to.",
+        "The verdict is about this one: where it fails, none of the adapters was merged as it should be.",
     ),
     "OTHER_RECEIPT": Code(
         "The receipt in the merged directory is of another merge: of another base, adapter or strength, or of weights "

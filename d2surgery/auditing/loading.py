@@ -1,19 +1,20 @@
 """What transformers makes of a directory of weights: which of its files it takes, and where their tensors land."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from d2surgery.auditing.findings import several
-from d2surgery.errors import D2SurgeryError, Problem, Severity
+from d2surgery.errors import D2SurgeryError, Problem, Severity, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.checkpoints import USUAL, find_weights
 from d2surgery.files.header import Header, TensorInfo, read_header, read_json
-from d2surgery.files.locate import WEIGHTS
+from d2surgery.files.locate import PICKLES, WEIGHTS
 from d2surgery.files.tensors import read_part
 from d2surgery.placement.renaming import Renaming
 
@@ -29,8 +30,33 @@ _IGNORED = r"rotary_emb\.inv_freq|(^|\.)position_ids$"
 # Which files ------------------------------------------------------------------------------------------------------
 
 
-def directory_problems(merged: BaseWeights, base: BaseWeights) -> list[Problem]:
-    """What lies in a merged directory and is loaded on top of the weights, instead of them, or not at all."""
+def open_merged(directory: str | os.PathLike[str]) -> BaseWeights:
+    """The checkpoint to be judged. Raises BAD_MERGED for an adapter or what is no directory of weights."""
+    path = Path(directory)
+    if not path.is_dir():
+        raise refuse("BAD_MERGED", "not a directory", file=str(path))
+    weights = find_weights(path)
+    held = [name for name in WEIGHTS if (path / name).is_file()]
+    if weights is None or weights.name in held:
+        other = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", *PICKLES, ".gguf"))
+        what = "it holds an adapter" if held else "no model.safetensors and no index"
+        raise refuse("BAD_MERGED", what, file=str(path), got=several(other))
+    try:
+        found = BaseWeights(path, as_loaded=True)
+    except D2SurgeryError as error:
+        raise D2SurgeryError(
+            *(replace(p, code="BAD_MERGED") if p.code == "BAD_BASE" else p for p in error.problems)
+        ) from None
+    if not found.header.tensors:
+        raise refuse("BAD_MERGED", "it holds no tensors", file=str(path))
+    return found
+
+
+def directory_problems(merged: BaseWeights, base: BaseWeights | None) -> list[Problem]:
+    """What lies in a merged directory and is loaded on top of the weights, instead of them, or not at all.
+
+    Weights under a name that transformers does not look for fail, unless the base's have the same.
+    """
     return [*merged.header.problems, *_adapter(merged.directory), *_loadable(merged, base), *_unread(merged)]
 
 
@@ -44,9 +70,9 @@ def _adapter(directory: Path) -> Iterator[Problem]:
         yield Problem(code="ADAPTER_BESIDE", severity=severity, message=message, file=", ".join(there))
 
 
-def _loadable(merged: BaseWeights, base: BaseWeights) -> Iterator[Problem]:
+def _loadable(merged: BaseWeights, base: BaseWeights | None) -> Iterator[Problem]:
     """Weights that transformers would not find, or whose index it cannot read."""
-    found, of_base = find_weights(merged.directory), find_weights(base.directory)
+    found, of_base = find_weights(merged.directory), find_weights(base.directory) if base else None
     assert found is not None  # its header was read
     if (merged.directory / ".metadata").is_file():
         yield _not_loaded("transformers takes the distributed checkpoint of .metadata instead of these weights", found)
