@@ -170,7 +170,8 @@ def _by_places(
             again[name] = right
         elif right is not None:
             taken[right] = name
-    unused = {name for name in expected.keys() - there.keys() if wanted[name] is None}
+    missing = expected.keys() - there.keys()
+    unused = {name for name in missing if wanted[name] is None and right_status(expected[name]) == "unchanged"}
     unused |= {name for name in there.keys() - expected.keys() if found[name] is None and model.ignored.search(name)}
     return taken, again, frozenset(unused)
 

@@ -26,7 +26,11 @@ _COSMETIC = frozenset((
     "gradient_checkpointing", "unsloth_fixed", "chunk_size_feed_forward", "is_llama_config", "transformers.js_config",
     "finetuning_task", "prefix", "_model_name_or_path",
 ))  # fmt: skip
-_LABELS, _USUAL_LABELS = frozenset(("id2label", "label2id")), 2  # a head has two where the config names none
+_UNREAD = frozenset((  # of them, those that any value does for
+    "_name_or_path", "_model_name_or_path", "transformers_version", "transformers.js_config", "architectures",
+    "unsloth_version", "unsloth_fixed",
+))  # fmt: skip
+_LABELS = frozenset(("id2label", "label2id"))
 _TOKENS = frozenset(("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"))
 # A missing field has transformers' default, which is the base's value unless it is one of these.
 _NEEDED = frozenset((
@@ -58,7 +62,7 @@ def _config(
     """
     got = merged.config
     yield from _code(expected, got, merged.directory)
-    if _deciding(want) == _deciding(got) or want.get("model_type") != got.get("model_type"):
+    if _read(want) == _read(got) or want.get("model_type") != got.get("model_type"):
         yield from compare_config(want, got, effective=False)
         yield from _tie(want, got, tied)
         return
@@ -86,14 +90,13 @@ def _code(expected: Mapping[str, bytes], got: Mapping[str, Any], directory: Path
                 yield Problem(code="CONFIG_CHANGED", message=message, file=name, got="" if path.is_file() else "none")
 
 
-def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that decide something; nulls are not there."""
-    return {name: value for name, value in _normal(config).items() if not _is_cosmetic(name, value)}
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a model's class reads; nulls are not there."""
+    return {name: value for name, value in _normal(config).items() if name not in _UNREAD}
 
 
-def _is_cosmetic(key: str, value: Any) -> bool:
-    labels = key.rpartition(".")[2] in _LABELS and isinstance(value, Mapping) and len(value) != _USUAL_LABELS
-    return not labels and bool({key.rpartition(".")[2], key.partition(".")[0]} & _COSMETIC)
+def _is_cosmetic(key: str) -> bool:
+    return bool({key.rpartition(".")[2], key.partition(".")[0]} & _COSMETIC)
 
 
 def _with_classes(read: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +191,7 @@ def _severity(key: str, before: Any, after: Any, *, declared: bool) -> Severity:
         return "error" if before and after and len(before) != len(after) else "info"
     if name in ("architectures", "auto_map", "dtype"):
         return "warning" if (before is not None and after is not None) or (name == "auto_map" and after) else "info"
-    if _is_cosmetic(key, after):
+    if _is_cosmetic(key):
         return "info"
     if name in _TOKENS:  # trainers fill in what is missing
         return "info" if before is None else "error" if declared or after is not None else "warning"

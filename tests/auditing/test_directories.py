@@ -48,6 +48,8 @@ def test_the_audit_passes_where_transformers_loads_the_right_model(
     mutation.change(right, out)
     is_so, why = is_right(right, out) if not mutation.name.startswith("PEFT") else (True, "")
     verdict, said = verdict_on(right, out)
+    if mutation.open and is_so:
+        return
     assert (verdict == "pass") == is_so, f"{verdict}, and transformers: {why or 'right'}. {said}"
 
 

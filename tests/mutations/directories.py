@@ -57,6 +57,7 @@ def loaded(kind: Any, directory: Path) -> tuple[Tensors, dict[str, Any], dict[st
     )
     if any(info.values()):
         raise ValueError(str(info))
+    T.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     generation = model.generation_config.to_dict() if model.can_generate() else {}
     return model.state_dict(), model.config.to_dict(), generation
 
@@ -79,7 +80,7 @@ SILENT = frozenset((
     "label2id", "initializer_range", "initializer_factor", "output_attentions", "output_hidden_states", "return_dict",
     "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "pretraining_tp", "problem_type",
     "chunk_size_feed_forward", "is_encoder_decoder", "_attn_implementation", "summary_first_dropout", "dropout_rate",
-    "tie_word_embeddings",
+    "transformers_weights",
 ))  # fmt: skip
 
 
@@ -94,7 +95,8 @@ def is_right(right: Right, directory: Path) -> tuple[bool, str]:
     if other := [name for name, tensor in right.state.items() if not torch.equal(tensor, state[name])]:
         return False, f"{other[0]} differs"
     for before, after, what in ((right.config, config, "config"), (right.generation, generation, "generation")):
-        names = {*before, *after} - SILENT - {"_from_model_config"}
+        filled = {name for name in before if name.endswith("_token_id") and before[name] is None}
+        names = {*before, *after} - SILENT - {"_from_model_config"} - filled
         if differ := [name for name in sorted(names) if before.get(name) != after.get(name)]:
             return False, f"{what}: {differ[0]} {before.get(differ[0])} {after.get(differ[0])}"
     try:
@@ -434,6 +436,7 @@ class Mutation:
     group: str
     name: str
     change: Change
+    open: bool = False  # which of two tensors for one parameter transformers takes is an accident of their names
 
     @property
     def id(self) -> str:
@@ -441,7 +444,10 @@ class Mutation:
 
 
 def mutations() -> list[Mutation]:
-    return [Mutation(*row) for row in (*_names(), *_files(), *_beside(), *_configs(), *_tokenizers(), *_healthy())]
+    return [
+        Mutation(*row, open=row[1].startswith("also behind"))
+        for row in (*_names(), *_files(), *_beside(), *_configs(), *_tokenizers(), *_healthy())
+    ]
 
 
 def _names() -> Iterator[tuple[str, str, Change]]:
@@ -469,7 +475,7 @@ def _names() -> Iterator[tuple[str, str, Change]]:
     yield "names", "one gone", one("middle", lambda t: None)
     yield "names", "a vector gone", one("vector", lambda t: None)
     yield "names", "one of another shape", one("middle", lambda t: t[:-1])
-    yield "names", "one more", one("middle", lambda t: {"model.more.weight": t})
+    yield "names", "one more", one("middle", lambda t: {"model.more.weight": t.clone()})
     for prefix in ("x.", "model.", "transformer.", "model.model."):
         for factor in (1.0, 1.5):
             yield "names", f"also behind {prefix} × {factor}", copied(prefix, factor)
@@ -499,8 +505,9 @@ def _files() -> Iterator[tuple[str, str, Change]]:
         lambda r, out: shards(wrong(r.tensors), out, ending="bin") and write(r.tensors, out / SINGLE),
     )
     yield "files", ".bin index without metadata", in_shards({"metadata": ...}, ending="bin")
-    for name in ("weights.safetensors", "consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.safetensors",
-                 "diffusion_pytorch_model.safetensors", "adapter_model.safetensors", "Model.safetensors"):  # fmt: skip
+    for name in ("weights.safetensors", "consolidated.safetensors", "model.fp16.safetensors", "Model.safetensors",
+                 "pytorch_model.safetensors", "diffusion_pytorch_model.safetensors",
+                 "adapter_model.safetensors"):  # fmt: skip
         yield "files", f"{name} alone", alone(name)
     for name in ("weights.safetensors", "consolidated.safetensors", "model.fp16.safetensors", PICKLE, "extra.bin"):
         yield "files", f"other {name} beside", beside(name)
