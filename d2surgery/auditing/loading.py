@@ -23,8 +23,8 @@ _INDEX = ".index.json"
 _PIECE = 1 << 20
 USUAL_PREFIXES = ("model.", "transformer.")
 """Of most models inside one with a head: what transformers adds or takes away, where it cannot be asked."""
-_IGNORED = r"rotary_emb\.inv_freq|(^|\.)position_ids$"
-"""Buffers of older checkpoints, which transformers makes anew and takes from no file."""
+_ANEW = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
+"""Buffers that older checkpoints hold; a model that has such makes them anew and takes them from no file."""
 
 
 # Which files ------------------------------------------------------------------------------------------------------
@@ -190,7 +190,9 @@ def model_of(merged: BaseWeights, architectures: Any) -> Model | str:
             model = kind(config)
     except Exception as error:  # what a config of any content makes transformers raise
         return f"transformers cannot build {name}: {next(iter(str(error).splitlines()), type(error).__name__)[:200]}"
-    patterns = [_IGNORED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    buffers = [name for name, _ in model.named_buffers()]
+    anew = [pattern for ending, pattern in _ANEW.items() if any(name.endswith(ending) for name in buffers)]
+    patterns = [*anew, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())] or [r"(?!)"]
     return Model(
         parameters=frozenset(model.state_dict()),
         prefix=model.base_model_prefix,

@@ -16,11 +16,19 @@ from models import CASES, Built, byte_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-Change = Callable[["Right", Path], None]
+Change = Callable[["Right", Path], object]
 Tensors = dict[str, Tensor]
 ARCHITECTURES = ("llama", "tied", "gpt2", "mixtral", "t5")
 SINGLE, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-TEXTS = ["Hello world", "  a\tb\n\nc ", "<s>x</s> <new> a<new>b<mask>", "Ünïcödé 你好 😀 שלום", "12 345.6 x==y", ""]
+TEXTS = [
+    "Hello world",
+    "  a\tb\n\nc ",
+    "<s>x</s> <new> a<new>b<mask>",
+    "Ünïcödé 你好 😀 שלום",
+    "12 345.6 x==y",
+    "ﬁ Ａ ½ e\u0301",
+    "",
+]
 
 
 # The oracle -----------------------------------------------------------------------------------------------------------
@@ -52,12 +60,15 @@ class Right:
 
 def loaded(kind: Any, directory: Path) -> tuple[Tensors, dict[str, Any], dict[str, Any]]:
     """State, config and generation config of what transformers loads. Raises what it raises, or for what it misses."""
+    config = T.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):  # defaults are those of models of billions
+        if sum(parameter.numel() for parameter in kind(config).parameters()) > 5_000_000:
+            raise ValueError("a model of another size")
     model, info = kind.from_pretrained(
         directory, output_loading_info=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32
     )
     if any(info.values()):
         raise ValueError(str(info))
-    T.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     generation = model.generation_config.to_dict() if model.can_generate() else {}
     return model.state_dict(), model.config.to_dict(), generation
 
@@ -80,7 +91,7 @@ SILENT = frozenset((
     "label2id", "initializer_range", "initializer_factor", "output_attentions", "output_hidden_states", "return_dict",
     "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "pretraining_tp", "problem_type",
     "chunk_size_feed_forward", "is_encoder_decoder", "_attn_implementation", "summary_first_dropout", "dropout_rate",
-    "transformers_weights",
+    "transformers_weights", "auto_map", "nobody_knows",
 ))  # fmt: skip
 
 
@@ -206,7 +217,7 @@ def swapped(right: Right, out: Path) -> None:
 
 
 def in_shards(index: Mapping[str, Any] | None = None, **options: Any) -> Change:
-    return lambda right, out: shards(right.tensors, out, index=index, **options) and None
+    return lambda right, out: shards(right.tensors, out, index=index, **options)
 
 
 def both_sets(single: bool, index: bool) -> Change:
@@ -262,7 +273,7 @@ def extra_shard(factor: float) -> Change:
 
 
 def alone(name: str) -> Change:
-    return lambda right, out: (out / SINGLE).rename(out / name) and None
+    return lambda right, out: (out / SINGLE).rename(out / name)
 
 
 def beside(name: str, factor: float = 1.5) -> Change:
@@ -281,6 +292,11 @@ def pickled(factor: float = 1.0, name: str = PICKLE) -> Change:
         torch.save({n: factor * t for n, t in right.tensors.items()}, out / name)
 
     return change
+
+
+def pickled_beside(right: Right, out: Path) -> None:
+    shards(wrong(right.tensors), out, ending="bin")
+    write(right.tensors, out / SINGLE)
 
 
 def named_in_config(single: bool, named: bool) -> Change:
@@ -517,7 +533,7 @@ def _files() -> Iterator[tuple[str, str, Change]]:
     yield "files", "a .bin of another name", pickled(name="model.bin")
     yield "files", "in a subfolder", in_subfolder
     yield "files", "cut", cut
-    yield "files", "empty", lambda r, out: (out / SINGLE).write_bytes(b"") and None
+    yield "files", "empty", lambda r, out: (out / SINGLE).write_bytes(b"")
     yield "files", "no metadata in the header", lambda r, out: save_file(r.tensors, out / SINGLE)
     yield "files", "metadata of another framework", lambda r, out: save_file(r.tensors, out / SINGLE, {"format": "tf"})
 
@@ -537,7 +553,7 @@ def _configs() -> Iterator[tuple[str, str, Change]]:
         yield "config", f"field {number} gone", field(number, "gone")
         yield "config", f"field {number} changed", field(number, "changed")
     yield "config", "none", file_gone("config.json")
-    yield "config", "empty", lambda r, out: (out / "config.json").write_text("{}") and None
+    yield "config", "empty", lambda r, out: (out / "config.json").write_text("{}")
     yield "config", "another architecture of the type", json_edit("config.json", architectures=["NoSuchModel"])
     yield "config", "no architecture", json_edit("config.json", architectures=...)
     yield "config", "model type gone", json_edit("config.json", model_type=...)
@@ -582,8 +598,8 @@ def _tokenizers() -> Iterator[tuple[str, str, Change]]:
     yield "tokenizer", "own code", json_edit(config, auto_map={"AutoTokenizer": ["own.Own", None]})
     yield "tokenizer", "padding left", json_edit(config, padding_side="left")
     yield "tokenizer", "prefix space", json_edit(config, add_prefix_space=True)
-    yield "tokenizer", "another template", lambda r, out: (out / "chat_template.jinja").write_text("x") and None
-    yield "tokenizer", "broken JSON", lambda r, out: (out / "tokenizer.json").write_text("{") and None
+    yield "tokenizer", "another template", lambda r, out: (out / "chat_template.jinja").write_text("x")
+    yield "tokenizer", "broken JSON", lambda r, out: (out / "tokenizer.json").write_text("{")
     yield "tokenizer", "formatted otherwise", tokenizer_json(lambda c: None)
 
 
@@ -603,6 +619,6 @@ def _healthy() -> Iterator[tuple[str, str, Change]]:
     yield (
         "healthy",
         "a README and a gitattributes",
-        lambda r, out: (out / "README.md").write_text("x") and (out / ".gitattributes").write_text("x") and None,
+        lambda r, out: (out / "README.md").write_text("x") and (out / ".gitattributes").write_text("x"),
     )
     yield "healthy", "an old dtype field", json_edit("config.json", dtype=..., torch_dtype="float32")
