@@ -21,8 +21,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 _COSMETIC = frozenset((
     "_name_or_path", "transformers_version", "architectures", "auto_map", "torchscript", "use_cache", "use_bfloat16",
     "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type", "use_mems",
-    "task_specific_params", "initializer_range", "attention_dropout", "hidden_dropout", "dropout", "resid_pdrop",
-    "embd_pdrop", "attn_pdrop", "pretraining_tp", "unsloth_version", "_attn_implementation", "attn_implementation",
+    "task_specific_params", "initializer_range", "pretraining_tp", "unsloth_version", "_attn_implementation", "attn_implementation",
     "gradient_checkpointing", "unsloth_fixed", "chunk_size_feed_forward", "is_llama_config", "transformers.js_config",
     "finetuning_task", "prefix", "_model_name_or_path",
 ))  # fmt: skip
@@ -35,7 +34,6 @@ _OF_OUTPUT = frozenset((  # of a generation config, what changes no token
     "output_logits", "return_dict_in_generate", "use_cache",
 ))  # fmt: skip
 _LABELS = frozenset(("id2label", "label2id"))
-_TOKENS = frozenset(("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"))
 # A missing field has transformers' default, which is the base's value unless it is one of these.
 _NEEDED = frozenset((
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
@@ -131,7 +129,8 @@ def compare_config(expected: Mapping[str, Any], merged: Mapping[str, Any], *, ef
         before, after = want.get(key), got.get(key)
         if before == after or key.rpartition(".")[2] == "tie_word_embeddings":
             continue
-        severity = _severity(key, before, after, declared=effective and key in want and key in got)
+        declared = effective and ((key in want and key in got) or key.endswith("_token_id"))
+        severity = _severity(key, before, after, declared=declared)
         if severity == "info" or (other and key != "model_type"):
             notes.append(key)
         else:
@@ -197,15 +196,23 @@ def _severity(key: str, before: Any, after: Any, *, declared: bool) -> Severity:
         return "error" if before and after and len(before) != len(after) else "info"
     if name in ("architectures", "auto_map", "dtype"):
         return "warning" if (before is not None and after is not None) or (name == "auto_map" and after) else "info"
+    if "drop" in name:  # of training
+        return (
+            "info" if isinstance(after, bool) or after is None or (_is_number(after) and 0 <= after <= 1) else "error"
+        )
     if _is_cosmetic(key):
         return "info"
-    if name in _TOKENS:  # trainers fill in what is missing
+    if name.endswith("_token_id"):  # trainers fill in what is missing
         return "info" if before is None else "error" if declared or after is not None else "warning"
     if declared or (before is not None and after is not None):
         return "error"
     if {name, root} & _NEEDED or root.startswith("rope"):
         return "error" if before is not None or root in ("quantization_config", "rope_scaling") else "info"
     return "info"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _changed(file: str, key: str, before: Any, after: Any, severity: Severity) -> Problem:

@@ -515,11 +515,7 @@ def _files() -> Iterator[tuple[str, str, Change]]:
     yield "files", "an extra shard of the same", extra_shard(1.0)
     yield "files", "shards of odd names", in_shards(stem="part")
     yield "files", "shards of .bin", in_shards(ending="bin", stem="pytorch_model")
-    yield (
-        "files",
-        "wrong shards of .bin beside",
-        lambda r, out: shards(wrong(r.tensors), out, ending="bin") and write(r.tensors, out / SINGLE),
-    )
+    yield "files", "wrong shards of .bin beside", pickled_beside
     yield "files", ".bin index without metadata", in_shards({"metadata": ...}, ending="bin")
     for name in ("weights.safetensors", "consolidated.safetensors", "model.fp16.safetensors", "Model.safetensors",
                  "pytorch_model.safetensors", "diffusion_pytorch_model.safetensors",
