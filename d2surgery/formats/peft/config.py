@@ -99,8 +99,10 @@ class Config:
     def alpha_pattern(self) -> Patterns:
         return Patterns(_good("alpha_pattern", self.found))
 
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.values.get(name, default)
+    @cached_property
+    def get(self) -> Callable[..., Any]:
+        """`values.get` itself: every module asks a dozen times."""
+        return self.values.get
 
     def __bool__(self) -> bool:
         return bool(self.values)
@@ -303,7 +305,7 @@ def names(targets: str | Sequence[str] | None, module: str) -> bool:
     """PEFT's rule: a string is a regular expression for the whole name, a list holds ends of names."""
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
-    return any(ends_with(module, target) for target in targets or ())
+    return f".{module}".endswith(tuple(f".{target}" for target in targets or ()))
 
 
 # Fields ----------------------------------------------------------------------------------------------------------
