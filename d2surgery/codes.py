@@ -52,6 +52,15 @@ CODES: dict[str, Code] = {
         "See what it holds. What was trained in it is not in the merge: put it into the base, or train it through "
         "modules_to_save, which keeps it in the adapter's file.",
     ),
+    # What surgery makes of it.
+    "ERROR_TOO_LARGE": Code(
+        "What was asked for can only be had with a larger error than allowed.",
+        "Allow the rank that the message names, a larger error, or merge the adapter instead.",
+    ),
+    "BUDGET": Code(
+        "Not even rank 1 on every module fits into the budget.",
+        "Allow more, or give only the modules that matter (--modules).",
+    ),
     # What an adapter file says.
     "MISSING_CONFIG": Code(
         "There is no adapter_config.json beside the weights and none inside the file, so the scaling is unknown.",

@@ -409,11 +409,13 @@ class _Modules:
         if len({(shapes[up][0], *shapes[down][1:]) for down, up, _ in pairs}) > 1:
             got = "; ".join(f"{slot} {shape}" for slot, shape in shapes.items())
             self.say("SHAPE_UNEXPECTED", "the groups differ in out or in", module=module, got=got)
-        out = shapes[pairs[0].up][0]
+        out, inside = shapes[pairs[0].up][0], prod(shapes[pairs[0].down][1:])
+        per_input = row.axis(self._told(self.config.settings, kind)) == "in_features"
         for slot in sorted({*row.vectors, "bias"} & shapes.keys()):
-            if prod(shapes[slot]) != out:
+            wanted = inside if per_input and slot != "bias" else out
+            if prod(shapes[slot]) != wanted:
                 got = str(shapes[slot])
-                self.say("SHAPE_UNEXPECTED", slot, module=module, wanted=f"{out} numbers", got=got)
+                self.say("SHAPE_UNEXPECTED", slot, module=module, wanted=f"{wanted} numbers", got=got)
         if row.linear_only and (group.stored != "linear" or len(shapes[pairs[0].down]) > 2):
             self.say("UNSUPPORTED_VARIANT", f"{kind} exists for linear modules only", module=module)
         for slot, info in group.infos.items():
