@@ -57,6 +57,10 @@ CODES: dict[str, Code] = {
         "What was asked for can only be had with a larger error than allowed.",
         "Allow the rank that the message names, a larger error, or merge the adapter instead.",
     ),
+    "REPLACEMENTS_DISAGREE": Code(
+        "Several of the adapters bring a whole weight or token rows of their own, and they differ.",
+        "Only one of them can stand in the result: leave it out of the others.",
+    ),
     "BUDGET": Code(
         "Not even rank 1 on every module fits into the budget.",
         "Allow more, or give only the modules that matter (--modules).",

@@ -14,7 +14,7 @@ from d2surgery.adapters.vectors import Weight, squared_norms
 from d2surgery.errors import refuse
 from d2surgery.kinds import TABLE
 from d2surgery.surgery.certificate import Form, Loss, dense, form, loss
-from d2surgery.surgery.extracting import dora_of
+from d2surgery.surgery.fitting import dora_of
 from d2surgery.surgery.truncation import ALL, Keep, Triplets, triplets
 
 

@@ -108,17 +108,22 @@ def _padded(factor: Tensor, count: int, dim: int) -> Tensor:
 def history(
     checkpoint: Checkpoint, certificate: Certificate, others: Sequence[Checkpoint] = ()
 ) -> tuple[Mapping[str, Any], ...]:
-    """What the file was before, and this step: inputs by sha256, version, method, error."""
-    step = {
+    """What the file was before, and this step."""
+    inputs = [entry for each in (checkpoint, *others) for entry in inputs_of(each)]
+    return (*checkpoint.layout.about.history, step_of(certificate, inputs))
+
+
+def step_of(certificate: Certificate, inputs: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """For the file's own header: inputs by sha256, version, method, error; no path and no time."""
+    return {
         "method": certificate.method,
         "settings": dict(certificate.settings),
-        "inputs": [entry for each in (checkpoint, *others) for entry in inputs_of(each)],
+        "inputs": list(inputs),
         "d2surgery": version("d2surgery"),
         "exact": certificate.exact,
         "relative_error": certificate.relative_error,
         "max_relative_error": certificate.max_relative_error,
     }
-    return (*checkpoint.layout.about.history, step)
 
 
 def inputs_of(checkpoint: Checkpoint) -> Iterator[dict[str, str]]:

@@ -12,7 +12,7 @@ from d2surgery.errors import refuse
 from d2surgery.measures.delta import cuts
 from d2surgery.measures.dense import lower_gram
 
-By = Literal["energy", "error", "sv_fro", "sv_cumulative", "sv_ratio"]
+By = Literal["energy", "error", "sv_fro", "sv_cumulative", "sv_ratio", "above"]
 EXACT_UP_TO = 1536
 """The smaller side up to which all singular values of a dense matrix are computed."""
 _FIRST = 64  # triplets that are looked for at first above that
@@ -30,6 +30,7 @@ class Keep:
          "sv_fro"         √Σ_{i≤k} σ² ≥ value · √Σσ²         kohya's names and meaning; its script then keeps one
          "sv_cumulative"  Σ_{i≤k} σ ≥ value · Σσ             more than that (`extra=1`)
          "sv_ratio"       σ_k > σ₁/value
+         "above"          σ_k > value, such as the edge of what rounding alone gives
 
     Raises D2SurgeryError USAGE for a value out of range.
     """
@@ -45,7 +46,7 @@ class Keep:
         if self.by == "sv_ratio" and not self.value >= 1:
             raise refuse("USAGE", "sv_ratio: the largest singular value over the least to keep", wanted="1 or more",
                          got=str(self.value))  # fmt: skip
-        if self.by not in (None, "sv_ratio") and not 0 <= self.value <= 1:
+        if self.by not in (None, "sv_ratio", "above") and not 0 <= self.value <= 1:
             raise refuse("USAGE", f"{self.by}: a share", wanted="0 to 1", got=str(self.value))
 
     def count(self, found: "Triplets") -> int | None:
@@ -61,8 +62,8 @@ class Keep:
         sigma = found.sigma
         if self.by is None:
             return None
-        if self.by == "sv_ratio":
-            count = int((sigma > sigma[:1] / self.value).sum())
+        if self.by in ("sv_ratio", "above"):
+            count = int((sigma > (self.value if self.by == "above" else sigma[:1] / self.value)).sum())
             return count if found.complete or count < len(sigma) else None
         if self.by == "sv_cumulative":
             running = torch.cat([sigma.new_zeros(1), sigma.cumsum(0)])
