@@ -86,7 +86,7 @@ def dense(matrix: Form, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @torch.no_grad()
-def loss(wanted: Form | Tensor, got: Form, rank: int, curve: Sequence[float] = ()) -> Loss:
+def loss(wanted: Form | Tensor, got: Form | Tensor, rank: int, curve: Sequence[float] = ()) -> Loss:
     """Of one delta against another. Of factors to eps64 of the larger; else Frobenius norms are sums in float64, and
     ‖·‖₂ comes from a Gram matrix or from 40 steps of the power method, which errs to the low side, by 1 % seldom."""
     if isinstance(wanted, LowRank) and isinstance(got, LowRank):
@@ -106,7 +106,7 @@ def loss(wanted: Form | Tensor, got: Form, rank: int, curve: Sequence[float] = (
     )
 
 
-def _dense_norms(wanted: Form | Tensor, got: Form) -> tuple[list[float], list[float]]:
+def _dense_norms(wanted: Form | Tensor, got: Form | Tensor) -> tuple[list[float], list[float]]:
     shape = (wanted.shape[0], wanted.shape[1])
     W, D = torch.empty(shape), torch.empty(shape)
     squares = [0.0, 0.0]
