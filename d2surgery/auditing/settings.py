@@ -21,9 +21,9 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 _COSMETIC = frozenset((
     "_name_or_path", "transformers_version", "architectures", "auto_map", "torchscript", "use_cache", "use_bfloat16",
     "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type", "use_mems",
-    "task_specific_params", "initializer_range", "pretraining_tp", "unsloth_version", "_attn_implementation", "attn_implementation",
-    "gradient_checkpointing", "unsloth_fixed", "chunk_size_feed_forward", "is_llama_config", "transformers.js_config",
-    "finetuning_task", "prefix", "_model_name_or_path",
+    "task_specific_params", "initializer_range", "pretraining_tp", "unsloth_version", "unsloth_fixed",
+    "_attn_implementation", "attn_implementation", "gradient_checkpointing", "chunk_size_feed_forward",
+    "is_llama_config", "transformers.js_config", "finetuning_task", "prefix", "_model_name_or_path",
 ))  # fmt: skip
 _UNREAD = frozenset((  # of them, those that any value does for
     "_name_or_path", "_model_name_or_path", "transformers_version", "transformers.js_config", "architectures",
@@ -194,12 +194,12 @@ def _severity(key: str, before: Any, after: Any, *, declared: bool) -> Severity:
     name, root = key.rpartition(".")[2], key.partition(".")[0]
     if name in _LABELS:  # as many labels as the head has rows
         return "error" if before and after and len(before) != len(after) else "info"
-    if name in ("architectures", "auto_map", "dtype"):
-        return "warning" if (before is not None and after is not None) or (name == "auto_map" and after) else "info"
-    if "drop" in name:  # of training
-        return (
-            "info" if isinstance(after, bool) or after is None or (_is_number(after) and 0 <= after <= 1) else "error"
-        )
+    if root == "auto_map":  # runs only where somebody trusts it
+        return "warning" if after is not None else "info"
+    if name in ("architectures", "dtype"):
+        return "warning" if before is not None and after is not None else "info"
+    if "drop" in name:  # of training, and refused where it is no share
+        return "error" if isinstance(after, int | float) and not 0 <= after <= 1 else "info"
     if _is_cosmetic(key):
         return "info"
     if name.endswith("_token_id"):  # trainers fill in what is missing
@@ -209,10 +209,6 @@ def _severity(key: str, before: Any, after: Any, *, declared: bool) -> Severity:
     if {name, root} & _NEEDED or root.startswith("rope"):
         return "error" if before is not None or root in ("quantization_config", "rope_scaling") else "info"
     return "info"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
 
 
 def _changed(file: str, key: str, before: Any, after: Any, severity: Severity) -> Problem:

@@ -413,6 +413,52 @@ def test_a_receipt_is_verified_by_hash(inputs: Path, tmp_path: Path) -> None:
         verify_receipt(broken)
 
 
+def test_a_receipt_knows_dtypes_and_shapes(inputs: Path, tmp_path: Path) -> None:
+    """The same bytes under another dtype, or in another shape, are other numbers."""
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "TENSOR_CHANGED": lambda t: t.view(torch.float16), "TENSOR_RESIZED": lambda t: t.reshape(-1, 2)
+    }  # fmt: skip
+    for code, change in changes.items():
+        merged = rewritten(inputs / "merged-lora", tmp_path / code, lambda t, f=change: t | {KEY: f(t[KEY])})  # type: ignore[misc]
+        found = verify_receipt(merged)
+        assert (found.verdict, codes(found)) == ("fail", {code})
+    merged = rewritten(inputs / "merged-lora", tmp_path / "names", lambda t: {f"x.{n}": x for n, x in t.items()})
+    assert codes(verify_receipt(merged)) == {"TENSOR_MISSING", "TENSOR_EXTRA"}
+    (inputs / "merged-lora" / "adapter_config.json").write_text("{}")
+    assert codes(verify_receipt(inputs / "merged-lora")) == {"ADAPTER_BESIDE"}
+    (inputs / "merged-lora" / "adapter_config.json").unlink()
+
+
+def test_an_audit_says_where_a_receipt_is_of_another_merge(inputs: Path, tmp_path: Path) -> None:
+    def said(found: Audit) -> list[str]:
+        return [reason.message for reason in found.reasons if reason.code == "OTHER_RECEIPT"]
+
+    shutil.copytree(inputs / "merged-lora", tmp_path / "merged")
+    assert said(audit(inputs / "base", inputs / "lora", tmp_path / "merged")) == []
+    shutil.copy(inputs / "merged-dora" / "d2surgery_merge.json", tmp_path / "merged")
+    found = audit(inputs / "base", inputs / "lora", tmp_path / "merged")
+    assert (found.verdict, said(found)) == ("pass", ["it names another adapter"])
+    merge(inputs / "base", inputs / "lora", tmp_path / "strong", strength=1.3)
+    found = audit(inputs / "base", inputs / "lora", tmp_path / "strong")
+    assert (found.verdict, said(found)) == ("fail", ["it names strength 1.3"])
+    other = rewritten(inputs / "base", tmp_path / "other", lambda t: t | {KEY: t[KEY] * 2})
+    found = audit(other, inputs / "lora", inputs / "merged-lora")
+    assert (found.verdict, said(found)) == ("fail", ["it names another base"])
+    for content in ("{", "[]", '{"outputs": 3}', '{"recipe": 1, "outputs": {"tensors": {"a": 1}}}'):
+        (tmp_path / "merged" / "d2surgery_merge.json").write_text(content)
+        found = audit(inputs / "base", inputs / "lora", tmp_path / "merged")
+        assert (found.verdict, len(said(found))) == ("pass", 1)
+
+
+def test_what_torch_saved_is_audited_too(inputs: Path, tmp_path: Path) -> None:
+    for factor, verdict in ((1.0, "pass"), (1.5, "fail")):
+        shutil.copytree(inputs / "merged-lora", tmp_path / verdict)
+        tensors = load_file(tmp_path / verdict / "model.safetensors")
+        (tmp_path / verdict / "model.safetensors").unlink()
+        torch.save({name: factor * t for name, t in tensors.items()}, tmp_path / verdict / "pytorch_model.bin")
+        assert audit(inputs / "base", inputs / "lora", tmp_path / verdict).verdict == verdict
+
+
 # What cannot be audited ------------------------------------------------------------------------------------------
 
 
