@@ -5,7 +5,7 @@ All of it is asked of transformers itself, offline and with no code of the direc
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from d2surgery.live.loading import quiet
 _OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 _PIECE = 4096  # texts that are tokenized at once
+_TOGETHER = 32  # added tokens in one text
 _PROBES = (
     "The quick brown fox jumps over the lazy dog. It's 3.14159 × 2^10 = 3216.99!",
     "  two spaces,\ttabs\t\tand\n\nlines \r\n  end  ",
@@ -85,40 +86,46 @@ class Tokenizing:
     size: int
     vocabulary: str  # sha256 of all tokens and ids
     probes: Mapping[str, Sequence[int]]  # text -> ids, with the special tokens around it
-    whole: str  # sha256 of the ids of every token's own text, and of what they decode to
+    back: Mapping[str, str]  # what these ids decode to
+    whole: str  # sha256 of the ids of every token's own text, and of what they decode to; "" where not asked
     special: Mapping[str, int | None]  # by role
     template: str | None
     padding: str
     longest: int | None
 
 
-def tokenizing_in(directory: Path, texts: Iterable[str] | None = None) -> Tokenizing | str:
+def tokenizing_in(directory: Path, texts: Sequence[str] | None = None, *, whole: bool) -> Tokenizing | str:
     """What the tokenizer of a directory does with `texts`; a sentence where transformers does not load it.
 
     texts: None for the usual ones and those that use every added token, alone, in a word and with spaces around.
+    whole: every token of the vocabulary, too, which takes seconds.
     """
     from transformers import AutoTokenizer
 
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(directory, **_OFFLINE)
-            return _tokenizing(tokenizer, texts)
+            return _tokenizing(tokenizer, texts, whole=whole)
     except Exception as error:  # whatever the files lead transformers, tokenizers and sentencepiece to
         return first_line(error)
 
 
-def _tokenizing(tokenizer: Any, texts: Iterable[str] | None) -> Tokenizing:
+def _tokenizing(tokenizer: Any, texts: Sequence[str] | None, *, whole: bool) -> Tokenizing:
     vocabulary = tokenizer.get_vocab()
     if texts is None:
-        added = sorted(map(str, tokenizer.get_added_vocab()))
-        texts = [*_PROBES, *(text for token in added for text in (f"a{token}b", f" {token}  {token.upper()}\n{token}"))]
+        added = [
+            f"a{token}b {token}  {token.upper()}\n{token}" for token in sorted(map(str, tokenizer.get_added_vocab()))
+        ]
+        texts = [*_PROBES, *("".join(added[at : at + _TOGETHER]) for at in range(0, len(added), _TOGETHER))]
     digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode())
+    probes = dict(zip(texts, tokenizer(list(texts))["input_ids"], strict=True))
     longest = tokenizer.model_max_length
     return Tokenizing(
         size=len(tokenizer),
         vocabulary=digest.hexdigest(),
-        probes={text: list(tokenizer(text)["input_ids"]) for text in texts},
-        whole=_whole(tokenizer, len(tokenizer)),
+        probes=probes,
+        back={text: tokenizer.decode(ids) for text, ids in probes.items()},
+        whole=_whole(tokenizer, len(tokenizer)) if whole else "",
         special={role: getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES},
         template=_stripped(getattr(tokenizer, "chat_template", None)),
         padding=f"{tokenizer.padding_side} {tokenizer.truncation_side}",

@@ -21,8 +21,8 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 _COSMETIC = frozenset((
     "_name_or_path", "transformers_version", "architectures", "auto_map", "torchscript", "use_cache", "use_bfloat16",
     "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type", "use_mems",
-    "task_specific_params", "initializer_range", "pretraining_tp", "unsloth_version", "unsloth_fixed",
-    "_attn_implementation", "attn_implementation", "gradient_checkpointing", "chunk_size_feed_forward",
+    "task_specific_params", "initializer_range", "initializer_factor", "pretraining_tp", "unsloth_version",
+    "unsloth_fixed", "_attn_implementation", "attn_implementation", "gradient_checkpointing", "chunk_size_feed_forward",
     "is_llama_config", "transformers.js_config", "finetuning_task", "prefix", "_model_name_or_path",
 ))  # fmt: skip
 _UNREAD = frozenset((  # of them, those that any value does for

@@ -89,8 +89,8 @@ def tokenized(directory: Path) -> dict[str, Any]:
 SILENT = frozenset((
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "id2label",
     "label2id", "initializer_range", "initializer_factor", "output_attentions", "output_hidden_states", "return_dict",
-    "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "pretraining_tp", "problem_type",
-    "chunk_size_feed_forward", "is_encoder_decoder", "_attn_implementation", "summary_first_dropout", "dropout_rate",
+    "pretraining_tp", "problem_type",
+    "chunk_size_feed_forward", "_attn_implementation",
     "transformers_weights", "auto_map", "nobody_knows",
 ))  # fmt: skip
 
@@ -107,7 +107,12 @@ def is_right(right: Right, directory: Path) -> tuple[bool, str]:
         return False, f"{other[0]} differs"
     for before, after, what in ((right.config, config, "config"), (right.generation, generation, "generation")):
         filled = {name for name in before if name.endswith("_token_id") and before[name] is None}
-        names = {*before, *after} - SILENT - {"_from_model_config"} - filled
+        names = (
+            {name for name in (*before, *after) if not _is_share(name, after.get(name))}
+            - SILENT
+            - {"_from_model_config"}
+            - filled
+        )
         if differ := [name for name in sorted(names) if before.get(name) != after.get(name)]:
             return False, f"{what}: {differ[0]} {before.get(differ[0])} {after.get(differ[0])}"
     try:
@@ -116,6 +121,11 @@ def is_right(right: Right, directory: Path) -> tuple[bool, str]:
         return False, f"tokenizer does not load: {str(error)[:120]}"
     other = [name for name in tokenizing if tokenizing[name] != right.tokenizing[name]]
     return not other, f"tokenizer: {other[0]}" if other else ""
+
+
+def _is_share(name: str, value: Any) -> bool:
+    """Dropout, of training, where transformers takes it."""
+    return "drop" in name and (value is None or 0 <= value <= 1)
 
 
 # Weights --------------------------------------------------------------------------------------------------------------
