@@ -863,7 +863,8 @@ def test_a_negative_scaling_of_dual_lora_is_outside_its_relu() -> None:
     generator = np.random.default_rng(0)
     A, B, C, D = (generator.standard_normal(shape) for shape in ((2, 6), (4, 2)) * 2)
     D[0] = 0
-    adapter = DualLoRA(**{n: torch.from_numpy(v) for n, v in {"A": A, "B": B, "C": C, "D": D}.items()}, scaling=-0.7)
+    slots = [torch.from_numpy(factor) for factor in (A, B, C, D)]
+    adapter = DualLoRA(A=slots[0], B=slots[1], C=slots[2], D=slots[3], scaling=-0.7)
     wanted = -0.7 * np.maximum(B @ A, 0) * np.where(D @ C > 0, 1.0, -1.0)
     W = torch.from_numpy(generator.standard_normal((4, 6)))
     x = torch.from_numpy(generator.standard_normal((3, 6)))

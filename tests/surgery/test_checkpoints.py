@@ -122,8 +122,8 @@ def test_a_budget_goes_where_it_helps_most(world: Path) -> None:
     whole = 4 * sum(sizes.values())
     ranks = {name: keep.rank or 0 for name, keep in budget(lora, whole // 2).items()}
     assert sum(ranks[m] * sizes[m] for m in sizes) <= whole // 2
-    error = sum(float(a.update().singular_values()[ranks[m] :].square().sum()) for m, a in lora.items())  # type: ignore[union-attr]
-    even = sum(float(a.update().singular_values()[2:].square().sum()) for a in lora.values())  # type: ignore[union-attr]
+    error = sum(float(a.update().singular_values()[ranks[m] :].square().sum()) for m, a in lora.items())
+    even = sum(float(a.update().singular_values()[2:].square().sum()) for a in lora.values())
     assert error <= even
     with pytest.raises(D2SurgeryError, match=r"at least \d+ parameters") as problem:
         budget(lora, 10)
@@ -169,8 +169,9 @@ def pair(out: int, in_: int, seed: int) -> LoRA:
 
 def test_what_is_not_a_factor_is_kept_or_named() -> None:
     def one(norm: float, out: int = 4) -> Checkpoint:
-        return from_adapters({"q": pair(out, 6, 0)}, replacements={"norm.weight": torch.full((4,), norm)},
+        made: Checkpoint = from_adapters({"q": pair(out, 6, 0)}, replacements={"norm.weight": torch.full((4,), norm)},
                              rows={"embed.weight": ([3], torch.ones(1, 4))}, biases={"q": torch.ones(out)})  # fmt: skip
+        return made
 
     made, _ = combine([one(1.0), one(1.0)], [1.0, 1.0])
     assert torch.equal(made.tensor(made.layout.replacements["norm.weight"]), torch.ones(4))
@@ -278,7 +279,7 @@ def test_experts_keep_one_rank(tmp_path: Path) -> None:
     save(made, tmp_path / "a")
     again = load(tmp_path / "a")
     for expert, adapter in enumerate(experts["mlp.experts.down_proj"]):
-        got = again.adapter("mlp.experts.down_proj", expert).update().dense()  # type: ignore[union-attr]
+        got = again.adapter("mlp.experts.down_proj", expert).update().dense()
         assert torch.allclose(got, adapter.update().dense(), atol=1e-6)  # type: ignore[union-attr]
 
 

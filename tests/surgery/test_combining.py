@@ -126,5 +126,5 @@ def test_iso_makes_the_singular_values_alike() -> None:
 def test_senseless_recipes_are_refused() -> None:
     for options in ({"method": "average"}, {"method": "dare", "density": 0.0}, {"method": "ties", "density": 1.5}):
         with pytest.raises(D2SurgeryError) as error:
-            Recipe(**options)  # type: ignore[arg-type]
+            Recipe(**options)
         assert {problem.code for problem in error.value.problems} == {"USAGE"}
