@@ -113,7 +113,7 @@ def _dora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wish
     if whole and isinstance(adapter, Thin) and (not adapter.normalises or adapter.along == along):
         return _thin_as_dora(adapter, base_weight, along), []
     target = base_weight.double() + dense(wanted, torch.float64)
-    return dora_of(base_weight, target, wish.keep, along)
+    return dora_of(base_weight, target, wish.keep, along), []
 
 
 def _thin_as_dora(adapter: Thin, base_weight: Weight, along: Axis) -> DoRA:
@@ -150,7 +150,7 @@ def _d2lora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wi
     update = W + L - middle * (ratio[:, None] if along == "out_features" else ratio)
     keep = replace(wish.keep, rank=None if wish.keep.rank is None else 2 * wish.keep.rank)
     found = triplets(without_rounding(update, W), keep)
-    return d2_of(found, keep.count(found) or 0, wish.tau, along=along), found.curve()
+    return d2_of(found, keep.count(found) or 0, wish.tau, along=along), []
 
 
 def d2_of(found: Triplets, count: int, tau: float, **settings: Any) -> D2LoRA:

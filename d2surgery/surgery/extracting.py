@@ -154,7 +154,7 @@ def _take_factors(found: _Found, base: BaseWeights, tuned: BaseWeights, name: st
     chosen = Keep(by="above", value=noise_edge(T)) if keep is ALL else keep
     adapter: LoRA | DoRA
     if kind == "dora":
-        adapter, curve = dora_of(W, T, chosen, "out_features")
+        adapter, curve = dora_of(W, T, chosen, "out_features"), list[float]()
     else:
         adapter, curve = lora_of(W, T, chosen)
     adapter = adapter.to(dtype=torch.float32)
