@@ -18,6 +18,13 @@ _PUBLIC = {  # name -> the module that defines it
     "audit": "auditing",
     "verify_receipt": "auditing.receipts",
     **dict.fromkeys(("Audit", "ModuleAudit", "TensorAudit", "Thresholds"), "auditing.findings"),
+    **dict.fromkeys(("convert", "budget"), "surgery.resizing"),
+    **dict.fromkeys(("combine", "scale"), "surgery.algebra"),
+    "Recipe": "surgery.combining",
+    "extract": "surgery.extracting",
+    "rescale": "surgery.rescaling",
+    "Keep": "surgery.truncation",
+    **dict.fromkeys(("Certificate", "Loss"), "surgery.certificate"),
     **dict.fromkeys(("merge", "plan", "MergeReport", "PlanReport"), "merging"),
     **dict.fromkeys(
         ("AdaptedLinear", "attach", "initial", "adapted", "detach", "snapshot", "set_warmup"), "live.attaching"

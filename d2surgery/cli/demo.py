@@ -20,6 +20,7 @@ from d2surgery.checkpoint import Checkpoint, from_adapters, load, save
 from d2surgery.cli import output
 from d2surgery.cli.audit import describe as describe_audit
 from d2surgery.cli.inspect import describe
+from d2surgery.cli.surgical import error_in_words
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.tensors import rounded
 from d2surgery.formats import open_layout
@@ -28,6 +29,8 @@ from d2surgery.kinds import TABLE
 from d2surgery.machine import one_thread
 from d2surgery.measures.fidelity import Survival
 from d2surgery.merging import merge, plan
+from d2surgery.surgery.resizing import convert
+from d2surgery.surgery.truncation import Keep
 
 SEED = 20260214
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCABULARY, RANK = 256, 688, 4, 4, 1024, 8
@@ -80,6 +83,8 @@ def command(out: Path | None) -> int:
         for line in _summary(outcomes):
             output.emit(line)
         for line in _broken(base, work / "dora", work / "merged-dora", work / "merged-broken"):
+            output.emit(line)
+        for line in _as_lora(base, work / "dora", work / "dora-as-lora"):
             output.emit(line)
         for line in _report(base, [work / kind for kind in KINDS], work / "report.html", kept=out is not None):
             output.emit(line)
@@ -167,6 +172,15 @@ def _broken(base: Path, adapter: Path, merged: Path, broken: Path) -> Iterator[s
     yield ""
     yield "the DoRA merge again, one layer's attention without the magnitudes, audited:"
     yield from describe_audit(audit(base, adapter, broken))
+
+
+def _as_lora(base: Path, adapter: Path, out: Path) -> Iterator[str]:
+    """The DoRA as a plain LoRA of twice the rank, for engines that know no other."""
+    made, certificate = convert(load(adapter), "lora", BaseWeights(base), keep=Keep(rank=2 * RANK))
+    save(made, out)
+    yield ""
+    yield f"the DoRA as a LoRA of rank {2 * RANK}: {error_in_words(certificate)}"
+    yield "  as its magnitudes move dense rows, no small rank is exact; on a base of its own (--rescale-base) it is"
 
 
 def _report(base: Path, adapters: Sequence[Path], path: Path, *, kept: bool) -> Iterator[str]:

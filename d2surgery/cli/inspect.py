@@ -110,6 +110,7 @@ def _document(layout: Layout, numbers: Numbers | None) -> dict[str, Any]:
         "alpha": layout.about.alpha,
         "dropout": layout.about.dropout,
         "parameters": _parameters(layout),
+        "history": [dict(step) for step in layout.about.history],
         "replaced_parameters": _replaced_parameters(layout),
         "file_bytes": layout.path.stat().st_size,
         "values_read": numbers is not None,
@@ -212,8 +213,19 @@ def _verdict(layout: Layout) -> list[str]:
             else []
         ),
     ]
+    facts += [f"  made    {_step(step)}" for step in layout.about.history]
     on = f"{what} on {output.count(len(layout.adapters), 'module')}" if layout.adapters else what
     return [f"{verdict}  {': '.join(filter(None, [on, ', '.join(tally)]))}", *map(output.printable, facts)]
+
+
+def _step(step: Mapping[str, Any]) -> str:
+    """One step of what surgery made the file: `convert of adapter_model.safetensors 1a2b3c4d, error 3.9%`."""
+    inputs = step.get("inputs")
+    files = [entry for entry in inputs if isinstance(entry, dict)] if isinstance(inputs, list) else []
+    of = " and ".join(f"{entry.get('file')} {str(entry.get('sha256'))[:8]}" for entry in files)
+    error = step.get("relative_error")
+    said = f", error {100 * error:.3g}%" if isinstance(error, int | float) and not step.get("exact") else ", exact"
+    return f"by {step.get('method')!s}{f' of {of}' if of else ''}{said}"
 
 
 def _trained(layout: Layout) -> Iterator[str]:

@@ -14,7 +14,7 @@ from d2surgery.adapters.vectors import Weight, squared_norms
 from d2surgery.errors import refuse
 from d2surgery.kinds import TABLE
 from d2surgery.surgery.certificate import Form, Loss, dense, form, loss
-from d2surgery.surgery.fitting import dora_of
+from d2surgery.surgery.fitting import dora_of, without_rounding
 from d2surgery.surgery.truncation import ALL, Keep, Triplets, triplets
 
 
@@ -113,7 +113,7 @@ def _dora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wish
     if whole and isinstance(adapter, Thin) and (not adapter.normalises or adapter.along == along):
         return _thin_as_dora(adapter, base_weight, along), []
     target = base_weight.double() + dense(wanted, torch.float64)
-    return dora_of(base_weight, target, wish.keep, along)
+    return dora_of(base_weight, target, wish.keep, along), []
 
 
 def _thin_as_dora(adapter: Thin, base_weight: Weight, along: Axis) -> DoRA:
@@ -149,8 +149,8 @@ def _d2lora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wi
     ratio = torch.where(halfway == 0, 0.0, lengths / torch.where(halfway == 0, 1.0, halfway))
     update = W + L - middle * (ratio[:, None] if along == "out_features" else ratio)
     keep = replace(wish.keep, rank=None if wish.keep.rank is None else 2 * wish.keep.rank)
-    found = triplets(update, keep)
-    return d2_of(found, keep.count(found) or 0, wish.tau, along=along), found.curve()
+    found = triplets(without_rounding(update, W), keep)
+    return d2_of(found, keep.count(found) or 0, wish.tau, along=along), []
 
 
 def d2_of(found: Triplets, count: int, tau: float, **settings: Any) -> D2LoRA:

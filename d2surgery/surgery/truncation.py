@@ -138,6 +138,16 @@ def triplets(matrix: LowRank | Tensor, keep: Keep, generator: Generator | None =
     return _all(matrix, keep)
 
 
+def improved(matrix: Tensor, found: Triplets) -> Triplets:
+    """The triplets of a matrix that differs little from the one whose triplets were found: two more iterations."""
+    tall = matrix.shape[0] >= matrix.shape[1]
+    rows = matrix.T if tall else matrix
+    basis = found.Vh.T if tall else found.U
+    for _ in range(2):
+        basis = rows @ torch.linalg.qr(rows.T @ basis).Q
+    return _projected(matrix, torch.linalg.qr(basis).Q, complete=False)
+
+
 def _all(matrix: Tensor, keep: Keep) -> Triplets:
     """From the Gram matrix of the smaller side; √eps64 of σ₁ and below is rounding and counts as zero."""
     tall = matrix.shape[0] >= matrix.shape[1]
