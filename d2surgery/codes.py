@@ -211,6 +211,16 @@ CODES: dict[str, Code] = {
     # Where an adapter lands in a base.
     "BAD_BASE": Code("The base is not a directory of safetensors weights.", "Give a Hugging Face model directory."),
     "MISSING_SHARD": Code("The index names a weight file or tensor that is not there.", "Complete the download."),
+    "TWO_SETS_OF_WEIGHTS": Code(
+        "More weights lie in the directory than are loaded. transformers takes model.safetensors, then its index, then "
+        "pytorch_model.bin, then its index; other loaders take them in another order, or all.",
+        "Keep the files that are meant and remove the others.",
+    ),
+    "INDEX_DISAGREES": Code(
+        "The index does not say where the tensors are. transformers reads every tensor of every shard that it names, "
+        "and of one in two shards the last shard's.",
+        "Save the model again, or write the index anew.",
+    ),
     "QUANTIZED_BASE": Code(
         "The base is quantised; adding the adapter on its grid would lose most of it.",
         "Merge into the unquantised base and quantise once afterwards. What was trained on the quantised base merges "
@@ -229,7 +239,7 @@ CODES: dict[str, Code] = {
         "The module's name fits several tensors of the base.", "Rename the modules to the base's full names."
     ),
     "NAME_MATCHED": Code(
-        "The adapter's names and the base's differ by a prefix, and one prefix alone gives every name a place.",
+        "Names differ from the base's by a prefix, or are those that transformers has for them; each has one place.",
         "Nothing to do.",
     ),
     "STORED_OTHERWISE": Code(
@@ -306,7 +316,8 @@ CODES: dict[str, Code] = {
     ),
     # Merging.
     "STRENGTH": Code(
-        "Replaced weights and rows have no strength between 0 and 1.", "Merge with --strength 1, or without them."
+        "There is no such strength: it is finite, and replaced weights and rows have none but 1.",
+        "Merge with --strength 1, or without what is replaced.",
     ),
     "OUTPUT_EXISTS": Code("There is something at the output path.", "Remove it or choose another path."),
     "RESUME_MISMATCH": Code(
@@ -372,6 +383,31 @@ CODES: dict[str, Code] = {
     "TENSOR_CHANGED": Code(
         "A tensor that the adapter leaves alone differs from the base.",
         "Find out what wrote it; a merge copies what no adapter touches bit for bit.",
+    ),
+    "WRONG_NAMES": Code(
+        "Tensors are there under names that transformers does not know: it leaves them unread and starts the weights "
+        "that it lacks at random.",
+        "Save the model itself, not the one that wraps it: unwrap it from DistributedDataParallel, torch.compile, an "
+        "exponential moving average or PEFT first, then save_pretrained.",
+    ),
+    "ADAPTER_BESIDE": Code(
+        "An adapter lies beside the merged weights. With its adapter_config.json transformers applies it again on "
+        "loading, on top of weights that hold it already.",
+        "Move the adapter's files out of the merged directory.",
+    ),
+    "CANNOT_LOAD": Code(
+        "transformers does not load these weights from this directory, whatever they hold.",
+        "Name the files model.safetensors, or model-….safetensors with a model.safetensors.index.json that has "
+        "`metadata` and `weight_map`; save_pretrained does.",
+    ),
+    "NEAREST_ADAPTER": Code(
+        "Several adapters were given. The one was audited whose merge the merged weights are nearest to.",
+        "The verdict is about this one: where it fails, none of the adapters was merged as it should be.",
+    ),
+    "OTHER_RECEIPT": Code(
+        "The receipt in the merged directory is of another merge: of another base, adapter or strength, or of weights "
+        "that were changed since. The weights decide the verdict, not the receipt.",
+        "Remove d2surgery_merge.json, or merge again.",
     ),
     "TENSOR_MISSING": Code("A tensor of the base is not in the merged checkpoint.", "Save the merged model again."),
     "TENSOR_EXTRA": Code(

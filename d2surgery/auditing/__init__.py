@@ -18,14 +18,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from d2surgery.auditing.adapters import nearest
 from d2surgery.auditing.blocks import diagnosis_of
 from d2surgery.auditing.diagnosis import Diagnosis
-from d2surgery.auditing.findings import Audit, ModuleAudit, TensorAudit, Thresholds, several, verdict_of
+from d2surgery.auditing.findings import Audit, ModuleAudit, TensorAudit, Thresholds, verdict_of
 from d2surgery.auditing.judgement import (
     FEW,
     isolated,
@@ -36,7 +36,9 @@ from d2surgery.auditing.judgement import (
     shared_twice,
     wrong_base,
 )
+from d2surgery.auditing.loading import directory_problems, open_merged
 from d2surgery.auditing.pairing import Pairing, TensorPair, pair_up
+from d2surgery.auditing.receipts import has_receipt, other_receipt
 from d2surgery.auditing.recipes import RECIPES
 from d2surgery.auditing.replay import Replay
 from d2surgery.auditing.settings import compare_settings
@@ -44,7 +46,6 @@ from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.evaluating.tasks import Task
 from d2surgery.files.base import BaseWeights
-from d2surgery.files.locate import PICKLES
 from d2surgery.files.tensors import read_tensor
 from d2surgery.formats.layout import Packing
 from d2surgery.machine import one_thread, peak_memory
@@ -60,7 +61,7 @@ Directory = str | os.PathLike[str]
 
 def audit(
     base: Directory,
-    adapter: Directory,
+    adapter: Directory | Sequence[Directory],
     merged: Directory,
     *,
     levels: tuple[str, ...] = ("weights",),
@@ -75,6 +76,8 @@ def audit(
 ) -> Audit:
     """Compare every tensor of `merged` with `base` + `strength`·`adapter`, and the files beside the weights.
 
+    Of several adapters the one is audited that the merged weights are nearest to, and the first of the reasons says so.
+
     expert_layout: how experts share the columns of the adapter's lora_B, None as its file says.
     levels: "weights", always looked at; "outputs" or "logits" also run the models, on `prompts` (None: bundled ones);
     "task" lets them answer `tasks`, on `device`. files=False leaves config and tokenizer alone. progress(done, total)
@@ -83,15 +86,19 @@ def audit(
     Raises D2SurgeryError for what cannot be audited at all: unreadable inputs, an adapter that does not fit the base.
     """
     began = time.monotonic()
-    prepared = prepare(fit(base, adapter, strength, expert_layout), None, "cpu")
-    prepared.check_adapter(hashes=False)
     found = open_merged(merged)
+    adapter, reasons = nearest(base, adapter, found, strength, expert_layout)
+    prepared = prepare(fit(base, adapter, strength, expert_layout), None, "cpu")
+    hashes = prepared.check_adapter(hashes=has_receipt(found.directory)).hashes
     pairing = pair_up(prepared, found)
     modules, tensors = _compared(prepared, pairing, thresholds, found.header.usual_dtype or "", progress)
-    reasons = [*reasons_of(modules, tensors.values())]
+    reasons += [*directory_problems(found, prepared.fit.base), *pairing.problems]
+    reasons += reasons_of(modules, tensors.values())
     if files:
         expected, with_base_tokenizer = _expected_files(prepared.fit, found)
         reasons += compare_settings(expected, found, with_base_tokenizer, tied=pairing.tied)
+    failing = any(reason.severity == "error" for reason in reasons)
+    reasons += other_receipt(found.directory, prepared.fit.base, hashes, strength, thorough=failing)
     behaviour, gap, problems = _run(base, prepared.merger.checkpoint, merged, levels, prompts, tasks, device)
     reasons += problems
     unread = [name for name in prepared.fit.layout.adapters if name not in modules]
@@ -106,7 +113,7 @@ def audit(
         recipe=_commonest(modules),
         modules=modules,
         tensors=tensors,
-        not_checked=tuple(_not_checked(unread, files, behaviour, gap)),
+        not_checked=(*pairing.not_checked, *_not_checked(unread, files, behaviour, gap)),
         behaviour=behaviour,
         task=gap,
         seconds=time.monotonic() - began,
@@ -172,27 +179,6 @@ def _unless_refused(problems: list[Problem]) -> Iterator[None]:
         yield
     except D2SurgeryError as error:
         problems.append(replace(error.problems[0], code="NOT_RUNNABLE", severity="warning"))
-
-
-def open_merged(directory: str | os.PathLike[str]) -> BaseWeights:
-    """The checkpoint to be judged. Raises BAD_MERGED for an adapter or what is no directory of weights."""
-    path = Path(directory)
-    if not path.is_dir():
-        raise refuse("BAD_MERGED", "not a directory", file=str(path))
-    weights = sorted(file.name for file in path.glob("*.safetensors"))
-    if weights == ["adapter_model.safetensors"] or not weights:
-        other = sorted(file.name for file in path.iterdir() if file.suffix in (*PICKLES, ".gguf"))
-        what = "it holds an adapter" if weights else "no safetensors weights"
-        raise refuse("BAD_MERGED", what, file=str(path), got=several(other))
-    try:
-        found = BaseWeights(path)
-    except D2SurgeryError as error:
-        raise D2SurgeryError(
-            *(replace(p, code="BAD_MERGED") if p.code == "BAD_BASE" else p for p in error.problems)
-        ) from None
-    if not found.header.tensors:
-        raise refuse("BAD_MERGED", "it holds no tensors", file=str(path))
-    return found
 
 
 def _expected_files(fit: Fit, merged: BaseWeights) -> tuple[dict[str, bytes], dict[str, bytes]]:

@@ -1,18 +1,23 @@
 """Which tensor of a merged checkpoint should be which output of the merge: by names and ties, from headers only."""
 
-from collections import Counter
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 
 from d2surgery.auditing.findings import Status, TensorAudit
+from d2surgery.auditing.loading import USUAL_PREFIXES, Model, model_of, other_names
+from d2surgery.errors import Problem
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import FLOATS, TensorInfo
 from d2surgery.files.tensors import DTYPES
+from d2surgery.merging.companions import companions
 from d2surgery.merging.prepared import Prepared
 from d2surgery.merging.tiles import Output
+from d2surgery.placement.fit import Fit
 from d2surgery.placement.ties import find_tie, tie_flag
 
 
@@ -44,14 +49,18 @@ class Pairing:
     others: Mapping[str, TensorAudit]
     shared: frozenset[str]  # tensors in the file that stand for two outputs, by a tie
     tied: bool  # the file leaves an output to its tie, whether the merge ties it or writes it
+    problems: tuple[Problem, ...]  # of names
+    not_checked: tuple[str, ...]
 
 
 def pair_up(prepared: Prepared, merged: BaseWeights) -> Pairing:
     """Each expected output with the tensor that holds it; what is missing, extra, resized or of another nature."""
     there = merged.header.tensors
     expected = {output.name: output for output in prepared.outputs}
-    names = _match(expected, there)
     ties = find_tie(merged.header, merged.config)
+    own_ties = find_tie(prepared.fit.base.header, prepared.fit.base.config).aliases
+    matching = _match(expected, there, ties.aliases.keys() | own_ties.keys(), prepared.fit, merged)
+    names = matching.names
     pairs: list[TensorPair] = []
     others: dict[str, TensorAudit] = {}
     for name, output in expected.items():
@@ -61,28 +70,38 @@ def pair_up(prepared: Prepared, merged: BaseWeights) -> Pairing:
             found, status = ties.aliases[name], "tied"
             otherwise = "TIE_DOUBLED" if prepared.fit.landing.untied else "TENSOR_MISSING"
         if found is None:
-            others[name] = _lacking(output, name, "missing", "TENSOR_MISSING")
-        elif there[found].shape != output.shape:
-            others[found] = _lacking(output, found, "resized", "TENSOR_RESIZED", there[found])
-        elif output.dtype in FLOATS and there[found].dtype not in FLOATS:
-            others[found] = _lacking(output, found, "changed", "REQUANTIZED", there[found])
-        elif output.dtype not in FLOATS and there[found].dtype != output.dtype:
-            others[found] = _lacking(output, found, "changed", "TENSOR_CHANGED", there[found])
+            code = "" if name in matching.unused else "TENSOR_MISSING"
+            others[name] = _lacking(output, name, "missing", code)
+        elif wrong := _misfit(output, there[found]):
+            others[found] = _lacking(output, found, *wrong, there[found])
         else:
             written = output._replace(dtype=there[found].dtype)
             pairs.append(TensorPair(name if status == "tied" else found, written, there[found], status, otherwise))
-    own_ties = find_tie(prepared.fit.base.header, prepared.fit.base.config).aliases
     for name in sorted(there.keys() - set(names.values())):
-        info, source = there[name], expected.get(own_ties.get(name, ""))
+        info, source = there[name], expected.get(own_ties.get(name, matching.again.get(name, "")))
         if source is not None and source.shape == info.shape and info.dtype in FLOATS:
             pairs.append(TensorPair(name, source._replace(dtype=info.dtype), info, "tied"))
         else:
+            code = "" if name in matching.unused else "TENSOR_EXTRA"
             others[name] = TensorAudit(
-                name=name, status="extra", dtype=info.dtype, shape=info.shape, elements=prod(info.shape),
-                code="TENSOR_EXTRA",
-            )  # fmt: skip
+                name=name, status="extra", dtype=info.dtype, shape=info.shape, elements=prod(info.shape), code=code
+            )
     left = [name for name in ties.aliases if name not in there]
-    return Pairing(tuple(pairs), others, frozenset(ties.aliases[name] for name in left), tied=bool(left))
+    return Pairing(
+        tuple(pairs), others, frozenset(ties.aliases[name] for name in left), tied=bool(left),
+        problems=matching.problems, not_checked=matching.not_checked,
+    )  # fmt: skip
+
+
+def _misfit(output: Output, info: TensorInfo) -> tuple[Status, str] | None:
+    """What is wrong with a tensor that cannot be compared: another shape, or another nature than numbers."""
+    if info.shape != output.shape:
+        return "resized", "TENSOR_RESIZED"
+    if output.dtype in FLOATS and info.dtype not in FLOATS:
+        return "changed", "REQUANTIZED"
+    if output.dtype not in FLOATS and info.dtype != output.dtype:
+        return "changed", "TENSOR_CHANGED"
+    return None
 
 
 def modules_of(output: Output) -> tuple[str, ...]:
@@ -101,25 +120,77 @@ def right_status(output: Output) -> Status:
     return "adapted" if site.patches or site.bias else "replaced"
 
 
-def _match(expected: Mapping[str, Output], there: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Expected name -> name in the file: the same, or with the prefix that fits most added or taken away."""
+class Matching(NamedTuple):
+    """Names of the merged file, by those that they should be."""
+
+    names: Mapping[str, str]  # expected -> in the file
+    again: Mapping[str, str] = {}  # in the file, for the second time -> expected
+    unused: frozenset[str] = frozenset()  # that transformers neither takes from a file nor misses
+    problems: tuple[Problem, ...] = ()
+    not_checked: tuple[str, ...] = ()
+
+
+def _match(
+    expected: Mapping[str, Output], there: Mapping[str, TensorInfo], ties: Set[str], fit: Fit, merged: BaseWeights
+) -> Matching:
+    """Exact names, and where some are not: where transformers would put them, or all of them behind one prefix."""
     names = {name: name for name in expected if name in there}
-    left = [name for name in expected if name not in names]
-    spare = there.keys() - names.keys()
-    ways: Counter[tuple[str, str]] = Counter()
-    for name in left:
-        for other in spare:
-            if name.endswith(f".{other}"):
-                ways[name.removesuffix(other), ""] += 1
-            elif other.endswith(f".{name}"):
-                ways["", other.removesuffix(name)] += 1
-    for (old, new), _ in ways.most_common():
-        for name in left:
-            other = new + name.removeprefix(old)
-            if name not in names and name.startswith(old) and other in spare:
-                names[name] = other
-                spare = spare - {other}
-    return names
+    if not (expected.keys() ^ there.keys()) - ties:
+        return Matching(names)
+    left, spare = [*(expected.keys() - names.keys())], there.keys() - names.keys()
+    model = model_of(merged, json.loads(companions(fit, None).get("config.json", b"{}")).get("architectures"))
+    problems: list[Problem] = []
+    unused, again = frozenset[str](), dict[str, str]()
+    if isinstance(model, Model):
+        taken, again, unused = _by_places(model, expected, there)
+        names |= taken
+        problems += [other_names(taken, taken=True)] if taken else []
+        spare -= {*taken.values(), *again, *unused}
+        left = [name for name in left if name not in taken and name not in unused]
+    behind = _behind_one_prefix([name for name in left if name not in ties], spare)
+    if behind:
+        usual = not names and isinstance(model, str) and _prefix(*next(iter(behind.items()))) in USUAL_PREFIXES
+        problems.append(other_names(behind, taken=None if usual else False))
+    asked = () if isinstance(model, Model) else (f"which names transformers takes: {model}",)
+    return Matching(names | behind, again, unused, tuple(problems), asked)
+
+
+def _by_places(
+    model: Model, expected: Mapping[str, Output], there: Mapping[str, TensorInfo]
+) -> tuple[dict[str, str], dict[str, str], frozenset[str]]:
+    """Expected name -> other name in the file that lands in the same place; name in the file -> expected name that
+    has its place already; names of either side that have none and are not missed."""
+    wanted, found = model.places(expected), model.places(there)
+    owner = {place: name for name, place in wanted.items() if place is not None}
+    taken: dict[str, str] = {}
+    again: dict[str, str] = {}
+    for name in sorted(there.keys() - expected.keys()):
+        right = owner.get(found[name] or "")
+        if right is not None and (right in there or right in taken):
+            again[name] = right
+        elif right is not None:
+            taken[right] = name
+    missing = expected.keys() - there.keys()
+    unused = {name for name in missing if wanted[name] is None and right_status(expected[name]) == "unchanged"}
+    unused |= {name for name in there.keys() - expected.keys() if found[name] is None and model.ignored.search(name)}
+    return taken, again, frozenset(unused)
+
+
+def _behind_one_prefix(left: Collection[str], spare: Collection[str]) -> dict[str, str]:
+    """Expected name -> name in the file, where one prefix added or taken away gives every one its own."""
+    first = next(iter(left), "")
+    ways = [("", other.removesuffix(first)) for other in spare if other.endswith(f".{first}")]
+    ways += [(first.removesuffix(other), "") for other in spare if first.endswith(f".{other}")]
+    for old, new in ways if first else ():
+        moved = {name: new + name.removeprefix(old) for name in left if name.startswith(old)}
+        if len(moved) == len(left) and {*moved.values()} <= {*spare}:
+            return moved
+    return {}
+
+
+def _prefix(right: str, name: str) -> str:
+    longer, shorter = (right, name) if len(right) > len(name) else (name, right)
+    return longer.removesuffix(shorter)
 
 
 def _lacking(output: Output, name: str, status: Status, code: str, info: TensorInfo | None = None) -> TensorAudit:

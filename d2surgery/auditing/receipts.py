@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from d2surgery.auditing.findings import Audit, ReceiptAudit, Status, TensorAudit, Thresholds, several, verdict_of
+from d2surgery.auditing.loading import directory_problems, open_merged
 from d2surgery.checkpoint import load
-from d2surgery.errors import Problem, refuse
+from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import TensorInfo, read_json
 from d2surgery.files.tensors import as_bytes, read_part
@@ -18,6 +19,7 @@ from d2surgery.machine import peak_memory
 from d2surgery.merging.receipt import RECEIPT
 
 _PIECE = 1 << 22
+_SAMPLE = 1 << 22  # bytes of the base's smallest tensors, by which another base is known where nothing else is wrong
 
 
 def verify_receipt(
@@ -29,15 +31,24 @@ def verify_receipt(
 ) -> Audit:
     """Is `merged` what its d2surgery_merge.json says was written, from this base and adapter where they are given?
 
+    Names, dtypes, shapes and bytes of every tensor, and the files beside them.
+
     Raises D2SurgeryError NO_RECEIPT where there is none, or one without hashes.
     """
     began = time.monotonic()
-    found = BaseWeights(merged)
     receipt = _receipt(Path(merged))
-    want = receipt["outputs"]["tensors"]
+    found = open_merged(merged)
+    want, forms = receipt["outputs"]["tensors"], receipt["outputs"].get("forms")
     there = dict(_hashes(found.header.tensors, progress))
-    tensors = {name: _tensor(name, found.header.tensors.get(name), want.get(name), there) for name in want | there}
-    reasons = [*_tensor_problems(tensors.values()), *_file_problems(Path(merged), receipt["outputs"].get("files", {}))]
+    tensors = {
+        name: _tensor(name, found.header.tensors.get(name), want.get(name), there, _form(forms, name))
+        for name in want | there
+    }
+    reasons = [
+        *directory_problems(found, None),
+        *_tensor_problems(tensors.values()),
+        *_file_problems(Path(merged), receipt["outputs"].get("files", {})),
+    ]
     checked = ["merged"]
     if base is not None:
         reasons += _base_problems(BaseWeights(base), receipt["base"]["tensors"])
@@ -46,6 +57,7 @@ def verify_receipt(
         reasons += _adapter_problems(adapter, receipt["adapter"]["tensors"])
         checked.append("adapter")
     unread = [f"{side}: not given" for side in ("base", "adapter") if side not in checked]
+    unread += [] if isinstance(forms, dict) else ["dtypes and shapes: a receipt of an older version says none"]
     return Audit(
         verdict=verdict_of(tuple(reasons)),
         reasons=tuple(reasons),
@@ -66,6 +78,54 @@ def verify_receipt(
         seconds=time.monotonic() - began,
         peak_memory_bytes=peak_memory(),
     )
+
+
+def has_receipt(directory: Path) -> bool:
+    return (directory / RECEIPT).is_file()
+
+
+def other_receipt(
+    directory: Path, base: BaseWeights, adapter: Mapping[str, str], strength: float, *, thorough: bool
+) -> Iterator[Problem]:
+    """Warnings where a merged directory's receipt is of another merge than the audited one: it may say why that fails.
+
+    adapter: sha256 by key. thorough: hash the base's tensors until one differs, not the smallest ones only.
+    """
+    if not has_receipt(directory):
+        return
+    try:
+        receipt = _receipt(directory)
+    except D2SurgeryError as error:
+        message = f"it cannot be read: {error.problems[0].message}"
+        yield Problem(code="OTHER_RECEIPT", severity="warning", message=message, file=RECEIPT)
+        return
+    recipe = receipt.get("recipe")
+    merged_at = recipe.get("strength") if isinstance(recipe, dict) else None
+    wrong = []
+    want = receipt["adapter"]["tensors"]
+    if want and any(want.get(key) != adapter.get(key) for key in want | adapter):
+        wrong.append("another adapter")
+    if merged_at is not None and merged_at != strength:
+        wrong.append(f"strength {merged_at}")
+    if _is_other_base(base, receipt["base"]["tensors"], thorough=thorough):
+        wrong.append("another base")
+    if wrong:
+        message = f"it names {' and '.join(wrong)}"
+        yield Problem(code="OTHER_RECEIPT", severity="warning", message=message, file=RECEIPT)
+
+
+def _is_other_base(base: BaseWeights, want: Mapping[str, str], *, thorough: bool) -> bool:
+    tensors = base.header.tensors
+    if want.keys() - tensors.keys():
+        return True
+    done = 0
+    for name in sorted(want, key=lambda name: tensors[name].nbytes):
+        done += tensors[name].nbytes
+        if done > _SAMPLE and not thorough:
+            return False
+        if _hash(tensors[name]) != want[name]:
+            return True
+    return False
 
 
 def _receipt(directory: Path) -> dict[str, Any]:
@@ -99,9 +159,19 @@ def _hash(info: TensorInfo) -> str:
     return digest.hexdigest()
 
 
-def _tensor(name: str, info: TensorInfo | None, want: str | None, there: Mapping[str, str]) -> TensorAudit:
+def _form(forms: Any, name: str) -> list[Any] | None:
+    """What a receipt says of a tensor's dtype and shape: [dtype, sizes …]; None where it says nothing."""
+    form = forms.get(name) if isinstance(forms, dict) else None
+    return form if isinstance(form, list) else None
+
+
+def _tensor(
+    name: str, info: TensorInfo | None, want: str | None, there: Mapping[str, str], form: list[Any] | None
+) -> TensorAudit:
     right: Mapping[bool, tuple[Status, str]] = {True: ("unchanged", ""), False: ("changed", "TENSOR_CHANGED")}
     status, code = right[there.get(name) == want]
+    if info is not None and form is not None and [info.dtype, *info.shape] != form:
+        status, code = ("resized", "TENSOR_RESIZED") if [*info.shape] != form[1:] else ("changed", "TENSOR_CHANGED")
     if info is None:
         status, code = "missing", "TENSOR_MISSING"
     elif want is None:

@@ -6,28 +6,34 @@ tokenizer.json anew, and none of that changes the model.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from d2surgery.auditing.effective import as_directory, config_in, generation_in
+from d2surgery.auditing.tokenizers import either_tokenizer, read_object
 from d2surgery.errors import Problem, Severity
 from d2surgery.files.base import BaseWeights
-from d2surgery.files.tokenizers import CHAT_TEMPLATE, TOKENIZER_CONFIG, VOCABULARIES
 from d2surgery.placement.ties import tie_flag
 
-_GENERATION = "generation_config.json"
-_TOKENIZING = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 # Fields that say who wrote the config, or how it is used, not what the model computes.
 _COSMETIC = frozenset((
     "_name_or_path", "transformers_version", "architectures", "auto_map", "torchscript", "use_cache", "use_bfloat16",
     "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type", "use_mems",
-    "task_specific_params", "initializer_range", "attention_dropout", "hidden_dropout", "dropout", "resid_pdrop",
-    "embd_pdrop", "attn_pdrop", "pretraining_tp", "unsloth_version", "_attn_implementation", "attn_implementation",
-    "gradient_checkpointing", "unsloth_fixed", "chunk_size_feed_forward", "is_llama_config", "transformers.js_config",
-    "finetuning_task", "prefix", "_model_name_or_path",
+    "task_specific_params", "initializer_range", "initializer_factor", "pretraining_tp", "unsloth_version",
+    "unsloth_fixed", "_attn_implementation", "attn_implementation", "gradient_checkpointing", "chunk_size_feed_forward",
+    "is_llama_config", "transformers.js_config", "finetuning_task", "prefix", "_model_name_or_path",
 ))  # fmt: skip
-_TOKENS = frozenset(("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"))
+_UNREAD = frozenset((  # of them, those that any value does for
+    "_name_or_path", "_model_name_or_path", "transformers_version", "transformers.js_config", "architectures",
+    "unsloth_version", "unsloth_fixed",
+))  # fmt: skip
+_OF_OUTPUT = frozenset((  # of a generation config, what changes no token
+    "transformers_version", "_from_model_config", "output_attentions", "output_hidden_states", "output_scores",
+    "output_logits", "return_dict_in_generate", "use_cache",
+))  # fmt: skip
+_LABELS = frozenset(("id2label", "label2id"))
 # A missing field has transformers' default, which is the base's value unless it is one of these.
 _NEEDED = frozenset((
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
@@ -40,107 +46,138 @@ def compare_settings(
 ) -> list[Problem]:
     """All files beside the weights. `expected`: name -> content, with the adapter's tokenizer where it brings one;
     `or_tokenizer`: the same with the base's; tied: the file leaves an output to its tie."""
-    want, got = _json(expected.get("config.json")), merged.config
-    if want and not got:
-        missing = Problem(code="CONFIG_CHANGED", message="there is none", file="config.json")
-        return [missing, *_either_tokenizer(expected, or_tokenizer, merged.directory)]
-    return [
-        *(compare_config(want, got) if want else ()),
-        *(_tie(want, got, tied) if want else ()),
-        *_generation(expected.get(_GENERATION), merged.directory / _GENERATION),
-        *_either_tokenizer(expected, or_tokenizer, merged.directory),
-    ]
+    tokenizers = either_tokenizer(expected, or_tokenizer, merged.directory)
+    want, got = read_object(expected.get(CONFIG)), merged.config
+    if not want:
+        return [*_generation(expected, merged.directory), *tokenizers]
+    if not got:
+        return [Problem(code="CONFIG_CHANGED", message="there is none", file=CONFIG), *tokenizers]
+    return [*_config(expected, want, merged, tied=tied), *_generation(expected, merged.directory), *tokenizers]
 
 
-def _either_tokenizer(adapters: Mapping[str, bytes], bases: Mapping[str, bytes], merged: Path) -> Iterator[Problem]:
-    """The adapter's tokenizer is the right one; the base's beside the merged weights may have been meant."""
-    found = list(compare_tokenizers(adapters, merged))
-    if found and bases != adapters and not list(compare_tokenizers(bases, merged)):
-        message = "it is the base's, although the adapter brings its own"
-        yield Problem(code="TOKENIZER_CHANGED", severity="warning", message=message, got=found[0].message)
+def _config(
+    expected: Mapping[str, bytes], want: Mapping[str, Any], merged: BaseWeights, *, tied: bool
+) -> Iterator[Problem]:
+    """By what transformers reads in both: a field that is not there has a default.
+
+    As they are written where only cosmetic fields differ, or where transformers cannot read what is expected.
+    """
+    got = merged.config
+    yield from _code(expected, got, merged.directory)
+    if _read(want) == _read(got) or want.get("model_type") != got.get("model_type"):
+        yield from compare_config(want, got, effective=False)
+        yield from _tie(want, got, tied)
+        return
+    with as_directory({CONFIG: expected[CONFIG]}) as directory:
+        wanted = config_in(directory)
+    found = config_in(merged.directory)
+    if isinstance(wanted, str):
+        yield from compare_config(want, got, effective=False)
+        yield from _tie(want, got, tied)
+    elif isinstance(found, str):
+        yield Problem(code="CONFIG_CHANGED", message=f"transformers cannot read it: {found}", file=CONFIG)
     else:
-        yield from found
+        yield from compare_config(_with_classes(wanted, want), _with_classes(found, got), effective=True)
+        yield from _tie(wanted, found, tied)
 
 
-def _json(content: bytes | None) -> dict[str, Any]:
-    try:
-        value = json.loads(content) if content else {}
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+def _code(expected: Mapping[str, bytes], got: Mapping[str, Any], directory: Path) -> Iterator[Problem]:
+    """The model's own code, where the config of the merged model sends there."""
+    named = json.dumps(got.get("auto_map") or {})
+    for name, content in expected.items():
+        if name.endswith(".py") and name.removesuffix(".py") in named:
+            path = directory / name
+            if not path.is_file() or path.read_bytes() != content:
+                message = "the model's own code, which the config names, is not the base's"
+                yield Problem(code="CONFIG_CHANGED", message=message, file=name, got="" if path.is_file() else "none")
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a model's class reads; nulls are not there."""
+    return {name: value for name, value in _normal(config).items() if name not in _UNREAD}
+
+
+def _is_cosmetic(key: str) -> bool:
+    return bool({key.rpartition(".")[2], key.partition(".")[0]} & _COSMETIC)
+
+
+def _with_classes(read: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' reading, with what it leaves out of it."""
+    return {**read, **{name: written[name] for name in ("architectures", "auto_map") if name in written}}
 
 
 def _tie(expected: Mapping[str, Any], merged: Mapping[str, Any], tied: bool) -> Iterator[Problem]:
     """A flag that makes transformers tie what is on disk apart, or leaves an output without weights."""
     want, got = tie_flag(expected), tie_flag(merged)
     if want is False and got:
-        yield _changed("config.json", "tie_word_embeddings", want, got, "error")
+        yield _changed(CONFIG, "tie_word_embeddings", want, got, "error")
     elif want and got is not True and tied:
-        yield _changed("config.json", "tie_word_embeddings", want, got, "error" if got is False else "warning")
+        yield _changed(CONFIG, "tie_word_embeddings", want, got, "error" if got is False else "warning")
     elif want is not None and got is not None and want != got:
-        yield _changed("config.json", "tie_word_embeddings", want, got, "info")
+        yield _changed(CONFIG, "tie_word_embeddings", want, got, "info")
 
 
-def compare_config(expected: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[Problem]:
-    """Every field that matters and differs; cosmetic ones as one note, as is the rest of another architecture."""
-    want, got = _normal(expected), _normal(merged)
+def compare_config(expected: Mapping[str, Any], merged: Mapping[str, Any], *, effective: bool) -> Iterator[Problem]:
+    """Every field that matters and differs; cosmetic ones as one note, as is the rest of another architecture.
+
+    effective: both are what transformers reads, with every field of the model; any other does nothing.
+    """
+    want, got = _normal(expected, nulls=effective), _normal(merged, nulls=effective)
     other = want.get("model_type") != got.get("model_type")
     notes = []
     for key in sorted(want.keys() | got.keys()):
         before, after = want.get(key), got.get(key)
         if before == after or key.rpartition(".")[2] == "tie_word_embeddings":
             continue
-        severity = _severity(key, key in want, key in got)
+        declared = effective and ((key in want and key in got) or key.endswith("_token_id"))
+        severity = _severity(key, before, after, declared=declared)
         if severity == "info" or (other and key != "model_type"):
             notes.append(key)
         else:
-            yield _changed("config.json", key, before, after, severity)
+            yield _changed(CONFIG, key, before, after, severity)
     if notes:
-        yield Problem(code="CONFIG_CHANGED", severity="info", file="config.json", message=f"also {', '.join(notes)}")
+        yield Problem(code="CONFIG_CHANGED", severity="info", file=CONFIG, message=f"also {', '.join(notes)}")
 
 
-def _generation(expected: bytes | None, path: Path) -> Iterator[Problem]:
-    if path.is_file():
-        yield from compare_generation(_json(expected), _json(path.read_bytes()))
-    elif expected is not None:
+def _generation(expected: Mapping[str, bytes], merged: Path) -> Iterator[Problem]:
+    """How `generate` begins, by what transformers reads where the files differ."""
+    path = merged / GENERATION
+    want = read_object(expected.get(GENERATION))
+    got = read_object(path.read_bytes()) if path.is_file() else {}
+    if want == got:
+        return
+    with as_directory({name: expected[name] for name in (CONFIG, GENERATION) if name in expected}) as directory:
+        wanted = generation_in(directory)
+    found = generation_in(merged)
+    if isinstance(wanted, str) or isinstance(found, str):
+        wanted, found = want, got
+    problems = list(compare_generation(wanted, found))
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if not path.is_file() and not errors:
         message = "there is none: sampling and stop tokens become the defaults"
-        yield Problem(code="CONFIG_CHANGED", severity="warning", file=path.name, message=message)
+        problems = [Problem(code="CONFIG_CHANGED", severity="warning", file=GENERATION, message=message)]
+    yield from problems
 
 
 def compare_generation(expected: Mapping[str, Any], merged: Mapping[str, Any]) -> Iterator[Problem]:
-    """Sampling defaults and special tokens: they change answers, not the model."""
+    """Where generation stops, what it begins with, and how it samples. A token other than the end that is filled in
+    where none was is a warning."""
     for key in sorted(expected.keys() | merged.keys()):
-        if key in ("transformers_version", "_from_model_config") or expected.get(key) == merged.get(key):
-            continue
-        severity: Severity = "warning" if key in expected else "info"
-        yield _changed("generation_config.json", key, expected.get(key), merged.get(key), severity)
+        before, after = expected.get(key), merged.get(key)
+        if key not in _OF_OUTPUT and before != after:
+            filled = before is None and key.endswith("_token_id") and not key.startswith("eos")
+            severity: Severity = "warning" if filled else "error"
+            yield _changed(GENERATION, key, before, after, severity)
 
 
-def compare_tokenizers(expected: Mapping[str, bytes], merged: Path) -> Iterator[Problem]:
-    """By vocabulary, merges and added tokens where the files differ; a missing tokenizer is an error."""
-    wanted = [name for name in VOCABULARIES if name in expected]
-    there = [name for name in wanted if (merged / name).is_file()]
-    if wanted and not any((merged / name).is_file() for name in VOCABULARIES):
-        got = "none of its files"
-        yield Problem(code="TOKENIZER_CHANGED", message="there is no tokenizer", wanted=wanted[0], got=got)
-    else:
-        yield from _tokenizer_config(expected.get(TOKENIZER_CONFIG), merged / TOKENIZER_CONFIG)
-    for name in there:
-        content = (merged / name).read_bytes()
-        if content != expected[name]:
-            yield from _tokenizer(name, expected[name], content)
-    yield from _templates(expected, merged)
-
-
-def _normal(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flat, without nulls, with the names of transformers 5 where older ones mean the same."""
+def _normal(config: Mapping[str, Any], prefix: str = "", *, nulls: bool = False) -> dict[str, Any]:
+    """Flat, with nulls only where they are asked for; by the names of transformers 5 where older ones mean the same."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         name = {"torch_dtype": "dtype"}.get(key, key)
         if isinstance(value, Mapping) and key not in ("id2label", "label2id"):
-            inside = _normal(value, f"{prefix}{name}.")
-            flat |= {k: v for k, v in inside.items() if v is not None}
-        elif value is not None:
+            flat |= _normal(value, f"{prefix}{name}.", nulls=nulls)
+        elif value is not None or nulls:
             flat[f"{prefix}{name}"] = value
     for key in [key for key in flat if ".rope_theta" in key or key == "rope_theta" or ".rope_type" in key]:
         if key.startswith("rope_parameters."):
@@ -152,105 +189,26 @@ def _normal(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _severity(key: str, before: bool, after: bool) -> Severity:
-    name = key.rpartition(".")[2]
-    root = key.partition(".")[0]
-    if name in _COSMETIC or root in _COSMETIC:
+def _severity(key: str, before: Any, after: Any, *, declared: bool) -> Severity:
+    """declared: the model has this field, so that it says something whether or not a file does."""
+    name, root = key.rpartition(".")[2], key.partition(".")[0]
+    if name in _LABELS:  # as many labels as the head has rows
+        return "error" if before and after and len(before) != len(after) else "info"
+    if root == "auto_map":  # runs only where somebody trusts it
+        return "warning" if after is not None else "info"
+    if name in ("architectures", "dtype"):
+        return "warning" if before is not None and after is not None else "info"
+    if "drop" in name:  # of training, and refused where it is no share
+        return "error" if isinstance(after, int | float) and not 0 <= after <= 1 else "info"
+    if _is_cosmetic(key):
         return "info"
-    if name in _TOKENS or name == "dtype":
-        return "warning" if before else "info"
-    if before and after:
+    if name.endswith("_token_id"):  # trainers fill in what is missing
+        return "info" if before is None else "error" if declared or after is not None else "warning"
+    if declared or (before is not None and after is not None):
         return "error"
     if {name, root} & _NEEDED or root.startswith("rope"):
-        return "error" if before or root in ("quantization_config", "rope_scaling") else "info"
+        return "error" if before is not None or root in ("quantization_config", "rope_scaling") else "info"
     return "info"
-
-
-def _tokenizer(name: str, expected: bytes, content: bytes) -> Iterator[Problem]:
-    if not name.endswith(".json"):
-        yield Problem(code="TOKENIZER_CHANGED", message="another vocabulary", file=name)
-        return
-    try:
-        want, got = json.loads(expected), json.loads(content)
-    except ValueError:
-        yield Problem(code="TOKENIZER_CHANGED", message="not JSON", file=name)
-        return
-    if name == "vocab.json":
-        if want != got:
-            yield Problem(code="TOKENIZER_CHANGED", message="another vocabulary", file=name)
-        return
-    for part, severity in _PARTS.items():
-        before, after = _part(want, part), _part(got, part)
-        if before != after:
-            sizes = [str(len(x)) if isinstance(x, dict | list) else "" for x in (before, after)]
-            yield Problem(
-                code="TOKENIZER_CHANGED", message=f"another {part}", file=name, severity=severity, wanted=sizes[0],
-                got=sizes[1],
-            )  # fmt: skip
-
-
-_PARTS: dict[str, Severity] = {
-    "vocab": "error",
-    "merges": "error",
-    "added_tokens": "error",
-    "normalizer": "warning",
-    "pre_tokenizer": "warning",
-    "post_processor": "warning",
-    "decoder": "warning",
-}
-
-
-def _part(tokenizer: Any, part: str) -> Any:
-    """A part of tokenizer.json in one spelling: merges as pairs, added tokens as id and text."""
-    if not isinstance(tokenizer, dict):
-        return None
-    if part == "added_tokens":
-        return {t.get("id"): t.get("content") for t in tokenizer.get(part) or () if isinstance(t, dict)}
-    if part not in ("vocab", "merges"):
-        return tokenizer.get(part)
-    value = (tokenizer.get("model") or {}).get(part)
-    if part == "merges" and value:
-        return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in value]
-    return value
-
-
-def _tokenizer_config(expected: bytes | None, path: Path) -> Iterator[Problem]:
-    """The special tokens and whether they are added: what changes the ids that a text becomes."""
-    if expected is None:
-        return
-    if not path.is_file():
-        yield Problem(code="TOKENIZER_CHANGED", severity="warning", file=path.name, message="there is none")
-        return
-    want, got = _json(expected), _json(path.read_bytes())
-    for key in _TOKENIZING:
-        before, after = _token(want.get(key)), _token(got.get(key))
-        if before is not None and after is not None and before != after:
-            yield replace(_changed(path.name, key, before, after, "warning"), code="TOKENIZER_CHANGED")
-
-
-def _token(value: Any) -> Any:
-    """Older files keep a token as a record."""
-    return value.get("content") if isinstance(value, dict) else value
-
-
-def _templates(expected: Mapping[str, bytes], merged: Path) -> Iterator[Problem]:
-    """The chat template, wherever it is kept."""
-    there = {
-        path.name: path.read_bytes() for path in (merged / CHAT_TEMPLATE, merged / TOKENIZER_CONFIG) if path.is_file()
-    }
-    want, got = _template(expected), _template(there)
-    if TOKENIZER_CONFIG in there and want != got:
-        yield Problem(code="TOKENIZER_CHANGED", message="another chat template", severity="warning")
-
-
-def _template(files: Mapping[str, bytes]) -> str | None:
-    if CHAT_TEMPLATE in files:
-        return files[CHAT_TEMPLATE].decode(errors="replace").strip()
-    try:
-        template = json.loads(files.get(TOKENIZER_CONFIG, b"{}")).get("chat_template")
-    except (ValueError, AttributeError):
-        return None
-    return template.strip() if isinstance(template, str) else None
 
 
 def _changed(file: str, key: str, before: Any, after: Any, severity: Severity) -> Problem:

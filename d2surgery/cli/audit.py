@@ -12,7 +12,7 @@ from d2surgery.auditing.findings import LEVELS, Audit, Thresholds, document
 from d2surgery.auditing.receipts import verify_receipt
 from d2surgery.auditing.recipes import RECIPES
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import BASE_HELP, Base, device_option, expert_layout_option, progress_bar
+from d2surgery.cli.options import BASE_HELP, Base, Number, device_option, expert_layout_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.evaluating.items import read_prompts
 from d2surgery.evaluating.tasks import Progress, read_task
@@ -24,7 +24,7 @@ Given = TypeVar("Given")
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _DIRECTORY = click.Path(path_type=Path)
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
-_EXIT = {"pass": 0, "fail": 1, "inconclusive": 3}
+EXIT = {"pass": 0, "fail": 1, "inconclusive": 3}
 _DEFAULTS = Thresholds()
 _SHOWN = 12  # modules listed without --per-layer
 
@@ -46,7 +46,7 @@ class Asked:
     """What is to be audited, and how."""
 
     base: Path | None
-    adapter: str | None
+    adapter: tuple[str, ...]
     merged: Path
     receipt: bool
     levels: tuple[str, ...]
@@ -87,17 +87,21 @@ class Pages:
 
 @click.command(name="audit")
 @click.option("--base", type=Base(), help=f"{BASE_HELP} that was merged into.")
-@click.option("--adapter", help="File, directory or hub id org/name[@revision].")
+@click.option(
+    "--adapter",
+    multiple=True,
+    help="File, directory or hub id org/name[@revision]. Given several times: the audit says which one was merged.",
+)
 @click.option("--merged", type=_DIRECTORY, required=True, help="Model directory to be judged.")
 @click.option("--level", "levels", type=Levels(), default="weights", show_default=True, help=f"Of {', '.join(LEVELS)}.")
 @click.option("--prompts", type=_FILE, help="Texts for the levels outputs and logits. Default: bundled ones.")
 @click.option("--tasks", type=_FILE, multiple=True, help="JSON or JSONL items for the level task; repeatable.")
-@click.option("--strength", type=float, default=1.0, show_default=True, help="λ that was merged: W0 + λ·delta.")
+@click.option("--strength", type=Number(), default=1.0, show_default=True, help="λ that was merged: W0 + λ·delta.")
 @click.option(
-    "--strength-pass", type=float, default=_DEFAULTS.strength_pass, show_default=True, help="Right: |λ̂ − 1| at most."
+    "--strength-pass", type=Number(), default=_DEFAULTS.strength_pass, show_default=True, help="Right: |λ̂ − 1| at most."
 )
 @click.option(
-    "--strength-fail", type=float, default=_DEFAULTS.strength_fail, show_default=True, help="Wrong: |λ̂ − 1| above."
+    "--strength-fail", type=Number(), default=_DEFAULTS.strength_fail, show_default=True, help="Wrong: |λ̂ − 1| above."
 )
 @click.option("--exact", is_flag=True, help="Fail on one differing bit.")
 @click.option("--weights-only", is_flag=True, help="Compare neither config nor tokenizer.")
@@ -128,11 +132,11 @@ def command(
     else:
         for line in [_word(found)] if quiet else describe(found, per_layer=per_layer):
             output.emit(line)
-    return _EXIT[found.verdict]
+    return EXIT[found.verdict]
 
 
 def _by_weights(asked: Asked, progress: Progress) -> Audit:
-    base, adapter = _required("base", asked.base), _required("adapter", asked.adapter)
+    base, adapter = _required("base", asked.base), _required("adapter", asked.adapter or None)
     right, wrong = asked.strength_pass, asked.strength_fail
     if not 0 <= right <= wrong:
         raise refuse("USAGE", "strengths", wanted="0 <= --strength-pass <= --strength-fail", got=f"{right}, {wrong}")
@@ -161,13 +165,18 @@ def _required(name: str, value: Given | None) -> Given:
 
 
 def _by_receipt(asked: Asked, progress: Progress) -> Audit:
-    return verify_receipt(asked.merged, base=asked.base, adapter=asked.adapter, progress=progress)
+    if len(asked.adapter) > 1:
+        raise refuse(
+            "USAGE", "a receipt names one adapter", wanted="--adapter once at most", got=f"{len(asked.adapter)}"
+        )
+    adapter = asked.adapter[0] if asked.adapter else None
+    return verify_receipt(asked.merged, base=asked.base, adapter=adapter, progress=progress)
 
 
 # Text ------------------------------------------------------------------------------------------------------------
 
 
-def _verdict(found: Audit) -> str:
+def verdict_line(found: Audit) -> str:
     what = {
         "pass": "the merged checkpoint is the base with the adapter",
         "fail": "the merged checkpoint is not the base with the adapter, as it should be",
@@ -183,7 +192,7 @@ def _word(found: Audit) -> str:
 
 
 def describe(found: Audit, *, per_layer: bool = False) -> Iterator[str]:
-    yield _verdict(found)
+    yield verdict_line(found)
     yield from output.problem_lines(found.reasons)
     if found.recipe:
         words = next(recipe.what for recipe in RECIPES if recipe.name == found.recipe)

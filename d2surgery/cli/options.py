@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,10 +26,25 @@ class Bytes(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(value).upper())
+        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?I?)B?\s*", str(value).upper())
         if match is None or not float(match[1]):
             self.fail(f"{value!r} is not a size such as 400MB or 2GiB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2]])
+
+
+class Number(click.ParamType[float]):
+    """A number, and not infinity or NaN, which Python's float takes too."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = nan
+        if not isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 class Dtype(click.Choice[str]):
@@ -66,7 +82,7 @@ _OPTIONS = (
     click.option("--adapter", required=True, help="File, directory or hub id org/name[@revision]."),
     click.option("--out", type=_DIRECTORY, required=True, help="Directory to be made."),
     click.option("--dtype", type=Dtype(), help="Of all floating-point tensors. Default: as in the base."),
-    click.option("--strength", type=float, default=1.0, show_default=True, help="λ in W0 + λ·delta; 0 is the base."),
+    click.option("--strength", type=Number(), default=1.0, show_default=True, help="λ in W0 + λ·delta; 0 is the base."),
     click.option("--max-memory", type=Bytes(), help="Resident memory that may be used, such as 400MB."),
     click.option("--shard-size", type=Bytes(), default="5GB", show_default=True, help="Largest output file."),
     expert_layout_option,

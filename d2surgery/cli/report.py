@@ -8,7 +8,9 @@ from typing import Any, get_args
 import click
 
 from d2surgery.auditing import audit
+from d2surgery.auditing.findings import Audit
 from d2surgery.cli import measured, output
+from d2surgery.cli.audit import EXIT, verdict_line
 from d2surgery.cli.options import BASE_HELP, Base, cache_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.files.whole import write_whole
@@ -41,7 +43,8 @@ def command(
     """Write one self-contained page about one or more adapters: what they are, what stands out, every module, figures.
 
     Several adapters are shown side by side, with their similarity. The page works offline; about 5 MB of it is the
-    drawing library plotly.js.
+    drawing library plotly.js. With --merged the audit's verdict is printed and decides the exit code: 0 pass, 1 fail,
+    3 inconclusive.
     """
     measured.require_folder(out)
     with ExitStack() as stack:
@@ -50,17 +53,22 @@ def command(
             bar = progress_bar(output.printable(label), show=not (as_json or quiet), unit=" modules")
             return stack.enter_context(bar)
 
-        page = report(
+        page, found = _with_audit(
             adapters, base=base, merged=merged, method=method, with_intruders=intruders, cache=cache, progress=progress
         )
     write_whole(out, page)
     if as_json:
-        output.emit_json({"out": str(out), "bytes": out.stat().st_size, "adapters": list(adapters)})
+        audited = {"verdict": found.verdict} if found else {}
+        output.emit_json({"out": str(out), "bytes": out.stat().st_size, "adapters": list(adapters), **audited})
     elif not quiet:
         output.emit(f"{output.style('OK', 'green')}  {output.count(len(adapters), 'adapter')} in one page")
         for line in measured.wrote([out]):
             output.emit(f"  {line}")
-    return 0
+        if found:
+            output.emit(verdict_line(found))
+            for line in output.problem_lines(found.reasons):
+                output.emit(line)
+    return EXIT[found.verdict] if found else 0
 
 
 def report(
@@ -75,9 +83,16 @@ def report(
 
     `choices` as `survey` takes them. Raises what the adapters and the base are refused for.
     """
+    return _with_audit(adapters, base=base, merged=merged, progress=progress, **choices)[0]
+
+
+def _with_audit(
+    adapters: Sequence[str], *, base: str | Path | None, merged: str | Path | None, progress: Named, **choices: Any
+) -> tuple[str, Audit | None]:
     if merged is not None and (base is None or len(adapters) != 1):
         raise refuse("USAGE", "an audit needs the base and one adapter", wanted="--base, --merged and one ADAPTER")
     found = survey(adapters, base=base, progress=progress, **choices)
     if base is None or merged is None:
-        return report_page(found)
-    return report_page(found, audit(base, adapters[0], merged, progress=progress("audit")))
+        return report_page(found), None
+    audited = audit(base, adapters[0], merged, progress=progress("audit"))
+    return report_page(found, audited), audited

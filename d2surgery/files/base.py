@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 class BaseWeights(Mapping[str, "Tensor"]):
     """A Hugging Face model directory, or a hub id. Each access reads one tensor; `header` has names and shapes.
 
+    as_loaded: where its index is wrong, what transformers would load all the same (`read_checkpoint_header`).
+
     Raises D2SurgeryError BAD_BASE, MISSING_SHARD, HUB_UNREACHABLE or what read_header raises.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, as_loaded: bool = False) -> None:
         self.directory = locate_base(directory)
         if not self.directory.is_dir():
             raise refuse("BAD_BASE", "not a directory", file=str(directory))
-        self.header: Header = read_checkpoint_header(self.directory)
+        self.header: Header = read_checkpoint_header(self.directory, as_loaded=as_loaded)
         self.opened = self._stamps()
 
     def __repr__(self) -> str:

@@ -1,25 +1,29 @@
 """The weights of a model directory: which of its files they are, and their joint header."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
 from d2surgery.files.header import Header, TensorInfo, is_pickle, read_header, read_json
 
+USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What transformers looks for, in its order; the first that is there holds the weights."""
 
-def read_checkpoint_header(directory: Path) -> Header:
-    """The joint header of a model directory: its only file, or the shards of its index.
 
-    In this order: safetensors, then what torch.save wrote; of files that differ in a variant (model.fp16.safetensors
-    beside model.safetensors) the one without.
+def read_checkpoint_header(directory: Path, *, as_loaded: bool = False) -> Header:
+    """The joint header of a model directory: its only file, or the shards of its index, as `find_weights` finds them.
+
+    as_loaded: take what transformers takes: every tensor of every shard, of one in two shards the last shard's. What
+    the index says otherwise is a warning then. Without it such an index raises.
     """
-    found = next(filter(None, (_weights_in(directory, ending) for ending in (".safetensors", ".bin"))), None)
+    found = find_weights(directory)
     if found is None:
         raise refuse("BAD_BASE", "no model.safetensors and no index", file=str(directory), got=_listing(directory))
     if not found.name.endswith(".index.json"):
         header = _read_weights(found)
-        return replace(header, tensors=_once(header.tensors))
+        return replace(header, tensors=_once(header.tensors), problems=tuple(_other_set(found)))
     index, weight_map = found, _weight_map(found)
     headers = {name: _shard(index, name) for name in sorted(set(weight_map.values()))}
     raise_errors(
@@ -27,31 +31,71 @@ def read_checkpoint_header(directory: Path) -> Header:
     )
     shards = {name: header for name, header in headers.items() if isinstance(header, Header)}
     tensors = {name: info for header in shards.values() for name, info in header.tensors.items()}
-    problems = [
-        Problem(code="MISSING_SHARD", message=f"{name} is not in {shard}", file=str(index))
-        for name, shard in weight_map.items()
-        if name not in shards[shard].tensors
-    ]
-    counts = sum(len(header.tensors) for header in shards.values())
-    if counts != len(tensors):
-        problems.append(Problem(code="DUPLICATE_KEY", message="a tensor stands in two shards", file=str(index)))
-    raise_errors(problems)
+    problems = list(_misplaced(index, weight_map, shards))
+    raise_errors(problems if not as_loaded else (problem for problem in problems if problem.module not in tensors))
     first = next(iter(shards.values()))
     files = tuple(file for header in shards.values() for file in header.files)
-    return Header(files, _once(tensors), first.metadata)
+    return Header(files, _once(tensors), first.metadata, problems=tuple(_as_warnings(problems)))
 
 
-def _weights_in(directory: Path, ending: str) -> Path | None:
-    """The index or the one file of weights with this ending."""
-    named = ("model", "pytorch_model", "diffusion_pytorch_model")
+def find_weights(directory: Path) -> Path | None:
+    """The file or the index that transformers takes: what `transformers_weights` in the config names, then `USUAL`.
+
+    Where there is none of these, a file that is alone with its ending; of several that differ in a variant
+    (weights.fp16.safetensors beside weights.safetensors) the one without.
+    """
+    usual = (directory / name for name in (*_named(directory), *USUAL))
+    return next((path for path in usual if path.is_file()), None) or next(
+        filter(None, (_by_another_name(directory, ending) for ending in (".safetensors", ".bin"))), None
+    )
+
+
+def _named(directory: Path) -> tuple[str, ...]:
+    """What a config says that the weights are called; nothing of it leads out of the directory."""
+    try:
+        said = read_json(directory / "config.json").get("transformers_weights")
+    except D2SurgeryError:  # a config that is not there, or cannot be read: whoever needs it says so
+        return ()
+    return (said,) if isinstance(said, str) and Path(said).name == said else ()
+
+
+def _by_another_name(directory: Path, ending: str) -> Path | None:
     files = sorted(directory.glob(f"*{ending}"))
-    for name in named:
-        if (index := directory / f"{name}{ending}.index.json").exists():
-            return index
-        if (file := directory / f"{name}{ending}") in files:
-            return file
+    for name in ("pytorch_model", "diffusion_pytorch_model"):
+        for path in (directory / f"{name}{ending}", directory / f"{name}{ending}.index.json"):
+            if path.is_file():
+                return path
     plain = [file for file in files if not any(_is_variant(file, other) for other in files)]
     return plain[0] if len(plain) == 1 and (ending == ".safetensors" or is_pickle(plain[0])) else None
+
+
+def _other_set(found: Path) -> Iterator[Problem]:
+    """That an index lies beside the one file, and names others."""
+    index = found.with_name(f"{found.name}.index.json")
+    if not index.is_file():
+        return
+    try:
+        others = {*_weight_map(index).values()} - {found.name}
+    except D2SurgeryError:  # it is not read
+        others = set()
+    if others:
+        message = f"transformers takes {found.name}; other loaders take what the index names"
+        yield Problem(code="TWO_SETS_OF_WEIGHTS", severity="warning", message=message, file=str(index))
+
+
+def _misplaced(index: Path, weight_map: Mapping[str, str], shards: Mapping[str, Header]) -> Iterator[Problem]:
+    """Tensors that are not where the index says, or in two places."""
+    for name, shard in weight_map.items():
+        if name not in shards[shard].tensors:
+            yield Problem(code="MISSING_SHARD", message=f"{name} is not in {shard}", file=str(index), module=name)
+    count = Counter(name for header in shards.values() for name in header.tensors)
+    if twice := [name for name, times in count.items() if times > 1]:
+        message = "a tensor stands in two shards"
+        yield Problem(code="DUPLICATE_KEY", message=message, file=str(index), module=twice[0])
+
+
+def _as_warnings(problems: Iterable[Problem]) -> Iterator[Problem]:
+    return (replace(problem, code="INDEX_DISAGREES", severity="warning") for problem in problems)
 
 
 def _once(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

@@ -70,6 +70,8 @@ class Header:
     metadata: Mapping[str, str]
     loaded: "Mapping[str, Tensor] | None" = field(default=None, compare=False, repr=False)
     """The tensors themselves where they cannot be read one by one: of a pickle, or of no file at all."""
+    problems: tuple[Problem, ...] = field(default=(), compare=False, repr=False)
+    """Warnings of the directory: which of its files these are."""
 
     @property
     def usual_dtype(self) -> str | None:

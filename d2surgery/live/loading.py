@@ -147,7 +147,7 @@ def load_tokenizer(*directories: Directory) -> Any:
         if not any((Path(directory) / name).exists() for name in (*VOCABULARIES, TOKENIZER_CONFIG)):
             continue
         try:
-            return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise refuse("NOT_RUNNABLE", f"its tokenizer: {_first_line(error)}", file=str(directory)) from None
     return None
@@ -172,9 +172,14 @@ def _load(
         message = "adapter_config.json lies beside the weights, and transformers would load that adapter on top of them"
         raise refuse("NOT_RUNNABLE", message, file=str(directory))
     torch.manual_seed(0)  # what is missing starts at random, until it is replaced or refused
-    options: dict[str, Any] = {"dtype": dtype or "auto", "local_files_only": True, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "dtype": dtype or "auto",
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "output_loading_info": True,
+    }
     try:
-        with _quiet():
+        with quiet():
             model, info = kind.from_pretrained(directory, **options, **changes)
             if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
                 model.set_experts_implementation("eager")  # grouped products know no float64
@@ -184,7 +189,7 @@ def _load(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' bars and load reports: what they say is refused here."""
     from transformers.utils import logging
 

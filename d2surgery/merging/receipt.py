@@ -58,6 +58,7 @@ def receipt_of(
         "adapter": {"tensors": adapter, "base_model": None if _is_path(base_model) else base_model},
         "outputs": {
             "tensors": dict(sorted(outputs.items())),
+            "forms": {output.name: [output.dtype, *output.shape] for output in prepared.outputs},
             "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(beside.items())},
         },
         "untied": prepared.fit.landing.untied,

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 
-from d2surgery.errors import Problem, raise_errors
+from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import TensorInfo
 from d2surgery.formats import open_layout
@@ -39,10 +40,17 @@ def fit(
     expert_layout: Packing | None = None,
 ) -> Fit:
     """Where every tensor of the adapter lands. Raises D2SurgeryError with every misfit at once."""
+    if not isfinite(strength):
+        raise refuse("STRENGTH", "not a number to multiply with", wanted="finite", got=str(strength))
     layout = open_layout(adapter, expert_layout=expert_layout)
     weights = BaseWeights(base)
     landing = sites(layout, weights.header, weights.config)
-    problems = [*layout.problems, *landing.problems, *broken_promises(layout, weights.header, landing)]
+    problems = [
+        *weights.header.problems,
+        *layout.problems,
+        *landing.problems,
+        *broken_promises(layout, weights.header, landing),
+    ]
     if strength != 1 and (layout.replacements or layout.rows):
         names = ", ".join([*layout.replacements, *layout.rows][:3])
         problems.append(

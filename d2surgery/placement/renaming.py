@@ -75,13 +75,22 @@ class Renaming:
             (name,), _ = rule.apply(name, guard=number in guards)
         return name
 
-    def parts(self, tensors: Iterable[str]) -> dict[str, list[Part]]:
-        """A parameter's name in the model -> the tensors on disk that hold it."""
-        tensors, found = list(tensors), dict[str, list[Part]]()
-        guards = frozenset(
+    def targets(self, name: str) -> tuple[str, ...]:
+        """The parameters that a tensor of this renamed name becomes, or becomes part of."""
+        applied = (rule.apply(name) for rule in self.converters)
+        return next((names for names, source in applied if source is not None), (name,))
+
+    def guards(self, tensors: Iterable[str]) -> frozenset[int]:
+        """The rules of several renamings at once that apply to a checkpoint of these tensors."""
+        return frozenset(
             number for number, rule in enumerate(self.renamings)
             if rule.guarded and any(rule.apply(tensor)[1] == 0 for tensor in tensors)
         )  # fmt: skip
+
+    def parts(self, tensors: Iterable[str]) -> dict[str, list[Part]]:
+        """A parameter's name in the model -> the tensors on disk that hold it."""
+        tensors, found = list(tensors), dict[str, list[Part]]()
+        guards = self.guards(tensors)
         for tensor in tensors:
             name = self.name(tensor, guards)
             for rule in self.converters:

@@ -61,7 +61,8 @@ def rewritten(source: Path, target: Path, change: Callable[[dict[str, Tensor]], 
 
 
 def codes(found: Audit) -> set[str]:
-    return {problem.code for problem in found.reasons}
+    """What weights and files say; that a receipt beside them is of another merge has its own tests."""
+    return {problem.code for problem in found.reasons} - {"OTHER_RECEIPT"}
 
 
 # Our own merges --------------------------------------------------------------------------------------------------
@@ -303,7 +304,14 @@ def test_a_prefix_and_a_written_out_tie_are_no_differences(inputs: Path, tmp_pat
     [
         ({"vocab_size": 9}, "fail"),
         ({"num_attention_heads": 2}, "fail"),
-        ({"rope_theta": 5.0}, "pass"),  # the base does not say: a default that was written out
+        ({"rope_theta": 10000.0}, "pass"),  # the base does not say: a default that was written out
+        ({"rope_theta": 5.0}, "fail"),
+        ({"rms_norm_eps": 1e-5}, "fail"),
+        ({"attention_bias": True}, "fail"),
+        ({"intermediate_size": None}, "fail"),
+        ({"num_key_value_heads": None}, "pass"),  # as many as there are heads
+        ({"eos_token_id": 3}, "fail"),
+        ({"eos_token_id": 2, "a_name_of_no_model": 1}, "pass"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "fail"),
         ({"quantization_config": {"quant_method": "gptq"}}, "fail"),
         ({"tie_word_embeddings": False}, "fail"),
@@ -339,11 +347,21 @@ def test_no_config_fails(inputs: Path, tmp_path: Path) -> None:
     assert (found.verdict, codes(found)) == ("fail", {"CONFIG_CHANGED"})
 
 
+def test_no_generation_config_is_a_warning_where_the_config_says_the_same(inputs: Path, tmp_path: Path) -> None:
+    for said, verdict in (({"eos_token_id": 2}, "pass"), ({}, "fail")):
+        for side in ("base", "merged-lora"):
+            shutil.copytree(inputs / side, tmp_path / verdict / side)
+            config = json.loads((inputs / side / "config.json").read_text())
+            (tmp_path / verdict / side / "config.json").write_text(json.dumps(config | said))
+        (tmp_path / verdict / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+        found = audit(tmp_path / verdict / "base", inputs / "lora", tmp_path / verdict / "merged-lora")
+        assert (found.verdict, codes(found)) == (verdict, {"CONFIG_CHANGED"})
+
+
 @pytest.mark.parametrize(
     ("name", "content", "code", "part"),
     [
-        ("generation_config.json", None, "CONFIG_CHANGED", "there is none"),
-        ("generation_config.json", {"eos_token_id": 3}, "CONFIG_CHANGED", "eos_token_id (wanted 2; got 3)"),
+        ("generation_config.json", {"eos_token_id": 2, "bos_token_id": 1}, "CONFIG_CHANGED", "bos_token_id"),
         ("tokenizer_config.json", None, "TOKENIZER_CHANGED", "there is none"),
         ("tokenizer_config.json", {"eos_token": "b"}, "TOKENIZER_CHANGED", 'eos_token (wanted "a"; got "b")'),
         ("tokenizer_config.json", {"eos_token": {"content": "a"}, "model_max_length": 5}, "", ""),
@@ -362,6 +380,14 @@ def test_what_changes_the_answers_and_not_the_model_is_a_warning(
     assert found.verdict == "pass"
     assert [(r.code, r.severity, r.file) for r in found.reasons] == ([(code, "warning", name)] if code else [])
     assert all(part in str(reason) for reason in found.reasons)
+
+
+def test_another_end_of_generation_fails(inputs: Path, tmp_path: Path) -> None:
+    for side, end in (("base", 2), ("merged-lora", 3)):
+        shutil.copytree(inputs / side, tmp_path / side)
+        (tmp_path / side / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    found = audit(tmp_path / "base", inputs / "lora", tmp_path / "merged-lora")
+    assert (found.verdict, [reason.message for reason in found.reasons]) == ("fail", ["eos_token_id"])
 
 
 # Receipts --------------------------------------------------------------------------------------------------------
@@ -387,6 +413,52 @@ def test_a_receipt_is_verified_by_hash(inputs: Path, tmp_path: Path) -> None:
         verify_receipt(broken)
 
 
+def test_a_receipt_knows_dtypes_and_shapes(inputs: Path, tmp_path: Path) -> None:
+    """The same bytes under another dtype, or in another shape, are other numbers."""
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "TENSOR_CHANGED": lambda t: t.view(torch.float16), "TENSOR_RESIZED": lambda t: t.reshape(-1, 2)
+    }  # fmt: skip
+    for code, change in changes.items():
+        merged = rewritten(inputs / "merged-lora", tmp_path / code, lambda t, f=change: t | {KEY: f(t[KEY])})  # type: ignore[misc]
+        found = verify_receipt(merged)
+        assert (found.verdict, codes(found)) == ("fail", {code})
+    merged = rewritten(inputs / "merged-lora", tmp_path / "names", lambda t: {f"x.{n}": x for n, x in t.items()})
+    assert codes(verify_receipt(merged)) == {"TENSOR_MISSING", "TENSOR_EXTRA"}
+    (inputs / "merged-lora" / "adapter_config.json").write_text("{}")
+    assert codes(verify_receipt(inputs / "merged-lora")) == {"ADAPTER_BESIDE"}
+    (inputs / "merged-lora" / "adapter_config.json").unlink()
+
+
+def test_an_audit_says_where_a_receipt_is_of_another_merge(inputs: Path, tmp_path: Path) -> None:
+    def said(found: Audit) -> list[str]:
+        return [reason.message for reason in found.reasons if reason.code == "OTHER_RECEIPT"]
+
+    shutil.copytree(inputs / "merged-lora", tmp_path / "merged")
+    assert said(audit(inputs / "base", inputs / "lora", tmp_path / "merged")) == []
+    shutil.copy(inputs / "merged-dora" / "d2surgery_merge.json", tmp_path / "merged")
+    found = audit(inputs / "base", inputs / "lora", tmp_path / "merged")
+    assert (found.verdict, said(found)) == ("pass", ["it names another adapter"])
+    merge(inputs / "base", inputs / "lora", tmp_path / "strong", strength=1.3)
+    found = audit(inputs / "base", inputs / "lora", tmp_path / "strong")
+    assert (found.verdict, said(found)) == ("fail", ["it names strength 1.3"])
+    other = rewritten(inputs / "base", tmp_path / "other", lambda t: t | {KEY: t[KEY] * 2})
+    found = audit(other, inputs / "lora", inputs / "merged-lora")
+    assert (found.verdict, said(found)) == ("fail", ["it names another base"])
+    for content in ("{", "[]", '{"outputs": 3}', '{"recipe": 1, "outputs": {"tensors": {"a": 1}}}'):
+        (tmp_path / "merged" / "d2surgery_merge.json").write_text(content)
+        found = audit(inputs / "base", inputs / "lora", tmp_path / "merged")
+        assert (found.verdict, len(said(found))) == ("pass", 1)
+
+
+def test_what_torch_saved_is_audited_too(inputs: Path, tmp_path: Path) -> None:
+    for factor, verdict in ((1.0, "pass"), (1.5, "fail")):
+        shutil.copytree(inputs / "merged-lora", tmp_path / verdict)
+        tensors = load_file(tmp_path / verdict / "model.safetensors")
+        (tmp_path / verdict / "model.safetensors").unlink()
+        torch.save({name: factor * t for name, t in tensors.items()}, tmp_path / verdict / "pytorch_model.bin")
+        assert audit(inputs / "base", inputs / "lora", tmp_path / verdict).verdict == verdict
+
+
 # What cannot be audited ------------------------------------------------------------------------------------------
 
 
@@ -408,7 +480,7 @@ def test_inputs_of_the_wrong_kind_are_refused(inputs: Path, tmp_path: Path) -> N
     with pytest.raises(D2SurgeryError, match=r"BAD_MERGED.*no model.safetensors and no index"):
         audit(inputs / "base", inputs / "lora", tmp_path / "shards")
     (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(D2SurgeryError, match=r"no safetensors weights \(got pytorch_model.bin\)"):
+    with pytest.raises(D2SurgeryError, match=r"PICKLE .*pytorch_model.bin"):
         audit(inputs / "base", inputs / "lora", tmp_path / "empty")
 
 

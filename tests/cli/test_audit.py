@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from d2surgery import BaseWeights, merge, save
+from d2surgery import BaseWeights, D2SurgeryError, from_adapters, load, merge, save
 from d2surgery.cli import demo, main
 
 BROKEN = "model.layers.2.self_attn.q_proj"
@@ -102,3 +103,66 @@ def test_without_a_receipt_base_and_adapter_are_needed(inputs: Path, capsys: pyt
 def test_an_adapter_given_as_merged_is_no_pass(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(inputs, "adapter")) != 0
     assert "Traceback" not in capsys.readouterr().err
+
+
+# What is asked ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "one"])
+@pytest.mark.parametrize("option", ["--strength", "--strength-pass", "--strength-fail"])
+def test_no_option_takes_what_is_no_finite_number(
+    inputs: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(inputs, "right", option, value)) == 2
+    assert "is not a finite number" in capsys.readouterr().err
+
+
+def test_merge_takes_no_infinite_strength(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [
+        "merge",
+        "--base",
+        str(inputs / "base"),
+        "--adapter",
+        str(inputs / "adapter"),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main([*given, "--strength", "nan"]) == 2
+    assert main([*given, "--max-memory", f"{'9' * 400}GB"]) == 2
+    assert "not a finite number" in capsys.readouterr().err
+    with pytest.raises(D2SurgeryError, match="STRENGTH"):
+        merge(inputs / "base", inputs / "adapter", tmp_path / "o", strength=float("inf"))
+    assert not (tmp_path / "o").exists()
+
+
+def test_of_several_adapters_the_one_that_was_merged_is_named(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twin = load(inputs / "adapter")
+    save(from_adapters({module: replace(a, scaling=1.1 * a.scaling) for module, a in twin.items()}), tmp_path / "twin")
+    shutil.copytree(inputs / "right", tmp_path / "right")
+    (tmp_path / "right" / "d2surgery_merge.json").unlink()
+    given = ["audit", "--base", str(inputs / "base"), "--merged", str(tmp_path / "right"), "--json"]
+    twins = ["--adapter", str(tmp_path / "twin"), "--adapter", str(inputs / "adapter")]
+    assert main([*given, *twins]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["adapter"] == str(inputs / "adapter")
+    assert [reason["code"] for reason in found["reasons"]] == ["NEAREST_ADAPTER"]
+    assert main([*given, *twins[:2], *twins[:2]]) == 1
+    assert main([*given, "--adapter", "absent", *twins[2:]]) == 0
+    assert main([*given, "--adapter", "absent", "--adapter", "gone"]) == 2
+    assert main([*given, *twins, "--receipt"]) == 2
+
+
+def test_a_reports_audit_is_printed_and_decides_the_exit_code(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["report", str(inputs / "adapter"), "--base", str(inputs / "base"), "--out", str(tmp_path / "page.html")]
+    for merged, code, word in (("right", 0, "PASS"), ("broken", 1, "FAIL")):
+        assert main([*given, "--merged", str(inputs / merged)]) == code
+        said = capsys.readouterr().out
+        assert any(line.startswith(word) for line in said.splitlines())
+        assert ("DELTA_NOT_APPLIED" in said) == (code == 1)
+        assert main([*given, "--merged", str(inputs / merged), "--json"]) == code
+        assert json.loads(capsys.readouterr().out)["verdict"] == word.lower()
+    assert main([*given, "--quiet"]) == 0

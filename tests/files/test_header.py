@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from d2surgery.errors import D2SurgeryError
-from d2surgery.files.checkpoints import read_checkpoint_header
+from d2surgery.files.checkpoints import find_weights, read_checkpoint_header
 from d2surgery.files.header import read_header, read_json
 
 
@@ -244,3 +244,54 @@ def test_json_that_is_not_there_or_not_readable_says_so(tmp_path: Path) -> None:
     with pytest.raises(D2SurgeryError) as directory:
         read_json(tmp_path)
     assert (codes(missing), codes(directory)) == ({"FILE_MISSING"}, {"FILE_UNREADABLE"})
+
+
+# Which of several weights count --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["model.safetensors", "model.safetensors.index.json", "x.safetensors"], "model.safetensors"),
+        (["model.safetensors.index.json", "x.safetensors", "pytorch_model.bin"], "model.safetensors.index.json"),
+        (["pytorch_model.bin", "pytorch_model.bin.index.json", "x.bin"], "pytorch_model.bin"),
+        (["weights.safetensors", "pytorch_model.bin"], "pytorch_model.bin"),
+        (["model.fp16.safetensors", "model.safetensors"], "model.safetensors"),
+        (["model.fp16.safetensors"], "model.fp16.safetensors"),
+        (["consolidated.safetensors", "model.safetensors.index.json"], "model.safetensors.index.json"),
+        (["diffusion_pytorch_model.safetensors", "x.safetensors"], "diffusion_pytorch_model.safetensors"),
+        (["a.safetensors", "b.safetensors"], None),
+    ],
+)
+def test_transformers_order_decides(tmp_path: Path, files: list[str], found: str | None) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    weights = find_weights(tmp_path)
+    assert (weights and weights.name) == found
+
+
+def test_the_config_may_name_the_weights_but_not_outside_the_directory(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "mine.safetensors"):
+        (tmp_path / name).touch()
+    for said, found in (("mine.safetensors", "mine.safetensors"), ("../mine.safetensors", "model.safetensors")):
+        (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": said}))
+        assert find_weights(tmp_path) == tmp_path / found
+
+
+def test_an_index_beside_a_single_file_is_said_and_not_read(tmp_path: Path) -> None:
+    checkpoint(tmp_path, {"a": "x.safetensors"}, x={"a": (2,)}, model={"a": (3,)})
+    header = read_checkpoint_header(tmp_path)
+    assert header.tensors["a"].shape == (3,)
+    assert [(p.code, p.severity) for p in header.problems] == [("TWO_SETS_OF_WEIGHTS", "warning")]
+    checkpoint(tmp_path, {"a": "model.safetensors"})
+    assert read_checkpoint_header(tmp_path).problems == ()
+
+
+def test_what_transformers_makes_of_a_wrong_index(tmp_path: Path) -> None:
+    weight_map = {"a": "x.safetensors", "b": "x.safetensors"}
+    checkpoint(tmp_path, weight_map | {"c": "y.safetensors"}, x={"a": (2,)}, y={"a": (4,), "b": (3,), "c": (1,)})
+    header = read_checkpoint_header(tmp_path, as_loaded=True)
+    assert {name: info.shape for name, info in header.tensors.items()} == {"a": (4,), "b": (3,), "c": (1,)}
+    assert {problem.code for problem in header.problems} == {"INDEX_DISAGREES"}
+    with pytest.raises(D2SurgeryError, match="gone is not in"):
+        read_checkpoint_header(checkpoint(tmp_path, weight_map | {"gone": "y.safetensors"}), as_loaded=True)

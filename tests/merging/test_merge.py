@@ -877,7 +877,7 @@ def test_a_merged_value_beyond_fp16_is_named(tmp_path: Path) -> None:
         (lambda base: (base / "model.safetensors").write_bytes(b""), "FILE_EMPTY"),
         (lambda base: (base / "model.safetensors").write_bytes(safetensors_bytes({"x": (2,)})[:-1]), "TRUNCATED_FILE"),
         (lambda base: _index(base, {f"{MODULE}.weight": "gone.safetensors"}), "MISSING_SHARD"),
-        (lambda base: _index(base, {"gone": "model.safetensors"}), "MISSING_SHARD"),
+        (lambda base: _index(base, {"gone": "part.safetensors"}), "MISSING_SHARD"),
         (lambda base: (base / "config.json").write_text("{"), "BAD_CONFIG"),
     ],
 )
@@ -891,6 +891,7 @@ def test_a_base_that_is_not_whole_is_refused(tmp_path: Path, damage: Callable[[P
 
 
 def _index(base: Path, weight_map: dict[str, str]) -> None:
+    (base / "model.safetensors").rename(base / "part.safetensors")  # beside model.safetensors no index is read
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 

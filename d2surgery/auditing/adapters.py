@@ -1,0 +1,60 @@
+"""Which of several adapters was merged: the one whose merge the weights of one module are nearest to."""
+
+import os
+from collections.abc import Sequence
+
+from d2surgery.auditing.pairing import pair_up
+from d2surgery.auditing.replay import Replay
+from d2surgery.errors import D2SurgeryError, Problem
+from d2surgery.files.base import BaseWeights
+from d2surgery.formats.layout import Packing
+from d2surgery.machine import one_thread
+from d2surgery.merging.prepared import prepare
+from d2surgery.placement.fit import fit
+
+Directory = str | os.PathLike[str]
+
+
+def nearest(
+    base: Directory,
+    adapters: Directory | Sequence[Directory],
+    merged: BaseWeights,
+    strength: float = 1.0,
+    expert_layout: Packing | None = None,
+) -> tuple[Directory, list[Problem]]:
+    """The adapter to audit, and a note where it is one of several.
+
+    Raises D2SurgeryError: what every one of them is refused for, or USAGE for none at all.
+    """
+    if isinstance(adapters, str | os.PathLike):
+        return adapters, []
+    if len(adapters) == 1:
+        return adapters[0], []
+    refused: list[Problem] = []
+    distances: dict[Directory, float] = {}
+    for adapter in adapters:
+        try:
+            distances[adapter] = _distance(base, adapter, merged, strength, expert_layout)
+        except D2SurgeryError as error:
+            refused += error.problems
+    if not distances:
+        raise D2SurgeryError(*refused or [Problem(code="USAGE", message="an audit needs an adapter")])
+    found = min(distances, key=lambda adapter: distances[adapter])
+    message = f"of {len(adapters)} adapters the merged weights are nearest to this one"
+    return found, [Problem(code="NEAREST_ADAPTER", severity="info", message=message, got=str(found))]
+
+
+def _distance(
+    base: Directory, adapter: Directory, merged: BaseWeights, strength: float, expert_layout: Packing | None
+) -> float:
+    """The share of elements that no recipe gives, in the smallest adapted tensor of the merged file."""
+    prepared = prepare(fit(base, adapter, strength, expert_layout), None, "cpu")
+    patched = [pair for pair in pair_up(prepared, merged).pairs if pair.output.site and pair.output.site.patches]
+    if not patched:
+        return 1.0
+    smallest = min(patched, key=lambda pair: pair.info.nbytes)
+    replay = Replay(prepared.merger, {name: entry.kind for name, entry in prepared.fit.layout.adapters.items()})
+    with one_thread():
+        replay.run((smallest,), lambda done, total: None)
+    found = [replay.modules[name].comparison for name in smallest.modules if name in replay.modules]
+    return sum(one.mismatched for one in found) / max(sum(one.elements for one in found), 1)
