@@ -7,7 +7,8 @@ it is seen by its times: ctime is the kernel's own, and nobody sets it back.
 import errno
 import os
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,11 @@ class Held(Seen):
 
     def __init__(self, path: Path) -> None:
         self.fd = _open(path)
-        super().__init__(path, os.fstat(self.fd))
+        with naming(path):
+            super().__init__(path, os.fstat(self.fd))
 
     def __del__(self, close: Any = os.close) -> None:
-        if hasattr(self, "fd"):
+        with suppress(OSError, AttributeError):  # what was only read is not lost; a file that was not there has no fd
             close(self.fd)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -56,9 +58,10 @@ class Held(Seen):
     def read(self, nbytes: int, position: int) -> bytes:
         """So many bytes, fewer where the file ends before."""
         parts = []
-        while nbytes and (part := os.pread(self.fd, nbytes, position)):
-            parts.append(part)
-            nbytes, position = nbytes - len(part), position + len(part)
+        with naming(self.path):
+            while nbytes and (part := os.pread(self.fd, nbytes, position)):
+                parts.append(part)
+                nbytes, position = nbytes - len(part), position + len(part)
         return b"".join(parts)
 
     def _told(self, now: os.stat_result) -> str:
@@ -69,6 +72,17 @@ def changes(files: Iterable[Seen], code: str) -> list[Problem]:
     """A problem for every file that is not as it was found."""
     told = ((file, file.change()) for file in files)
     return [Problem(code=code, message=change, file=str(file.path)) for file, change in told if change]
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What the system refuses is said of this file: calls by descriptor do not say which one."""
+    try:
+        yield
+    except OSError as error:
+        if not (isinstance(error.filename, str) and Path(error.filename).is_absolute()):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def _times(found: os.stat_result) -> tuple[int, int, int]:

@@ -12,13 +12,14 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from d2surgery.errors import D2SurgeryError, refuse
+from d2surgery.files.held import naming
 from d2surgery.files.lock import lock, myself, said_in
 
 JOURNAL = "journal.jsonl"
@@ -49,15 +50,14 @@ class Partial:
         self._sync = sync
         self._sources = sources
         self._published = False
+        self._opened = ExitStack()
 
     def __enter__(self) -> "Partial":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for fd in (self._journal, self.directory, self._parent):
-            if fd >= 0:
-                os.close(fd)
-        self.directory = self._parent = self._journal = -1
+        with naming(self.path):
+            self._opened.close()
 
     def claim(self, *, resume: bool) -> None:
         """Take what an earlier merge left, or see that there is nothing in the way. Makes nothing.
@@ -166,25 +166,30 @@ class Partial:
         """
         try:
             with naming(there):
-                self._parent = os.open(there.parent, os.O_RDONLY | os.O_DIRECTORY)
-                self.directory = os.open(there.name, _DIRECTORY, dir_fd=self._parent)
+                self._parent = self._open(there.parent, os.O_RDONLY | os.O_DIRECTORY)
+                self.directory = self._open(there.name, _DIRECTORY, within=self._parent)
                 made = os.O_CREAT if adopt and not _names(self.directory) else 0
-                mode = 0o666 & self._allowed(self._sources.files)
-                self._journal = os.open(JOURNAL, _OPENED | made, mode, dir_fd=self.directory)
+                self._journal = self._open(JOURNAL, _OPENED | made, within=self.directory)
         except OSError as error:
             if error.errno not in _OTHER:
                 raise
             raise _not_ours(there) from None
-        found = os.fstat(self._journal)
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            raise _not_ours(there)
         with naming(there / JOURNAL):
+            found = os.fstat(self._journal)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                raise _not_ours(there)
             lock(self._journal, lambda: _last_owner(_read(self._journal)), there)
             text = _read(self._journal)
             alone = _names(self.directory) == {JOURNAL}  # killed before it had a line, or the disk was full
-        if not (_is_recipe(text) or (alone and _RECIPE.startswith(text[: len(_RECIPE)]))):
-            raise _not_ours(there)
-        self._check_in_place(there)
+            if not (_is_recipe(text) or (alone and _RECIPE.startswith(text[: len(_RECIPE)]))):
+                raise _not_ours(there)
+            self._check_in_place(there)
+
+    def _open(self, path: str | Path, flags: int, *, within: int | None = None) -> int:
+        """A descriptor that is closed at the end of the context."""
+        fd = os.open(path, flags, 0o666 & self._allowed(self._sources.files), dir_fd=within)
+        self._opened.callback(os.close, fd)
+        return fd
 
     def _check_in_place(self, there: Path) -> None:
         """Raises OUTPUT_IN_USE where another has published or moved it since it was opened."""
@@ -222,16 +227,6 @@ class Partial:
         except OSError as error:
             if error.errno != errno.EINVAL:  # a file system that has no such thing
                 raise
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """What the system refuses is said of this file: calls by descriptor do not say which one."""
-    try:
-        yield
-    except OSError as error:
-        error.filename, error.filename2 = str(path), None
-        raise
 
 
 def _check_free(out: Path, given: str) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
-from d2surgery.files.held import changes
-from d2surgery.files.partial import Partial, naming
+from d2surgery.files.held import changes, naming
+from d2surgery.files.partial import Partial
 from d2surgery.files.tensors import as_bytes
 from d2surgery.files.writer import Shard, ShardWriter, free_space, hash_tensors, index_file, shards
 from d2surgery.machine import one_thread
