@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,9 @@ def sole_writer(directory: Path) -> Iterator[None]:
         try:
             lock(fd, lambda: said_in(os.pread(fd, 1 << 12, 0)), directory)  # noqa: B023  # called at once
             if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, json.dumps(myself()).encode(), 0)
+                with suppress(OSError):  # a full disk: the lock holds without it
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, json.dumps(myself()).encode(), 0)
                 break
         except BaseException:
             os.close(fd)
