@@ -79,7 +79,7 @@ def _inputs(folder: Path, kind: str, dtype: str) -> tuple[Path, Path]:
     for name, weight in weights.items():
         fresh = KINDS[kind].init(weight, rank=2, scaling=0.5, generator=generator)
         moved = {slot: t + 0.05 * torch.randn(t.shape, generator=generator) for slot, t in fresh.slots().items()}
-        adapters[name.removesuffix(".weight")] = replace(fresh, **moved)  # type: ignore[arg-type]
+        adapters[name.removesuffix(".weight")] = replace(fresh, **moved)
     save(from_adapters(adapters), folder / "adapter")
     return folder / "base", folder / "adapter"
 
@@ -142,10 +142,9 @@ def after(seconds: float) -> Callable[[], None]:
     """Arms this process: it dies then, whatever it does."""
 
     def arm() -> None:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        threading.Thread(
-            target=lambda: (time.sleep(seconds), os.kill(os.getpid(), signal.SIGKILL)), daemon=True
-        ).start()
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
 
     return arm
 
