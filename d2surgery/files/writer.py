@@ -188,7 +188,7 @@ def hash_tensors(path: Path, shard: Shard) -> dict[str, str]:
     found = path.lstat() if os.path.lexists(path) else None
     if found is None or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size != shard.nbytes:
         return digests  # a file with another name, too, may have these bytes now and others later
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         if file.read(len(shard.header)) != shard.header:
             return digests
         for entry in shard.entries:

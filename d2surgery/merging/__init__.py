@@ -103,10 +103,9 @@ def merge(
     """
     began = time.monotonic()
     fitted, companions = _fitted(base, adapter, strength, expert_layout, tokenizer)
-    hashed = fitted.computed if verify and "torch" not in sys.modules else {}
     with Partial(Path(out), sync=verify, sources=_sources(fitted, companions)) as partial:
         partial.claim(resume=resume)
-        with HashAhead(hashed) as ahead:
+        with HashAhead(fitted.computed if verify and "torch" not in sys.modules else {}) as ahead:
             with uncollected():  # torch, which leaves cores for hashing
                 from d2surgery.merging.job import write
                 from d2surgery.merging.prepared import prepare
@@ -114,14 +113,7 @@ def merge(
 
             prepared = prepare(fitted, dtype, device, tokenizer)
             written, problems = write(
-                prepared,
-                partial,
-                companions,
-                ahead.stop,
-                max_memory=max_memory,
-                shard_size=shard_size,
-                verify=verify,
-                progress=progress,
+                prepared, partial, companions, ahead.stop, max_memory, shard_size, verify, progress
             )
     return MergeReport(
         out=str(out),

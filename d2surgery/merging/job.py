@@ -23,7 +23,6 @@ def write(
     partial: Partial,
     companions: Companions,
     hashed_ahead: Callable[[], Mapping[str, str]],
-    *,
     max_memory: int | None,
     shard_size: int,
     verify: bool,

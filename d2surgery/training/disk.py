@@ -38,6 +38,18 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
+def keep_newest(out: Path, keep: int) -> None:
+    """Remove the older checkpoints. Each leaves its name first: a kill leaves none that is a part of one."""
+    for old in checkpoints(out)[:-keep]:
+        remove(out, old)
+
+
+def remove(out: Path, checkpoint: Path) -> None:
+    """Remove a checkpoint of a run, by way of where unfinished ones are."""
+    (out / PARTIAL).mkdir(exist_ok=True)
+    shutil.rmtree(checkpoint.rename(out / PARTIAL / f"old-{checkpoint.name}"))
+
+
 def check_whole(checkpoint: Path) -> None:
     """Raises DAMAGED_CHECKPOINT with every file that is missing or cut short: without some, Trainer would go on."""
     random = sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]

@@ -27,6 +27,7 @@ from d2surgery.training.disk import (
     check_whole,
     checkpoints,
     full_disk_named,
+    keep_newest,
     read_json,
     step_of,
     written_alone,
@@ -377,4 +378,5 @@ def _publish(trainer: "AdapterTrainer", out: Path) -> None:
         (out / "adapter_model.safetensors").unlink(missing_ok=True)
     trainer.save_model(str(out))
     if trainer.args.should_save:
+        keep_newest(out, trainer.keep)  # a run may have been killed before it did
         shutil.rmtree(out / PARTIAL, ignore_errors=True)

@@ -181,8 +181,10 @@ def kill_and_resume(work: Work, out: Path, arms: list[Callable[[], None]]) -> tu
             return kills, "something half-written stands at the output"
         if ended:
             break
-    if contents(out) != work.whole:
-        return kills, "other bytes than those of an undisturbed one"
+    found = contents(out)
+    if found != work.whole:
+        names = sorted(n for n in found.keys() | work.whole.keys() if found.get(n) != work.whole.get(n))
+        return kills, f"other bytes than those of an undisturbed one: {', '.join(names)}"
     beside = [path.name for path in out.parent.iterdir() if path.name != out.name]
     return kills, f"left beside it: {beside}" if beside else ""
 

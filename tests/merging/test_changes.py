@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import d2surgery.merging.prepared
 from d2surgery import BaseWeights, LoRA, from_adapters, load, merge, plan, save
@@ -186,6 +186,25 @@ def test_a_base_that_changed_after_a_kill_is_another_merge(scene: Scene, tmp_pat
     keep_times(file, lambda: WAYS[way](file, scene.other / "base/model-1.safetensors"))
     with pytest.raises(D2SurgeryError, match=r"RESUME_MISMATCH.*these differ: files"):
         merge(scene.base, scene.adapter, tmp_path / "out", shard_size=SHARD, resume=True)
+
+
+@pytest.mark.parametrize("way", ["cut", "emptied", "written in place", "renamed over"])
+def test_a_pickle_that_is_cut_while_it_is_merged_ends_no_process(scene: Scene, tmp_path: Path, way: str) -> None:
+    """It is mapped when it is opened."""
+    for directory in (scene.adapter, scene.other / "adapter"):
+        torch.save(load_file(directory / "adapter_model.safetensors"), directory / "adapter_model.bin")
+        (directory / "adapter_model.safetensors").unlink()
+    file, times = scene.adapter / "adapter_model.bin", iter(range(1000))
+
+    def change(done: int, total: int) -> None:
+        if next(times) == 0:
+            WAYS[way](file, scene.other / "adapter/adapter_model.bin")
+
+    def run() -> None:
+        merge(scene.base, scene.adapter, tmp_path / "out", shard_size=SHARD, progress=change)
+
+    refused(run, file, "ADAPTER_CHANGED")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_hashed_ahead_is_what_is_held(scene: Scene) -> None:
