@@ -89,13 +89,12 @@ def merge(
 
     max_memory: bytes of resident memory that may be used. shard_size: bytes per output file. expert_layout: how experts
     share the columns of lora_B, None as the file says. tokenizer: whose stands beside the weights, "adapter"'s where it
-    brings one or "base"'s. resume: continue an interrupted merge with the same arguments.
-    verify=False writes no hashes and does not fsync.
+    brings one or "base"'s. resume: continue an interrupted merge with the same arguments. verify=False writes no
+    hashes and does not fsync.
     progress(done, total) is called with bytes written.
 
-    One process writes to an output: see `files.lock` for where that is seen. What is read is what was hashed: a file
-    of the base or the adapter that is replaced or written to meanwhile ends the merge. The output is no more open to
-    other users than the base and the adapter are.
+    One process writes to an output (`files.lock` says where that is seen). What is read is what was hashed, or the
+    merge ends. The output is no more open to other users than the base and the adapter are.
 
     Raises D2SurgeryError with every misfit at once, before anything is written: what `load` and `sites` find,
     NOT_FINITE, STRENGTH, OUTPUT_EXISTS, OUTPUT_IN_USE, RESUME_MISMATCH, DISK_FULL, MEMORY; while merging ZERO_NORM,
