@@ -7,6 +7,7 @@ from pathlib import Path
 
 from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
 from d2surgery.files.header import Header, TensorInfo, is_pickle, read_header, read_json
+from d2surgery.files.held import Seen
 
 USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers looks for, in its order; the first that is there holds the weights."""
@@ -24,7 +25,8 @@ def read_checkpoint_header(directory: Path, *, as_loaded: bool = False) -> Heade
     if not found.name.endswith(".index.json"):
         header = _read_weights(found)
         return replace(header, tensors=_once(header.tensors), problems=tuple(_other_set(found)))
-    index, weight_map = found, _weight_map(found)
+    index, seen = found, Seen(found)
+    weight_map = _weight_map(index)
     headers = {name: _shard(index, name) for name in sorted(set(weight_map.values()))}
     raise_errors(
         problem for header in headers.values() if isinstance(header, D2SurgeryError) for problem in header.problems
@@ -35,7 +37,8 @@ def read_checkpoint_header(directory: Path, *, as_loaded: bool = False) -> Heade
     raise_errors(problems if not as_loaded else (problem for problem in problems if problem.module not in tensors))
     first = next(iter(shards.values()))
     files = tuple(file for header in shards.values() for file in header.files)
-    return Header(files, _once(tensors), first.metadata, problems=tuple(_as_warnings(problems)))
+    every = (seen, *(file for header in shards.values() for file in header.seen))
+    return Header(files, _once(tensors), first.metadata, problems=tuple(_as_warnings(problems)), seen=every)
 
 
 def find_weights(directory: Path) -> Path | None:

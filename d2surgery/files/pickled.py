@@ -9,6 +9,7 @@ from torch import Tensor
 
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.header import Header, TensorInfo
+from d2surgery.files.held import Held
 from d2surgery.files.tensors import NAMES, header_of
 
 _STATES = {  # the keys of what trainers leave beside an adapter -> what it is
@@ -59,6 +60,10 @@ def locate_pickled(path: Path) -> Header:
 
     Raises D2SurgeryError PICKLE as `read_pickled` does, and for the form of before PyTorch 1.6, which has no records.
     """
+    try:
+        held = Held(path)
+    except OSError:
+        held = None  # reading it says what is wrong
     loaded = read_pickled(path)
     if not zipfile.is_zipfile(path):
         message = "written by PyTorch before 1.6, whose form cannot be read in parts"
@@ -69,12 +74,12 @@ def locate_pickled(path: Path) -> Header:
     tensors: dict[str, TensorInfo] = {}
     for name, tensor in loaded.items():
         start = tensor.data_ptr() + ahead if tensor.numel() else 0
-        info = TensorInfo(path, NAMES[tensor.dtype], tuple(tensor.shape), start, start + tensor.nbytes)
+        info = TensorInfo(path, NAMES[tensor.dtype], tuple(tensor.shape), start, start + tensor.nbytes, held)
         first = tensor.untyped_storage().data_ptr() + ahead
         if tensor.numel() and not (tensor.is_contiguous() and records.get(first) == tensor.untyped_storage().nbytes()):
             raise refuse("PICKLE", "not stored in one piece", file=str(path), module=name, wanted="saved again")
         tensors[name] = info
-    return Header((path,), tensors, {})
+    return Header((path,), tensors, {}, seen=(held,) if held else ())
 
 
 def _records(path: Path) -> dict[int, int]:

@@ -5,7 +5,7 @@ Merging, planning and auditing begin here. Nothing is written.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import NamedTuple
 
@@ -14,7 +14,9 @@ import torch
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.header import FLOATS, TensorInfo
+from d2surgery.files.held import changes
 from d2surgery.files.tensors import as_bytes, find_device
+from d2surgery.formats.layout import Layout
 from d2surgery.machine import resident_memory, workers
 from d2surgery.merging.companions import Tokenizer
 from d2surgery.merging.tiles import Output, TileMerger, grid
@@ -61,6 +63,12 @@ class Prepared:
         raise_errors(problems)
         return Checked(digests, frozenset(zero))
 
+    def refuse_changes(self) -> None:
+        """Raises D2SurgeryError for every file that is not as it was when it was first read: BASE_CHANGED,
+        ADAPTER_CHANGED."""
+        base, adapter = self.fit.base.seen, self.fit.layout.header.seen
+        raise_errors([*changes(base, "BASE_CHANGED"), *changes(adapter, "ADAPTER_CHANGED")])
+
     def threads(self, max_memory: int | None) -> int:
         """That merge a tensor each: no more than the memory allows."""
         count = workers()
@@ -86,8 +94,16 @@ class Prepared:
 
 def prepare(fit: Fit, dtype: str | None, device: str, tokenizer: Tokenizer = "adapter") -> Prepared:
     """Raises D2SurgeryError USAGE for a device that is not there."""
-    merger = TileMerger(Checkpoint(fit.layout), fit.strength, find_device(device))
+    merger = TileMerger(Checkpoint(_unmapped(fit.layout)), fit.strength, find_device(device))
     return Prepared(fit, dtype, tokenizer, merger, tuple(_outputs(fit, dtype)))
+
+
+def _unmapped(layout: Layout) -> Layout:
+    """With the tensors of a pickle in memory of their own: a file that is cut short while it is mapped kills."""
+    if layout.header.loaded is None:
+        return layout
+    loaded = {key: tensor.clone() for key, tensor in layout.header.loaded.items()}
+    return replace(layout, header=replace(layout.header, loaded=loaded))
 
 
 def _outputs(fit: Fit, dtype: str | None) -> list[Output]:

@@ -6,7 +6,6 @@ per slot; a loss that is no number ends the run; rows come in the order they are
 
 import json
 import math
-import shutil
 import signal
 import threading
 import time
@@ -27,7 +26,7 @@ from d2surgery.errors import refuse
 from d2surgery.files.whole import PARTIAL, write_whole
 from d2surgery.formats.layout import About
 from d2surgery.live.attaching import adapted, set_warmup, snapshot
-from d2surgery.training.disk import PREFIX, checkpoints
+from d2surgery.training.disk import PREFIX, keep_newest, remove
 
 METRICS = "metrics.jsonl"
 
@@ -102,10 +101,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             out, name = Path(self.args.output_dir), f"{PREFIX}{self.state.global_step}"
-            shutil.rmtree(out / name, ignore_errors=True)  # of a run that was resumed from before it
+            if (out / name).exists():  # of a run that was resumed from before it
+                remove(out, out / name)
             (out / PARTIAL / name).rename(out / name)
-            for old in checkpoints(out)[: -self.keep]:
-                shutil.rmtree(old)
+            keep_newest(out, self.keep)
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
