@@ -83,7 +83,8 @@ def audit(
     "task" lets them answer `tasks`, on `device`. files=False leaves config and tokenizer alone. progress(done, total)
     is called with bytes of the merged file.
 
-    Raises D2SurgeryError for what cannot be audited at all: unreadable inputs, an adapter that does not fit the base.
+    Raises D2SurgeryError for what cannot be audited at all: unreadable inputs, an adapter that does not fit the base,
+    a file that changes meanwhile (BASE_CHANGED, ADAPTER_CHANGED).
     """
     began = time.monotonic()
     found = open_merged(merged)
@@ -102,6 +103,8 @@ def audit(
     behaviour, gap, problems = _run(base, prepared.merger.checkpoint, merged, levels, prompts, tasks, device)
     reasons += problems
     unread = [name for name in prepared.fit.layout.adapters if name not in modules]
+    prepared.refuse_changes()
+    found.refuse_changes()
     return Audit(
         verdict=verdict_of(tuple(reasons)),
         reasons=tuple(reasons),
