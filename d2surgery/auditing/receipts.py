@@ -12,7 +12,8 @@ from d2surgery.auditing.findings import Audit, ReceiptAudit, Status, TensorAudit
 from d2surgery.checkpoint import load
 from d2surgery.errors import Problem, refuse
 from d2surgery.files.base import BaseWeights
-from d2surgery.files.header import TensorInfo, read_json
+from d2surgery.files.header import TensorInfo
+from d2surgery.files.reading import read_json
 from d2surgery.files.tensors import as_bytes, read_part
 from d2surgery.machine import peak_memory
 from d2surgery.merging.receipt import RECEIPT

@@ -87,7 +87,7 @@ def _read_numbers(layout: Layout) -> tuple[Numbers, list[Problem]]:
 def _land(layout: Layout, base: Path) -> tuple[int, list[Problem]]:
     """How many of the base's tensors the adapter touches, and what does not fit."""
     from d2surgery.files.checkpoints import read_checkpoint_header
-    from d2surgery.files.header import read_json
+    from d2surgery.files.reading import read_json
     from d2surgery.placement.promises import broken_promises
     from d2surgery.placement.sites import sites
 

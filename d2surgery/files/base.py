@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from d2surgery.errors import refuse
 from d2surgery.files.checkpoints import read_checkpoint_header
-from d2surgery.files.header import Header, read_json
+from d2surgery.files.header import Header
 from d2surgery.files.locate import locate_base
+from d2surgery.files.reading import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
-from d2surgery.files.header import Header, TensorInfo, is_pickle, read_header, read_json
+from d2surgery.files.header import Header, TensorInfo, is_pickle, read_header
+from d2surgery.files.reading import read_json
 
 
 def read_checkpoint_header(directory: Path) -> Header:
