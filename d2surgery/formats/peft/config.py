@@ -1,14 +1,15 @@
 """adapter_config.json: which of its fields can be used, and what they say of each module."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
 from typing import Any
 
-from d2surgery.errors import Problem
+from d2surgery.errors import Problem, brief, refuse
 from d2surgery.formats.layout import About, Packing, alpha_divisor, lies_within
+from d2surgery.formats.patterns import BadExpression, Matcher
 from d2surgery.formats.peft.keys import TOKENS
 from d2surgery.kinds import TABLE
 
@@ -41,6 +42,9 @@ _VARIANTS = {  # config field -> the variant's name, when the field is set
     "monteclora_config": "MonteCLoRA",
 }
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+_EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")
+_MOST, _SHOWN = 20_000, 20  # names in a list, and faults of one field that are told
+_PLAIN = re.compile(r"[\w.]*")
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -60,20 +64,27 @@ def methods() -> dict[str, tuple[str, ...]]:
 class Patterns:
     """A rank_pattern or alpha_pattern: PEFT takes the first that matches `(.*\\.)?(pattern)$`, in file order."""
 
-    def __init__(self, patterns: Mapping[str, Any]) -> None:
-        self.patterns = patterns
+    def __init__(self, patterns: Mapping[str, Any], matcher: Matcher | None = None) -> None:
+        self.patterns, self.matcher = patterns, matcher or Matcher()
         self._ends = [(key, _literal_end(key)) for key in patterns]
         self._found: dict[str, list[str]] = {}
 
     def matching(self, module: str) -> list[str]:
         if module not in self._found:
+            self.matcher.spend(len(self._ends) // 8)
             near = [(key, end) for key, end in self._ends if module.endswith(end)]
-            self._found[module] = [key for key, end in near if _matches(key, bool(end), module)]
+            self._found[module] = [key for key, end in near if self._matches(key, bool(end), module)]
         return self._found[module]
 
     def value(self, module: str, default: Any) -> Any:
         found = self.matching(module)
         return self.patterns[found[0]] if found else default
+
+    def _matches(self, pattern: str, plain: bool, module: str) -> bool:
+        before, end = module[: -len(pattern)], module[-len(pattern) :]
+        if plain and end.count(".") >= pattern.count("."):  # then no dot stands for another character
+            return end == pattern and (not before or before.endswith("."))
+        return self.matcher.fits(rf"(.*\.)?({pattern})$", module)
 
 
 @dataclass(frozen=True)
@@ -84,8 +95,17 @@ class Config:
     exact: Mapping[str, float]  # module -> the scaling to its last bit, from the file's own header
 
     @cached_property
+    def matcher(self) -> Matcher:
+        return Matcher()
+
+    @cached_property
+    def misfits(self) -> tuple[tuple[str, dict[str, str]], ...]:
+        """Each field that cannot be used, and what is wrong with it."""
+        return tuple(_misfits(self.found, self.matcher))
+
+    @cached_property
     def unusable(self) -> frozenset[str]:
-        return frozenset(name for name, _ in _misfits(self.found))
+        return frozenset(name for name, _ in self.misfits)
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -93,11 +113,11 @@ class Config:
 
     @cached_property
     def rank_pattern(self) -> Patterns:
-        return Patterns(_good("rank_pattern", self.found))
+        return Patterns(_good("rank_pattern", self.found, self.matcher), self.matcher)
 
     @cached_property
     def alpha_pattern(self) -> Patterns:
-        return Patterns(_good("alpha_pattern", self.found))
+        return Patterns(_good("alpha_pattern", self.found, self.matcher), self.matcher)
 
     def get(self, name: str, default: Any = None) -> Any:
         return self.values.get(name, default)
@@ -155,11 +175,24 @@ class Config:
             return True  # PEFT adds the tied module by itself
         if self.get("target_modules") in (None, "all-linear"):
             return True  # neither says anything of names
-        return self.listed(module) and not names(self.get("exclude_modules"), module)
+        return self.listed(module) and not self._named("exclude_modules", module)
 
     def listed(self, module: str) -> bool:
-        targets = self.get("target_modules")
-        return names(targets, module) and (isinstance(targets, str) or self._layer_chosen(module))
+        is_expression = isinstance(self.get("target_modules"), str)
+        return self._named("target_modules", module) and (is_expression or self._layer_chosen(module))
+
+    def _named(self, field: str, module: str) -> bool:
+        """PEFT's rule: a string is a regular expression for the whole name, a list holds ends of names."""
+        targets = self.get(field)
+        if isinstance(targets, str):
+            return self.matcher.fits(targets, module)
+        if field not in self._lists:
+            self._lists[field] = frozenset(targets or ())
+        return any(end in self._lists[field] for end in ends(module))
+
+    @cached_property
+    def _lists(self) -> dict[str, frozenset[str]]:
+        return {}
 
     def _layer_chosen(self, module: str) -> bool:
         chosen = self.get("layers_to_transform")
@@ -167,18 +200,27 @@ class Config:
             return True
         patterns = self.get("layers_pattern") or [r"[^.]*"]
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
-                return int(match[1]) in ([chosen] if isinstance(chosen, int) else chosen)
+            if (number := self._layer(pattern, module)) is not None:
+                return number in ([chosen] if isinstance(chosen, int) else chosen)
         return False
+
+    def _layer(self, pattern: str, module: str) -> int | None:
+        """The number in `(?:^|.*?\\.)pattern\\.(\\d+)\\.`, from the first place where that fits."""
+        for start in (0, *(at + 1 for at, sign in enumerate(module) if sign == ".")):
+            found = self.matcher.ends(pattern, module, start)
+            numbers = {m[1] for m in re.finditer(r"\.(\d{1,9})(?=\.)", module) if found >> m.start() & 1}
+            if len(numbers) > 1:
+                raise refuse("BAD_CONFIG", "layers_pattern gives a module several numbers", module=module, got=pattern)
+            if numbers:
+                return int(numbers.pop())
+        return None
 
     def wants(self, module: str) -> bool | None:
         """Whether target_modules name it; None where they name nothing. What is saved whole gets no factors."""
         if self.get("target_modules") in (None, "all-linear"):
             return None
-        saved = any(
-            re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in self.get("modules_to_save") or ()
-        )
-        return self.listed(module) and not saved and not names(self.get("exclude_modules"), module)
+        saved = any(f".{name}." in f".{module}." for name in self.get("modules_to_save") or ())
+        return self.listed(module) and not saved and not self._named("exclude_modules", module)
 
     def absent(self, held: Iterable[str], *, adapted: bool) -> Iterator[str]:
         """What the config names and the file lacks; held: the base tensors that its keys belong to."""
@@ -190,7 +232,7 @@ class Config:
         if self.get("trainable_token_indices") and not any(TOKENS in tensor.split(".") for tensor in held):
             yield "trainable_token_indices"
         if self.get("target_modules") and not adapted:
-            yield f"target_modules: {str(self.get('target_modules'))[:60]}"
+            yield f"target_modules: {brief(self.get('target_modules'))}"
 
     def declares(self, name: str) -> bool:
         """Part of a module that is saved whole: a BatchNorm's integer counter is, for one. PEFT adds a task's heads."""
@@ -244,18 +286,18 @@ class Config:
             return Problem(code=code, message=message, file=file, **details)  # type: ignore[arg-type]
 
         for name in sorted(set(self.found) - _FIELDS - {s for kind in TABLE.values() for s in kind.settings}):
-            yield said("UNKNOWN_CONFIG_FIELD", f"{name} = {str(self.found[name])[:60]}", severity="warning")
+            yield said("UNKNOWN_CONFIG_FIELD", f"{brief(name)} = {brief(self.found[name])}", severity="warning")
         for name, variant in _VARIANTS.items():
             if self.found.get(name):
                 yield said("UNSUPPORTED_VARIANT", f"{variant}: {name} is set")
         init = self.found.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
-            yield said("MUTATED_BASE", f"init_lora_weights is {init}")
+            yield said("MUTATED_BASE", f"init_lora_weights is {brief(init)}")
         if self.found.get("enable_lora"):
-            yield said("MERGED_LINEAR", f"enable_lora is {str(self.found['enable_lora'])[:60]}")
+            yield said("MERGED_LINEAR", f"enable_lora is {brief(self.found['enable_lora'])}")
         if self.found.get("layer_replication"):
-            yield said("LAYER_REPLICATION", f"layer_replication is {self.found['layer_replication']}")
-        for _, problem in _misfits(self.found):
+            yield said("LAYER_REPLICATION", f"layer_replication is {brief(self.found['layer_replication'])}")
+        for _, problem in self.misfits:
             yield said("BAD_CONFIG", **problem)
 
     def pattern_problems(self, modules: Iterable[str], file: str, *, complete: bool) -> Iterator[Problem]:
@@ -285,60 +327,67 @@ def _literal_end(pattern: str) -> str:
 
     EVA writes a pattern for every module: 450 × 450 regular expressions would take longer than all else.
     """
-    return pattern.rpartition(".")[2] if re.fullmatch(r"[\w.]*", pattern) else ""
-
-
-def _matches(pattern: str, plain: bool, module: str) -> bool:
-    before, end = module[: -len(pattern)], module[-len(pattern) :]
-    if plain and end.count(".") >= pattern.count("."):  # then no dot stands for another character
-        return end == pattern and (not before or before.endswith("."))
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    return pattern.rpartition(".")[2] if _PLAIN.fullmatch(pattern) else ""
 
 
 def ends_with(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith(f".{suffix}")
 
 
-def names(targets: str | Sequence[str] | None, module: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds ends of names."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(ends_with(module, target) for target in targets or ())
+def ends(module: str) -> Iterator[str]:
+    """The module's name and all that is left of it after a dot: `a.b.c`, `b.c`, `c`."""
+    while module:
+        yield module
+        module = module.partition(".")[2]
 
 
 # Fields ----------------------------------------------------------------------------------------------------------
 
 
-def _misfits(found: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each field that cannot be used, and what is wrong with it."""
+def _misfits(found: Mapping[str, Any], matcher: Matcher) -> Iterator[tuple[str, dict[str, str]]]:
     for name, (wanted, fits) in _CHECKS.items():
         if name in found and not fits(found[name]):
-            yield name, {"message": f"{name} cannot be used", "wanted": wanted, "got": str(found[name])[:80]}
+            yield name, {"message": f"{name} cannot be used", "wanted": wanted, "got": brief(found[name])}
+    for name in _EXPRESSIONS:
+        value = found.get(name)
+        try:
+            wrong = "" if _is_names(value) or (isinstance(value, str) and matcher.compile(value)) else brief(value)
+            if name == "layers_pattern" and isinstance(value, list) and not wrong:
+                [matcher.compile(each) for each in value]
+        except BadExpression as error:
+            wrong = f"{brief(value)}: {brief(error)}"
+        if wrong:
+            wanted = "names or a regular expression"
+            yield name, {"message": f"{name} cannot be used", "wanted": wanted, "got": wrong}
     for name in _PATTERN_FIELDS:
         patterns = found.get(name) or {}
         if not _is_table(patterns):
             yield name, {"message": f"{name} is not an object", "got": type(patterns).__name__}
             continue
-        for key in sorted(patterns.keys() - _good(name, found).keys()):
-            yield name, {"message": f"{name} entry {key!r}", "wanted": "a regular expression and a number"}
+        for key in sorted(patterns.keys() - _good(name, found, matcher).keys())[:_SHOWN]:
+            yield name, {"message": f"{name} entry {brief(key)!r}", "wanted": "a regular expression and a number"}
 
 
-def _good(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def _good(name: str, found: Mapping[str, Any], matcher: Matcher) -> dict[str, Any]:
     """The entries of a pattern field that can be used."""
     patterns = found.get(name) or {}
     if not _is_table(patterns):
         return {}
-    return {key: value for key, value in patterns.items() if _is_regex(key) and _is_pattern_value(name, value)}
+    return {
+        key: value
+        for key, value in patterns.items()
+        if _is_pattern_value(name, value) and (_PLAIN.fullmatch(key) or _is_regex(key, matcher))
+    }
 
 
 def _is_table(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
-def _is_regex(pattern: str) -> bool:
+def _is_regex(pattern: str, matcher: Matcher) -> bool:
     try:
-        re.compile(pattern)
-    except re.error:
+        matcher.compile(pattern)
+    except BadExpression:
         return False
     return True
 
@@ -350,7 +399,7 @@ def _is_pattern_value(field: str, value: Any) -> bool:
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 1 << 31
 
 
 def is_number(value: Any) -> bool:
@@ -362,35 +411,30 @@ def _is_flag(value: Any) -> bool:
 
 
 def _is_names(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
-
-
-def _is_expression(value: Any) -> bool:
-    """A regular expression or a list of names, as target_modules and exclude_modules are."""
-    return _is_regex(value) if isinstance(value, str) else _is_names(value)
+    some = isinstance(value, list) and len(value) <= _MOST
+    return value is None or (some and all(isinstance(name, str) and len(name) <= 1000 for name in value))
 
 
 def _is_layers(value: Any) -> bool:
-    return value is None or type(value) is int or (isinstance(value, list) and all(type(n) is int for n in value))
+    some = isinstance(value, list) and len(value) <= _MOST
+    return value is None or type(value) is int or (some and all(type(n) is int for n in value))
 
 
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # field -> what is wanted of it, and the test
     **dict.fromkeys(("r", "r1", "r2"), ("an integer from 1", _is_rank)),
     **dict.fromkeys(("lora_alpha", "tau"), ("a finite number", is_number)),
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), ("true or false", _is_flag)),
-    **dict.fromkeys(("target_modules", "exclude_modules"), ("names or a regular expression", _is_expression)),
     **dict.fromkeys(("modules_to_save", "target_parameters"), ("a list of names", _is_names)),
     "peft_type": ("a name", lambda value: isinstance(value, str)),
     "layers_to_transform": ("layer numbers", _is_layers),
-    "layers_pattern": ("names", lambda v: all(map(_is_regex, v or [""])) if _is_names(v) else _is_expression(v)),
     "trainable_token_indices": ("row numbers", lambda v: v is None or isinstance(v, list | dict)),
     "along": ("in_features or out_features", lambda value: value in ("in_features", "out_features")),
     "form": (", ".join(FORMS), lambda value: value in FORMS),
-    PACKED: (" or ".join(PACKINGS), lambda value: value is None or value in PACKINGS),
+    PACKED: (" or ".join(PACKINGS), lambda value: value is None or value in [*PACKINGS]),
     "bias": ("none, all or lora_only", lambda value: value in (None, "none", "all", "lora_only")),
 }
 
 
 def version_of(text: Any) -> tuple[int, ...]:
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text) if isinstance(text, str) else None
+    found = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", text) if isinstance(text, str) else None
     return tuple(int(part or 0) for part in found.groups()) if found else (0,)
