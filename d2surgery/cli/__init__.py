@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return PIPE_CLOSED
     except BaseException as error:
         if DEBUG in arguments:
-            traceback.print_exc()
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                output.emit(line, err=True)
         return _fail(_problems_of(error), as_json="--json" in wanted)
 
 

@@ -147,7 +147,7 @@ def load_tokenizer(*directories: Directory) -> Any:
         if not any((Path(directory) / name).exists() for name in (*VOCABULARIES, TOKENIZER_CONFIG)):
             continue
         try:
-            return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise refuse("NOT_RUNNABLE", f"its tokenizer: {_first_line(error)}", file=str(directory)) from None
     return None
@@ -172,7 +172,9 @@ def _load(
         message = "adapter_config.json lies beside the weights, and transformers would load that adapter on top of them"
         raise refuse("NOT_RUNNABLE", message, file=str(directory))
     torch.manual_seed(0)  # what is missing starts at random, until it is replaced or refused
-    options: dict[str, Any] = {"dtype": dtype or "auto", "local_files_only": True, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "dtype": dtype or "auto", "local_files_only": True, "output_loading_info": True, "trust_remote_code": False
+    }  # fmt: skip
     try:
         with _quiet():
             model, info = kind.from_pretrained(directory, **options, **changes)

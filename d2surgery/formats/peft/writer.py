@@ -41,6 +41,7 @@ def write_files(checkpoint: Holding, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / WEIGHTS
     partial = target.with_suffix(".partial")
+    partial.unlink(missing_ok=True)  # not through a link
     save_file(tensors, partial, metadata={"format": "pt", METADATA: ours})
     _sort_metadata(partial)
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
