@@ -146,7 +146,8 @@ def _nbytes(storage: Storage) -> int:
 
 
 def _is_contiguous(stored: Stored) -> bool:
-    steps: list[int] = [prod(stored.shape[at:]) for at in range(1, len(stored.shape) + 1)]
+    inner = [stored.shape[at:] for at in range(1, len(stored.shape) + 1)]
+    steps = [*map(prod, inner)]
     alike = (size == 1 or stride == step for size, stride, step in zip(stored.shape, stored.stride, steps, strict=True))
     return 0 in stored.shape or all(alike)
 

@@ -208,7 +208,8 @@ def _group(value: Any, flags: int) -> Step:
 def _repeat(value: Any, flags: int) -> Step:
     least, most, tree = value
     if len(tree) == 1 and tree[0][0] in _CHARACTERS and most is parser.MAXREPEAT:
-        return _run(least, _those(*tree[0], flags))
+        kind, what = tree[0]
+        return _run(least, _those(kind, what, flags))
     body = _sequence(tree, flags)
 
     def go(name: _Name, places: Places) -> Places:

@@ -53,8 +53,8 @@ _FORMULAS = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 
 
 def write_rows(rows: Iterable[Row], file: TextIO) -> None:
-    """Rows as CSV. A text that a spreadsheet would take for a formula (it begins with = + - @, a tab or a line break, or
-    with apostrophes before one of these) has one more apostrophe before it: take one off such a text to have it back."""
+    """Rows as CSV. A text that a spreadsheet would take for a formula (it begins with = + - @, a tab or a line break,
+    or apostrophes and then one of these) has one more apostrophe before it: take one off to have it back."""
     writer = csv.DictWriter(file, COLUMNS)
     writer.writeheader()
     for row in rows:

@@ -351,7 +351,11 @@ def _misfits(found: Mapping[str, Any], matcher: Matcher) -> Iterator[tuple[str, 
     for name in _EXPRESSIONS:
         value = found.get(name)
         try:
-            wrong = "" if _is_names(value) or (isinstance(value, str) and matcher.compile(value)) else brief(value)
+            wrong = (
+                ""
+                if _is_names(value) or (isinstance(value, str) and matcher.compile(value) is not None)
+                else brief(value)
+            )
             if name == "layers_pattern" and isinstance(value, list) and not wrong:
                 [matcher.compile(each) for each in value]
         except BadExpression as error:
