@@ -1,7 +1,7 @@
 """The long fuzz: `python tests/fuzz/run.py [--inputs 20000] [--jobs 2] [--seed 0] [--only TARGET]`.
 
 Every input is decided by its seed, so that `--seed N --inputs 1` gives one again, with its traceback. Counted are
-foreign exceptions, inputs of more than 2 s of CPU, growth of memory beyond 300 MB, silent drops, and processes that died; all
+foreign exceptions, inputs of over 2 s of CPU, growth of memory beyond 300 MB, silent drops, processes that died; all
 must be 0. Where atheris is installed, `--atheris SECONDS` also follows the coverage of the readers of bytes.
 """
 
