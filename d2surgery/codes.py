@@ -42,7 +42,7 @@ CODES: dict[str, Code] = {
         "Download or save the file again.",
     ),
     "DUPLICATE_KEY": Code(
-        "The header names one tensor twice; readers would silently keep the last.",
+        "One tensor stands twice, in a header or in two files; readers would silently keep the last.",
         "Save the file again with distinct names.",
     ),
     "BAD_TENSOR_ENTRY": Code(
@@ -54,9 +54,23 @@ CODES: dict[str, Code] = {
     "HUB_UNREACHABLE": Code("The hub id could not be downloaded.", "Check the id, the network and your token."),
     "LEFT_OUT": Code(
         "Another file of weights lies beside the adapter's. Only the adapter's is read: its safetensors where there is "
-        "a .bin, too, as in PEFT; never what a trainer saved in a second file, such as a projector or new embeddings.",
+        "a .bin, too, as in PEFT; and non_lora_trainables.bin or non_lora_state_dict.bin, whose names say where each "
+        "tensor belongs. new_embeddings.safetensors does not say which rows its embeddings are.",
         "See what it holds. What was trained in it is not in the merge: put it into the base, or train it through "
         "modules_to_save, which keeps it in the adapter's file.",
+    ),
+    # What surgery makes of it.
+    "ERROR_TOO_LARGE": Code(
+        "What was asked for can only be had with a larger error than allowed.",
+        "Allow the rank that the message names, a larger error, or merge the adapter instead.",
+    ),
+    "REPLACEMENTS_DISAGREE": Code(
+        "Several of the adapters bring a whole weight or token rows of their own, and they differ.",
+        "Only one of them can stand in the result: leave it out of the others.",
+    ),
+    "BUDGET": Code(
+        "Not even rank 1 on every module fits into the budget.",
+        "Allow more, or give only the modules that matter (--modules).",
     ),
     # What an adapter file says.
     "MISSING_CONFIG": Code(

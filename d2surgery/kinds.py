@@ -66,6 +66,5 @@ TABLE: dict[str, Kind] = {  # in the order of detection
 
 def kind_with(slots: set[str]) -> str:
     """The kind that these slots are of, complete or not: the first with a slot that LoRA lacks, or LoRA."""
-    plain = TABLE["lora"].slots
-    own = (name for name, kind in TABLE.items() if any(s in slots and s not in plain for s in kind.slots))
-    return next(own, "lora")
+    own = slots.difference(TABLE["lora"].slots)
+    return next((name for name, kind in TABLE.items() if not own.isdisjoint(kind.slots)), "lora") if own else "lora"

@@ -251,11 +251,21 @@ COLUMNS = DoRA(A=numbers(2, 5), B=numbers(6, 2), magnitude=numbers(5), scaling=1
 REFUSED: list[tuple[Mapping[str, Adapter], str]] = [
     ({"q": make("lora"), "k": make("dora")}, "dora on k, lora on q"),
     ({"q": make("dora", along="out_features"), "k": COLUMNS}, "one along"),
-    ({"k": COLUMNS}, "per output"),
     ({"q": make("d2lora", tau=0.1), "k": make("d2lora", tau=0.2)}, "one tau"),
     ({"q": make("d2lora", form="update"), "k": make("d2lora")}, "one form"),
     ({"q": make("duallora", ste="mask"), "k": make("duallora")}, "one ste"),
 ]
+
+
+def test_a_dora_with_a_magnitude_per_input_is_a_form_of_ours_that_peft_refuses(tmp_path: Path) -> None:
+    import peft
+
+    save(from_adapters({"k": COLUMNS}), tmp_path / "a")
+    again = load(tmp_path / "a")
+    assert not again.layout.problems
+    assert_same(again["k"], COLUMNS)
+    with pytest.raises(KeyError, match="DORA"):
+        peft.PeftConfig.from_pretrained(str(tmp_path / "a"))
 
 
 @pytest.mark.parametrize(("adapters", "part"), REFUSED)

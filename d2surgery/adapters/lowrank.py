@@ -69,12 +69,17 @@ class LowRank:
         theirs_in_our_basis = (ours.left.T @ theirs.left) @ theirs.middle @ (theirs.right @ ours.right.T)
         return (ours.middle * theirs_in_our_basis).sum()
 
-    def recompressed(self) -> "LowRank":
-        """The same matrix with the fewest columns: P = U·Σ, Q = Vᵀ of its SVD, without the σ that are only rounding."""
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(U, σ, Vᵀ) in float64 without the σ that are only rounding: (out_features, k), (k,), (k, in_features)."""
         core = self._core()
         U, sigma, Vh = torch.linalg.svd(core.middle, full_matrices=False)
         kept = int((sigma > self.rounding()).sum())
-        return LowRank(core.left @ (U[:, :kept] * sigma[:kept]), Vh[:kept] @ core.right)
+        return core.left @ U[:, :kept], sigma[:kept], Vh[:kept] @ core.right
+
+    def recompressed(self) -> "LowRank":
+        """The same matrix with the fewest columns: P = U·Σ, Q = Vᵀ of its SVD."""
+        U, sigma, Vh = self.svd()
+        return LowRank(U * sigma, Vh)
 
     def rounding(self) -> Tensor:
         """What any σ may be off by: Householder QR errs by eps relative to each column, so the core by about

@@ -53,6 +53,12 @@ class Thin(Adapter):
     def _gains(self, triple: Triple) -> Gains:
         raise NotImplementedError
 
+    def gains(self, base_weight: Weight) -> Gains:
+        """Of every vector of the whole base weight, of a kind that normalises. Raises ZERO_NORM."""
+        triple = self.triple(base_weight)
+        refuse_zero_norms(triple, self._target(triple), self.along)
+        return self._gains(triple)
+
     def update(self) -> LowRank:
         return LowRank(*self._factors(torch.float64))
 

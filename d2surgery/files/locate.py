@@ -13,11 +13,11 @@ _HUB_ID = re.compile(  # not a mistyped path, nor one that leads out of the cach
 )
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PICKLES = (".bin", ".pt", ".pth")
-OTHERS = (
-    "non_lora_trainables.bin",
-    "new_embeddings.safetensors",
-)  # trained weights beside an adapter's, by their usual names
-_OF_AN_ADAPTER = ["adapter_config.json", *WEIGHTS, "*.safetensors", *OTHERS, *(f"{name}*" for name in BEGINNINGS)]
+TRAINED_WHOLE = ("non_lora_trainables.bin", "non_lora_state_dict.bin")  # LLaVA's and its followers' second file
+OTHERS = ("new_embeddings.safetensors", "new_embeddings.bin")  # vLLM's: rows of added tokens, without their numbers
+_OF_AN_ADAPTER = [
+    "adapter_config.json", *WEIGHTS, "*.safetensors", *TRAINED_WHOLE, *OTHERS, *(f"{name}*" for name in BEGINNINGS)
+]  # fmt: skip
 _OF_A_MODEL = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
 _STATES = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")  # what trainers leave beside weights
 
@@ -25,6 +25,7 @@ _STATES = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")  # 
 class AdapterFiles(NamedTuple):
     weights: Path
     config: Path | None
+    whole: tuple[Path, ...] = ()  # what was trained whole beside the factors, under the same names
 
 
 def locate(adapter: str | os.PathLike[str]) -> AdapterFiles:
@@ -41,20 +42,23 @@ def locate(adapter: str | os.PathLike[str]) -> AdapterFiles:
     elif not path.exists():
         raise refuse("FILE_MISSING", "no such file or directory", file=str(adapter))
     config = path.parent / "adapter_config.json"
-    return AdapterFiles(path, config if config.exists() else None)
+    whole = (path.parent / name for name in TRAINED_WHOLE if path.name in WEIGHTS)
+    return AdapterFiles(path, config if config.exists() else None, tuple(file for file in whole if file.exists()))
 
 
 def left_out(weights: Path) -> list[str]:
     """Names of other files of weights beside an adapter's, which are not read; numbered shards as one.
+
+    Those trained whole are, beside a file of a usual name.
 
     Not what trainers keep of their own state; not a model in whose directory the adapter lies. Beside a file of no
     usual name only those of a usual one: it may lie among other adapters.
     """
     beside = [p.name for p in weights.parent.iterdir() if p.suffix in (".safetensors", *PICKLES) and p != weights]
     if weights.name not in WEIGHTS:
-        return sorted(name for name in beside if name in OTHERS)
+        return sorted(name for name in beside if name in (*TRAINED_WHOLE, *OTHERS))
     model = ("model", "pytorch_model") if (weights.parent / "config.json").exists() else ()
-    kept = (name for name in beside if not name.startswith((*_STATES, *model)))
+    kept = (name for name in beside if not name.startswith((*_STATES, *model)) and name not in TRAINED_WHOLE)
     return sorted({re.sub(r"-\d{5}-of-(\d{5})", r"-*-of-\1", name) for name in kept})
 
 

@@ -26,7 +26,8 @@ def open_layout(adapter: str | os.PathLike[str], *, expert_layout: Packing | Non
     Raises D2SurgeryError where nothing can be said of it: no such file, a file that is not what it should be.
     """
     files = locate(adapter)
-    found = layout(_header(files.weights), read_json(files.config) if files.config else None)
+    header = _with_whole(_header(files.weights), files.whole)
+    found = layout(header, read_json(files.config) if files.config else None)
     beside = [
         Problem(code="LEFT_OUT", severity="warning", message="is not read", file=name)
         for name in left_out(files.weights)
@@ -65,6 +66,26 @@ def write(checkpoint: Holding, directory: str | os.PathLike[str], name: str) -> 
         if entry.stored not in format.holds(entry.kind)
     )  # fmt: skip
     format.write(checkpoint, Path(directory))
+
+
+def _with_whole(header: Header, files: tuple[Path, ...]) -> Header:
+    """The header with the tensors of other files beside the adapter's."""
+    for file in files:
+        from d2surgery.files.pickled import locate_pickled, read_pickled_header  # torch, and only here
+
+        more = locate_pickled(file) if header.loaded is None else read_pickled_header(file)
+        twice = sorted(header.tensors.keys() & more.tensors.keys())
+        raise_errors(
+            Problem(code="DUPLICATE_KEY", message=f"also in {header.files[0].name}", file=str(file), module=key)
+            for key in twice
+        )
+        header = replace(
+            header,
+            files=(*header.files, file),
+            tensors={**header.tensors, **more.tensors},
+            loaded=None if header.loaded is None else {**header.loaded, **(more.loaded or {})},
+        )
+    return header
 
 
 def _header(weights: Path) -> Header:

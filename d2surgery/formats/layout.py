@@ -102,6 +102,9 @@ class About:
     dropout: float | None = field(default=None, compare=False)
     training: Mapping[str, Any] = field(default_factory=dict)  # how it was trained, for the record
     settings: Mapping[str, Any] = field(default_factory=dict)  # the format's own, read by that format's module alone
+    history: tuple[Mapping[str, Any], ...] = field(
+        default=(), compare=False
+    )  # what surgery made it, the last step last
 
     targets: Callable[[str], bool | None] = field(default=lambda module: None, compare=False, repr=False)
     """Whether it asks for factors on a module, by its name; None where it names none."""

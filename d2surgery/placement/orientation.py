@@ -96,6 +96,12 @@ class Patches:
         return (name for name in self.base.tensors if name.startswith(block[0] if block else ""))
 
 
+def stored_in_out(base: Header, config: Mapping[str, Any], tensor: str) -> bool:
+    """Whether a linear weight of a base lies (in, out): by its bias, else by the kind of model."""
+    own = _orientation(base, tensor)
+    return config.get("model_type") in _CONV1D_MODELS if own is None else own
+
+
 def _orientation(base: Header, name: str) -> bool | None:
     """Whether a non-square weight with a bias is stored (in, out); None when it cannot tell."""
     bias = base.tensors.get(f"{name.removesuffix('.weight')}.bias")

@@ -36,21 +36,20 @@ FOUND = [  # (files in the directory, the weights among them)
 
 @pytest.mark.parametrize(("names", "weights"), FOUND)
 def test_a_directory_gives_its_one_weights_file(tmp_path: Path, names: list[str], weights: str) -> None:
-    assert locate(touch(tmp_path, *names)) == (tmp_path / weights, None)
+    assert locate(touch(tmp_path, *names))[:2] == (tmp_path / weights, None)
 
 
 def test_the_config_beside_the_weights_is_theirs(tmp_path: Path) -> None:
     touch(tmp_path, "adapter_model.safetensors", "other.safetensors", "adapter_config.json")
     config = tmp_path / "adapter_config.json"
-    assert locate(tmp_path) == (tmp_path / "adapter_model.safetensors", config)
-    assert locate(str(tmp_path / "other.safetensors")) == (tmp_path / "other.safetensors", config)
+    assert locate(tmp_path) == (tmp_path / "adapter_model.safetensors", config, ())
+    assert locate(str(tmp_path / "other.safetensors")) == (tmp_path / "other.safetensors", config, ())
 
 
 @pytest.mark.parametrize(
     ("beside", "wanted"),
     [
-        (["non_lora_trainables.bin", "new_embeddings.safetensors"], ["new_embeddings.safetensors",
-                                                                     "non_lora_trainables.bin"]),
+        (["non_lora_trainables.bin", "new_embeddings.safetensors"], ["new_embeddings.safetensors"]),
         (["adapter_model.bin"], ["adapter_model.bin"]),
         (["optimizer.pt", "training_args.bin", "rng_state_0.pth", "scheduler.pt", "tokenizer.json"], []),
         (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], ["model-*-of-00002.safetensors"]),
@@ -67,9 +66,9 @@ def test_beside_a_file_among_others_only_usual_names_are_left_out(tmp_path: Path
 
 
 def test_what_is_left_out_is_said_by_whoever_opens_the_adapter(adapter: Any) -> None:
-    directory = touch(adapter(), "non_lora_trainables.bin")
+    directory = touch(adapter(), "new_embeddings.safetensors")
     (problem,) = open_layout(directory).problems
-    assert (problem.code, problem.severity, problem.file) == ("LEFT_OUT", "warning", "non_lora_trainables.bin")
+    assert (problem.code, problem.severity, problem.file) == ("LEFT_OUT", "warning", "new_embeddings.safetensors")
 
 
 def test_no_weights_says_what_is_there(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ writes; `.weight` may be absent, an adapter name may stand before it, wrappers' 
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> 
     inside, scaling = embedded(header)
     found = (inside or {}) if config is None else config
     disagrees = inside is not None and found != inside
-    return read(header, found, exact={} if disagrees else scaling, disagrees=disagrees)
+    said = read(header, found, exact={} if disagrees else scaling, disagrees=disagrees)
+    return replace(said, about=replace(said.about, history=history(header))) if METADATA in header.metadata else said
 
 
 def holds(kind: str) -> frozenset[Stored]:
@@ -68,6 +70,15 @@ def write(checkpoint: Holding, directory: Path) -> None:
     from d2surgery.formats.peft.writer import write_files  # torch, which describing needs none of
 
     write_files(checkpoint, directory)
+
+
+def history(header: Header) -> tuple[dict[str, Any], ...]:
+    """What surgery made the file, as it says itself."""
+    try:
+        steps = json.loads(header.metadata[METADATA]).get("history", [])
+    except (KeyError, ValueError, AttributeError, RecursionError):
+        return ()
+    return tuple(step for step in steps if isinstance(step, dict)) if isinstance(steps, list) else ()
 
 
 def embedded(header: Header) -> tuple[dict[str, Any] | None, dict[str, float]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
+from types import MappingProxyType
 from typing import Any
 
 from d2surgery.errors import Problem, brief, refuse
@@ -48,16 +49,19 @@ _PLAIN = re.compile(r"[\w.]*")
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
-def peft_type(kind: str) -> str:
-    """The config's peft_type for a kind: PEFT's own LoRA and DoRA share one."""
-    return "LORA" if kind in ("lora", "dora") else kind.upper()
+def peft_type(kind: str, settings: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """The config's peft_type for a kind: PEFT's own LoRA and DoRA share one. Its DoRA keeps a magnitude per output
+    feature; another's form is ours, and PEFT refuses it."""
+    theirs = kind == "lora" or (kind == "dora" and settings.get("along", "out_features") == "out_features")
+    return "LORA" if theirs else kind.upper()
 
 
 def methods() -> dict[str, tuple[str, ...]]:
     """peft_type -> the kinds that a file of it may hold."""
     found: dict[str, tuple[str, ...]] = {}
     for kind in reversed(TABLE):
-        found[peft_type(kind)] = (*found.get(peft_type(kind), ()), kind)
+        for name in dict.fromkeys((peft_type(kind), kind.upper())):
+            found[name] = (*found.get(name, ()), kind)
     return found
 
 
@@ -119,8 +123,10 @@ class Config:
     def alpha_pattern(self) -> Patterns:
         return Patterns(_good("alpha_pattern", self.found, self.matcher), self.matcher)
 
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.values.get(name, default)
+    @cached_property
+    def get(self) -> Callable[..., Any]:
+        """`values.get` itself: every module asks a dozen times."""
+        return self.values.get
 
     def __bool__(self) -> bool:
         return bool(self.values)
@@ -242,7 +248,7 @@ class Config:
     def settings(self, kind: str) -> dict[str, Any]:
         """The kind's own settings; PEFT's DoRA has none of its own."""
         row, training = TABLE[kind], self.get("training")
-        ours = row.settings if peft_type(kind) != "LORA" else {}
+        ours = row.settings if self.get("peft_type", peft_type(kind)) != "LORA" else {}
         chosen = {name: type(default)(self.get(name, default)) for name, default in ours.items()}
         how = {name: training[name] for name in row.training if name in training} if _is_table(training) else {}
         return dict(row.settings) | chosen | how

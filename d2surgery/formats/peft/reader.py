@@ -45,7 +45,7 @@ def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float]
         return _layout(header, config, _Keys(header, config, say, unread=[*header.tensors]), {}, say)
     keys = _Keys(header, config, say)
     keys.sort()
-    modules = _Modules(header, config, say, Counter(unwrapped(name) for name in keys.groups))
+    modules = _Modules(config, say, Counter(unwrapped(name) for name in keys.groups))
     adapters: dict[str, AdapterLayout] = {}
     for name, group in keys.groups.items():
         if (adapter := modules.adapter(name, group)) is not None:
@@ -110,6 +110,7 @@ class _Group:
 
     stored: Stored = "linear"
     keys: dict[str, str] = field(default_factory=dict)  # slot -> key
+    infos: dict[str, TensorInfo] = field(default_factory=dict)
 
 
 def _layout(
@@ -160,7 +161,7 @@ class _Keys:
             elif 0 in info.shape:
                 self._skip(key, "EMPTY_TENSOR", "no elements", got=str(info.shape))
             elif leaf is not None:
-                self._add_slot(module, leaf, key)
+                self._add_slot(module, leaf, key, info)
             elif TOKENS in name.split("."):
                 self._add_rows(name, key)
             elif OTHER_METHODS.search(name) or not (_is_float(info) or self.config.declares(name)):
@@ -173,7 +174,7 @@ class _Keys:
         self.unread.append(key)
         self.say(code, message, module=key, got=got)
 
-    def _add_slot(self, module: str, leaf: Leaf, key: str) -> None:
+    def _add_slot(self, module: str, leaf: Leaf, key: str, info: TensorInfo) -> None:
         self.adapter_name = self.adapter_name or leaf.adapter
         if leaf.adapter and leaf.adapter != self.adapter_name:
             self._skip(key, "TWO_ADAPTERS", f"belongs to adapter {leaf.adapter}", got=f"read {self.adapter_name}")
@@ -183,7 +184,7 @@ class _Keys:
             other = group.keys[leaf.slot]
             self._skip(key, "TWO_ADAPTERS", f"{module} has this slot twice", got=f"also {other}")
             return
-        group.keys[leaf.slot] = key
+        group.keys[leaf.slot], group.infos[leaf.slot] = key, info
         if leaf.stored == "embedding":
             group.stored = "embedding"
 
@@ -243,7 +244,6 @@ def _is_float(info: TensorInfo) -> bool:
 class _Modules:
     """One module's tensors as its adapter."""
 
-    header: Header
     config: Config
     say: Problems
     wrappers: Mapping[str, int]  # how many wrap each module: one per adapted parameter
@@ -266,8 +266,8 @@ class _Modules:
         if len(self.say.all) > before:
             return None
         first = next(iter(row.groups.values()))
-        down, up = (self._info(group, slot) for slot in (first.down, first.up))
-        ranks = {name: self._info(group, each.down).shape[0] // experts for name, each in row.groups.items()}
+        down, up = group.infos[first.down], group.infos[first.up]
+        ranks = {name: group.infos[each.down].shape[0] // experts for name, each in row.groups.items()}
         scaling = self.config.scaling(module, kind, ranks)
         stored: Stored = "experts" if module != name else "conv" if len(down.shape) > 2 else group.stored
         slots = {slot: Slot(group.keys[slot]) for slot in (*row.slots, "bias") if slot in group.keys}
@@ -298,9 +298,6 @@ class _Modules:
         if (key := (ask.__name__, *what)) not in self.told:
             self.told[key] = ask(*what)
         return self.told[key]
-
-    def _info(self, group: _Group, slot: str) -> TensorInfo:
-        return self.header.tensors[group.keys[slot]]
 
     def _kind(self, name: str, group: _Group) -> str | None:
         """The kind whose slots these are; a half pair or a missing vector is a problem, not another kind."""
@@ -345,7 +342,7 @@ class _Modules:
             self.say("AMBIGUOUS_PARAMETER", "nested deeper than target_parameters has names", module=name)
             return name, 1
         parameter = f"{module}.{ordered[len(ordered) - 1 - depth]}"  # the innermost wrapper came first
-        return parameter, self._packed(name, parameter, self._info(group, "A").shape[0])
+        return parameter, self._packed(name, parameter, group.infos["A"].shape[0])
 
     def _parameters(self, module: str) -> set[str]:
         """The parameters of a module that target_parameters names, as far as they can be the module's.
@@ -354,7 +351,9 @@ class _Modules:
         (PEFT's own "all-linear" writes both: "gate.weight", "gate_up_proj", "down_proj"). Each has a wrapper in the
         file; where there are fewer wrappers, the targets that name the module come first.
         """
-        parts = [target.rpartition(".") for target in self.config.get("target_parameters") or ()]
+        if not (targets := self.config.get("target_parameters")):
+            return set()
+        parts = [target.rpartition(".") for target in targets]
         named = {last for first, _, last in parts if first and ends_with(module, first)}
         loose = set() if self.config.listed(module) else {last for first, _, last in parts if not first}
         if named and len(named) == self.wrappers[module]:
@@ -388,7 +387,9 @@ class _Modules:
         return replace(adapter, scaling=None, misread={})
 
     def _are_matrices(self, module: str, row: Kind, group: _Group) -> bool:
-        shapes = {slot: self._info(group, slot).shape for slot in row.slots if slot not in row.vectors}
+        shapes = {
+            slot: info.shape for slot, info in group.infos.items() if slot in row.slots and slot not in row.vectors
+        }
         flat = {slot: shape for slot, shape in shapes.items() if len(shape) < 2}
         for slot, shape in flat.items():
             self.say("SHAPE_UNEXPECTED", f"{slot} is not a matrix", module=module, got=str(shape))
@@ -396,7 +397,7 @@ class _Modules:
 
     def _check_shapes(self, module: str, kind: str, group: _Group) -> None:
         row = TABLE[kind]
-        shapes = {slot: self._info(group, slot).shape for slot in group.keys}
+        shapes = {slot: info.shape for slot, info in group.infos.items()}
         pairs = [*row.groups.values()]
         for down, up, _ in pairs:
             a, b = shapes[down], shapes[up]
@@ -408,14 +409,15 @@ class _Modules:
         if len({(shapes[up][0], *shapes[down][1:]) for down, up, _ in pairs}) > 1:
             got = "; ".join(f"{slot} {shape}" for slot, shape in shapes.items())
             self.say("SHAPE_UNEXPECTED", "the groups differ in out or in", module=module, got=got)
-        out = shapes[pairs[0].up][0]
+        out, inside = shapes[pairs[0].up][0], prod(shapes[pairs[0].down][1:])
+        per_input = row.axis(self._told(self.config.settings, kind)) == "in_features"
         for slot in sorted({*row.vectors, "bias"} & shapes.keys()):
-            if prod(shapes[slot]) != out:
+            wanted = inside if per_input and slot != "bias" else out
+            if prod(shapes[slot]) != wanted:
                 got = str(shapes[slot])
-                self.say("SHAPE_UNEXPECTED", slot, module=module, wanted=f"{out} numbers", got=got)
+                self.say("SHAPE_UNEXPECTED", slot, module=module, wanted=f"{wanted} numbers", got=got)
         if row.linear_only and (group.stored != "linear" or len(shapes[pairs[0].down]) > 2):
             self.say("UNSUPPORTED_VARIANT", f"{kind} exists for linear modules only", module=module)
-        for slot in group.keys:
-            dtype = self._info(group, slot).dtype
-            if dtype not in FLOATS:
-                self.say("DTYPE_UNEXPECTED", f"{slot} is {dtype}", module=module, wanted=", ".join(FLOATS))
+        for slot, info in group.infos.items():
+            if info.dtype not in FLOATS:
+                self.say("DTYPE_UNEXPECTED", f"{slot} is {info.dtype}", module=module, wanted=", ".join(FLOATS))

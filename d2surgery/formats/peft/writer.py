@@ -37,7 +37,8 @@ def write_files(checkpoint: Holding, directory: Path) -> None:
     tensors = dict(tensors_of(checkpoint))
     config = _config(layout, tensors)
     scaling = {module: entry.scaling for module, entry in layout.adapters.items()}
-    ours = json.dumps({"config": config, "scaling": scaling}, sort_keys=True)
+    history = {"history": list(layout.about.history)} if layout.about.history else {}
+    ours = json.dumps({"config": config, "scaling": scaling} | history, sort_keys=True)
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / WEIGHTS
     partial = target.with_suffix(".partial")
@@ -62,12 +63,12 @@ def _cannot_hold(layout: Layout) -> Iterator[Problem]:
                 got = ", ".join(sorted(values))
                 yield Problem(code="FORMAT_CANNOT_HOLD", message=f"one file of PEFT's holds one {name}", got=got)
     for module, entry in layout.adapters.items():
+        if entry.kind == "dora" and entry.settings["along"] != "out_features" and entry.stored != "linear":
+            message = "DoRA with a magnitude per input feature exists for linear modules only"
+            yield Problem(code="FORMAT_CANNOT_HOLD", message=message, module=module, got=entry.stored)
         if entry.as_declared:
             message = "experts of PEFT 0.17 and 0.18: which axis today's PEFT takes for out depends on the model"
             yield Problem(code="FORMAT_CANNOT_HOLD", message=message, module=module)
-        if entry.kind == "dora" and entry.settings["along"] != "out_features":
-            message = "PEFT's DoRA keeps one magnitude per output feature"
-            yield Problem(code="FORMAT_CANNOT_HOLD", message=message, module=module, got="along in_features")
 
 
 # Tensors ---------------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def _made(layout: Layout) -> dict[str, Any]:
     rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else (8,)
     alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else 8
     config = {
-        "peft_type": peft_type(kind),
+        "peft_type": peft_type(kind, next((entry.settings for entry in entries.values()), {})),
         "base_model_name_or_path": about.base_model,
         "task_type": about.task,
         "inference_mode": True,
@@ -175,13 +176,14 @@ def _made(layout: Layout) -> dict[str, Any]:
 
 def _of_kind(kind: str, layout: Layout) -> dict[str, Any]:
     entry = next(iter(layout.adapters.values()), None)
-    if peft_type(kind) == "LORA":
+    row, settings = TABLE[kind], entry.settings if entry else {}
+    if peft_type(kind, settings) == "LORA":
         found = layout.about.settings
         return {"use_dora": kind == "dora", "use_rslora": bool(found.get("use_rslora")), "bias": "none",
                 "fan_in_fan_out": layout.about.transposed}  # fmt: skip
-    row, settings = TABLE[kind], entry.settings if entry else {}
     training = dict(layout.about.training) | {name: settings[name] for name in row.training if name in settings}
-    return {name: settings[name] for name in row.settings} | {"format_version": 1, "training": training}
+    dora = {"use_dora": True} if kind == "dora" else {}
+    return {name: settings[name] for name in row.settings} | {"format_version": 1, "training": training} | dora
 
 
 def _beside(layout: Layout) -> dict[str, Any]:

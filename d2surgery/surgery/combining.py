@@ -1,0 +1,223 @@
+"""Several adapters as one: exact sums, and the methods that choose among entries or directions."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import acos, sin, sqrt
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from d2surgery.adapters import LoRA
+from d2surgery.adapters.lowrank import LowRank
+from d2surgery.errors import refuse
+from d2surgery.surgery.certificate import Form, Loss, dense, loss
+from d2surgery.surgery.truncation import ALL, Keep, triplets
+
+Method = Literal["exact", "svd", "slerp", "ties", "dare", "della", "magnitude", "tsv", "iso-c"]
+Space = Literal["entries", "knots", "core"]
+METHODS: tuple[Method, ...] = ("exact", "svd", "slerp", "ties", "dare", "della", "magnitude", "tsv", "iso-c")
+ENTRYWISE = ("ties", "dare", "della", "magnitude")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How deltas D₁, D₂, … with weights w₁, w₂, … become one.
+
+    exact      Σ wᵢDᵢ; from factors without loss, at the sum of the ranks or less
+    svd        the best approximation of Σ wᵢDᵢ of the rank that `keep` gives
+    slerp      along the arc between two of them: (sin((1−t)Ω)·D₁ + sin(tΩ)·D₂)/sin Ω, t = w₂/(w₁ + w₂), Ω their angle
+    magnitude  Σ wᵢ·top(Dᵢ): the largest entries, a share `density` of each
+    ties       the same, of each entry's values only those of the sign with more weight, their mean (arXiv:2306.01708)
+    dare       Σ wᵢ·mask·Dᵢ/density, each entry kept with probability `density` (arXiv:2311.03099)
+    della      as dare, larger entries likelier: probabilities from density − ε to density + ε along the ranks of the
+               entries of a row, ε half of the room that there is (arXiv:2406.11617)
+    tsv        the leading 1/n of each one's directions, made orthogonal to the others' (arXiv:2412.00081)
+    iso-c      Σ wᵢDᵢ with all its singular values made their mean (arXiv:2502.04959)
+
+    space: where ties, dare, della and magnitude choose: among the "entries" of the matrices; in "knots", the entries of
+    the parts of Vᵀ in the SVD of [D₁ … Dₙ] (arXiv:2410.19735); in "core", the entries of the cores in bases of all the
+    factors (arXiv:2509.17786). The last two are as small as the ranks.
+    """
+
+    method: Method = "exact"
+    keep: Keep = ALL
+    density: float = 0.5
+    space: Space = "entries"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise refuse("USAGE", "no such method", wanted=", ".join(METHODS), got=self.method)
+        if not 0 < self.density <= 1:
+            raise refuse("USAGE", "density: the share of entries that stays", wanted="above 0, 1 at most",
+                         got=str(self.density))  # fmt: skip
+
+
+@torch.no_grad()
+def combined(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, module: str = "") -> tuple[LoRA, Loss]:
+    """One LoRA for all, and its error against what the method gives before it is cut to a rank. `module` gives dare
+    and della a seed of their own.
+
+    Raises D2SurgeryError USAGE for what a method cannot take: slerp of other than two; tsv, knots and core of a delta
+    without factors, as those of kinds that normalise are.
+    """
+    whole = _METHODS[recipe.method](deltas, weights, recipe, _generator(recipe.seed, module))
+    found = triplets(whole, recipe.keep)
+    count = recipe.keep.count(found)
+    A, B = found.factors(len(found.sigma) if count is None else count)
+    made = LoRA(A=A.float(), B=B.float(), scaling=1.0)
+    return made, loss(whole, made.update(), len(A), found.curve())
+
+
+def weighted_sum(deltas: Sequence[Form], weights: Sequence[float]) -> LowRank | Tensor:
+    """Σ wᵢDᵢ: of factors their concatenation, else formed in float64."""
+    if all(isinstance(delta, LowRank) for delta in deltas):
+        first, *others = (w * d for d, w in zip(deltas, weights, strict=True) if isinstance(d, LowRank))
+        for other in others:
+            first = first + other
+        return first
+    total = torch.zeros(deltas[0].shape, dtype=torch.float64)
+    for delta, weight in zip(deltas, weights, strict=True):
+        total += weight * dense(delta, torch.float64)
+    return total
+
+
+def _sum(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, generator: Generator) -> LowRank | Tensor:
+    return weighted_sum(deltas, weights)
+
+
+def _slerp(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, generator: Generator) -> LowRank | Tensor:
+    if len(deltas) != 2 or min(weights) < 0 or sum(weights) <= 0:
+        raise refuse("USAGE", "slerp", wanted="two adapters with weights ≥ 0", got=f"{list(weights)}")
+    t = weights[1] / sum(weights)
+    inner, norms = _inner(*deltas), [sqrt(max(_inner(each, each), 0.0)) for each in deltas]
+    cosine = inner / (norms[0] * norms[1]) if all(norms) else 1.0
+    if abs(cosine) > 1 - 1e-9:  # one line: the arc is the chord
+        return weighted_sum(deltas, [1 - t, t])
+    angle = acos(cosine)
+    return weighted_sum(deltas, [sin((1 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)])
+
+
+def _inner(one: Form, other: Form) -> float:
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        return float(one.inner(other))
+    return float((dense(one, torch.float64) * dense(other, torch.float64)).sum())
+
+
+# Entries --------------------------------------------------------------------------------------------------------------
+
+
+def _entrywise(
+    deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, generator: Generator
+) -> LowRank | Tensor:
+    """Some choice among the entries, of the matrices or of what stands for them in a smaller space."""
+    if recipe.space == "entries":
+        return _chosen([dense(delta) for delta in deltas], weights, recipe, generator)
+    factors = [_factors(delta, recipe.space) for delta in deltas]
+    left = torch.linalg.qr(torch.cat([P for P, _ in factors], 1)).Q
+    if recipe.space == "knots":  # [D₁ … Dₙ] = U Σ [V₁ᵀ … Vₙᵀ]
+        cores = [(left.T @ P) @ Q for P, Q in factors]  # (R, in)
+        U, sigma, Vh = torch.linalg.svd(torch.cat(cores, 1), full_matrices=False)
+        parts = list(Vh.split([Q.shape[1] for _, Q in factors], 1))
+        return LowRank(left @ (U * sigma), _chosen(parts, weights, recipe, generator))
+    right = torch.linalg.qr(torch.cat([Q for _, Q in factors]).T).Q
+    cores = [(left.T @ P) @ (Q @ right) for P, Q in factors]
+    return LowRank(left @ _chosen(cores, weights, recipe, generator), right.T)
+
+
+def _factors(delta: Form, what: str) -> tuple[Tensor, Tensor]:
+    if not isinstance(delta, LowRank):
+        raise refuse("USAGE", f"{what} needs deltas with factors", wanted="LoRA", got="a delta that needs the base")
+    return delta.P.double(), delta.Q.double()
+
+
+def _chosen(matrices: list[Tensor], weights: Sequence[float], recipe: Recipe, generator: Generator) -> Tensor:
+    if recipe.method in ("dare", "della"):
+        masks = (_kept_at_random(each, recipe, generator) for each in matrices)
+        return _total([weight * part for weight, part in zip(weights, masks, strict=True)])
+    top = [weight * _largest_entries(each, recipe.density) for each, weight in zip(matrices, weights, strict=True)]
+    return _elected(top, weights) if recipe.method == "ties" else _total(top)
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def _largest_entries(matrix: Tensor, density: float) -> Tensor:
+    """The others set to zero; of equal ones at the edge all stay."""
+    sizes = matrix.abs().reshape(-1)
+    out = sizes.numel() - round(density * sizes.numel())
+    if out < 1:
+        return matrix
+    edge = sizes.kthvalue(out).values
+    return torch.where(matrix.abs() > edge, matrix, 0.0)
+
+
+def _elected(parts: list[Tensor], weights: Sequence[float]) -> Tensor:
+    """Per entry the sign of the sum, and the weighted mean of the values that have it, times the sum of all weights:
+    where all agree, it is their weighted sum."""
+    sign = _total(parts).sign()
+    total, share = torch.zeros_like(parts[0]), torch.zeros_like(parts[0])
+    for part, weight in zip(parts, weights, strict=True):
+        agrees = part.sign() == sign
+        total += torch.where(agrees, part, 0.0)
+        share += torch.where(agrees & (part != 0), abs(weight), 0.0)
+    return total * (sum(map(abs, weights)) / share.clamp(min=torch.finfo(share.dtype).tiny)).where(share > 0, 0.0)
+
+
+def _kept_at_random(matrix: Tensor, recipe: Recipe, generator: Generator) -> Tensor:
+    probability = torch.full_like(matrix, recipe.density)
+    if recipe.method == "della":
+        room = min(recipe.density, 1 - recipe.density) / 2
+        order = matrix.abs().argsort(dim=1).argsort(dim=1).to(matrix)
+        probability += room * (2 * order / max(matrix.shape[1] - 1, 1) - 1)
+    drawn = torch.rand(matrix.shape, generator=generator).to(matrix)
+    return torch.where(drawn < probability, matrix / probability, 0.0)
+
+
+# Directions -----------------------------------------------------------------------------------------------------------
+
+
+def _tsv(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, generator: Generator) -> LowRank:
+    parts = []
+    for delta, weight in zip(deltas, weights, strict=True):
+        U, sigma, Vh = LowRank(*_factors(delta, "tsv")).svd()
+        count = -(-len(sigma) // len(deltas))
+        parts.append((U[:, :count], weight * sigma[:count], Vh[:count]))
+    U, sigma, V = (torch.cat([part[i] for part in parts], dim) for i, dim in ((0, 1), (1, 0), (2, 0)))
+    return LowRank(_nearest_orthonormal(U) * sigma, _nearest_orthonormal(V.T).T)
+
+
+def _nearest_orthonormal(columns: Tensor) -> Tensor:
+    """U·Vᵀ of the SVD (Procrustes)."""
+    U, _, Vh = torch.linalg.svd(columns, full_matrices=False)
+    nearest: Tensor = U @ Vh
+    return nearest
+
+
+def _iso(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, generator: Generator) -> LowRank:
+    found = triplets(weighted_sum(deltas, weights), recipe.keep)
+    count = recipe.keep.count(found)
+    kept = len(found.sigma) if count is None else count
+    mean = found.sigma[:kept].mean() if kept else 0.0
+    return LowRank(found.U[:, :kept] * mean, found.Vh[:kept])
+
+
+def _generator(seed: int, module: str) -> Generator:
+    digest = hashlib.sha256(f"{seed} {module}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+_METHODS: dict[str, Callable[[Sequence[Form], Sequence[float], Recipe, Generator], LowRank | Tensor]] = {
+    "exact": _sum,
+    "svd": _sum,
+    "slerp": _slerp,
+    **dict.fromkeys(ENTRYWISE, _entrywise),
+    "tsv": _tsv,
+    "iso-c": _iso,
+}

@@ -1,0 +1,52 @@
+"""An adapter from two weights, a base and what came of it."""
+
+import torch
+from torch import Tensor
+
+from d2surgery.adapters import DoRA, LoRA
+from d2surgery.adapters.forwards import Axis
+from d2surgery.adapters.vectors import Weight
+from d2surgery.surgery.truncation import Keep, triplets
+
+SETTLED = 1e-4
+"""The step of the alternation that ends it, relative to what the fit still misses."""
+_MOST_STEPS = 200
+
+
+@torch.no_grad()
+def lora_of(base_weight: Weight, target: Weight, keep: Keep) -> tuple[LoRA, list[float]]:
+    """The nearest LoRA to W' − W0, and the least error at each rank."""
+    found = triplets(target.double() - base_weight.double(), keep)
+    A, B = found.factors(keep.count(found) or 0)
+    return LoRA(A=A, B=B, scaling=1.0), found.curve()
+
+
+@torch.no_grad()
+def dora_of(base_weight: Weight, target: Weight, keep: Keep, along: Axis) -> tuple[DoRA, list[float]]:
+    """The DoRA whose W' is nearest to `target`, by turns: with U the target's vectors at length 1 and n their lengths
+    before m, L = the leading part of n ⊙ U − W0, then n = <W0 + L, U>. From n = ‖W0‖ it comes closer at each turn; at
+    the rank of the true update it ends at rounding, at a smaller one at the best that this path finds.
+    """
+    rows = along == "out_features"
+    W, T = (base_weight.double(), target.double()) if rows else (base_weight.double().T, target.double().T)
+    lengths = T.norm(dim=1)
+    U = T / torch.where(lengths == 0, 1.0, lengths)[:, None]
+    n = W.norm(dim=1)
+    missed = float("inf")
+    for _ in range(_MOST_STEPS):
+        found = triplets(n[:, None] * U - W, keep)
+        A, B = found.factors(keep.count(found) or 0)
+        V = torch.addmm(W, B, A)
+        n = (V * U).sum(1)
+        before, missed = missed, float((V / _lengths(V)[:, None] * lengths[:, None] - T).norm())
+        if before - missed <= SETTLED * missed or missed <= 1e-12 * float(lengths.norm()):
+            break
+    magnitude = (T * V).sum(1) / _lengths(V)
+    A, B = (A, B) if rows else (B.T, A.T)
+    return DoRA(A=A, B=B, magnitude=magnitude, scaling=1.0, along=along), found.curve()
+
+
+def _lengths(V: Tensor) -> Tensor:
+    """Of the rows, 1 in place of zero."""
+    lengths = V.norm(dim=1)
+    return torch.where(lengths == 0, 1.0, lengths)

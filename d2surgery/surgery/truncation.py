@@ -1,0 +1,177 @@
+"""The best approximation of a matrix by one of lower rank: its leading singular triplets, and how many to keep."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Generator, Tensor
+
+from d2surgery.adapters.lowrank import LowRank
+from d2surgery.errors import refuse
+from d2surgery.measures.delta import cuts
+from d2surgery.measures.dense import lower_gram
+
+By = Literal["energy", "error", "sv_fro", "sv_cumulative", "sv_ratio", "above"]
+EXACT_UP_TO = 1536
+"""The smaller side up to which all singular values of a dense matrix are computed."""
+_FIRST = 64  # triplets that are looked for at first above that
+_OVERSAMPLING = 16
+_SETTLED = 1e-9  # of the energy: what another iteration may still find
+_MOST_ITERATIONS = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """How many singular values to keep: the fewest that reach `value` by a criterion, and no more than `rank`.
+
+    by   "energy"         Σ_{i≤k} σ² ≥ value · Σσ²
+         "error"          the error √Σ_{i>k} σ² ≤ value · √Σσ²
+         "sv_fro"         √Σ_{i≤k} σ² ≥ value · √Σσ²         kohya's names and meaning; its script then keeps one
+         "sv_cumulative"  Σ_{i≤k} σ ≥ value · Σσ             more than that (`extra=1`)
+         "sv_ratio"       σ_k > σ₁/value
+         "above"          σ_k > value, such as the edge of what rounding alone gives
+
+    Raises D2SurgeryError USAGE for a value out of range.
+    """
+
+    rank: int | None = None
+    by: By | None = None
+    value: float = 0.0
+    extra: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise refuse("USAGE", "a rank", wanted="1 or more", got=str(self.rank))
+        if self.by == "sv_ratio" and not self.value >= 1:
+            raise refuse("USAGE", "sv_ratio: the largest singular value over the least to keep", wanted="1 or more",
+                         got=str(self.value))  # fmt: skip
+        if self.by not in (None, "sv_ratio", "above") and not 0 <= self.value <= 1:
+            raise refuse("USAGE", f"{self.by}: a share", wanted="0 to 1", got=str(self.value))
+
+    def count(self, found: "Triplets") -> int | None:
+        """How many of the triplets; None where more of them have to be known to tell."""
+        known, most = len(found.sigma), found.side if self.rank is None else self.rank
+        enough = self._enough(found)
+        if enough is None and not found.complete and known < most:
+            return None
+        return min(most if enough is None else enough + self.extra, most, known)
+
+    def _enough(self, found: "Triplets") -> int | None:
+        """The fewest that reach the value; None where those that are known do not tell."""
+        sigma = found.sigma
+        if self.by is None:
+            return None
+        if self.by in ("sv_ratio", "above"):
+            count = int((sigma > (self.value if self.by == "above" else sigma[:1] / self.value)).sum())
+            return count if found.complete or count < len(sigma) else None
+        if self.by == "sv_cumulative":
+            running = torch.cat([sigma.new_zeros(1), sigma.cumsum(0)])
+            reached = (running >= self.value * running[-1]) & found.complete
+        else:
+            allowed = {"energy": 1 - self.value, "error": self.value**2, "sv_fro": 1 - self.value**2}[self.by]
+            reached = found.left() <= allowed * found.energy
+        return int((~reached).sum()) if bool(reached.any()) else None
+
+
+ALL = Keep()
+
+
+class Triplets(NamedTuple):
+    """Leading singular triplets of a matrix, in float64, and the energy Σσ² of all of it."""
+
+    U: Float64[Tensor, "out_features k"]
+    sigma: Float64[Tensor, " k"]
+    Vh: Float64[Tensor, "k in_features"]
+    energy: float
+    complete: bool
+    """Whether there are no others but zeros."""
+
+    @property
+    def side(self) -> int:
+        return min(self.U.shape[0], self.Vh.shape[1])
+
+    def left(self) -> Float64[Tensor, " k_plus_1"]:
+        """The energy left out where 0, 1, … k triplets are kept; summed from the small end where all are known."""
+        squares = self.sigma.square()
+        if self.complete:
+            return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+        return (self.energy - torch.cat([squares.new_zeros(1), squares.cumsum(0)])).clamp(min=0)
+
+    def curve(self) -> list[float]:
+        """The relative Frobenius error at rank 0, 1, … k: √Σ_{i>k} σ²/√Σσ², the least there is."""
+        return (self.left() / self.energy).sqrt().tolist() if self.energy else [0.0]
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """(A, B) of the best approximation of this rank, √σ on either side. Of rank 0 they are zeros of rank 1."""
+        if rank == 0:
+            return self.Vh.new_zeros(1, self.Vh.shape[1]), self.U.new_zeros(self.U.shape[0], 1)
+        root = self.sigma[:rank].sqrt()
+        return root[:, None] * self.Vh[:rank], self.U[:, :rank] * root
+
+    def reweighted(self, weights: Float[Tensor, " in_features"]) -> "Triplets":
+        """Of a matrix whose columns were multiplied by the weights: Vᵀ of the matrix itself, no longer orthonormal."""
+        return self._replace(Vh=self.Vh / weights.double())
+
+
+def triplets(matrix: LowRank | Tensor, keep: Keep, generator: Generator | None = None) -> Triplets:
+    """As many of the leading triplets as it takes to keep what is asked for; all of them where that is cheap.
+
+    Of factors and of a matrix whose smaller side is at most EXACT_UP_TO they are exact, else by subspace iteration
+    (Halko, Martinsson, Tropp 2011) until another step finds less than 1e-9 of the energy. Raises NOT_FINITE.
+    """
+    if isinstance(matrix, LowRank):
+        U, sigma, Vh = matrix.svd()
+        return Triplets(U, sigma, Vh, float(sigma.square().sum()), True)
+    side = min(matrix.shape)
+    if side <= EXACT_UP_TO:
+        return _all(matrix)
+    wanted = min(keep.rank or _FIRST, side)
+    while wanted < side // 2:
+        found = _leading(matrix, wanted, generator)
+        if keep.count(found) is not None:
+            return found
+        wanted *= 2
+    return _all(matrix)
+
+
+def _all(matrix: Tensor) -> Triplets:
+    """From the Gram matrix of the smaller side; √eps64 of σ₁ and below is rounding and counts as zero."""
+    tall = matrix.shape[0] >= matrix.shape[1]
+    cut = cuts(max(matrix.shape), min(matrix.shape))
+    gram = lower_gram((matrix[part] if tall else matrix[:, part] for part in cut), (matrix.shape[0], matrix.shape[1]))
+    values, vectors = torch.linalg.eigh(gram, UPLO="L")
+    kept = int((values > values[-1:].clamp(min=0) * torch.finfo(torch.float64).eps * len(values)).sum())
+    return _projected(matrix, vectors[:, len(values) - kept :].flip(1), complete=True)
+
+
+def _leading(matrix: Tensor, count: int, generator: Generator | None) -> Triplets:
+    tall = matrix.shape[0] >= matrix.shape[1]
+    rows = matrix.T if tall else matrix  # the small side first
+    size = min(count + _OVERSAMPLING, rows.shape[0])
+    generator = generator or torch.Generator().manual_seed(0)
+    basis = torch.randn(rows.shape[0], size, generator=generator).to(rows)
+    before = 0.0
+    for _ in range(_MOST_ITERATIONS):
+        image = torch.linalg.qr(rows.T @ torch.linalg.qr(basis).Q).Q
+        basis = rows @ image
+        caught = float(basis.double().square().sum())
+        if caught - before <= _SETTLED * caught:
+            break
+        before = caught
+    found = _projected(matrix, torch.linalg.qr(basis.double()).Q, complete=False)
+    return found._replace(U=found.U[:, :count], sigma=found.sigma[:count], Vh=found.Vh[:count])
+
+
+def _projected(matrix: Tensor, basis: Tensor, *, complete: bool) -> Triplets:
+    """The triplets of the matrix within an orthonormal basis of its smaller side (Rayleigh and Ritz), in float64."""
+    tall = matrix.shape[0] >= matrix.shape[1]
+    parts = list(cuts(max(matrix.shape), min(matrix.shape)))
+    energy = sum(float((matrix[p] if tall else matrix[:, p]).double().square().sum()) for p in parts)
+    if tall:
+        image = torch.cat([matrix[part].double() @ basis for part in parts])  # (out, k)
+        U, sigma, Wh = torch.linalg.svd(image, full_matrices=False)
+        return Triplets(U, sigma, Wh @ basis.T, energy, complete)
+    image = torch.cat([basis.T @ matrix[:, part].double() for part in parts], 1)  # (k, in)
+    W, sigma, Vh = torch.linalg.svd(image, full_matrices=False)
+    return Triplets(basis @ W, sigma, Vh, energy, complete)
