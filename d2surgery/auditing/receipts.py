@@ -78,6 +78,8 @@ def _receipt(directory: Path) -> dict[str, Any]:
         tensors = receipt[part].get("tensors") if isinstance(receipt.get(part), dict) else None
         if not isinstance(tensors, dict) or (part == "outputs" and not tensors):
             raise refuse("NO_RECEIPT", f"it has no hashes of {part}", file=str(path))
+        if not isinstance(receipt[part].get("files", {}), dict):
+            raise refuse("NO_RECEIPT", f"its files of {part} are no hashes by name", file=str(path))
     return receipt
 
 

@@ -9,6 +9,8 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from d2surgery.errors import brief
+
 _MAX_STEPS = 3_000_000  # about 30 a tensor
 _MAX_STACK = 100_000  # torch puts a thousand names and tensors on it at a time
 _STORAGES = {
@@ -130,7 +132,7 @@ class _Machine:
             if not isinstance(name, str | int | float | None):
                 raise ValueError("a table by something else than names")
             if name in table:
-                raise ValueError(f"{name!r} stands twice")
+                raise ValueError(f"{brief(name)} stands twice")
             table[name] = value
 
     def named(self, module: str, name: str) -> None:
@@ -165,7 +167,7 @@ def _of(kind: type, value: Any) -> Any:
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 62:
-        raise ValueError(f"{str(value)[:40]} is no count")
+        raise ValueError(f"{brief(value)} is no count")
     return value
 
 
