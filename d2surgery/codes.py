@@ -316,6 +316,10 @@ CODES: dict[str, Code] = {
         "Replaced weights and rows have no strength between 0 and 1.", "Merge with --strength 1, or without them."
     ),
     "OUTPUT_EXISTS": Code("There is something at the output path.", "Remove it or choose another path."),
+    "OUTPUT_IN_USE": Code(
+        "Another process writes to this output; one at a time does.",
+        "Let it finish, or end it and continue with --resume.",
+    ),
     "RESUME_MISMATCH": Code(
         "What is unfinished at this path, a merge or a training, was made from other inputs, options or versions, or, "
         "where arithmetic differs, on another processor or with another linear-algebra library.",
@@ -326,8 +330,16 @@ CODES: dict[str, Code] = {
         "Remove that checkpoint's directory: --resume goes on from the one before it, or begins again.",
     ),
     "BASE_CHANGED": Code(
-        "A weight file of the base was changed while it was merged.",
+        "A file of the base was written to, replaced or removed after it was first read: the merge would be of two.",
         "Remove the .partial directory and merge again when nothing writes to the base.",
+    ),
+    "ADAPTER_CHANGED": Code(
+        "A file of the adapter was written to, replaced or removed after it was first read: the merge would be of two.",
+        "Remove the .partial directory and merge again when nothing writes to the adapter.",
+    ),
+    "COMPANION_CHANGED": Code(
+        "A file that is copied beside the merged weights was written to, replaced or removed meanwhile.",
+        "Continue with --resume when nothing writes to it.",
     ),
     "DISK_FULL": Code("There is not enough space on the disk.", "Free space and run again with --resume."),
     "MEMORY": Code("The merge needs more memory than --max-memory allows.", "Raise --max-memory."),

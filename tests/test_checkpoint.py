@@ -247,6 +247,19 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     ]
 
 
+def test_links_that_were_laid_where_it_will_be_written_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "a").mkdir()
+    for name in ("adapter_config.json", "adapter_model.partial", "adapter_model.safetensors"):
+        (tmp_path / "a" / name).symlink_to("../precious" if name.endswith("l") or "config" in name else "../nothing")
+    save(from_adapters({"q": make("lora")}), tmp_path / "a")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (tmp_path / "nothing").exists()
+    assert load(tmp_path / "a").keys() == {"q"}
+    assert not (tmp_path / "a" / "adapter_config.json").is_symlink()
+    assert not (tmp_path / "a" / "adapter_model.safetensors").is_symlink()
+
+
 COLUMNS = DoRA(A=numbers(2, 5), B=numbers(6, 2), magnitude=numbers(5), scaling=1.0, along="in_features")
 REFUSED: list[tuple[Mapping[str, Adapter], str]] = [
     ({"q": make("lora"), "k": make("dora")}, "dora on k, lora on q"),

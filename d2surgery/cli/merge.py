@@ -36,7 +36,7 @@ def command(out: Path, resume: bool, no_verify: bool, as_json: bool, quiet: bool
         )
         output.emit(f"{output.style('OK', 'green')}  {modules} merged: {tensors}, {output.size(report.bytes_written)}")
         output.emit(f"  out      {output.printable(report.out)}")
-        for line in output.taken(report.problems):
+        for line in (*output.taken(report.problems), *output.beside(report.copied, report.left)):
             output.emit(line)
         output.emit(f"  receipt  {output.printable(report.receipt)}")
         output.emit(f"  took     {report.seconds:.1f} s, {output.size(report.peak_memory_bytes)} at most")

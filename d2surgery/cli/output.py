@@ -73,6 +73,12 @@ def taken(problems: Iterable[Problem]) -> list[str]:
     return [f"  tokens   {printable(problem.message)}" for problem in problems if problem.code == "TOKENIZER_TAKEN"]
 
 
+def beside(copied: Sequence[str], left: Sequence[str]) -> list[str]:
+    """What a merge copies beside the weights, and what it leaves in the base's directory."""
+    lines = [("beside", copied), ("left", left)]
+    return [f"  {word:7}  {printable(', '.join(names))}" for word, names in lines if names]
+
+
 def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
     """Aligned columns, empty ones left out; where they do not fit the terminal, the first on a line of its own."""
     cells = [[printable(cell) for cell in row] for row in rows]

@@ -51,6 +51,8 @@ def _document(report: PlanReport) -> dict[str, Any]:
         "peak_memory_bytes": report.peak_memory_bytes,
         "shards": report.shards,
         "untied": report.untied,
+        "copied": report.copied,
+        "left": report.left,
         "modules": modules,
         "problems": [output.record(problem) for problem in report.problems],
     }
@@ -69,6 +71,7 @@ def _text(report: PlanReport, per_layer: bool) -> Iterable[str]:
     yield f"  disk    {output.size(report.bytes)} of {output.size(report.disk_free_bytes)} free"
     yield f"  memory  about {output.size(report.peak_memory_bytes)}"
     yield from output.taken(report.problems)
+    yield from output.beside(report.copied, report.left)
     if report.untied:
         yield "  ties    the output no longer equals the input embedding: both are written, tie_word_embeddings false"
     if not report.survival:

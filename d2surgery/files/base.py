@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from d2surgery.errors import Problem, brief, raise_errors, refuse
 from d2surgery.files.checkpoints import read_checkpoint_header
 from d2surgery.files.header import Header
+from d2surgery.files.held import Seen, changes
 from d2surgery.files.locate import locate_base
 from d2surgery.files.reading import read_json
 
@@ -64,8 +65,10 @@ class BaseWeights(Mapping[str, "Tensor"]):
         self.directory = locate_base(directory)
         if not self.directory.is_dir():
             raise refuse("BAD_BASE", "not a directory", file=str(directory))
+        config = self.directory / "config.json"
+        beside = (Seen(config),) if config.exists() else ()  # before it is read
         self.header: Header = read_checkpoint_header(self.directory)
-        self.opened = self._stamps()
+        self.seen = (*self.header.seen, *beside)
 
     def __repr__(self) -> str:
         return f"BaseWeights({str(self.directory)!r}, {len(self)} tensors in {len(self.header.files)} files)"
@@ -76,14 +79,8 @@ class BaseWeights(Mapping[str, "Tensor"]):
         return read_model_config(self.directory)
 
     def refuse_changes(self) -> None:
-        """Raises D2SurgeryError BASE_CHANGED when a weight file is not the one whose header was read."""
-        changed = [before[0] for before, now in zip(self.opened, self._stamps(), strict=True) if before != now]
-        if changed:
-            raise refuse("BASE_CHANGED", ", ".join(changed), file=str(self.directory))
-
-    def _stamps(self) -> tuple[tuple[str, int, int], ...]:
-        stats = [(file, file.stat()) for file in self.header.files]
-        return tuple((file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
+        """Raises D2SurgeryError BASE_CHANGED for every file that is not as it was when its header was read."""
+        raise_errors(changes(self.seen, "BASE_CHANGED"))
 
     def __getitem__(self, name: str) -> "Tensor":
         from d2surgery.files.tensors import read_tensor  # torch, which names and shapes do not need

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
 from d2surgery.files.header import Header, TensorInfo, is_pickle, read_header
+from d2surgery.files.held import Seen
 from d2surgery.files.reading import read_json
 
 
@@ -21,7 +22,8 @@ def read_checkpoint_header(directory: Path) -> Header:
     if not found.name.endswith(".index.json"):
         header = _read_weights(found)
         return replace(header, tensors=_once(header.tensors))
-    index, weight_map = found, _weight_map(found)
+    index, seen = found, Seen(found)
+    weight_map = _weight_map(index)
     headers = {name: _shard(index, name) for name in sorted(set(weight_map.values()))}
     raise_errors(
         problem for header in headers.values() if isinstance(header, D2SurgeryError) for problem in header.problems
@@ -39,7 +41,8 @@ def read_checkpoint_header(directory: Path) -> Header:
     raise_errors(problems)
     first = next(iter(shards.values()))
     files = tuple(file for header in shards.values() for file in header.files)
-    return Header(files, _once(tensors), first.metadata)
+    every = (seen, *(file for header in shards.values() for file in header.seen))
+    return Header(files, _once(tensors), first.metadata, seen=every)
 
 
 def _weights_in(directory: Path, ending: str) -> Path | None:

@@ -7,7 +7,6 @@
 Several such files, or those of torch.save, may be one checkpoint: see `checkpoints`.
 """
 
-import os
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
+from d2surgery.files.held import Held, Seen
 from d2surgery.files.reading import Twice, open_file, parse_json
 
 if TYPE_CHECKING:  # names and shapes need no torch
@@ -57,6 +57,7 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     start: int
     stop: int
+    held: Held | None = None  # the file, where it has been kept open
 
     @property
     def nbytes(self) -> int:
@@ -72,6 +73,8 @@ class Header:
     metadata: Mapping[str, str]
     loaded: "Mapping[str, Tensor] | None" = field(default=None, compare=False, repr=False)
     """The tensors themselves where they cannot be read one by one: of a pickle, or of no file at all."""
+    seen: tuple[Seen, ...] = field(default=(), compare=False, repr=False)
+    """What it was read from, as it was then: the files of tensors held open, and an index beside them."""
 
     @property
     def usual_dtype(self) -> str | None:
@@ -83,19 +86,20 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read and check the header of one file. Raises D2SurgeryError with every fault found."""
     try:
-        with open_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            head = file.read(64)
-            _check_magic(path, head, size)
-            length = struct.unpack("<Q", head[:8])[0]
-            _check_length(path, length, size)
-            file.seek(8)
-            text = file.read(length)
+        held = Held(path)
+        size = held.found.st_size
+        head = held.read(64, 0)
+        _check_magic(path, head, size)
+        length = struct.unpack("<Q", head[:8])[0]
+        _check_length(path, length, size)
+        text = held.read(length, 8)
+    except FileNotFoundError:
+        raise refuse("FILE_MISSING", "no such file", file=str(path)) from None
     except OSError as error:
         raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(path)) from None
     entries, metadata = _parse(path, text)
-    tensors = _checked(path, entries, 8 + length, size)
-    return Header((path,), tensors, metadata)
+    tensors = _checked(held, entries, 8 + length)
+    return Header((path,), tensors, metadata, seen=(held,))
 
 
 def small_values(header: Header, key: str) -> tuple[float, ...]:
@@ -109,9 +113,7 @@ def small_values(header: Header, key: str) -> tuple[float, ...]:
         raise refuse("SHAPE_UNEXPECTED", "wanted a few numbers", file=str(info.file), module=key, got=got)
     if header.loaded is not None:
         return tuple(float(value) for value in header.loaded[key].reshape(-1).tolist())
-    with info.file.open("rb") as file:
-        file.seek(info.start)
-        data = file.read(info.nbytes)
+    data = (info.held or Held(info.file)).read(info.nbytes, info.start)
     if len(data) != info.nbytes:
         raise refuse("TRUNCATED_FILE", "the file became shorter while it was read", file=str(info.file))
     if info.dtype == "BF16":  # the upper half of a float32
@@ -186,7 +188,8 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     return entries, metadata
 
 
-def _checked(path: Path, entries: dict[str, Any], data: int, size: int) -> dict[str, TensorInfo]:
+def _checked(held: Held, entries: dict[str, Any], data: int) -> dict[str, TensorInfo]:
+    path, size = held.path, held.found.st_size
     problems: list[Problem] = []
     tensors: dict[str, TensorInfo] = {}
     for name, entry in entries.items():
@@ -201,7 +204,7 @@ def _checked(path: Path, entries: dict[str, Any], data: int, size: int) -> dict[
         if fault:
             problems.append(Problem(code="BAD_TENSOR_ENTRY", message=fault, file=str(path), module=name))
         else:
-            tensors[name] = TensorInfo(path, dtype, shape, data + start, data + stop)
+            tensors[name] = TensorInfo(path, dtype, shape, data + start, data + stop, held)
     position = data
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != position and not problems:

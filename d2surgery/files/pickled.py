@@ -22,7 +22,7 @@ from torch import Tensor
 
 from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
 from d2surgery.files.header import BITS, Header, TensorInfo
-from d2surgery.files.reading import open_file
+from d2surgery.files.held import Held
 from d2surgery.files.tensors import DTYPES, header_of
 from d2surgery.files.unpickling import Storage, Stored, unpickle
 
@@ -48,9 +48,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     Raises D2SurgeryError PICKLE when the file holds anything but dense tensors by name, or less of them than it says.
     """
     contents = _contents(path)
-    if not contents.size:
-        return {}
-    memory = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=contents.size)
+    memory = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=contents.held.found.st_size)
     return {name: contents.tensor(stored, memory) for name, stored in contents.tensors.items()}
 
 
@@ -69,8 +67,8 @@ def locate_pickled(path: Path) -> Header:
         start = contents.starts[stored.storage.key] + stored.offset * BITS[stored.dtype] // 8 if nbytes else 0
         if not _is_contiguous(stored):
             raise refuse("PICKLE", "not stored in one piece", file=str(path), module=name, wanted="saved again")
-        tensors[name] = TensorInfo(path, stored.dtype, stored.shape, start, start + nbytes)
-    return Header((path,), tensors, {})
+        tensors[name] = TensorInfo(path, stored.dtype, stored.shape, start, start + nbytes, contents.held)
+    return Header((path,), tensors, {}, seen=(contents.held,))
 
 
 class _Contents(NamedTuple):
@@ -78,7 +76,7 @@ class _Contents(NamedTuple):
 
     tensors: Mapping[str, Stored]
     starts: Mapping[str, int]  # by the storage's key
-    size: int
+    held: Held
     legacy: bool
 
     def tensor(self, stored: Stored, memory: Any) -> Tensor:
@@ -91,10 +89,12 @@ class _Contents(NamedTuple):
 def _contents(path: Path) -> _Contents:
     """All that is said of the tensors, checked."""
     try:
-        with open_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
+        held = Held(path)
+        with os.fdopen(os.dup(held.fd), "rb") as file:
             legacy = file.read(2) != b"PK"
-            said, records = (_read_legacy if legacy else _read_archive)(file, size)
+            said, records = (_read_legacy if legacy else _read_archive)(file, held.found.st_size)
+    except FileNotFoundError:
+        raise refuse("FILE_MISSING", "no such file", file=str(path)) from None
     except (ValueError, zipfile.BadZipFile, NotImplementedError, struct.error) as error:
         raise refuse("PICKLE", f"not the tensors of torch.save: {str(error)[:200]}", file=str(path)) from None
     except OSError as error:
@@ -105,7 +105,7 @@ def _contents(path: Path) -> _Contents:
         for name, stored in tensors.items()
         if (fault := _fault(stored, records))
     )
-    return _Contents(tensors, {key: start for key, (start, _) in records.items()}, size, legacy)
+    return _Contents(tensors, {key: start for key, (start, _) in records.items()}, held, legacy)
 
 
 def _dense(path: Path, said: Any) -> dict[str, Stored]:
@@ -146,10 +146,12 @@ def _nbytes(storage: Storage) -> int:
 
 
 def _is_contiguous(stored: Stored) -> bool:
-    inner = [stored.shape[at:] for at in range(1, len(stored.shape) + 1)]
-    steps = [*map(prod, inner)]
-    alike = (size == 1 or stride == step for size, stride, step in zip(stored.shape, stored.stride, steps, strict=True))
-    return 0 in stored.shape or all(alike)
+    step = 1
+    for size, stride in zip(reversed(stored.shape), reversed(stored.stride), strict=True):
+        if size > 1 and stride != step:
+            return 0 in stored.shape
+        step *= size
+    return True
 
 
 def _kind(value: object) -> str:

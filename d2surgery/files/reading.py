@@ -24,18 +24,25 @@ def open_file(path: Path) -> BinaryIO:
     Raises D2SurgeryError: FILE_MISSING, FILE_UNREADABLE.
     """
     try:
-        _refuse_other(path, path.stat().st_mode)  # before a device is opened, which may do something
+        refuse_other(path, path.stat().st_mode)  # before a device is opened, which may do something
         file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
     except FileNotFoundError:
         raise refuse("FILE_MISSING", "no such file", file=str(path)) from None
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         raise refuse("FILE_UNREADABLE", getattr(error, "strerror", None) or str(error), file=str(path)) from None
     try:
-        _refuse_other(path, os.fstat(file.fileno()).st_mode)  # what it is now
+        refuse_other(path, os.fstat(file.fileno()).st_mode)  # what it is now
     except BaseException:
         file.close()
         raise
     return file
+
+
+def refuse_other(path: Path, mode: int) -> None:
+    """Raises D2SurgeryError FILE_UNREADABLE for what is no file, by its mode."""
+    if not stat.S_ISREG(mode):
+        what = next((name for test, name in _KINDS if test(mode)), "something else")
+        raise refuse("FILE_UNREADABLE", f"not a file but {what}", file=str(path))
 
 
 def read_small(path: Path, limit: int = MAX_CONFIG, code: str = "BAD_CONFIG") -> bytes:
@@ -91,9 +98,3 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
         raise Twice(f"{twice[0]} stands twice" + (f", and {len(twice) - 1} more do" if len(twice) > 1 else ""))
     return found
-
-
-def _refuse_other(path: Path, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        what = next((name for test, name in _KINDS if test(mode)), "something else")
-        raise refuse("FILE_UNREADABLE", f"not a file but {what}", file=str(path))

@@ -3,14 +3,16 @@
 import os
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from d2surgery.errors import refuse
+from d2surgery.errors import D2SurgeryError, refuse
 from d2surgery.files.header import Header, TensorInfo
+from d2surgery.files.held import Held
 
 DTYPES = {
     "F64": torch.float64,
@@ -74,14 +76,18 @@ def read_part(info: TensorInfo, start: int, target: memoryview, *, once: bool = 
     """Fill the buffer with the bytes of a stored tensor from position `start` within it.
 
     once: they will not be read again, so the kernel need not keep them.
+
+    Raises D2SurgeryError TRUNCATED_FILE, or FILE_UNREADABLE where the disk fails.
     """
-    fd = os.open(info.file, os.O_RDONLY)
     try:
-        read_into(fd, target, info.start + start)
-        if once:
-            let_go(fd, info.start + start, len(target))
-    finally:
-        os.close(fd)
+        held = info.held or Held(info.file)
+        read_into(held.fd, target, info.start + start)
+    except OSError as error:
+        raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(info.file)) from None
+    except D2SurgeryError as error:
+        raise D2SurgeryError(*(replace(problem, file=str(info.file)) for problem in error.problems)) from None
+    if once:
+        let_go(held.fd, info.start + start, len(target))
 
 
 def read_rows(info: TensorInfo, start: int, stop: int, *, of: int) -> Tensor:

@@ -13,10 +13,10 @@ def write_whole(path: Path, text: str) -> None:
     The name beside it is this process's own, so that two which write the same file do not meet.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial.unlink(missing_ok=True)  # of a process that had this number and was killed
     try:
-        partial.unlink(missing_ok=True)  # of an earlier process, or a link that somebody laid there
-        with os.fdopen(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb") as file:
-            file.write(text.encode())
+        with partial.open("x", encoding="utf-8") as file:  # a file of its own: no link is followed
+            file.write(text)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

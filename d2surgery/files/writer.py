@@ -1,26 +1,26 @@
-"""Streaming safetensors output: a header that is known before the data, bytes at offsets, hashes, fsync, one rename.
+"""Streaming safetensors output: a header that is known before the data, bytes at offsets, hashes, fsync.
 
-A checkpoint is built in a sibling `.<name>.partial/`. Its `journal.jsonl` holds the recipe, then a line per finished
-shard; a directory under the final name is always whole.
+Where the files stand meanwhile, and how they come to stand at their place: see `partial`.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from d2surgery.errors import refuse
 from d2surgery.files.header import BITS, INDEX
+from d2surgery.files.held import naming
 from d2surgery.files.tensors import as_bytes, let_go
 
-JOURNAL = "journal.jsonl"
 FLUSH = 1 << 26  # bytes written before the disk is asked to begin: what it has taken can be used again
 
 
@@ -88,83 +88,14 @@ def _shard(file: str, entries: list[Entry]) -> Shard:
     return Shard(file, header, {name: len(header) + start for name, start in starts.items()}, tuple(ordered))
 
 
-@dataclass
-class Partial:
-    """The directory in which a checkpoint is built, beside the place where it will stand."""
-
-    out: Path
-    sync: bool
-    finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # shard file -> its journal line
-
-    @property
-    def path(self) -> Path:
-        return self.out.parent / f".{self.out.name}.partial"
-
-    def open(self, recipe: Mapping[str, Any], resume: bool) -> None:
-        """Begin, or continue what the same recipe began. Raises OUTPUT_EXISTS or RESUME_MISMATCH."""
-        if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
-            raise refuse("OUTPUT_EXISTS", "the output path is taken", file=str(self.out))
-        first = json.dumps(recipe, sort_keys=True)
-        if self.path.exists():
-            if not resume:
-                message = "an unfinished merge is there: continue it with --resume, or remove it"
-                raise refuse("OUTPUT_EXISTS", message, file=str(self.path))
-            self._continue(first)
-            return
-        self.path.mkdir(parents=True)
-        self.append(first)
-
-    def _continue(self, first: str) -> None:
-        journal = self.path / JOURNAL
-        lines = journal.read_text().split("\n")[:-1] if journal.exists() else []  # what follows the last \n is torn
-        if not lines:
-            shutil.rmtree(self.path)
-            self.path.mkdir()
-            self.append(first)
-            return
-        if lines[0] != first:
-            old, new = json.loads(lines[0]), json.loads(first)
-            fields = ", ".join(key for key in sorted(old | new) if old.get(key) != new.get(key))
-            raise refuse("RESUME_MISMATCH", f"these differ: {fields}", file=str(self.path))
-        for line in map(json.loads, lines[1:]):
-            self.finished[line["file"]] = line
-        journal.write_text("".join(f"{line}\n" for line in lines))
-
-    def append(self, line: str) -> None:
-        with (self.path / JOURNAL).open("a") as file:
-            file.write(line + "\n")
-            self._sync(file.fileno())
-
-    def write(self, name: str, content: bytes) -> None:
-        with (self.path / name).open("wb") as file:
-            file.write(content)
-            self._sync(file.fileno())
-
-    def publish(self) -> None:
-        """Everything is on disk: drop the journal and take the final name."""
-        (self.path / JOURNAL).unlink()
-        self._sync_directory(self.path)
-        if self.out.exists():
-            self.out.rmdir()
-        self.path.rename(self.out)
-        self._sync_directory(self.out.parent)
-
-    def _sync(self, fd: int) -> None:
-        if self.sync:
-            os.fsync(fd)
-
-    def _sync_directory(self, path: Path) -> None:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            self._sync(fd)
-        finally:
-            os.close(fd)
-
-
 class ShardWriter:
-    """Writes one shard's tensors piece by piece and hashes them: each tensor's pieces in order, by one thread."""
+    """Writes one shard's tensors piece by piece and hashes them: each tensor's pieces in order, by one thread.
 
-    def __init__(self, path: Path, shard: Shard, *, hashes: bool, sync: bool) -> None:
+    fd: of the empty file at the path, which is closed at the end; None: one is made. An OSError names the path.
+    """
+
+    def __init__(self, path: Path, shard: Shard, *, hashes: bool, sync: bool, fd: int | None = None) -> None:
+        self.path = path
         self.shard = shard
         self.hashes: dict[str, Any] = {e.name: hashlib.sha256() for e in shard.entries} if hashes else {}
         self._positions = dict(shard.starts)
@@ -173,11 +104,14 @@ class ShardWriter:
         self._lock = threading.Lock()
         self._flusher = threading.Thread()  # one that never ran
         self._failure: OSError | None = None
-        self._fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
-        if hasattr(os, "posix_fallocate"):
-            # A full disk is found now, and the kernel does not have to find blocks page by page: 5 times faster here.
-            os.posix_fallocate(self._fd, 0, shard.nbytes)
-        self._write(shard.header, 0)
+        self._fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666) if fd is None else fd
+        try:
+            with naming(path):
+                _reserve(self._fd, shard.nbytes)
+            self._write(shard.header, 0)
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, name: str, piece: Tensor) -> None:
         data = as_bytes(piece)
@@ -196,11 +130,15 @@ class ShardWriter:
         """Returns the sha256 of each tensor, {} when not hashing."""
         ends = {entry.name: self.shard.starts[entry.name] + entry.nbytes for entry in self.shard.entries}
         if self._positions != ends:
+            self.abandon()
             wrong = [name for name, end in ends.items() if self._positions[name] != end]
             raise RuntimeError(f"not written to their last byte, or beyond: {', '.join(wrong)}")
-        if self._sync:
-            os.fsync(self._fd)
-        self.abandon()
+        try:
+            with naming(self.path):
+                if self._sync:
+                    os.fsync(self._fd)
+        finally:
+            self.abandon()
         if self._failure is not None:
             raise self._failure
         return {name: digest.hexdigest() for name, digest in self.hashes.items()}
@@ -209,20 +147,34 @@ class ShardWriter:
         """Close the file as it stands."""
         if self._flusher.ident is not None:
             self._flusher.join()
-        os.close(self._fd)
+        with naming(self.path):
+            os.close(self._fd)
 
     def _flush(self) -> None:
         try:
-            os.fdatasync(self._fd)
-            let_go(self._fd)
+            with naming(self.path):
+                os.fdatasync(self._fd)
+                let_go(self._fd)
         except OSError as error:  # the kernel reports a lost write once, and here is where it was told
             self._failure = error
 
     def _write(self, data: bytes | memoryview, position: int) -> None:
         view = memoryview(data)
-        while view:
-            count = os.pwrite(self._fd, view, position)
-            view, position = view[count:], position + count
+        with naming(self.path):
+            while view:
+                count = os.pwrite(self._fd, view, position)
+                view, position = view[count:], position + count
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """A full disk is found now, and the kernel does not have to find blocks page by page: 5 times faster here."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # some file systems cannot
+            raise
 
 
 def free_space(path: Path) -> int:
@@ -233,8 +185,9 @@ def free_space(path: Path) -> int:
 def hash_tensors(path: Path, shard: Shard) -> dict[str, str]:
     """The sha256 of each tensor in a finished shard, read back from disk; "" where the file is not this shard's."""
     digests = {entry.name: "" for entry in shard.entries}
-    if not path.is_file() or path.stat().st_size != shard.nbytes:
-        return digests
+    found = path.lstat() if os.path.lexists(path) else None
+    if found is None or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size != shard.nbytes:
+        return digests  # a file with another name, too, may have these bytes now and others later
     with path.open("rb") as file:
         if file.read(len(shard.header)) != shard.header:
             return digests

@@ -8,6 +8,7 @@ from typing import Any
 
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.header import Header, is_pickle, read_header, small_values
+from d2surgery.files.held import Seen
 from d2surgery.files.locate import PICKLES, left_out, locate
 from d2surgery.files.reading import read_json
 from d2surgery.formats import foreign, peft
@@ -26,13 +27,15 @@ def open_layout(adapter: str | os.PathLike[str], *, expert_layout: Packing | Non
     Raises D2SurgeryError where nothing can be said of it: no such file, a file that is not what it should be.
     """
     files = locate(adapter)
+    beside = (Seen(files.config),) if files.config else ()  # before it is read
     header = _with_whole(_header(files.weights), files.whole)
+    header = replace(header, seen=(*header.seen, *beside))
     found = layout(header, read_json(files.config) if files.config else None)
-    beside = [
+    others = [
         Problem(code="LEFT_OUT", severity="warning", message="is not read", file=name)
         for name in left_out(files.weights)
     ]
-    found = replace(found, problems=(*found.problems, *beside))
+    found = replace(found, problems=(*found.problems, *others))
     return found if expert_layout is None else with_expert_layout(found, expert_layout)
 
 
@@ -73,6 +76,7 @@ def _with_whole(header: Header, files: tuple[Path, ...]) -> Header:
     for file in files:
         from d2surgery.files.pickled import locate_pickled, read_pickled_header  # torch, and only here
 
+        seen = Seen(file)
         more = locate_pickled(file) if header.loaded is None else read_pickled_header(file)
         twice = sorted(header.tensors.keys() & more.tensors.keys())
         raise_errors(
@@ -82,6 +86,7 @@ def _with_whole(header: Header, files: tuple[Path, ...]) -> Header:
         header = replace(
             header,
             files=(*header.files, file),
+            seen=(*header.seen, *(more.seen or (seen,))),
             tensors={**header.tensors, **more.tensors},
             loaded=None if header.loaded is None else {**header.loaded, **(more.loaded or {})},
         )
@@ -92,5 +97,6 @@ def _header(weights: Path) -> Header:
     if weights.suffix in PICKLES and is_pickle(weights):
         from d2surgery.files.pickled import read_pickled_header  # torch, and only here
 
-        return read_pickled_header(weights)
+        seen = Seen(weights)
+        return replace(read_pickled_header(weights), seen=(seen,))
     return read_header(weights)

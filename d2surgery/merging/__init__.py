@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from d2surgery.errors import Problem
+from d2surgery.files.partial import Partial, Sources
 from d2surgery.formats.layout import Packing
 from d2surgery.machine import one_thread, peak_memory, resident_memory, uncollected
 from d2surgery.merging.ahead import HashAhead
 from d2surgery.merging.bases import other_base
-from d2surgery.merging.companions import Tokenizer, tokenizer_problems
+from d2surgery.merging.companions import Companions, Tokenizer, find_companions
 from d2surgery.placement.fit import Fit, fit
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ SHARD_SIZE = 5_000_000_000
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merge wrote. `survival` is filled by plan only."""
+    """What merge wrote, and which files of the base's directory are copied beside the weights and which are left."""
 
     out: str
     tensors_written: int
@@ -37,6 +38,8 @@ class MergeReport:
     seconds: float
     peak_memory_bytes: int
     receipt: str
+    copied: tuple[str, ...]
+    left: tuple[str, ...]
     problems: tuple[Problem, ...]
 
 
@@ -53,6 +56,8 @@ class PlanReport:
     modules: int
     untied: bool
     survival: Mapping[str, Mapping[str, "Survival"]]  # module -> dtype -> survival
+    copied: tuple[str, ...]
+    left: tuple[str, ...]
     problems: tuple[Problem, ...]
 
     def __repr__(self) -> str:
@@ -88,29 +93,36 @@ def merge(
     verify=False writes no hashes and does not fsync.
     progress(done, total) is called with bytes written.
 
+    One process writes to an output: see `files.lock` for where that is seen. What is read is what was hashed: a file
+    of the base or the adapter that is replaced or written to meanwhile ends the merge. The output is no more open to
+    other users than the base and the adapter are.
+
     Raises D2SurgeryError with every misfit at once, before anything is written: what `load` and `sites` find,
-    NOT_FINITE, STRENGTH, OUTPUT_EXISTS, RESUME_MISMATCH, DISK_FULL, MEMORY; while merging ZERO_NORM, NOT_FINITE and
-    BASE_CHANGED.
+    NOT_FINITE, STRENGTH, OUTPUT_EXISTS, OUTPUT_IN_USE, RESUME_MISMATCH, DISK_FULL, MEMORY; while merging ZERO_NORM,
+    NOT_FINITE, BASE_CHANGED, ADAPTER_CHANGED and COMPANION_CHANGED.
     """
     began = time.monotonic()
-    fitted = _fitted(base, adapter, strength, expert_layout, tokenizer)
-    with HashAhead(fitted.computed if verify and "torch" not in sys.modules else {}) as ahead:
-        with uncollected():  # torch, which leaves cores for hashing
-            from d2surgery.merging.job import write
-            from d2surgery.merging.prepared import prepare
-            from d2surgery.merging.receipt import RECEIPT
+    fitted, companions = _fitted(base, adapter, strength, expert_layout, tokenizer)
+    hashed = fitted.computed if verify and "torch" not in sys.modules else {}
+    with Partial(Path(out), sync=verify, sources=_sources(fitted, companions)) as partial:
+        partial.claim(resume=resume)
+        with HashAhead(hashed) as ahead:
+            with uncollected():  # torch, which leaves cores for hashing
+                from d2surgery.merging.job import write
+                from d2surgery.merging.prepared import prepare
+                from d2surgery.merging.receipt import RECEIPT
 
-        prepared = prepare(fitted, dtype, device, tokenizer)
-        written, problems = write(
-            prepared,
-            Path(out),
-            ahead.stop,
-            max_memory=max_memory,
-            shard_size=shard_size,
-            resume=resume,
-            verify=verify,
-            progress=progress,
-        )
+            prepared = prepare(fitted, dtype, device, tokenizer)
+            written, problems = write(
+                prepared,
+                partial,
+                companions,
+                ahead.stop,
+                max_memory=max_memory,
+                shard_size=shard_size,
+                verify=verify,
+                progress=progress,
+            )
     return MergeReport(
         out=str(out),
         tensors_written=len(prepared.outputs),
@@ -119,6 +131,8 @@ def merge(
         seconds=time.monotonic() - began,
         peak_memory_bytes=peak_memory(),
         receipt=str(Path(out) / RECEIPT),
+        copied=companions.copied,
+        left=companions.left,
         problems=problems,
     )
 
@@ -142,7 +156,7 @@ def plan(
 
     Reads the adapted tensors once or twice, writes nothing. Raises what merge raises before it writes.
     """
-    fitted = _fitted(base, adapter, strength, expert_layout, tokenizer)
+    fitted, companions = _fitted(base, adapter, strength, expert_layout, tokenizer)
     from d2surgery.files.writer import free_space, shards
     from d2surgery.merging.forecast import forecast, low_survival, zero_updates
     from d2surgery.merging.prepared import prepare
@@ -153,6 +167,7 @@ def plan(
         zero = prepared.check_adapter(hashes=False).zero
         threads = prepared.threads(max_memory)
         found = forecast(prepared, threads, dtypes, progress)
+    prepared.refuse_changes()
     return PlanReport(
         out=str(out),
         tensors=len(prepared.outputs),
@@ -163,6 +178,8 @@ def plan(
         modules=len(fitted.layout.adapters),
         untied=fitted.landing.untied,
         survival=found,
+        copied=companions.copied,
+        left=companions.left,
         problems=(*fitted.problems, *zero_updates(prepared, zero), *low_survival(prepared, found)),
     )
 
@@ -173,8 +190,15 @@ def _fitted(
     strength: float,
     expert_layout: Packing | None,
     tokenizer: Tokenizer,
-) -> Fit:
-    """The fit, with what is said of the files beside the weights."""
+) -> tuple[Fit, Companions]:
+    """The fit, with what is said of the files beside the weights, and these."""
     found = fit(base, adapter, strength, expert_layout)
-    said = (*tokenizer_problems(found, tokenizer), *other_base(found.layout.base_model, found.base))
-    return replace(found, problems=(*found.problems, *said))
+    companions = find_companions(found, tokenizer)
+    said = (*companions.problems, *other_base(found.layout.base_model, found.base))
+    return replace(found, problems=(*found.problems, *said)), companions
+
+
+def _sources(fitted: Fit, companions: Companions) -> Sources:
+    directories = (fitted.base.directory, fitted.layout.path.parent)
+    files = (*fitted.base.seen, *fitted.layout.header.seen, *companions.files.values())
+    return Sources(tuple(path.stat() for path in directories), tuple(file.found for file in files))

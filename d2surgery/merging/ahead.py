@@ -5,11 +5,11 @@ Done by a process of its own, which runs this file: an import rarely lets anothe
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,8 @@ class HashAhead:
 
     def __init__(self, tensors: "Mapping[str, TensorInfo]") -> None:
         self._names = list(islice(tensors, _MOST))
-        self._wanted = _asked([tensors[name] for name in self._names])
-        self._process = _started(self._wanted) if self._names else None
+        self._wanted, held = _asked([tensors[name] for name in self._names])
+        self._process = _started(self._wanted, held) if self._names else None
 
     def stop(self) -> dict[str, str]:
         """The sha256 of every tensor that was hashed to its end."""
@@ -48,12 +48,15 @@ class HashAhead:
         self.stop()
 
 
-def _asked(tensors: "list[TensorInfo]") -> str:
-    files = list(dict.fromkeys(str(info.file) for info in tensors))
-    return json.dumps([files, [(files.index(str(info.file)), info.start, info.nbytes) for info in tensors]])
+def _asked(tensors: "list[TensorInfo]") -> tuple[str, list[int]]:
+    """In JSON what to hash, and the descriptors that it names: those from which the tensors will be read, too."""
+    sources = [info.held.fd if info.held else str(info.file) for info in tensors]
+    numbers = {source: number for number, source in enumerate(dict.fromkeys(sources))}
+    each = [(numbers[source], info.start, info.nbytes) for source, info in zip(sources, tensors, strict=True)]
+    return json.dumps([list(numbers), each]), [source for source in numbers if isinstance(source, int)]
 
 
-def _started(wanted: str) -> "subprocess.Popen[bytes] | None":
+def _started(wanted: str, held: list[int]) -> "subprocess.Popen[bytes] | None":
     """None where there is no Python to do it: the tensors are then hashed when they are read.
 
     So is what that process cannot read; whoever reads it says what is wrong.
@@ -62,24 +65,32 @@ def _started(wanted: str) -> "subprocess.Popen[bytes] | None":
         return None
     command = [sys.executable, "-I", "-S", __file__, wanted]
     try:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=held,
+        )
     except OSError:  # no more processes, or none allowed
         return None
 
 
-def hash_all(files: list[str], tensors: Iterable[tuple[int, int, int]]) -> None:
-    """Write the digest of each tensor (file, first byte, number of bytes) to standard output, once it is known."""
+def hash_all(files: Sequence[str | int], tensors: Iterable[tuple[int, int, int]]) -> None:
+    """Write the digest of each tensor (file, first byte, number of bytes) to standard output, once it is known.
+
+    A file is a path or a descriptor, whose position is left alone: another process may read it, too.
+    """
     buffer = memoryview(bytearray(_PIECE))
+    opened = [file if isinstance(file, int) else os.open(file, os.O_RDONLY) for file in files]
     for number, start, left in tensors:
         digest = hashlib.sha256()
-        with Path(files[number]).open("rb", buffering=0) as file:
-            file.seek(start)
-            while left:
-                count = file.readinto(buffer[:left])
-                if not count:
-                    return  # the file became shorter
-                digest.update(buffer[:count])
-                left -= count
+        while left:
+            count = os.preadv(opened[number], [buffer[:left]], start)
+            if not count:
+                return  # the file became shorter
+            digest.update(buffer[:count])
+            start, left = start + count, left - count
         sys.stdout.buffer.write(digest.digest())
         sys.stdout.buffer.flush()
 

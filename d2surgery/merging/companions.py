@@ -1,11 +1,13 @@
 """The files that stand beside the weights of a merged checkpoint: config, tokenizer and the like."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from d2surgery.errors import Problem
+from d2surgery.files.held import Seen
 from d2surgery.files.tokenizers import TOKENIZER_CONFIG, VOCABULARIES, is_of_tokenizer
 from d2surgery.placement.fit import Fit, new_labels
 from d2surgery.placement.site import Site, is_head
@@ -13,47 +15,91 @@ from d2surgery.placement.site import Site, is_head
 Tokenizer = Literal["adapter", "base"]
 """Whose tokenizer stands beside the merged weights: the adapter's where it brings one, or the base's."""
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
-_NOT_OF_THE_RESULT = ("README.md", "d2surgery_merge.json")  # they describe the base
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf",
+    ".tflite", ".index.json",
+)  # fmt: skip
+_LARGEST = 1 << 28  # bytes: no vocabulary has as many, and they are held in memory
+_NOT_OF_THE_RESULT = (
+    "README.md", "d2surgery_merge.json",  # they describe the base
+    "train.toml", "inputs.json", "metrics.jsonl", "all_results.json", "eval_results.json", "train_results.json",
+    "nohup.out",
+)  # fmt: skip
+_OF_TRAINING = (
+    "adapter_", "optimizer", "scheduler", "rng_state", "scaler", "trainer_", "training_", "events.out.tfevents",
+    "zero_to_fp32",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Which files will stand beside the weights, as they were found, and what of the base's directory will not."""
+
+    files: Mapping[str, Seen]
+    left: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def copied(self) -> tuple[str, ...]:
+        return tuple(sorted(self.files))
+
+    def contents(self, fit: Fit, dtype: str | None) -> dict[str, bytes]:
+        """Name -> content, that of config.json with what merging changed. `dtype`: of all weights, None the base's."""
+        contents = {name: file.path.read_bytes() for name, file in self.files.items()}
+        if fit.base.config:
+            contents["config.json"] = json.dumps(_config(fit, dtype), indent=2).encode() + b"\n"
+        return contents
+
+
+def find_companions(fit: Fit, tokenizer: Tokenizer = "adapter") -> Companions:
+    """All of the base's files but weights and what is not of a model, and the tokenizer; nothing hidden."""
+    entries = sorted(path for path in fit.base.directory.iterdir() if not path.name.startswith("."))
+    files = {path.name: Seen(path) for path in entries if path.is_file() and _is_of_model(path)}
+    left = [path.name for path in entries if path.name not in files and not _is_read(path, fit)]
+    brought = _tokenizer_in(fit.layout.path.parent) if fit.strength != 0 else {}
+    own = _tokenizer_in(fit.base.directory) if brought else {}
+    differ = sorted(name for name, file in brought.items() if name not in own or not _same(own[name], file))
+    if tokenizer == "adapter" and differ:
+        if TOKENIZER_CONFIG in brought and set(VOCABULARIES) & brought.keys():  # a whole one: nothing of another stays
+            left += [name for name in files if is_of_tokenizer(name) and name not in brought]
+            files = {name: file for name, file in files.items() if not is_of_tokenizer(name)}
+        files |= brought
+    return Companions(files, tuple(sorted(left)), _tokenizer_problems(differ, tokenizer))
 
 
 def companions(fit: Fit, dtype: str | None, tokenizer: Tokenizer = "adapter") -> dict[str, bytes]:
-    """Name -> content. All of the base's files but weights, its card and what is hidden; the tokenizer; config.json
-    with what merging changed. `dtype`: of all weights, None the base's."""
-    contents = {
-        path.name: path.read_bytes()
-        for path in sorted(fit.base.directory.iterdir())
-        if path.is_file() and not path.name.startswith(".") and path.name not in _NOT_OF_THE_RESULT
-        if not path.name.endswith(_WEIGHT_SUFFIXES)
-    }
-    brought, differ = _brought(fit)
-    if tokenizer == "adapter" and differ:
-        if TOKENIZER_CONFIG in brought and set(VOCABULARIES) & brought.keys():  # a whole one: nothing of another stays
-            contents = {name: content for name, content in contents.items() if not is_of_tokenizer(name)}
-        contents |= brought
-    if fit.base.config:
-        contents["config.json"] = json.dumps(_config(fit, dtype), indent=2).encode() + b"\n"
-    return contents
+    """Name -> content of all that merge would write beside the weights but the index and the receipt."""
+    return find_companions(fit, tokenizer).contents(fit, dtype)
 
 
-def tokenizer_problems(fit: Fit, tokenizer: Tokenizer) -> tuple[Problem, ...]:
+def _is_of_model(path: Path) -> bool:
+    """Not weights, nor what an adapter or its training left in the directory of a model: transformers would apply such
+    an adapter to the merged weights again. Not the card, which describes the base."""
+    name = path.name
+    weights = name.endswith(_WEIGHT_SUFFIXES) or path.stat().st_size > _LARGEST
+    return not (weights or name in _NOT_OF_THE_RESULT or name.startswith(_OF_TRAINING))
+
+
+def _is_read(path: Path, fit: Fit) -> bool:
+    """Whether its content is in the merged weights."""
+    return path in fit.base.header.files or any(path == file.path for file in fit.base.seen)
+
+
+def _tokenizer_problems(differ: Sequence[str], tokenizer: Tokenizer) -> tuple[Problem, ...]:
     """That the adapter brings another tokenizer than the base's, and which one is taken."""
-    names = ", ".join(differ := _brought(fit)[1])
+    names = ", ".join(differ)
     said = {"adapter": f"the adapter's: {names}", "base": f"the base's; the adapter's left out: {names}"}
     return (Problem(code="TOKENIZER_TAKEN", severity="info", message=said[tokenizer]),) if differ else ()
 
 
-def _brought(fit: Fit) -> tuple[Mapping[str, bytes], list[str]]:
-    """The files of the tokenizer beside the adapter, and which of them are not the base's; merging at 0 takes none."""
-    brought = _tokenizer_in(fit.layout.path.parent) if fit.strength != 0 else {}
-    own = _tokenizer_in(fit.base.directory) if brought else {}
-    return brought, sorted(name for name, content in brought.items() if own.get(name) != content)
-
-
-def _tokenizer_in(directory: Path) -> Mapping[str, bytes]:
-    """Name -> content of a tokenizer's files; none where there is no directory, as for an adapter made in memory."""
+def _tokenizer_in(directory: Path) -> Mapping[str, Seen]:
+    """Name -> a tokenizer's file; none where there is no directory, as for an adapter made in memory."""
     files = sorted(directory.iterdir()) if directory.is_dir() else ()
-    return {path.name: path.read_bytes() for path in files if is_of_tokenizer(path.name) and path.is_file()}
+    return {path.name: Seen(path) for path in files if is_of_tokenizer(path.name) and path.is_file()}
+
+
+def _same(one: Seen, other: Seen) -> bool:
+    return one.found.st_size == other.found.st_size and one.path.read_bytes() == other.path.read_bytes()
 
 
 def _config(fit: Fit, dtype: str | None) -> dict[str, Any]:

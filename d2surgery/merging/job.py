@@ -3,22 +3,15 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from d2surgery.errors import Problem, refuse
+from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
+from d2surgery.files.held import changes, naming
+from d2surgery.files.partial import Partial
 from d2surgery.files.tensors import as_bytes
-from d2surgery.files.writer import (
-    Partial,
-    Shard,
-    ShardWriter,
-    free_space,
-    hash_tensors,
-    index_file,
-    shards,
-)
+from d2surgery.files.writer import Shard, ShardWriter, free_space, hash_tensors, index_file, shards
 from d2surgery.machine import one_thread
-from d2surgery.merging.companions import companions
+from d2surgery.merging.companions import Companions
 from d2surgery.merging.forecast import low_survival, sampled, zero_updates
 from d2surgery.merging.prepared import Prepared
 from d2surgery.merging.receipt import RECEIPT, receipt_of, recipe_of
@@ -27,31 +20,33 @@ from d2surgery.merging.tiles import Output, Steps
 
 def write(
     prepared: Prepared,
-    out: Path,
+    partial: Partial,
+    companions: Companions,
     hashed_ahead: Callable[[], Mapping[str, str]],
     *,
     max_memory: int | None,
     shard_size: int,
-    resume: bool,
     verify: bool,
     progress: Callable[[int, int], None],
 ) -> tuple[int, tuple[Problem, ...]]:
-    """Write and publish the merged checkpoint at `out`: the bytes of its weights, and all that is to be said of it.
+    """Write and publish the merged checkpoint: the bytes of its weights, and all that is to be said of it.
 
     hashed_ahead() gives the sha256 of those tensors of the base for which they are known when tiles begin.
     """
     files = shards((output.entry for output in prepared.outputs), shard_size)
     total = sum(shard.nbytes for shard in files)
-    partial = Partial(out, sync=verify)
+    names = {*(shard.file for shard in files), *companions.files, *index_file(files), "config.json", RECEIPT}
     with one_thread():
         adapter_hashes, zero = prepared.check_adapter(hashes=verify)
         recipe = recipe_of(prepared, shard_size, verify, adapter_hashes)
         threads = prepared.threads(max_memory)
         _check_disk(partial, total)
-        partial.open(recipe, resume)
+        published = partial.begin(recipe, names)
         known = hashed_ahead()
         said = [*zero_updates(prepared, zero), *low_survival(prepared, sampled(prepared))]
         problems = (*prepared.fit.problems, *said)
+        if published:
+            return total, problems
         written = 0
         inputs: dict[str, str] = {}
         outputs: dict[str, str] = {}
@@ -67,8 +62,9 @@ def write(
             outputs |= line["outputs"]
             written += shard.nbytes
             progress(written, total)
-    prepared.fit.base.refuse_changes()
-    beside = companions(prepared.fit, prepared.dtype, prepared.tokenizer) | index_file(files)
+    beside = companions.contents(prepared.fit, prepared.dtype) | index_file(files)
+    prepared.refuse_changes()
+    raise_errors(changes(companions.files.values(), "COMPANION_CHANGED"))
     for name, content in beside.items():
         partial.write(name, content)
     receipt = receipt_of(prepared, recipe, adapter_hashes, inputs, outputs, beside, problems)
@@ -91,7 +87,9 @@ def _write_shard(
     ordered = [outputs[entry.name] for entry in shard.entries]
     computed = {output.name for output in ordered if verify and _computed(output)}
     unknown = computed - known.keys()
-    writer = ShardWriter(partial.path / shard.file, shard, hashes=verify, sync=verify)
+    with naming(path := partial.path / shard.file):
+        fd = partial.create(shard.file)
+    writer = ShardWriter(path, shard, hashes=verify, sync=verify, fd=fd)
 
     def write_tensor(steps: Steps) -> str:
         """The sha256 of what it is computed from, unless that is known."""
@@ -105,10 +103,13 @@ def _write_shard(
     try:
         work = [(output, write_tensor) for output in ordered]
         digests = list(prepared.merger.over(work, threads, progress))
-    except BaseException:
+    except BaseException as error:
         writer.abandon()
+        if isinstance(error, D2SurgeryError):
+            prepared.refuse_changes()  # what is wrong with the numbers may be that they are others now
         raise
     written = writer.close()
+    prepared.refuse_changes()
     read = {output.name: digest for output, digest in zip(ordered, digests, strict=True)}
     inputs = {name: known.get(name, read[name]) for name in computed}
     inputs |= {output.name: written[output.name] for output in ordered if verify and output.copied}
@@ -125,7 +126,7 @@ def _computed(output: Output) -> bool:
 
 
 def _check_disk(partial: Partial, need: int) -> None:
-    done = sum(path.stat().st_size for path in partial.path.iterdir()) if partial.path.exists() else 0
+    done = sum(path.lstat().st_size for path in partial.path.iterdir()) if partial.path.is_dir() else 0
     free = free_space(partial.out)
     if need - done > free:
         raise refuse("DISK_FULL", "not begun", file=str(partial.out), wanted=f"{need - done} bytes", got=f"{free}")

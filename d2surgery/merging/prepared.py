@@ -14,6 +14,7 @@ import torch
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.header import FLOATS, TensorInfo
+from d2surgery.files.held import changes
 from d2surgery.files.tensors import as_bytes, find_device
 from d2surgery.machine import resident_memory, workers
 from d2surgery.merging.companions import Tokenizer
@@ -60,6 +61,12 @@ class Prepared:
                 problems.append(Problem(code="TIE_BROKEN_BY_FILE", message=f"differs from {first}", module=second))
         raise_errors(problems)
         return Checked(digests, frozenset(zero))
+
+    def refuse_changes(self) -> None:
+        """Raises D2SurgeryError for every file that is not as it was when it was first read: BASE_CHANGED,
+        ADAPTER_CHANGED."""
+        base, adapter = self.fit.base.seen, self.fit.layout.header.seen
+        raise_errors([*changes(base, "BASE_CHANGED"), *changes(adapter, "ADAPTER_CHANGED")])
 
     def threads(self, max_memory: int | None) -> int:
         """That merge a tensor each: no more than the memory allows."""

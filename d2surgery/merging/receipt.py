@@ -24,7 +24,7 @@ def recipe_of(prepared: Prepared, shard_size: int, verify: bool, adapter_hashes:
     """All that decides the bytes written. The files' times stand in the journal, not in the receipt."""
     adapter = json.dumps([adapter_hashes, _decisive(prepared.fit.layout)])
     return {
-        "files": prepared.fit.base.opened,
+        "files": [file.stamp for file in prepared.fit.base.seen],
         "adapter": hashlib.sha256(adapter.encode()).hexdigest(),
         "versions": [version("d2surgery"), torch.__version__],
         "dtype": prepared.dtype,

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,12 @@ from zipfile import is_zipfile
 from safetensors import SafetensorError
 
 from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.files.lock import sole_writer
 from d2surgery.files.whole import PARTIAL
+from d2surgery.formats.peft.writer import UNFINISHED
 
 PREFIX = "checkpoint-"
+CONFIG = "train.toml"
 
 _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk's end, the quota's, the limit of a file
 _WORDS = (  # Rust's writer, of safetensors; and torch's, which gives no number
@@ -57,6 +61,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
+def written_alone(out: Path, base: str) -> Iterator[None]:
+    """Make the output of a run, in which nobody else writes meanwhile, and clear away what a kill left of this one's.
+
+    Raises D2SurgeryError OUTPUT_IN_USE, and OUTPUT_EXISTS for what is not a run's.
+    """
+    if out.exists() and Path(base).exists() and out.samefile(base):
+        message = "the output is the base's directory: an adapter in it would be taken for a part of the base"
+        raise refuse("OUTPUT_EXISTS", message, file=str(out))
+    out.mkdir(parents=True, exist_ok=True)
+    with sole_writer(out):
+        half = [path for path in (out / PARTIAL, *out.glob(f"{UNFINISHED}*{PARTIAL}")) if os.path.lexists(path)]
+        for path in half:
+            if path.is_symlink() or not path.is_dir() or not (out / CONFIG).exists():
+                raise refuse("OUTPUT_EXISTS", "is in the way, and no run left it: move it", file=str(path))
+            shutil.rmtree(path)
+        yield
+
+
+@contextmanager
 def full_disk_named(out: Path) -> Iterator[None]:
     """Every writer's own way of saying that the disk is full becomes DISK_FULL, which names what is whole."""
     try:
@@ -66,8 +89,6 @@ def full_disk_named(out: Path) -> Iterator[None]:
         if getattr(error, "errno", None) not in _NUMBERS and not any(words in text for words in _WORDS):
             raise
         shutil.rmtree(out / PARTIAL, ignore_errors=True)
-        for half in out.glob(f"*{PARTIAL}"):
-            half.unlink(missing_ok=True)
         whole = checkpoints(out)
         last = f"{whole[-1].name} is whole" if whole else "there is no checkpoint yet"
         raise refuse("DISK_FULL", f"training stopped; {last}", file=str(out)) from None

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +22,21 @@ from d2surgery.live.attaching import ALL_LINEAR, adapted, attach, initial, set_w
 from d2surgery.live.quantization import Quantization, loading_options, quantization_in, quantization_of
 from d2surgery.training.config import TrainConfig, differences, read_config, to_toml
 from d2surgery.training.data import Collate, Corpus, Rows, read_corpus
-from d2surgery.training.disk import check_whole, checkpoints, full_disk_named, read_json, step_of
+from d2surgery.training.disk import (
+    CONFIG,
+    check_whole,
+    checkpoints,
+    full_disk_named,
+    read_json,
+    step_of,
+    written_alone,
+)
 from d2surgery.training.planning import Schedule, TrainPlan, plan_of, schedule_of, world
 from d2surgery.training.reporters import check_reporters, failures_named
 
 if TYPE_CHECKING:
     from d2surgery.training.trainer import AdapterTrainer, Flow, Metrics
 
-CONFIG = "train.toml"
 INPUTS = "inputs.json"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,11 +80,20 @@ def train(
 
     With `resume` it goes on from the last checkpoint there is, or begins where there is none, and ends with the same
     adapter, bit for bit on one machine, as a run that was never stopped. Under `torchrun` or `accelerate launch` each
-    process takes its share of each step. Raises D2SurgeryError: BAD_CONFIG, BAD_DATA, BAD_BASE, TARGETS_UNMATCHED,
-    RANK_TOO_HIGH, OUTPUT_EXISTS, RESUME_MISMATCH, DAMAGED_CHECKPOINT, LOSS_NOT_FINITE, DISK_FULL, NO_TRAINER,
-    REPORTER_FAILED and those of quantised bases; KeyboardInterrupt with the checkpoint's name after Ctrl-C.
+    process takes its share of each step. One run writes to an output at a time. Raises D2SurgeryError: BAD_CONFIG,
+    BAD_DATA, BAD_BASE, TARGETS_UNMATCHED, RANK_TOO_HIGH, OUTPUT_EXISTS, OUTPUT_IN_USE, RESUME_MISMATCH,
+    DAMAGED_CHECKPOINT, LOSS_NOT_FINITE, DISK_FULL, NO_TRAINER, REPORTER_FAILED and those of
+    quantised bases; KeyboardInterrupt with the checkpoint's name after Ctrl-C.
     """
     _check_packages(config)
+    first = int(os.environ.get("RANK", "0")) == 0
+    with written_alone(Path(config.output), config.base) if first else nullcontext():
+        return _train(config, resume, progress, announce)
+
+
+def _train(
+    config: TrainConfig, resume: bool, progress: Callable[[int, int], None], announce: Callable[[TrainPlan], None]
+) -> TrainReport:
     out = Path(config.output)
     checkpoint = _begin_in(out, config, resume)
     tokenizer = _tokenizer(config)
@@ -123,7 +140,7 @@ def _check_packages(config: TrainConfig) -> None:
 
 
 def _begin_in(out: Path, config: TrainConfig, resume: bool) -> Path | None:
-    """Make the directory ready and give the checkpoint to go on from."""
+    """The checkpoint to go on from, where there is one."""
     from d2surgery.training.trainer import METRICS, read_metrics
 
     found = checkpoints(out)
@@ -142,9 +159,6 @@ def _begin_in(out: Path, config: TrainConfig, resume: bool) -> Path | None:
         )  # fmt: skip
     if found:
         check_whole(found[-1])
-    if int(os.environ.get("RANK", "0")) == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(out / PARTIAL, ignore_errors=True)
     return found[-1] if found else None
 
 

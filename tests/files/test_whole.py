@@ -1,5 +1,6 @@
 """Small files that stand whole or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,13 @@ def test_text_that_cannot_be_encoded_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_whole(tmp_path / "note", "\ud800")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_links_that_were_laid_in_its_way_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / f".note.{os.getpid()}{PARTIAL}").symlink_to("precious")
+    (tmp_path / "note").symlink_to("precious")
+    write_whole(tmp_path / "note", "text")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (tmp_path / "note").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["note", "precious"]

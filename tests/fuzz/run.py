@@ -89,12 +89,14 @@ def main() -> int:
     parser.add_argument("--worker", type=int, nargs=3, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
-        work(*chosen.worker, chosen.only)
+        first, count, step = chosen.worker
+        work(first, count, step, chosen.only)
         return 0
     if chosen.atheris:
         from coverage_guided import run
 
-        return run(chosen.atheris)
+        run(chosen.atheris)
+        return 0
     began = time.monotonic()
     tally: collections.Counter[str] = collections.Counter()
     findings: list[dict[str, str]] = []
@@ -107,9 +109,9 @@ def main() -> int:
             [*command, str(chosen.seed + job), str(len(range(job, chosen.inputs, jobs))), str(jobs)]
             for job in range(jobs)
         ]
-        for part, found in pool.map(lambda part: follow(part, environment), parts):
+        for part, told in pool.map(lambda part: follow(part, environment), parts):
             tally += part
-            findings += found
+            findings += told
     for found in findings:
         print(f"{found['kind']} seed {found['seed']} {found['target']}\n{found['said']}\n")
     counts = collections.Counter(str(found["kind"]) for found in findings)

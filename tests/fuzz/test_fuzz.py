@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mutate import VALUES, paths, replaced
+from targets import TARGETS, changed, check_layout, one, silently
+from world import ADAPTER, CONFIG, OURS, build
+
+from d2surgery.auditing.receipts import verify_receipt
+from d2surgery.errors import D2SurgeryError
+from d2surgery.merging import merge
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-from mutate import VALUES, paths, replaced  # noqa: E402
-from targets import TARGETS, changed, check_layout, one, silently  # noqa: E402
-from world import ADAPTER, CONFIG, OURS, build  # noqa: E402
-
-from d2surgery.auditing.receipts import verify_receipt  # noqa: E402
-from d2surgery.errors import D2SurgeryError  # noqa: E402
-from d2surgery.merging import merge  # noqa: E402
-
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

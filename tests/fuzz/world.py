@@ -127,7 +127,7 @@ def _adapters(folder: Path) -> None:
     factors = {name: {"A": torch.randn(2, HIDDEN), "B": torch.randn(HIDDEN, 2)} for name in NAMES}
     lora = {name: LoRA(**slots, scaling=2.0) for name, slots in factors.items()}
     save(from_adapters(lora), folder / "lora")
-    dora = {name: DoRA(**s, magnitude=torch.rand(HIDDEN), scaling=2.0) for name, s in factors.items()}
+    dora = {name: DoRA(A=s["A"], B=s["B"], magnitude=torch.rand(HIDDEN), scaling=2.0) for name, s in factors.items()}
     save(from_adapters(dora), folder / "dora")
     for name, config in (("peft", ADAPTER), ("bin", ADAPTER), ("old", ADAPTER), ("ours", OURS)):
         (folder / name).mkdir()

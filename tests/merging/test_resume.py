@@ -23,7 +23,7 @@ import d2surgery.merging.job
 from d2surgery.adapters import D2LoRA
 from d2surgery.checkpoint import from_adapters, save
 from d2surgery.errors import D2SurgeryError
-from d2surgery.files.writer import JOURNAL
+from d2surgery.files.partial import JOURNAL
 from d2surgery.merging import merge, receipt
 
 TILE = 128
@@ -42,7 +42,7 @@ after = 0
 
 def progress(done, total):
     global after
-    if len(journal.read_text().splitlines()) == 3:  # the recipe and two shards
+    if len(journal.read_text().splitlines()) == 4:  # the recipe, who writes and two shards
         after += 1
     if after == 4:  # some tiles into the third
         os.kill(os.getpid(), signal.SIGKILL)
@@ -131,7 +131,7 @@ def codes(error: pytest.ExceptionInfo[D2SurgeryError]) -> list[str]:
 
 def test_kill_leaves_a_partial_directory_and_no_output(scene: Scene) -> None:
     assert {shard(1), shard(2), shard(3), JOURNAL} == {path.name for path in scene.killed.iterdir()}
-    assert len((scene.killed / JOURNAL).read_text().splitlines()) == 3
+    assert len((scene.killed / JOURNAL).read_text().splitlines()) == 4
     assert (scene.killed / shard(3)).read_bytes() != scene.whole[shard(3)], "killed before the third was whole"
 
 
@@ -180,9 +180,6 @@ def _line(partial: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         lambda partial: os.truncate(partial / shard(1), 2000),
         lambda partial: (partial / JOURNAL).write_text((partial / JOURNAL).read_text() + '{"file": "model-0000'),
         lambda partial: (partial / JOURNAL).write_text((partial / JOURNAL).read_text()[:-40]),
-        lambda partial: (partial / JOURNAL).write_text(""),
-        lambda partial: (partial / JOURNAL).write_text('{"torn'),
-        lambda partial: (partial / JOURNAL).unlink(),
         lambda partial: _line(partial, lambda line: line["outputs"].popitem()),
     ],
     ids=[
@@ -194,9 +191,6 @@ def _line(partial: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         "short",
         "torn",
         "cut",
-        "no-lines",
-        "torn-recipe",
-        "no-journal",
         "lost-hash",
     ],
 )
@@ -204,6 +198,32 @@ def test_what_was_damaged_is_done_again(
     scene: Scene, resumed: Callable[..., dict[str, bytes]], damage: Callable[[Path], Any]
 ) -> None:
     assert resumed(damage) == scene.whole
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda partial: (partial / JOURNAL).write_text(""),
+        lambda partial: (partial / JOURNAL).write_text('{"torn'),
+        lambda partial: (partial / JOURNAL).write_text('{"a": "journal of something else"}\n'),
+        lambda partial: (partial / JOURNAL).write_text("[" * 100_000 + "\n"),
+        lambda partial: (partial / JOURNAL).unlink(),
+    ],
+    ids=["no-lines", "torn-recipe", "another", "deep", "no-journal"],
+)
+def test_a_directory_without_our_journal_is_named_and_left_as_it_is(
+    resumed: Callable[..., dict[str, bytes]], tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
+    """It may be anybody's: a model that somebody keeps there would be lost."""
+    with pytest.raises(D2SurgeryError, match="is in the way") as error:
+        resumed(damage)
+    assert codes(error) == ["OUTPUT_EXISTS"]
+    before = contents(tmp_path / ".out.partial")
+    assert before.keys() >= {shard(1), shard(2)}
+    with pytest.raises(D2SurgeryError, match="is in the way") as error:
+        resumed(resume=False)
+    assert codes(error) == ["OUTPUT_EXISTS"]
+    assert contents(tmp_path / ".out.partial") == before
 
 
 @pytest.mark.parametrize(

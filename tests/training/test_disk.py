@@ -117,3 +117,58 @@ def test_the_ends_of_a_disk_and_of_a_quota_are_the_same_error(
     assert not (tmp_path / "out" / ".partial").exists()
     assert train(config, resume=True).resumed_from == 3
     assert same(tmp_path / "out", whole / "whole")
+
+
+# What lies in the way --------------------------------------------------------------------------------------------
+
+
+def test_two_runs_do_not_write_to_one_output(whole: Path, tmp_path: Path) -> None:
+    """The second is refused by the name of the first, whichever way it asks, and the first ends as if alone."""
+    config = replace(config_of(whole, "d2lora"), output=str(tmp_path / "out"))
+    told: list[str] = []
+
+    def second(done: int, total: int) -> None:
+        if done == 5:
+            for resume in (False, True):
+                with pytest.raises(D2SurgeryError, match=rf"OUTPUT_IN_USE .*process {os.getpid()} on ") as error:
+                    train(config, resume=resume)
+                told.append(str(error.value))
+
+    train(config, progress=second)
+    assert len(told) == 2
+    assert same(tmp_path / "out", whole / "whole")
+    assert not (tmp_path / "out/.lock").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", [".partial", ".adapter_model.x.partial"])
+@pytest.mark.parametrize("kind", ["directory", "link", "file"])
+def test_what_no_run_left_survives_and_is_named(
+    whole: Path, tmp_path: Path, name: str, kind: str, resume: bool
+) -> None:
+    config = replace(config_of(whole, "d2lora"), output=str(tmp_path / "out"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("mine")
+    (tmp_path / "out").mkdir()
+    if kind == "link":
+        (tmp_path / "out" / name).symlink_to(tmp_path / "mine")
+    elif kind == "directory":
+        shutil.copytree(tmp_path / "mine", tmp_path / "out" / name)
+    else:
+        (tmp_path / "out" / name).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(D2SurgeryError, match=rf"OUTPUT_EXISTS .*{name}.*no run left it"):
+        train(config, resume=resume)
+    assert sorted(tmp_path.rglob("*")) == before
+    if kind == "link":
+        (tmp_path / "out/train.toml").write_text("")  # nor through a link into the output of a run
+        with pytest.raises(D2SurgeryError, match=rf"OUTPUT_EXISTS .*{name}"):
+            train(config, resume=resume)
+        assert (tmp_path / "mine/thesis.txt").read_text() == "mine"
+
+
+def test_the_directory_of_the_base_is_no_output(whole: Path) -> None:
+    before = sorted((whole / "base").iterdir())
+    with pytest.raises(D2SurgeryError, match=r"OUTPUT_EXISTS .*the base's directory"):
+        train(replace(config_of(whole, "d2lora"), output=str(whole / "base" / "..") + "/base"))
+    assert sorted((whole / "base").iterdir()) == before

@@ -9,13 +9,12 @@ from types import MappingProxyType
 from typing import Any
 
 from d2surgery.errors import Problem, brief, refuse
-from d2surgery.formats.layout import About, Packing, alpha_divisor, lies_within
-from d2surgery.formats.patterns import BadExpression, Matcher
+from d2surgery.formats.layout import About, alpha_divisor, lies_within
+from d2surgery.formats.patterns import Matcher
+from d2surgery.formats.peft.fields import PLAIN, good, is_number, is_table, misfits
 from d2surgery.formats.peft.keys import TOKENS
 from d2surgery.kinds import TABLE
 
-FORMS = ("projected_plus_update", "projected", "update")
-_PATTERN_FIELDS = ("rank_pattern", "alpha_pattern")
 _OURS = ("r1", "r2", "tau", "along", "form", "format_version", "training")
 _FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, 0.2's two that are gone, unsloth's and ours
     re.findall(
@@ -31,8 +30,6 @@ _FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, 0.2's two that 
         """,
     )
 ) | frozenset(_OURS)
-PACKED = "lora_B_layout"  # unsloth's field, from September 2026
-PACKINGS: dict[str, Packing] = {"rank_major": "interleaved", "grouped_by_expert": "grouped"}
 _VARIANTS = {  # config field -> the variant's name, when the field is set
     "alora_invocation_tokens": "aLoRA (applies to some tokens only)",
     "use_qalora": "QALoRA",
@@ -43,9 +40,6 @@ _VARIANTS = {  # config field -> the variant's name, when the field is set
     "monteclora_config": "MonteCLoRA",
 }
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-_EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern")
-_MOST, _SHOWN = 20_000, 20  # names in a list, and faults of one field that are told
-_PLAIN = re.compile(r"[\w.]*")
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -105,7 +99,7 @@ class Config:
     @cached_property
     def misfits(self) -> tuple[tuple[str, dict[str, str]], ...]:
         """Each field that cannot be used, and what is wrong with it."""
-        return tuple(_misfits(self.found, self.matcher))
+        return tuple(misfits(self.found, self.matcher))
 
     @cached_property
     def unusable(self) -> frozenset[str]:
@@ -117,11 +111,11 @@ class Config:
 
     @cached_property
     def rank_pattern(self) -> Patterns:
-        return Patterns(_good("rank_pattern", self.found, self.matcher), self.matcher)
+        return Patterns(good("rank_pattern", self.found, self.matcher), self.matcher)
 
     @cached_property
     def alpha_pattern(self) -> Patterns:
-        return Patterns(_good("alpha_pattern", self.found, self.matcher), self.matcher)
+        return Patterns(good("alpha_pattern", self.found, self.matcher), self.matcher)
 
     @cached_property
     def get(self) -> Callable[..., Any]:
@@ -250,7 +244,7 @@ class Config:
         row, training = TABLE[kind], self.get("training")
         ours = row.settings if self.get("peft_type", peft_type(kind)) != "LORA" else {}
         chosen = {name: type(default)(self.get(name, default)) for name, default in ours.items()}
-        how = {name: training[name] for name in row.training if name in training} if _is_table(training) else {}
+        how = {name: training[name] for name in row.training if name in training} if is_table(training) else {}
         return dict(row.settings) | chosen | how
 
     def about(self) -> About:
@@ -265,7 +259,7 @@ class Config:
             version=version if isinstance(version, str) else None,
             alpha=self.get("lora_alpha") if is_number(self.get("lora_alpha")) else None,
             dropout=self.get("lora_dropout") if is_number(self.get("lora_dropout")) else None,
-            training=dict(training) if _is_table(training) else {},
+            training=dict(training) if is_table(training) else {},
             settings=self.values,
             targets=self.wants,
         )
@@ -274,14 +268,14 @@ class Config:
     def _model_class(self) -> str | None:
         """PEFT notes it where no task_type is given."""
         mapping = self.get("auto_mapping")
-        name = mapping.get("base_model_class") if _is_table(mapping) else None
+        name = mapping.get("base_model_class") if is_table(mapping) else None
         return name if isinstance(name, str) else None
 
     @property
     def by_unsloth(self) -> bool:
         """Whether unsloth has left a mark: in the mapping that it writes, or as the owner of the base."""
         mapping, base = self.get("auto_mapping"), self.get("base_model_name_or_path")
-        return (_is_table(mapping) and "unsloth_fixed" in mapping) or str(base).startswith("unsloth/")
+        return (is_table(mapping) and "unsloth_fixed" in mapping) or str(base).startswith("unsloth/")
 
     # Problems ----------------------------------------------------------------------------------------------------
 
@@ -333,7 +327,7 @@ def _literal_end(pattern: str) -> str:
 
     EVA writes a pattern for every module: 450 × 450 regular expressions would take longer than all else.
     """
-    return pattern.rpartition(".")[2] if _PLAIN.fullmatch(pattern) else ""
+    return pattern.rpartition(".")[2] if PLAIN.fullmatch(pattern) else ""
 
 
 def ends_with(name: str, suffix: str) -> bool:
@@ -345,104 +339,6 @@ def ends(module: str) -> Iterator[str]:
     while module:
         yield module
         module = module.partition(".")[2]
-
-
-# Fields ----------------------------------------------------------------------------------------------------------
-
-
-def _misfits(found: Mapping[str, Any], matcher: Matcher) -> Iterator[tuple[str, dict[str, str]]]:
-    for name, (wanted, fits) in _CHECKS.items():
-        if name in found and not fits(found[name]):
-            yield name, {"message": f"{name} cannot be used", "wanted": wanted, "got": brief(found[name])}
-    for name in _EXPRESSIONS:
-        value = found.get(name)
-        try:
-            wrong = (
-                ""
-                if _is_names(value) or (isinstance(value, str) and matcher.compile(value) is not None)
-                else brief(value)
-            )
-            if name == "layers_pattern" and isinstance(value, list) and not wrong:
-                [matcher.compile(each) for each in value]
-        except BadExpression as error:
-            wrong = f"{brief(value)}: {brief(error)}"
-        if wrong:
-            wanted = "names or a regular expression"
-            yield name, {"message": f"{name} cannot be used", "wanted": wanted, "got": wrong}
-    for name in _PATTERN_FIELDS:
-        patterns = found.get(name) or {}
-        if not _is_table(patterns):
-            yield name, {"message": f"{name} is not an object", "got": type(patterns).__name__}
-            continue
-        for key in sorted(patterns.keys() - _good(name, found, matcher).keys())[:_SHOWN]:
-            yield name, {"message": f"{name} entry {brief(key)!r}", "wanted": "a regular expression and a number"}
-
-
-def _good(name: str, found: Mapping[str, Any], matcher: Matcher) -> dict[str, Any]:
-    """The entries of a pattern field that can be used."""
-    patterns = found.get(name) or {}
-    if not _is_table(patterns):
-        return {}
-    return {
-        key: value
-        for key, value in patterns.items()
-        if _is_pattern_value(name, value) and (_PLAIN.fullmatch(key) or _is_regex(key, matcher))
-    }
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _is_regex(pattern: str, matcher: Matcher) -> bool:
-    try:
-        matcher.compile(pattern)
-    except BadExpression:
-        return False
-    return True
-
-
-def _is_pattern_value(field: str, value: Any) -> bool:
-    if field == "alpha_pattern":
-        return is_number(value)
-    return _is_rank(value) or (isinstance(value, list) and len(value) == 2 and all(map(_is_rank, value)))
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and 0 < value < 1 << 31
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # and so not NaN
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or type(value) is bool
-
-
-def _is_names(value: Any) -> bool:
-    some = isinstance(value, list) and len(value) <= _MOST
-    return value is None or (some and all(isinstance(name, str) and len(name) <= 1000 for name in value))
-
-
-def _is_layers(value: Any) -> bool:
-    some = isinstance(value, list) and len(value) <= _MOST
-    return value is None or type(value) is int or (some and all(type(n) is int for n in value))
-
-
-_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # field -> what is wanted of it, and the test
-    **dict.fromkeys(("r", "r1", "r2"), ("an integer from 1", _is_rank)),
-    **dict.fromkeys(("lora_alpha", "tau"), ("a finite number", is_number)),
-    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), ("true or false", _is_flag)),
-    **dict.fromkeys(("modules_to_save", "target_parameters"), ("a list of names", _is_names)),
-    "peft_type": ("a name", lambda value: isinstance(value, str)),
-    "layers_to_transform": ("layer numbers", _is_layers),
-    "trainable_token_indices": ("row numbers", lambda v: v is None or isinstance(v, list | dict)),
-    "along": ("in_features or out_features", lambda value: value in ("in_features", "out_features")),
-    "form": (", ".join(FORMS), lambda value: value in FORMS),
-    PACKED: (" or ".join(PACKINGS), lambda value: value is None or value in [*PACKINGS]),
-    "bias": ("none, all or lora_only", lambda value: value in (None, "none", "all", "lora_only")),
-}
 
 
 def version_of(text: Any) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ from typing import Any
 from d2surgery.errors import Problems
 from d2surgery.files.header import FLOATS, Header, TensorInfo
 from d2surgery.formats.layout import AdapterLayout, Layout, Rows, Slot, Stored
-from d2surgery.formats.peft.config import PACKED, PACKINGS, Config, ends_with, methods, peft_type, version_of
+from d2surgery.formats.peft.config import Config, ends_with, methods, peft_type, version_of
+from d2surgery.formats.peft.fields import PACKED, PACKINGS
 from d2surgery.formats.peft.keys import (
     METADATA,
     OTHER_METHODS,

@@ -1,11 +1,13 @@
 """Writing PEFT's form: the config that reads back as the adapters, and their tensors under PEFT's keys."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import isclose, sqrt
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from d2surgery.errors import Problem, raise_errors
 from d2surgery.files.header import Header, TensorInfo
 from d2surgery.files.tensors import NAMES
+from d2surgery.files.whole import PARTIAL, write_whole
 from d2surgery.formats.format import Holding
 from d2surgery.formats.layout import AdapterLayout, Layout, Slot, alpha_divisor, with_expert_layout
 from d2surgery.formats.peft.config import peft_type, version_of
@@ -23,6 +26,7 @@ from d2surgery.formats.peft.reader import read
 from d2surgery.kinds import TABLE
 
 WEIGHTS = "adapter_model.safetensors"
+UNFINISHED = ".adapter_model."  # how the name of a directory begins in which weights are written
 PACKED_SINCE = (0, 19, 1)  # PEFT packs experts as it does now
 _KEPT = (  # fields of a config that was found which say nothing of the values
     "auto_mapping", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version", "revision",
@@ -40,13 +44,12 @@ def write_files(checkpoint: Holding, directory: Path) -> None:
     history = {"history": list(layout.about.history)} if layout.about.history else {}
     ours = json.dumps({"config": config, "scaling": scaling} | history, sort_keys=True)
     directory.mkdir(parents=True, exist_ok=True)
-    target = directory / WEIGHTS
-    partial = target.with_suffix(".partial")
-    partial.unlink(missing_ok=True)  # not through a link
-    save_file(tensors, partial, metadata={"format": "pt", METADATA: ours})
-    _sort_metadata(partial)
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-    partial.replace(target)
+    with TemporaryDirectory(prefix=UNFINISHED, suffix=PARTIAL, dir=directory) as beside:  # where nobody lays links
+        weights = Path(beside) / WEIGHTS
+        save_file(tensors, weights, metadata={"format": "pt", METADATA: ours})
+        _sort_metadata(weights)
+        write_whole(directory / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))
+        weights.replace(directory / WEIGHTS)
 
 
 def _cannot_hold(layout: Layout) -> Iterator[Problem]:
@@ -225,7 +228,8 @@ def _alpha(entry: AdapterLayout, root: bool) -> float | int:
 
 
 def _sort_metadata(file: Path) -> None:
-    """safetensors writes metadata in an order of chance: sorted, the same adapter is the same file, hash and all."""
+    """safetensors writes metadata in an order of chance: sorted, the same adapter is the same file, hash and all. On
+    disk, before it takes its name."""
     with file.open("r+b") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -234,3 +238,5 @@ def _sort_metadata(file: Path) -> None:
         assert len(text) <= length  # the same entries in another order, padded with spaces
         stream.seek(8)
         stream.write(text.ljust(length))
+        stream.flush()
+        os.fsync(stream.fileno())
