@@ -133,10 +133,10 @@ def _fault(stored: Stored, records: Mapping[str, tuple[int, int]]) -> str:
         return f"the memory it lies in has {held} bytes and should have {nbytes}"
     if stored.storage.dtype not in ("", stored.dtype):
         return f"{stored.dtype} in memory of {stored.storage.dtype}"
-    elements = nbytes * 8 // BITS[stored.dtype]
+    elements, count = nbytes * 8 // BITS[stored.dtype], prod(stored.shape)
     steps = zip(stored.shape, stored.stride, strict=True)
     last = stored.offset + sum((size - 1) * step for size, step in steps)
-    if prod(stored.shape) > elements or (prod(stored.shape) and last >= elements) or stored.offset > elements:
+    if count > elements or (count and last >= elements) or stored.offset > elements:
         return f"shape {stored.shape} from {stored.offset} on leaves its memory of {elements} elements"[:200]
     return ""
 

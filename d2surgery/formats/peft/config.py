@@ -200,20 +200,9 @@ class Config:
             return True
         patterns = self.get("layers_pattern") or [r"[^.]*"]
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            if (number := self._layer(pattern, module)) is not None:
+            if (number := _layer(self.matcher, pattern, module)) is not None:
                 return number in ([chosen] if isinstance(chosen, int) else chosen)
         return False
-
-    def _layer(self, pattern: str, module: str) -> int | None:
-        """The number in `(?:^|.*?\\.)pattern\\.(\\d+)\\.`, from the first place where that fits."""
-        for start in (0, *(at + 1 for at, sign in enumerate(module) if sign == ".")):
-            found = self.matcher.ends(pattern, module, start)
-            numbers = {m[1] for m in re.finditer(r"\.(\d{1,9})(?=\.)", module) if found >> m.start() & 1}
-            if len(numbers) > 1:
-                raise refuse("BAD_CONFIG", "layers_pattern gives a module several numbers", module=module, got=pattern)
-            if numbers:
-                return int(numbers.pop())
-        return None
 
     def wants(self, module: str) -> bool | None:
         """Whether target_modules name it; None where they name nothing. What is saved whole gets no factors."""
@@ -300,23 +289,22 @@ class Config:
         for _, problem in self.misfits:
             yield said("BAD_CONFIG", **problem)
 
-    def pattern_problems(self, modules: Iterable[str], file: str, *, complete: bool) -> Iterator[Problem]:
-        """Patterns that match nothing, where all modules are `complete`, and modules for which several with different
-        values match."""
-        modules = list(modules)
-        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            matched = {module: patterns.matching(module) for module in modules}
-            used = {key for found in matched.values() for key in found}
-            for key in patterns.patterns:
-                if modules and complete and key not in used:
-                    yield Problem(code="PATTERN_UNMATCHED", message=f"{name}: {key!r}", severity="warning", file=file)
-            for module, found in matched.items():
-                values = sorted({str(patterns.patterns[key]) for key in found})
-                if len(values) > 1:
-                    message = f"{name} gives {', '.join(values)}"
-                    yield Problem(
-                        code="AMBIGUOUS_PATTERN", message=message, severity="warning", file=file, module=module
-                    )
+
+def pattern_problems(config: Config, modules: Iterable[str], file: str, *, complete: bool) -> Iterator[Problem]:
+    """Patterns that match nothing, where all modules are `complete`, and modules for which several with different
+    values match."""
+    modules = list(modules)
+    for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        matched = {module: patterns.matching(module) for module in modules}
+        used = {key for found in matched.values() for key in found}
+        for key in patterns.patterns:
+            if modules and complete and key not in used:
+                yield Problem(code="PATTERN_UNMATCHED", message=f"{name}: {key!r}", severity="warning", file=file)
+        for module, found in matched.items():
+            values = sorted({str(patterns.patterns[key]) for key in found})
+            if len(values) > 1:
+                message = f"{name} gives {', '.join(values)}"
+                yield Problem(code="AMBIGUOUS_PATTERN", message=message, severity="warning", file=file, module=module)
 
 
 # Names -----------------------------------------------------------------------------------------------------------
@@ -332,6 +320,18 @@ def _literal_end(pattern: str) -> str:
 
 def ends_with(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith(f".{suffix}")
+
+
+def _layer(matcher: Matcher, pattern: str, module: str) -> int | None:
+    """The number in `(?:^|.*?\\.)pattern\\.(\\d+)\\.`, from the first place where that fits."""
+    for start in (0, *(at + 1 for at, sign in enumerate(module) if sign == ".")):
+        found = matcher.ends(pattern, module, start)
+        numbers = {m[1] for m in re.finditer(r"\.(\d{1,9})(?=\.)", module) if found >> m.start() & 1}
+        if len(numbers) > 1:
+            raise refuse("BAD_CONFIG", "layers_pattern gives a module several numbers", module=module, got=pattern)
+        if numbers:
+            return int(numbers.pop())
+    return None
 
 
 def ends(module: str) -> Iterator[str]:
