@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float, Float64
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from d2surgery.adapters.adapter import Adapter, OverTiles, learns, normal
 from d2surgery.adapters.forwards import (
@@ -70,12 +71,21 @@ class DualLoRA(Adapter):
         """As every delta. D·C is formed in float64: a sign that flips is not a rounding error."""
         if not learns(self):
             return Formed(self, base_weight.dtype).delta(base_weight)
-        B = (self.scaling * self.B.double()).to(base_weight.dtype)
+        B = (self._size * self.B.double()).to(base_weight.dtype)
         with no_autocast(base_weight):
             size = product_like(base_weight, B, self.A.to(base_weight.dtype)).relu_()
             z = product_like(base_weight, self.D.double(), self.C.double())
         sign: Tensor = _Sign.apply(z, self.ste)  # type: ignore[no-untyped-call]
-        return size * sign.to(size.dtype)
+        return size * (-sign if self._negative else sign).to(size.dtype)
+
+    @property
+    def _negative(self) -> bool:
+        """Whether s·ReLU(B·A) is no ReLU(s·B·A)."""
+        return not isinstance(self.scaling, Tensor) and self.scaling < 0
+
+    @property
+    def _size(self) -> float | Tensor:
+        return -self.scaling if self._negative else self.scaling
 
     def over_tiles(self, dtype: torch.dtype, strength: float = 1.0) -> "Formed":
         return Formed(self, dtype, strength)
@@ -90,8 +100,10 @@ class DualLoRA(Adapter):
     ) -> Float[Tensor, "*batch out_features"]:
         """Forms W' tile by tile: there is no thin form. Signs are those of float32 products of float32 slots."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        B, A, D, C = (slot.to(wide) for slot in (self.scaling * self.B.double(), self.A, self.D, self.C))
+        B, A, D, C = (slot.to(wide) for slot in (self._size * self.B.double(), self.A, self.D, self.C))
         y = signed_linear(x, base_weight, B, A, D, C, straight=self.ste, update_input=update_input)
+        if self._negative:  # W0 − u = 2·W0 − (W0 + u)
+            y = 2 * F.linear(x, base_weight.to(x.dtype)) - y
         return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -102,8 +114,8 @@ class Formed(OverTiles):
     """
 
     def __init__(self, adapter: DualLoRA, dtype: torch.dtype, strength: float = 1.0) -> None:
-        self.strength = strength
-        self.B, self.A = (adapter.scaling * adapter.B.double()).to(dtype), adapter.A.to(dtype)
+        self.strength = -strength if adapter._negative else strength
+        self.B, self.A = (adapter._size * adapter.B.double()).to(dtype), adapter.A.to(dtype)
         self.D, self.C = adapter.D.double(), adapter.C.double()
         self._memory = torch.empty(0), torch.empty(0)
 

@@ -44,6 +44,26 @@ VERBS = {
         "Is a merged checkpoint the base with the adapter?",
         "d2surgery audit --base ./model --adapter ./my-adapter --merged ./merged",
     ),
+    "convert": Verb(
+        "Surgery",
+        "Another kind, or fewer ranks, with the error it makes.",
+        "d2surgery convert ./my-dora ./my-lora --kind lora --base ./model --rank 32",
+    ),
+    "extract": Verb(
+        "Surgery",
+        "An adapter from a base and what was tuned from it.",
+        "d2surgery extract --base ./model --tuned ./tuned --out ./my-adapter",
+    ),
+    "combine": Verb(
+        "Surgery",
+        "Several adapters as one: sums, TIES, DARE and others.",
+        "d2surgery combine ./one:0.5 ./another:0.5 --out ./both",
+    ),
+    "scale": Verb(
+        "Surgery",
+        "Stronger, weaker, negated, or a part.",
+        "d2surgery scale ./my-adapter 0.5 --out ./weaker",
+    ),
     "train": Verb(
         "Train",
         "Fine-tune a base with an adapter of any of the four kinds.",

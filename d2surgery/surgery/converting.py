@@ -14,7 +14,7 @@ from d2surgery.adapters.vectors import Weight, squared_norms
 from d2surgery.errors import refuse
 from d2surgery.kinds import TABLE
 from d2surgery.surgery.certificate import Form, Loss, dense, form, loss
-from d2surgery.surgery.fitting import dora_of
+from d2surgery.surgery.fitting import dora_of, without_rounding
 from d2surgery.surgery.truncation import ALL, Keep, Triplets, triplets
 
 
@@ -149,7 +149,7 @@ def _d2lora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wi
     ratio = torch.where(halfway == 0, 0.0, lengths / torch.where(halfway == 0, 1.0, halfway))
     update = W + L - middle * (ratio[:, None] if along == "out_features" else ratio)
     keep = replace(wish.keep, rank=None if wish.keep.rank is None else 2 * wish.keep.rank)
-    found = triplets(update, keep)
+    found = triplets(without_rounding(update, W), keep)
     return d2_of(found, keep.count(found) or 0, wish.tau, along=along), found.curve()
 
 

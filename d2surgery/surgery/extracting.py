@@ -131,7 +131,8 @@ def _changed(found: _Found, base: BaseWeights, tuned: BaseWeights, name: str) ->
         one, other = (each.rows(name, part.start, part.stop) for each in (base, tuned))
         for digest, tile in zip(found.digests.values(), (one, other), strict=True):
             digest.update(as_bytes(tile))
-        difference = other.double() - one.double()
+        same = one.to(other.dtype) == other  # what only became narrower has not changed
+        difference = torch.where(same, 0.0, other.double() - one.double())
         rows += [part.start + int(i) for i in (difference != 0).any(1).nonzero()[:, 0]]
         energy += float(difference.square().sum())
     return rows, energy
@@ -175,4 +176,4 @@ def _ulps(tensor: Tensor) -> Tensor:
     """The unit in the last place of every entry."""
     _, exponent = torch.frexp(tensor.float())
     info = torch.finfo(tensor.dtype)
-    return torch.ldexp(torch.tensor(info.eps), exponent - 1).clamp(min=info.smallest_normal * info.eps)
+    return (info.eps * torch.exp2((exponent - 1).float())).clamp(min=info.smallest_normal * info.eps)

@@ -34,7 +34,7 @@ def dora_of(base_weight: Weight, target: Weight, keep: Keep, along: Axis) -> tup
     n = W.norm(dim=1)
     missed = float("inf")
     for _ in range(_MOST_STEPS):
-        found = triplets(n[:, None] * U - W, keep)
+        found = triplets(without_rounding(n[:, None] * U - W, W), keep)
         A, B = found.factors(keep.count(found) or 0)
         V = torch.addmm(W, B, A)
         n = (V * U).sum(1)
@@ -44,6 +44,12 @@ def dora_of(base_weight: Weight, target: Weight, keep: Keep, along: Axis) -> tup
     magnitude = (T * V).sum(1) / _lengths(V)
     A, B = (A, B) if rows else (B.T, A.T)
     return DoRA(A=A, B=B, magnitude=magnitude, scaling=1.0, along=along), found.curve()
+
+
+def without_rounding(difference: Tensor, of: Tensor) -> Tensor:
+    """A difference of matrices of this size in float64, or zero where rounding is all that is left of it."""
+    nothing = float(difference.norm()) <= 64 * torch.finfo(torch.float64).eps * float(of.norm())
+    return torch.zeros_like(difference) if nothing else difference
 
 
 def _lengths(V: Tensor) -> Tensor:

@@ -78,10 +78,13 @@ ALL = Keep()
 
 
 class Triplets(NamedTuple):
-    """Leading singular triplets of a matrix, in float64, and the energy Σσ² of all of it."""
+    """Leading singular triplets of a matrix, in float64, and the energy Σσ² of all of it.
+
+    Of a dense matrix more singular values may be known than vectors: those beyond what was asked to be kept.
+    """
 
     U: Float64[Tensor, "out_features k"]
-    sigma: Float64[Tensor, " k"]
+    sigma: Float64[Tensor, " known"]
     Vh: Float64[Tensor, "k in_features"]
     energy: float
     complete: bool
@@ -125,24 +128,28 @@ def triplets(matrix: LowRank | Tensor, keep: Keep, generator: Generator | None =
         return Triplets(U, sigma, Vh, float(sigma.square().sum()), True)
     side = min(matrix.shape)
     if side <= EXACT_UP_TO:
-        return _all(matrix)
+        return _all(matrix, keep)
     wanted = min(keep.rank or _FIRST, side)
     while wanted < side // 2:
         found = _leading(matrix, wanted, generator)
         if keep.count(found) is not None:
             return found
         wanted *= 2
-    return _all(matrix)
+    return _all(matrix, keep)
 
 
-def _all(matrix: Tensor) -> Triplets:
+def _all(matrix: Tensor, keep: Keep) -> Triplets:
     """From the Gram matrix of the smaller side; √eps64 of σ₁ and below is rounding and counts as zero."""
     tall = matrix.shape[0] >= matrix.shape[1]
     cut = cuts(max(matrix.shape), min(matrix.shape))
     gram = lower_gram((matrix[part] if tall else matrix[:, part] for part in cut), (matrix.shape[0], matrix.shape[1]))
     values, vectors = torch.linalg.eigh(gram, UPLO="L")
-    kept = int((values > values[-1:].clamp(min=0) * torch.finfo(torch.float64).eps * len(values)).sum())
-    return _projected(matrix, vectors[:, len(values) - kept :].flip(1), complete=True)
+    known = int((values > values[-1:].clamp(min=0) * torch.finfo(torch.float64).eps * len(values)).sum())
+    sigma = values[len(values) - known :].sqrt().flip(0)
+    shapes = matrix.new_empty(matrix.shape[0], 0), matrix.new_empty(0, matrix.shape[1])
+    count = keep.count(Triplets(shapes[0], sigma, shapes[1], float(sigma.square().sum()), True)) or 0
+    found = _projected(matrix, vectors[:, len(values) - count :].flip(1), complete=True)
+    return found._replace(sigma=torch.cat([found.sigma, sigma[count:]]))
 
 
 def _leading(matrix: Tensor, count: int, generator: Generator | None) -> Triplets:

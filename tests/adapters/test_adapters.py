@@ -856,3 +856,19 @@ def test_an_adapter_is_said_in_one_line_without_its_numbers(kind: str) -> None:
     assert repr(adapter) == REPRS[kind]
     update = adapter.update()
     assert update is None or repr(update) == f"LowRank(70 × 90, rank at most {8 if kind == 'd2lora' else 4})"
+
+
+def test_a_negative_scaling_of_dual_lora_is_outside_its_relu() -> None:
+    """s·ReLU(B·A) ⊙ sign(D·C), also where s < 0; sign(0) stays −1."""
+    generator = np.random.default_rng(0)
+    A, B, C, D = (generator.standard_normal(shape) for shape in ((2, 6), (4, 2)) * 2)
+    D[0] = 0
+    adapter = DualLoRA(**{n: torch.from_numpy(v) for n, v in {"A": A, "B": B, "C": C, "D": D}.items()}, scaling=-0.7)
+    wanted = -0.7 * np.maximum(B @ A, 0) * np.where(D @ C > 0, 1.0, -1.0)
+    W = torch.from_numpy(generator.standard_normal((4, 6)))
+    x = torch.from_numpy(generator.standard_normal((3, 6)))
+    for learnt in (adapter, replace(adapter, B=adapter.B.clone().requires_grad_())):
+        assert np.allclose(learnt.delta(W).detach().numpy(), wanted, rtol=1e-12, atol=1e-15)
+        y = learnt.forward(x, W).detach().numpy()
+        assert np.allclose(y, x.numpy() @ (W.numpy() + wanted).T, rtol=1e-6, atol=1e-6)
+    assert np.allclose(adapter.over_tiles(torch.float64, 0.5).merged(W.clone()).numpy(), W.numpy() + 0.5 * wanted)

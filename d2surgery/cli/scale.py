@@ -1,0 +1,59 @@
+"""`d2surgery scale`: an adapter stronger, weaker, negated, or a part of it."""
+
+import re
+from pathlib import Path
+
+import click
+
+from d2surgery.cli import measured, surgical
+from d2surgery.cli.options import BASE_HELP, Base, progress_bar
+from d2surgery.errors import refuse
+from d2surgery.files.base import BaseWeights
+from d2surgery.surgery.algebra import choose, scale
+
+
+@click.command(name="scale", context_settings={"ignore_unknown_options": True})
+@click.argument("adapter")
+@click.argument("factor", type=float)
+@click.option("--out", type=surgical.DIRECTORY, required=True, help="Directory to be made.")
+@click.option("--base", type=Base(), help=f"{BASE_HELP}; DoRA and D2-LoRA need it.")
+@click.option("--modules", help="Only modules in whose name this regular expression is found.")
+@click.option("--layers", help="Only these layers, such as 0-11.")
+@click.option("--only", is_flag=True, help="Leave the other modules out; else they stay as they are.")
+@surgical.result_options
+def command(
+    adapter: str,
+    factor: float,
+    out: Path,
+    base: Path | None,
+    modules: str | None,
+    layers: str | None,
+    only: bool,
+    per_layer: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """ADAPTER with its delta times FACTOR: -1 takes back what it does, 1 with --only is a part of it.
+
+    LoRA and Dual LoRA by their scaling. DoRA and D2-LoRA become the DoRA whose delta this is; they need --base.
+    """
+    surgical.require_new(out)
+    checkpoint = measured.open_adapter(adapter)
+    chosen = choose(checkpoint, modules, _layers(layers)) if modules is not None or layers is not None else None
+    with progress_bar("scaling", show=not (as_json or quiet), unit=" modules") as progress:
+        made, certificate = scale(
+            checkpoint, factor, BaseWeights(base) if base is not None else None, chosen=chosen, only=only,
+            progress=progress,
+        )  # fmt: skip
+    beside = surgical.write(made, out, checkpoint)
+    surgical.show(made, certificate, out, per_layer=per_layer, as_json=as_json, quiet=quiet, tokenizer=beside)
+    return 0
+
+
+def _layers(text: str | None) -> range | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if found is None:
+        raise refuse("USAGE", "--layers", wanted="a number or a range such as 0-11", got=text)
+    return range(int(found[1]), int(found[2] or found[1]) + 1)
