@@ -266,8 +266,6 @@ class Config:
         mapping, base = self.get("auto_mapping"), self.get("base_model_name_or_path")
         return (is_table(mapping) and "unsloth_fixed" in mapping) or str(base).startswith("unsloth/")
 
-    # Problems ----------------------------------------------------------------------------------------------------
-
     def problems(self, file: str) -> Iterator[Problem]:
         """What is wrong with the config by itself."""
 
