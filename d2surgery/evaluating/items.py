@@ -27,8 +27,8 @@ _ALPACA = (
     "### Instruction:\n{prompt}\n\n### Response:\n"
 )
 _ANSWER_FORMAT = re.compile(r"Answer format:[ \t]*(\S[^\n]*)")
-_SHOWN = 20  # malformed items that an error lists; a wrong file has thousands
-_MAX_BYTES, _MAX_GROUPS = 256_000_000, 1_000_000  # of a file; its lists and objects, or its lines
+_SHOWN, _ENOUGH = 20, 1000  # malformed items that an error lists, and that are looked for: a wrong file has thousands
+_MAX_BYTES, _MAX_GROUPS, _PIECE = 128_000_000, 1_000_000, 1 << 20  # of a file; its lists and objects, or its lines
 _LFS = b"version https://git-lfs"
 
 
@@ -51,6 +51,8 @@ def read_items(path: str | os.PathLike[str]) -> list[Item]:
             items.append(_item(entry.value))
         except _Malformed as fault:
             problems.append(entry.problem(str(fault)))
+            if len(problems) >= _ENOUGH:
+                break
     _raise_first(problems)
     return items
 
@@ -71,6 +73,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
             prompts.append(entry.value if isinstance(entry.value, str) else _item(entry.value).prompt)
         except _Malformed as fault:
             problems.append(entry.problem(str(fault)))
+            if len(problems) >= _ENOUGH:
+                break
     _raise_first(problems)
     return prompts
 
@@ -117,7 +121,9 @@ def _raise_first(problems: list[Problem]) -> None:
     """All of them, or the first and how many follow."""
     if len(problems) > _SHOWN:
         rest = Problem(
-            code="BAD_DATA", message=f"and {len(problems) - _SHOWN} more", file=problems[0].file.split(",")[0]
+            code="BAD_DATA",
+            message=f"and {len(problems) - _SHOWN} more{', and that is not all' * (len(problems) >= _ENOUGH)}",
+            file=problems[0].file.split(",")[0],
         )
         problems = [*problems[:_SHOWN], rest]
     if problems:
@@ -145,19 +151,25 @@ def _read(path: Path) -> str:
 
 
 def _decompressed(data: bytes) -> bytes:
-    """Of gzip, one part after another. Raises OverflowError before more than `_MAX_BYTES` are made of it."""
-    pieces: list[bytes] = []
-    left = _MAX_BYTES
-    while data.strip(b"\0"):
-        part = zlib.decompressobj(wbits=31)
-        pieces.append(part.decompress(data, left))
-        left -= len(pieces[-1])
-        if part.unconsumed_tail or left <= 0:
-            raise OverflowError
-        if not part.eof:
-            raise EOFError("it ends before its end")
-        data = part.unused_data
-    return b"".join(pieces)
+    """Of gzip. Raises OverflowError where that would be more than `_MAX_BYTES`, which is counted before it is kept."""
+    total = sum(map(len, _pieces(data)))
+    if total > _MAX_BYTES:
+        raise OverflowError
+    return b"".join(_pieces(data))
+
+
+def _pieces(data: bytes) -> Iterator[bytes]:
+    """A piece at a time, until there are more than `_MAX_BYTES`."""
+    total = 0
+    while data.strip(b"\0"):  # one member after another
+        member = zlib.decompressobj(wbits=31)
+        while not member.eof and total <= _MAX_BYTES:
+            piece = member.decompress(data, _PIECE)
+            if not piece and not member.unconsumed_tail and not member.eof:
+                raise EOFError("it ends before its end")
+            yield piece
+            data, total = member.unconsumed_tail, total + len(piece)
+        data = member.unused_data if total <= _MAX_BYTES else b""
 
 
 def _entries(path: Path) -> Iterator[_Entry]:
@@ -196,6 +208,8 @@ def _lines(text: str, path: Path) -> Iterator[_Entry]:
             problems.append(_Entry(None, path, f"line {number}").problem("nested too deeply"))
         except ValueError as error:  # a number of too many digits
             problems.append(_Entry(None, path, f"line {number}").problem(f"not JSON: {error}"))
+        if len(problems) >= _ENOUGH:
+            break
     _raise_first(problems)
     yield from entries
 

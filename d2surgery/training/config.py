@@ -27,6 +27,7 @@ from d2surgery.live.quantization import Quantization
 
 Batching = Literal["shuffled", "by_length", "packed"]
 _MAX_TOML, _SHOWN, _LARGEST = 200_000, 60, 1e300  # bytes of a file, keys of a section; of a number, as is NaN not
+_MAX_DOTS = 4_000_000  # of a line, squared, and of all added up: what tomllib's time for dotted keys grows with
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -301,6 +302,8 @@ def _build(section: type[Any], name: str, values: Mapping[str, Any]) -> Any:
 def _read_toml(path: Path) -> dict[str, Any]:
     data = read_small(path, _MAX_TOML)
     try:
+        if sum(line.count(b".") ** 2 for line in data.splitlines()) > _MAX_DOTS:
+            raise ValueError("keys in keys without end")
         return tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise refuse("BAD_CONFIG", f"not TOML: {brief(error, 200)}", file=str(path)) from None
