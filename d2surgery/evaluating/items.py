@@ -27,7 +27,7 @@ _ALPACA = (
     "### Instruction:\n{prompt}\n\n### Response:\n"
 )
 _ANSWER_FORMAT = re.compile(r"Answer format:[ \t]*(\S[^\n]*)")
-_SHOWN, _ENOUGH = 20, 1000  # malformed items that an error lists, and that are looked for: a wrong file has thousands
+_SHOWN, _ENOUGH = 20, 20_000  # malformed items that an error lists, and that are looked for: a wrong file has thousands
 _MAX_BYTES, _MAX_GROUPS, _PIECE = 128_000_000, 1_000_000, 1 << 20  # of a file; its lists and objects, or its lines
 _LFS = b"version https://git-lfs"
 
