@@ -57,7 +57,9 @@ def work(first: int, count: int, step: int, only: str | None) -> None:
                 "large": grown > MEGABYTES,
             }
             for kind in (kind for kind, is_so in found.items() if is_so):
-                said = "".join(traceback.format_exception(error)[-6:]) if error else f"{seconds:.1f} s, {grown} MB"
+                said = (
+                    "".join(traceback.format_exception(error)[-6:])[-2000:] if error else f"{seconds:.1f} s, {grown} MB"
+                )
                 print(json.dumps({"kind": kind, "seed": seed, "target": name, "said": said}), flush=True)
         faulthandler.cancel_dump_traceback_later()
     print(json.dumps({"done": tally}), flush=True)
