@@ -182,7 +182,8 @@ def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
         raise refuse("CORRUPT_HEADER", f"the header is not JSON: {error}", file=str(path)) from None
     if not isinstance(entries, dict):
         raise refuse("CORRUPT_HEADER", "wanted a JSON object", file=str(path), got=type(entries).__name__)
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise refuse("CORRUPT_HEADER", "__metadata__ must map strings to strings", file=str(path))
     return entries, metadata
