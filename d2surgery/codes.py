@@ -13,6 +13,13 @@ CODES: dict[str, Code] = {
     "FILE_MISSING": Code("There is nothing at this path.", "Check the path; a hub id is written org/name[@revision]."),
     "FILE_EMPTY": Code("The file has no bytes.", "Download or save it again."),
     "FILE_UNREADABLE": Code("The operating system refused to read or write here.", "Check permissions and the disk."),
+    "OUT_OF_MEMORY": Code(
+        "The system gave no more memory.", "Close other programs, give --max-memory, or take a larger machine."
+    ),
+    "UNFORESEEN": Code(
+        "An error that d2surgery does not foresee: a fault of its own, or of a library under it. Nothing was decided.",
+        "Run it again with --debug, which shows where it came from, and report both; SECURITY.md says how.",
+    ),
     "LFS_POINTER": Code(
         "The file is a Git LFS pointer: a clone without LFS left the address of the weights, not the weights.",
         "Run `git lfs pull` in the clone, or download the file from the hub.",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from d2surgery.codes import CODES
 
@@ -57,6 +57,15 @@ class D2SurgeryError(Exception):
 def refuse(code: str, message: str, **details: str) -> D2SurgeryError:
     """The error that says one thing."""
     return D2SurgeryError(Problem(code=code, message=message, **details))  # type: ignore[arg-type]
+
+
+def brief(value: Any, length: int = 80) -> str:
+    """A value of any kind in few words, for a message."""
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):  # a number of too many digits, lists in lists without end
+        return f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def raise_errors(problems: Iterable[Problem]) -> None:

@@ -13,8 +13,9 @@ from d2surgery.auditing.findings import several
 from d2surgery.errors import D2SurgeryError, Problem, Severity, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.checkpoints import USUAL, find_weights
-from d2surgery.files.header import Header, TensorInfo, read_header, read_json
+from d2surgery.files.header import Header, TensorInfo, read_header
 from d2surgery.files.locate import PICKLES, WEIGHTS
+from d2surgery.files.reading import read_json
 from d2surgery.files.tensors import read_part
 from d2surgery.placement.renaming import Renaming
 

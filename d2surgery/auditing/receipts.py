@@ -13,7 +13,8 @@ from d2surgery.auditing.loading import directory_problems, open_merged
 from d2surgery.checkpoint import load
 from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.files.base import BaseWeights
-from d2surgery.files.header import TensorInfo, read_json
+from d2surgery.files.header import TensorInfo
+from d2surgery.files.reading import read_json
 from d2surgery.files.tensors import as_bytes, read_part
 from d2surgery.machine import peak_memory
 from d2surgery.merging.receipt import RECEIPT
@@ -137,6 +138,8 @@ def _receipt(directory: Path) -> dict[str, Any]:
         tensors = receipt[part].get("tensors") if isinstance(receipt.get(part), dict) else None
         if not isinstance(tensors, dict) or (part == "outputs" and not tensors):
             raise refuse("NO_RECEIPT", f"it has no hashes of {part}", file=str(path))
+        if not isinstance(receipt[part].get("files", {}), dict):
+            raise refuse("NO_RECEIPT", f"its files of {part} are no hashes by name", file=str(path))
     return receipt
 
 

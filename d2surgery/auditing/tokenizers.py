@@ -94,7 +94,7 @@ def read_object(content: bytes | None) -> dict[str, Any]:
     """A JSON object; {} for anything else."""
     try:
         value = json.loads(content) if content else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -123,7 +123,7 @@ def _tokenizer(name: str, expected: bytes, content: bytes) -> Iterator[Problem]:
         return
     try:
         want, got = json.loads(expected), json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         yield _changed("not JSON", file=name)
         return
     if name == "vocab.json":
@@ -153,12 +153,16 @@ def _part(tokenizer: Any, part: str) -> Any:
     if not isinstance(tokenizer, dict):
         return None
     if part == "added_tokens":
-        return {t.get("id"): t.get("content") for t in tokenizer.get(part) or () if isinstance(t, dict)}
+        tokens = tokenizer.get(part)
+        if not isinstance(tokens, list):
+            return tokens
+        return {str(t.get("id")): t.get("content") for t in tokens if isinstance(t, dict)}
     if part not in ("vocab", "merges"):
         return tokenizer.get(part)
-    value = (tokenizer.get("model") or {}).get(part)
-    if part == "merges" and value:
-        return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in value]
+    model = tokenizer.get("model")
+    value = model.get(part) if isinstance(model, dict) else None
+    if part == "merges" and isinstance(value, list):
+        return [m.split(" ") if isinstance(m, str) else m for m in value]
     return value
 
 

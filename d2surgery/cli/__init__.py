@@ -9,6 +9,7 @@ import errno
 import gc
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
@@ -99,32 +100,67 @@ VERBS = {
 FAILED = 2
 INTERRUPTED = 130
 PIPE_CLOSED = 141  # as a shell reports SIGPIPE
+DEBUG = "--debug"
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Unable to allocate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 verdict fail, 2 not done, 3 inconclusive, 130 Ctrl-C."""
+    """Run one command and return its exit code: 0 done, 1 verdict fail, 2 not done, 3 inconclusive, 130 Ctrl-C.
+
+    1 is a verdict and nothing else: whatever goes wrong, foreseen or not, is 2.
+    """
     if arguments is None:  # a process of its own, which need not walk over all of torch's objects before it ends: 0.4 s
         atexit.register(gc.freeze)
         arguments = sys.argv[1:]
-    arguments = list(arguments)
+    wanted = [argument for argument in arguments if argument != DEBUG]
     output.tolerate_any_text()
     try:
-        code = _run(arguments or ["--help"])
-        sys.stdout.flush()
+        code = _run(wanted or ["--help"])
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         return INTERRUPTED
     except BrokenPipeError:  # piped into head: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_stdout()
         return PIPE_CLOSED
-    except click.UsageError as error:
-        output.emit_failure(_usage(error), as_json="--json" in arguments)
-    except D2SurgeryError as error:
-        output.emit_failure(error.problems, as_json="--json" in arguments)
-    except OSError as error:
-        output.emit_failure([_from_system(error)], as_json="--json" in arguments)
+    except BaseException as error:
+        if DEBUG in arguments:
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                output.emit(line, err=True)
+        return _fail(_problems_of(error), as_json="--json" in wanted)
+
+
+def _fail(problems: Sequence[Problem], *, as_json: bool) -> int:
+    try:
+        output.emit_failure(problems, as_json=as_json)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # a full disk or a closed pipe behind stdout: Python would fail again as it ends
+        _let_go_of_stdout()
     return FAILED
+
+
+def _let_go_of_stdout() -> None:
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):
+        return  # there is none, or it is no file
+
+
+def _problems_of(error: BaseException) -> Sequence[Problem]:
+    """What to say of an error: ours as they are, the system's and the user's by name, others as a fault to report."""
+    if isinstance(error, D2SurgeryError):
+        return error.problems
+    if isinstance(error, click.ClickException):
+        return _usage(error)
+    if isinstance(error, OSError):
+        return [_from_system(error)]
+    reason = " ".join(str(error).split())[:300]
+    if isinstance(error, MemoryError) or any(words in reason for words in _NO_MEMORY):
+        return [Problem(code="OUT_OF_MEMORY", message=reason or "the system gave no more")]
+    return [Problem(code="UNFORESEEN", message=f"{type(error).__name__}: {reason}")]
 
 
 def _run(arguments: list[str]) -> int:
@@ -138,8 +174,9 @@ def _run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _usage(error: click.UsageError) -> list[Problem]:
-    verb = error.ctx.command_path if error.ctx else "d2surgery"
+def _usage(error: click.ClickException) -> list[Problem]:
+    context = getattr(error, "ctx", None)
+    verb = context.command_path if context else "d2surgery"
     return [Problem(code="USAGE", message=error.format_message(), file=verb)]
 
 
@@ -173,8 +210,9 @@ class _Lazy(click.Group):
 
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(DEBUG, is_flag=True, help="Anywhere on the line: with an error, also where in the code it came from.")
 @click.version_option(package_name="d2surgery", message="%(prog)s %(version)s")
-def _group() -> None:
+def _group(debug: bool) -> None:
     """Model surgery: inspect, measure, merge, audit and train LoRA, DoRA, Dual LoRA and D2-LoRA adapters.
 
     ADAPTER is a file, a directory, or a hub id org/name[@revision]; what exists locally is never downloaded.

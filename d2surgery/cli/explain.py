@@ -21,7 +21,8 @@ def command(code: str | None, as_json: bool) -> None:
         for line in output.table([(name, CODES[name].meaning) for name in names]):
             output.emit(line)
     else:
-        output.emit(f"{names[0]}: {CODES[names[0]].meaning}\n  {CODES[names[0]].remedy}")
+        output.emit(f"{names[0]}: {CODES[names[0]].meaning}")
+        output.emit(f"  {CODES[names[0]].remedy}")
 
 
 def _known(code: str) -> str:

@@ -86,13 +86,13 @@ def _read_numbers(layout: Layout) -> tuple[Numbers, list[Problem]]:
 
 def _land(layout: Layout, base: Path) -> tuple[int, list[Problem]]:
     """How many of the base's tensors the adapter touches, and what does not fit."""
+    from d2surgery.files.base import read_model_config
     from d2surgery.files.checkpoints import read_checkpoint_header
-    from d2surgery.files.header import read_json
     from d2surgery.placement.promises import broken_promises
     from d2surgery.placement.sites import sites
 
-    config, header = base / "config.json", read_checkpoint_header(base)
-    landing = sites(layout, header, read_json(config) if config.exists() else {})
+    header = read_checkpoint_header(base)
+    landing = sites(layout, header, read_model_config(base))
     return len(landing.sites), [*landing.problems, *broken_promises(layout, header, landing)]
 
 

@@ -1,6 +1,5 @@
 """What spectrum, drift and diff share: where their numbers go, and how a table of modules is put together."""
 
-import csv
 import importlib.util
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from d2surgery.errors import raise_errors, refuse
 from d2surgery.files.plain import plain
 from d2surgery.files.whole import write_whole
 from d2surgery.kinds import TABLE
-from d2surgery.reporting.tidy import COLUMNS, Row, by_type
+from d2surgery.reporting.tidy import Row, by_type, write_rows
 
 if TYPE_CHECKING:
     from d2surgery.reporting.figures.parts import Plot
@@ -98,10 +97,8 @@ def show(outputs: Outputs, document: Mapping[str, Any], text: Iterable[str], row
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        write_rows(rows, file)
 
 
 def draw(outputs: Outputs, plots: Callable[[], Sequence["Plot"]], title: str) -> None:

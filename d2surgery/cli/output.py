@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from io import TextIOWrapper
@@ -10,9 +11,10 @@ from typing import Any
 
 import click
 
-from d2surgery.errors import Problem
+from d2surgery.errors import Problem, brief
 
 SCHEMA_VERSION = 1
+_LONGEST = 4000  # letters of a problem's line; --json has all
 COLOURS = {"error": "red", "warning": "yellow", "info": "cyan", "ok": "green"}
 
 
@@ -29,7 +31,9 @@ def hush(package: str) -> None:
 
 
 def emit(line: str = "", *, err: bool = False) -> None:
-    click.echo(line, err=err, color=False if os.environ.get("NO_COLOR") else None)
+    """One line. What could move the cursor is escaped, whoever's it is, and only what `style` coloured is coloured."""
+    parts = (_COLOURED.get(part) or printable(part) for part in _MARKS.split(line))
+    click.echo("".join(parts), err=err, color=False if os.environ.get("NO_COLOR") else None)
 
 
 def emit_json(document: Mapping[str, Any]) -> None:
@@ -60,7 +64,7 @@ def problem_lines(problems: Iterable[Problem]) -> list[str]:
         if pending and pending != problem.remedy:
             lines.append(f"  {pending}")
         pending = problem.remedy
-        lines.append(f"{style(problem.severity, COLOURS[problem.severity])} {printable(str(problem))}")
+        lines.append(f"{style(problem.severity, COLOURS[problem.severity])} {brief(printable(str(problem)), _LONGEST)}")
     return [*lines, f"  {pending}"] if pending else lines
 
 
@@ -107,13 +111,26 @@ def columns() -> int:
 
 
 def style(text: str, colour: str) -> str:
-    """Coloured; `emit` takes the colour off again where stdout is no terminal or NO_COLOR is set."""
-    return click.style(text, fg=colour)
+    """Marked to be coloured by `emit`, which leaves it where stdout is no terminal or NO_COLOR is set."""
+    return f"{_mark(colour)}{printable(text)}{_mark('')}"
+
+
+def _mark(colour: str) -> str:
+    """A code point that is no character, so that no text has it for itself."""
+    return chr(0xFDD0 + ["", *COLOURS.values()].index(colour))
+
+
+_COLOURED = {
+    _mark(colour): click.style("", fg=colour, reset=False) for colour in COLOURS.values()
+} | {_mark(""): click.style("", reset=True)}  # fmt: skip
+_MARKS = re.compile(f"([{''.join(_COLOURED)}])")
 
 
 def printable(text: str) -> str:
     """Escape what could move the cursor: tensor names come from strangers."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def size(count: int) -> str:

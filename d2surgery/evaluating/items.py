@@ -7,7 +7,6 @@ Two forms of an item:
     {"question", "answer", "choices"}              choices optional; answer is one of them, or its index from 0
 """
 
-import gzip
 import json
 import os
 import re
@@ -17,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from d2surgery.errors import D2SurgeryError, Problem, refuse
+from d2surgery.errors import D2SurgeryError, Problem, brief, refuse
+from d2surgery.files.reading import read_small
 
 Template = Literal["auto", "chat", "alpaca", "plain"]
 TEMPLATES: tuple[Template, ...] = get_args(Template)
@@ -27,7 +27,8 @@ _ALPACA = (
     "### Instruction:\n{prompt}\n\n### Response:\n"
 )
 _ANSWER_FORMAT = re.compile(r"Answer format:[ \t]*(\S[^\n]*)")
-_SHOWN = 20  # malformed items that an error lists; a wrong file has thousands
+_SHOWN, _ENOUGH = 20, 20_000  # malformed items that an error lists, and that are looked for: a wrong file has thousands
+_MAX_BYTES, _MAX_GROUPS, _PIECE = 128_000_000, 1_000_000, 1 << 20  # of a file; its lists and objects, or its lines
 _LFS = b"version https://git-lfs"
 
 
@@ -50,6 +51,8 @@ def read_items(path: str | os.PathLike[str]) -> list[Item]:
             items.append(_item(entry.value))
         except _Malformed as fault:
             problems.append(entry.problem(str(fault)))
+            if len(problems) >= _ENOUGH:
+                break
     _raise_first(problems)
     return items
 
@@ -70,6 +73,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
             prompts.append(entry.value if isinstance(entry.value, str) else _item(entry.value).prompt)
         except _Malformed as fault:
             problems.append(entry.problem(str(fault)))
+            if len(problems) >= _ENOUGH:
+                break
     _raise_first(problems)
     return prompts
 
@@ -116,7 +121,9 @@ def _raise_first(problems: list[Problem]) -> None:
     """All of them, or the first and how many follow."""
     if len(problems) > _SHOWN:
         rest = Problem(
-            code="BAD_DATA", message=f"and {len(problems) - _SHOWN} more", file=problems[0].file.split(",")[0]
+            code="BAD_DATA",
+            message=f"and {len(problems) - _SHOWN} more{', and that is not all' * (len(problems) >= _ENOUGH)}",
+            file=problems[0].file.split(",")[0],
         )
         problems = [*problems[:_SHOWN], rest]
     if problems:
@@ -127,28 +134,49 @@ def _raise_first(problems: list[Problem]) -> None:
 
 
 def _read(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise refuse("FILE_MISSING", "no such file", file=str(path)) from None
-    except OSError as error:
-        raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(path)) from None
+    data = read_small(path, _MAX_BYTES, "BAD_DATA")
     if data.startswith(_LFS):
         raise refuse("LFS_POINTER", "not the data", file=str(path))
     try:
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error) as error:
+        text = (_decompressed(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+    except (EOFError, zlib.error) as error:
         raise refuse("BAD_DATA", f"the gzip file is damaged: {error}", file=str(path)) from None
     except UnicodeDecodeError as error:
         raise refuse("BAD_DATA", f"not UTF-8 text: byte {error.start}", file=str(path)) from None
+    except OverflowError:
+        raise refuse("BAD_DATA", "too large", file=str(path), wanted=f"at most {_MAX_BYTES} bytes") from None
     if not text.strip():
         raise refuse("BAD_DATA", "empty", file=str(path))
     return text
 
 
+def _decompressed(data: bytes) -> bytes:
+    """Of gzip. Raises OverflowError where that would be more than `_MAX_BYTES`, which is counted before it is kept."""
+    total = sum(map(len, _pieces(data)))
+    if total > _MAX_BYTES:
+        raise OverflowError
+    return b"".join(_pieces(data))
+
+
+def _pieces(data: bytes) -> Iterator[bytes]:
+    """A piece at a time, until there are more than `_MAX_BYTES`."""
+    total = 0
+    while data.strip(b"\0"):  # one member after another
+        member = zlib.decompressobj(wbits=31)
+        while not member.eof and total <= _MAX_BYTES:
+            piece = member.decompress(data, _PIECE)
+            if not piece and not member.unconsumed_tail and not member.eof:
+                raise EOFError("it ends before its end")
+            yield piece
+            data, total = member.unconsumed_tail, total + len(piece)
+        data = member.unused_data if total <= _MAX_BYTES else b""
+
+
 def _entries(path: Path) -> Iterator[_Entry]:
     """The items of a file with their places: of a JSON list by number, of JSON lines by line."""
     text = _read(path)
+    if text.count("[") + text.count("{") > _MAX_GROUPS or text.count("\n") > _MAX_GROUPS:
+        raise refuse("BAD_DATA", f"more than {_MAX_GROUPS} items", file=str(path))
     try:
         whole = json.loads(text)
     except json.JSONDecodeError as error:
@@ -158,6 +186,8 @@ def _entries(path: Path) -> Iterator[_Entry]:
         return
     except RecursionError:
         raise refuse("BAD_DATA", "nested too deeply", file=str(path)) from None
+    except ValueError as error:
+        raise refuse("BAD_DATA", f"not JSON: {error}", file=str(path)) from None
     values = whole if isinstance(whole, list) else [whole]
     if not values:
         raise refuse("BAD_DATA", "an empty list", file=str(path))
@@ -176,6 +206,10 @@ def _lines(text: str, path: Path) -> Iterator[_Entry]:
             problems.append(_Entry(None, path, f"line {number}").problem(f"not JSON: {error.msg}"))
         except RecursionError:
             problems.append(_Entry(None, path, f"line {number}").problem("nested too deeply"))
+        except ValueError as error:  # a number of too many digits
+            problems.append(_Entry(None, path, f"line {number}").problem(f"not JSON: {error}"))
+        if len(problems) >= _ENOUGH:
+            break
     _raise_first(problems)
     yield from entries
 
@@ -190,7 +224,7 @@ def _item(value: Any) -> Item:
         return _instruction(value)
     if "question" in value:
         return _question(value)
-    known = ", ".join(map(str, list(value)[:6])) or "no field"
+    known = ", ".join(map(brief, list(value)[:6])) or "no field"
     raise _Malformed(f"neither instruction and output nor question and answer, but {known}")
 
 
@@ -203,10 +237,10 @@ def _instruction(value: Mapping[str, Any]) -> Item:
     if not options:
         return Item(prompt, output)
     if label not in options:
-        raise _Malformed(f"the answer {label!r} is not in its answer format {'/'.join(options)}")
+        raise _Malformed(f"the answer {brief(label)!r} is not in its answer format {brief('/'.join(options))}")
     before, found, after = output.rpartition(label)
     if not found:
-        raise _Malformed(f"the output {output!r} does not contain the answer {label!r}")
+        raise _Malformed(f"the output {brief(output)!r} does not contain the answer {brief(label)!r}")
     return Item(prompt, output, tuple(f"{before}{option}{after}" for option in options))
 
 
@@ -215,7 +249,7 @@ def _options(instruction: str) -> tuple[str, ...]:
     found = _ANSWER_FORMAT.findall(instruction)
     options = tuple(part.strip() for part in found[-1].split("/")) if found else ()
     if len(set(options)) < len(options) or "" in options or len(options) == 1:
-        raise _Malformed(f"no choice between different answers in the answer format {'/'.join(options)!r}")
+        raise _Malformed(f"no choice between different answers in the answer format {brief('/'.join(options))!r}")
     return options
 
 
@@ -224,16 +258,20 @@ def _question(value: Mapping[str, Any]) -> Item:
     choices = value.get("choices", [])
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise _Malformed("choices is not a list of texts")
+    for choice in choices:
+        _text({"choices": choice}, "choices")
     if choices and (len(choices) < 2 or len(set(choices)) < len(choices)):
         raise _Malformed("no choice between different answers")
     answer = value.get("answer")
     if choices and isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer < len(choices):
-            raise _Malformed(f"the answer {answer} is not an index of its {len(choices)} choices, counted from 0")
+            raise _Malformed(
+                f"the answer {brief(answer)} is not an index of its {len(choices)} choices, counted from 0"
+            )
         answer = choices[answer]
     answer = _text({"answer": answer}, "answer")
     if choices and answer not in choices:
-        raise _Malformed(f"the answer {answer!r} is not one of its choices")
+        raise _Malformed(f"the answer {brief(answer)!r} is not one of its choices")
     return Item(question, answer, tuple(choices))
 
 
@@ -243,6 +281,8 @@ def _text(value: Mapping[str, Any], name: str, *, optional: bool = False) -> str
         return ""
     if not isinstance(text, str):
         raise _Malformed(f"{name} is {'missing' if text is None else f'not a text but {type(text).__name__}'}")
+    if not text.isascii() and any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise _Malformed(f"{name} holds half a character (a lone surrogate)")
     if not optional and not text.strip():
         raise _Malformed(f"{name} is empty")
     return text

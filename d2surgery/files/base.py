@@ -1,19 +1,58 @@
 """BaseWeights: the tensors of a model directory, read by row ranges with pread, never held or mapped."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2surgery.errors import raise_errors, refuse
+from d2surgery.errors import Problem, brief, raise_errors, refuse
 from d2surgery.files.checkpoints import read_checkpoint_header
-from d2surgery.files.header import Header, read_json
+from d2surgery.files.header import Header
 from d2surgery.files.held import Seen, changes
 from d2surgery.files.locate import locate_base
+from d2surgery.files.reading import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def _text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+_READ: dict[str, tuple[str, Callable[[Any], bool]]] = {  # field of config.json that is read here -> what it may be
+    "architectures": ("a list of names", lambda v: v is None or (isinstance(v, list) and all(map(_text, v)))),
+    **dict.fromkeys(("model_type", "_name_or_path"), ("a name", _text)),
+    **dict.fromkeys(
+        ("text_config", "quantization_config", "id2label", "label2id"),
+        ("an object", lambda v: v is None or isinstance(v, dict)),
+    ),
+    "tie_word_embeddings": ("true or false", lambda v: v is None or type(v) is bool),
+    "vocab_size": ("a count", lambda v: v is None or (type(v) is int and v >= 0)),
+}
+
+
+def read_model_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model's directory, {} when there is none.
+
+    Raises D2SurgeryError: what read_json raises, BAD_CONFIG with every field that is read and cannot be what it is.
+    """
+    path = directory / "config.json"
+    if not path.exists():
+        return {}
+    config = read_json(path)
+    text = config.get("text_config")
+    parts = {"": config, "text_config.": text if isinstance(text, dict) else {}}
+    raise_errors(
+        Problem(code="BAD_CONFIG", message=f"{prefix}{name} cannot be used", file=str(path), wanted=wanted,
+                got=brief(part[name]))
+        for prefix, part in parts.items()
+        for name, (wanted, fits) in _READ.items()
+        if name in part and not fits(part[name])
+    )  # fmt: skip
+    return config
 
 
 class BaseWeights(Mapping[str, "Tensor"]):
@@ -39,8 +78,7 @@ class BaseWeights(Mapping[str, "Tensor"]):
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json; {} when there is none."""
-        path = self.directory / "config.json"
-        return read_json(path) if path.exists() else {}
+        return read_model_config(self.directory)
 
     def refuse_changes(self) -> None:
         """Raises D2SurgeryError BASE_CHANGED for every file that is not as it was when its header was read."""

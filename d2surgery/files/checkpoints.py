@@ -1,13 +1,15 @@
 """The weights of a model directory: which of its files they are, and their joint header."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
-from d2surgery.files.header import Header, TensorInfo, is_pickle, read_header, read_json
+from d2surgery.errors import D2SurgeryError, Problem, brief, raise_errors, refuse
+from d2surgery.files.header import Header, TensorInfo, is_pickle, read_header
 from d2surgery.files.held import Seen
+from d2surgery.files.reading import read_json
 
 USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers looks for, in its order; the first that is there holds the weights."""
@@ -124,9 +126,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise refuse("BAD_BASE", "the index has no weight_map", file=str(index))
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard or len(os.fsencode(shard)) > 255 or "\0" in shard:
             raise refuse(
-                "BAD_BASE", "not the name of a file beside the index", file=str(index), module=name, got=str(shard)
+                "BAD_BASE", "not the name of a file beside the index", file=str(index), module=name, got=brief(shard)
             )
     return weight_map
 

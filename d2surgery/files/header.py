@@ -7,7 +7,6 @@
 Several such files, or those of torch.save, may be one checkpoint: see `checkpoints`.
 """
 
-import json
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -16,8 +15,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
 from d2surgery.files.held import Held, Seen
+from d2surgery.files.reading import Twice, open_file, parse_json
 
 if TYPE_CHECKING:  # names and shapes need no torch
     from torch import Tensor
@@ -32,6 +32,8 @@ BITS = {
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_HEADER = 100_000_000
+MAX_TENSORS = 150_000  # of a file; every expert of the largest models adapted by itself gives 140,000
+_SHOWN = 100  # faults that are listed; a wrong file may have as many as tensors
 INDEX = "model.safetensors.index.json"
 
 _FORMATS = {  # dtype -> struct's letters
@@ -124,26 +126,11 @@ def small_values(header: Header, key: str) -> tuple[float, ...]:
 def is_pickle(path: Path) -> bool:
     """Does the file begin like one that torch.save wrote: a zip archive, or before PyTorch 1.6 a bare pickle?"""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             head = file.read(64)
             return head.startswith((b"PK\x03\x04", b"\x80\x02")) and not (_begins_a_header(head) or _is_npz(head))
-    except OSError:
+    except (OSError, D2SurgeryError):
         return False  # read_header says why
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from disk. Raises D2SurgeryError BAD_CONFIG when it is anything else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise refuse("FILE_MISSING", "no such file", file=str(path)) from None
-    except OSError as error:
-        raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(path)) from None
-    except (ValueError, RecursionError) as error:
-        raise refuse("BAD_CONFIG", f"not JSON: {error}", file=str(path)) from None
-    if not isinstance(value, dict):
-        raise refuse("BAD_CONFIG", "wanted a JSON object", file=str(path), got=type(value).__name__)
-    return value
 
 
 def _check_magic(path: Path, head: bytes, size: int) -> None:
@@ -189,25 +176,16 @@ def _check_length(path: Path, length: int, size: int) -> None:
 
 
 def _parse(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    duplicates: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            duplicates.extend(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        return found
-
     try:
-        entries = json.loads(text.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(text, groups=3 * MAX_TENSORS, parts=8 * MAX_TENSORS)
+    except Twice as error:
+        raise refuse("DUPLICATE_KEY", f"{error} in the header", file=str(path)) from None
+    except ValueError as error:
         raise refuse("CORRUPT_HEADER", f"the header is not JSON: {error}", file=str(path)) from None
     if not isinstance(entries, dict):
         raise refuse("CORRUPT_HEADER", "wanted a JSON object", file=str(path), got=type(entries).__name__)
-    raise_errors(
-        Problem(code="DUPLICATE_KEY", message=f"{name} stands twice in the header", file=str(path))
-        for name in duplicates
-    )
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise refuse("CORRUPT_HEADER", "__metadata__ must map strings to strings", file=str(path))
     return entries, metadata
@@ -224,6 +202,8 @@ def _checked(held: Held, entries: dict[str, Any], data: int) -> dict[str, Tensor
             fault = _fault(dtype, shape, start, stop)
         except (TypeError, KeyError, ValueError):
             fault = "wanted dtype, shape and two data_offsets"
+        if fault and len(problems) == _SHOWN:
+            break
         if fault:
             problems.append(Problem(code="BAD_TENSOR_ENTRY", message=fault, file=str(path), module=name))
         else:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from d2surgery.errors import Problem
+from d2surgery.files.reading import refuse_other
 
 
 class Seen:
@@ -40,12 +41,16 @@ class Seen:
 
 
 class Held(Seen):
-    """A file that stays open for as long as this object lives. Raises OSError where it cannot be opened."""
+    """A file that stays open for as long as this object lives.
+
+    Raises OSError where it cannot be opened, D2SurgeryError FILE_UNREADABLE where it is no file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.fd = _open(path)
         with naming(path):
             super().__init__(path, os.fstat(self.fd))
+        refuse_other(path, self.found.st_mode)  # as it is now
 
     def __del__(self, close: Any = os.close) -> None:
         with suppress(OSError, AttributeError):  # what was only read is not lost; a file that was not there has no fd
@@ -90,11 +95,13 @@ def _times(found: os.stat_result) -> tuple[int, int, int]:
 
 
 def _open(path: Path) -> int:
+    refuse_other(path, path.stat().st_mode)  # before a device is opened, which may do something
+    how = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
     try:
-        return os.open(path, os.O_RDONLY)
+        return os.open(path, how)
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a model of many shards
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    return os.open(path, os.O_RDONLY)
+    return os.open(path, how)

@@ -8,7 +8,9 @@ from typing import NamedTuple
 from d2surgery.errors import refuse
 from d2surgery.files.tokenizers import BEGINNINGS
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.bin)(@[\w./-]+)?")  # not a mistyped path
+_HUB_ID = re.compile(  # not a mistyped path, nor one that leads out of the cache
+    r"(?!.*\.\.)\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.bin)(@\w[\w./-]*)?", re.ASCII
+)
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PICKLES = (".bin", ".pt", ".pth")
 TRAINED_WHOLE = ("non_lora_trainables.bin", "non_lora_state_dict.bin")  # LLaVA's and its followers' second file

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from d2surgery.errors import Problem, raise_errors, refuse
-from d2surgery.files.header import Header, is_pickle, read_header, read_json, small_values
+from d2surgery.files.header import Header, is_pickle, read_header, small_values
 from d2surgery.files.held import Seen
 from d2surgery.files.locate import PICKLES, left_out, locate
+from d2surgery.files.reading import read_json
 from d2surgery.formats import foreign, peft
 from d2surgery.formats.format import Format, Holding
 from d2surgery.formats.layout import Layout, Packing, with_expert_layout

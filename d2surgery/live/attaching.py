@@ -9,8 +9,7 @@ lower.
 
 import difflib
 import inspect
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
@@ -25,8 +24,9 @@ from d2surgery.adapters import KINDS, Adapter
 from d2surgery.adapters.forwards import Axis
 from d2surgery.adapters.vectors import Weight, squared_norms
 from d2surgery.checkpoint import Checkpoint, from_adapters
-from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.errors import Problem, brief, raise_errors, refuse
 from d2surgery.formats.layout import About
+from d2surgery.formats.patterns import BadExpression, Matcher
 
 ALL_LINEAR = "all-linear"
 _HEADS = ("score", "classifier")  # of transformers' classifiers, which have no output embeddings
@@ -191,7 +191,7 @@ def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Mod
     chosen: dict[str, nn.Module] = {}
     problems = [] if patterns else [Problem(code="TARGETS_UNMATCHED", message="There are no targets.")]
     for pattern in patterns:
-        matched = [name for name in modules if _matches(name, pattern, whole=isinstance(targets, str))]
+        matched = _matched(modules, pattern, whole=isinstance(targets, str))
         problems += _wrongly_matched(pattern, matched, modules, linear)
         chosen |= {name: linear[name] for name in matched if name in linear}
     raise_errors(problems)
@@ -334,8 +334,15 @@ def _heads(model: nn.Module) -> set[nn.Module]:
     return {head} if head is not None else {getattr(model, name) for name in _HEADS if hasattr(model, name)}
 
 
-def _matches(name: str, pattern: str, whole: bool) -> bool:
-    return bool(re.fullmatch(pattern, name)) if whole else name == pattern or name.endswith(f".{pattern}")
+def _matched(names: Iterable[str], pattern: str, *, whole: bool) -> list[str]:
+    """PEFT's rule: one text is a regular expression for whole names, those of a list are ends of names."""
+    if not whole:
+        return [name for name in names if name == pattern or name.endswith(f".{pattern}")]
+    matcher = Matcher()
+    try:
+        return [name for name in names if matcher.fits(pattern, name)]
+    except BadExpression as error:
+        raise refuse("TARGETS_UNMATCHED", f"no regular expression: {error}", got=brief(pattern)) from None
 
 
 def _wrongly_matched(
@@ -354,7 +361,7 @@ def _wrongly_matched(
 def _near(pattern: str, linear: Mapping[str, nn.Module]) -> str:
     """What there is: the last names of linear layers, nearest first."""
     ends = dict.fromkeys(name.rpartition(".")[2] for name in linear)
-    near = difflib.get_close_matches(pattern.rpartition(".")[2], ends, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(pattern.rpartition(".")[2][:100], ends, n=3, cutoff=0.5)
     return ", ".join(dict.fromkeys([*near, *ends])) or "a model without linear layers"
 
 

@@ -6,8 +6,9 @@ prefix more or less; and, when all of an adapter's names lack or have the same p
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ _EXPERTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "up_proj": (("up_proj",),),
     "down_proj": (("down_proj",), ("w2",)),
 }
+_NUMBER = re.compile(r"\d+")
+_COMPARED = 2_000_000  # pairs of letters that are compared to find the nearest names, before none is looked for
 # A model for pictures or sound inside another: no prefix may lead into one or out of it.
 _TOWERS = re.compile(r"(?:^|[._])(vision|visual|image|img|vit|audio|speech|video|vqmodel|vq|acoustic)")
 # What a language model may lie under, and what may therefore be missing or in the way.
@@ -213,9 +216,34 @@ class Names:
         if how := self.otherwise.get(module) or self.otherwise.get(f"{module}.weight"):
             self.say("STORED_OTHERWISE", "on disk in another form", module=module, got=how)
             return
-        known = [name.removesuffix(".weight") for name in self.base.tensors]
-        near = get_close_matches(module, known, n=2, cutoff=0.6)
+        near = self.nearest(module)
         self.say("NO_SUCH_MODULE", "not in the base", module=module, got=f"nearest: {', '.join(near)}" if near else "")
+
+    @cached_property
+    def nearest(self) -> "Nearest":
+        return Nearest(name.removesuffix(".weight") for name in self.base.tensors)
+
+
+class Nearest:
+    """The names most like one: of the kinds of name that are most like its own, those with its numbers, else any.
+
+    Names of one kind differ in their numbers alone, so that a model's hundreds of names are about ten to compare.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.kinds: dict[str, dict[tuple[str, ...], str]] = {}
+        for name in names:
+            self.kinds.setdefault(_NUMBER.sub("0", name), {}).setdefault(tuple(_NUMBER.findall(name)), name)
+        self._near: dict[str, list[str]] = {}
+        self._left = _COMPARED
+
+    def __call__(self, name: str, count: int = 2) -> list[str]:
+        kind, numbers = _NUMBER.sub("0", name), tuple(_NUMBER.findall(name))
+        if kind not in self._near:
+            self._left -= len(kind) * sum(map(len, self.kinds))
+            self._near[kind] = get_close_matches(kind, self.kinds, n=count, cutoff=0.6) if self._left > 0 else []
+        found = (self.kinds[near] for near in self._near[kind])
+        return [names.get(numbers) or next(iter(names.values())) for names in found]
 
 
 def _natural(name: str) -> list[Any]:

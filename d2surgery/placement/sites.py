@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from d2surgery.errors import Problem, Problems
+from d2surgery.errors import Problem, Problems, brief
 from d2surgery.files.header import Header
 from d2surgery.formats.layout import AdapterLayout, Layout, Rows
 from d2surgery.placement.names import Names
@@ -42,9 +42,8 @@ class Landing:
 def sites(layout: Layout, base: Header, base_config: Mapping[str, Any]) -> Landing:
     """Find every tensor that the adapter touches. Problems are returned, not raised: the caller decides."""
     say, tie = Problems(), find_tie(base, base_config)
-    if "quantization_config" in base_config:
-        method = base_config["quantization_config"].get("quant_method", "unknown method")
-        say("QUANTIZED_BASE", f"quantization_config: {method}")
+    if (quantized := base_config.get("quantization_config")) is not None:
+        say("QUANTIZED_BASE", f"quantization_config: {brief(quantized.get('quant_method', 'unknown method'))}")
     names = Names(base, base_config, tie, say)
     patches = Patches(base, base_config, names, say, hint=layout.about.transposed)
     finder = _Finder(layout, base, base_config, tie, names, patches, say)

@@ -70,7 +70,7 @@ class Tie:
 
 def find_tie(base: Header, config: Mapping[str, Any]) -> Tie:
     """The ties of a base; none of its outputs is on disk under a name of its own."""
-    architecture = (config.get("architectures") or [""])[0]
+    architecture = (config.get("architectures") or [""])[0] or ""
     flag = tie_flag(config)
     modules = [name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")]
     found = next((m for last in _INPUT_EMBEDDINGS for m in modules if m.rpartition(".")[2] == last), None)

@@ -4,10 +4,11 @@ Every row says what its number is: of the update or the delta, by which method, 
 and by which convention, since most of these names mean several things elsewhere.
 """
 
+import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 from torch import Tensor
@@ -46,6 +47,19 @@ CONVENTIONS = {
     "sign_agreement": "share of entries with equal sign; null: 1 − arccos(cosine)/π",
     "intruder_cosine": "largest abs cosine with any left singular vector of W0 (arXiv:2410.21228)",
 }
+
+
+_FORMULAS = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
+
+
+def write_rows(rows: Iterable[Row], file: TextIO) -> None:
+    """Rows as CSV. A text that a spreadsheet would take for a formula (it begins with = + - @, a tab or a line break,
+    or apostrophes and then one of these) has one more apostrophe before it: take one off to have it back."""
+    writer = csv.DictWriter(file, COLUMNS)
+    writer.writeheader()
+    for row in rows:
+        texts = {name: f"'{v}" for name, v in row.items() if isinstance(v, str) and _FORMULAS.match(v)}
+        writer.writerow(row | texts)
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

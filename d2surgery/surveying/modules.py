@@ -215,7 +215,7 @@ class _Cache:
         path = self.directory / f"{_digest(adapter, weight, method)}.json"
         try:
             return _from_json(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError):  # RecursionError is one
             spectrum = compute()
         write_whole(path, json.dumps(_to_json(spectrum)))
         return spectrum

@@ -11,19 +11,23 @@ import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from d2surgery.adapters import KINDS
 from d2surgery.adapters.d2lora import Form
 from d2surgery.adapters.forwards import Axis, Straight
-from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.errors import Problem, brief, raise_errors, refuse
 from d2surgery.evaluating.items import Template
+from d2surgery.files.reading import read_small
 from d2surgery.kinds import TABLE
 from d2surgery.live.attaching import options_of
 from d2surgery.live.quantization import Quantization
 
 Batching = Literal["shuffled", "by_length", "packed"]
+_MAX_TOML, _SHOWN, _LARGEST = 200_000, 60, 1e300  # bytes of a file, keys of a section; of a number, as is NaN not
+_MAX_DOTS = 4_000_000  # of a line, squared, and of all added up: what tomllib's time for dotted keys grows with
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -238,7 +242,7 @@ def parse(document: Mapping[str, Any], where: str = "") -> TrainConfig:
         try:
             values[setting.key] = _converted(part[setting.name], setting)
         except ValueError as error:
-            problems.append(_bad(setting.key, str(error), setting, where, repr(part[setting.name])))
+            problems.append(_bad(setting.key, str(error), setting, where, _shown(part[setting.name])))
     raise_errors(problems)
     config: TrainConfig = _build(TrainConfig, "", values)
     raise_errors(replace(problem, file=where) for problem in _contradictions(config))
@@ -296,32 +300,35 @@ def _build(section: type[Any], name: str, values: Mapping[str, Any]) -> Any:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    data = read_small(path, _MAX_TOML)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise refuse("FILE_MISSING", "no such file", file=str(path)) from None
-    except OSError as error:
-        raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(path)) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise refuse("BAD_CONFIG", f"not TOML: {error}", file=str(path)) from None
+        if sum(line.count(b".") ** 2 for line in data.splitlines()) > _MAX_DOTS:
+            raise ValueError("keys in keys without end")
+        return tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise refuse("BAD_CONFIG", f"not TOML: {brief(error, 200)}", file=str(path)) from None
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) and len(value) < 80 else brief(value)
 
 
 def _unknown(document: Mapping[str, Any]) -> Iterator[Problem]:
     """Keys that are no setting, with the nearest that is."""
     known = {setting.key for setting in settings()}
     sections = {setting.section for setting in settings()} - {""}
-    for key, value in document.items():
+    for key, value in islice(document.items(), _SHOWN):
         if key in sections and not isinstance(value, Mapping):
-            yield Problem(code="BAD_CONFIG", message="not a section", module=key, wanted=f"[{key}]", got=repr(value))
+            yield Problem(code="BAD_CONFIG", message="not a section", module=key, wanted=f"[{key}]", got=brief(value))
             continue
         inner = value if key in sections else None
-        for full in [key] if inner is None else [f"{key}.{name}" for name in inner]:
+        for full in [key] if inner is None else [f"{key}.{name}" for name in islice(inner, _SHOWN)]:
             if full not in known:
                 is_section = isinstance(value, Mapping) and inner is None
                 near = difflib.get_close_matches(full, sections, n=1, cutoff=0.5) or sorted(sections)
                 wanted = ", ".join(f"[{name}]" for name in near) if is_section else _nearest(full, known)
                 message = "no such section" if is_section else "no such key"
-                yield Problem(code="BAD_CONFIG", message=message, module=full, wanted=wanted)
+                yield Problem(code="BAD_CONFIG", message=message, module=brief(full), wanted=wanted)
 
 
 def _nearest(key: str, known: set[str]) -> str:
@@ -387,7 +394,7 @@ def _converted(value: Any, setting: Setting) -> Any:
 
 
 def _number(value: Any, kind: type, within: Range | None) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST:
         raise ValueError("not a number")
     if kind is int and value != int(value):
         raise ValueError("not a whole number")

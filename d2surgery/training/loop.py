@@ -203,7 +203,7 @@ def _device(config: TrainConfig) -> torch.device:
 
 def _loaded(kind: Any, config: TrainConfig, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(config.base, **options)
+        return kind.from_pretrained(config.base, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise refuse("BAD_BASE", reason[:300], file=config.base) from None

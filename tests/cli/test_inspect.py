@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -257,6 +258,52 @@ def test_what_the_system_does_to_us_is_a_message_and_an_exit_code(
     monkeypatch.setattr("d2surgery.cli.inspect.open_layout", broken)
     assert main(["inspect", "x"]) == code
     assert capsys.readouterr().err.startswith(text)
+
+
+class Panic(BaseException):
+    """As a library written in Rust raises it."""
+
+
+UNFORESEEN = [  # (what a library or a fault of ours raises, part of the message)
+    (ValueError("one\ntwo"), "error UNFORESEEN: ValueError: one two"),
+    (RecursionError("maximum recursion depth exceeded"), "error UNFORESEEN: RecursionError"),
+    (KeyError("x"), "error UNFORESEEN: KeyError: 'x'"),
+    (AssertionError(), "error UNFORESEEN: AssertionError"),
+    (Panic("called unwrap"), "error UNFORESEEN: Panic: called unwrap"),
+    (SystemExit(1), "error UNFORESEEN: SystemExit: 1"),
+    (MemoryError(), "error OUT_OF_MEMORY: the system gave no more"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 bytes"), "error OUT_OF_MEMORY: DefaultCPU"),
+    (click.ClickException("no"), "error USAGE d2surgery: no"),
+]
+
+
+@pytest.mark.parametrize(("fault", "text"), UNFORESEEN)
+@pytest.mark.parametrize("more", [[], ["--json"], ["--debug"]])
+def test_what_nobody_foresaw_is_exit_2_and_no_traceback_unless_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: BaseException, text: str, more: Any
+) -> None:
+    def broken(adapter: str, **options: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr("d2surgery.cli.inspect.open_layout", broken)
+    assert main(["inspect", "x", *more]) == 2
+    said = capsys.readouterr()
+    if more == ["--json"]:
+        assert json.loads(said.out)["problems"][0]["code"] == text.split()[1].rstrip(":")
+    else:
+        assert text in said.err
+        assert ("Traceback" in said.err) == (more == ["--debug"])
+
+
+@pytest.mark.parametrize("stdout", ["/dev/full", "closed"])
+def test_output_that_nobody_can_take_is_no_verdict(adapter: WriteAdapter, stdout: str) -> None:
+    where = ">&-" if stdout == "closed" else f">{stdout}"
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -m d2surgery inspect "$1" {where}', sys.executable, str(adapter())],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == (0 if stdout == "closed" else 2)
+    assert "Traceback" not in done.stderr
 
 
 def test_a_closed_pipe_is_no_traceback(adapter: WriteAdapter) -> None:

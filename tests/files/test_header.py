@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from d2surgery.errors import D2SurgeryError
 from d2surgery.files.checkpoints import find_weights, read_checkpoint_header
-from d2surgery.files.header import read_header, read_json
+from d2surgery.files.header import read_header
+from d2surgery.files.reading import read_json
 
 
 def raw(header: bytes | dict[str, Any], data: bytes = b"") -> bytes:

@@ -34,7 +34,7 @@ from typing import Any
 from d2surgery.files.header import Header
 from d2surgery.formats.format import Holding, Values
 from d2surgery.formats.layout import Layout, Stored
-from d2surgery.formats.peft.config import is_number
+from d2surgery.formats.peft.fields import is_number
 from d2surgery.formats.peft.keys import METADATA, looks_like_peft
 from d2surgery.formats.peft.reader import read
 from d2surgery.kinds import TABLE

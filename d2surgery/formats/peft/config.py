@@ -1,20 +1,20 @@
 """adapter_config.json: which of its fields can be used, and what they say of each module."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
 from types import MappingProxyType
 from typing import Any
 
-from d2surgery.errors import Problem
-from d2surgery.formats.layout import About, Packing, alpha_divisor, lies_within
+from d2surgery.errors import Problem, brief, refuse
+from d2surgery.formats.layout import About, alpha_divisor, lies_within
+from d2surgery.formats.patterns import Matcher
+from d2surgery.formats.peft.fields import PLAIN, good, is_number, is_table, misfits
 from d2surgery.formats.peft.keys import TOKENS
 from d2surgery.kinds import TABLE
 
-FORMS = ("projected_plus_update", "projected", "update")
-_PATTERN_FIELDS = ("rank_pattern", "alpha_pattern")
 _OURS = ("r1", "r2", "tau", "along", "form", "format_version", "training")
 _FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, 0.2's two that are gone, unsloth's and ours
     re.findall(
@@ -30,8 +30,6 @@ _FIELDS = frozenset(  # every field of PEFT 0.21.2's LoraConfig, 0.2's two that 
         """,
     )
 ) | frozenset(_OURS)
-PACKED = "lora_B_layout"  # unsloth's field, from September 2026
-PACKINGS: dict[str, Packing] = {"rank_major": "interleaved", "grouped_by_expert": "grouped"}
 _VARIANTS = {  # config field -> the variant's name, when the field is set
     "alora_invocation_tokens": "aLoRA (applies to some tokens only)",
     "use_qalora": "QALoRA",
@@ -64,20 +62,27 @@ def methods() -> dict[str, tuple[str, ...]]:
 class Patterns:
     """A rank_pattern or alpha_pattern: PEFT takes the first that matches `(.*\\.)?(pattern)$`, in file order."""
 
-    def __init__(self, patterns: Mapping[str, Any]) -> None:
-        self.patterns = patterns
+    def __init__(self, patterns: Mapping[str, Any], matcher: Matcher | None = None) -> None:
+        self.patterns, self.matcher = patterns, matcher or Matcher()
         self._ends = [(key, _literal_end(key)) for key in patterns]
         self._found: dict[str, list[str]] = {}
 
     def matching(self, module: str) -> list[str]:
         if module not in self._found:
+            self.matcher.spend(len(self._ends) // 8)
             near = [(key, end) for key, end in self._ends if module.endswith(end)]
-            self._found[module] = [key for key, end in near if _matches(key, bool(end), module)]
+            self._found[module] = [key for key, end in near if self._matches(key, bool(end), module)]
         return self._found[module]
 
     def value(self, module: str, default: Any) -> Any:
         found = self.matching(module)
         return self.patterns[found[0]] if found else default
+
+    def _matches(self, pattern: str, plain: bool, module: str) -> bool:
+        before, end = module[: -len(pattern)], module[-len(pattern) :]
+        if plain and end.count(".") >= pattern.count("."):  # then no dot stands for another character
+            return end == pattern and (not before or before.endswith("."))
+        return self.matcher.fits(rf"(.*\.)?({pattern})$", module)
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,17 @@ class Config:
     exact: Mapping[str, float]  # module -> the scaling to its last bit, from the file's own header
 
     @cached_property
+    def matcher(self) -> Matcher:
+        return Matcher()
+
+    @cached_property
+    def misfits(self) -> tuple[tuple[str, dict[str, str]], ...]:
+        """Each field that cannot be used, and what is wrong with it."""
+        return tuple(misfits(self.found, self.matcher))
+
+    @cached_property
     def unusable(self) -> frozenset[str]:
-        return frozenset(name for name, _ in _misfits(self.found))
+        return frozenset(name for name, _ in self.misfits)
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -97,11 +111,11 @@ class Config:
 
     @cached_property
     def rank_pattern(self) -> Patterns:
-        return Patterns(_good("rank_pattern", self.found))
+        return Patterns(good("rank_pattern", self.found, self.matcher), self.matcher)
 
     @cached_property
     def alpha_pattern(self) -> Patterns:
-        return Patterns(_good("alpha_pattern", self.found))
+        return Patterns(good("alpha_pattern", self.found, self.matcher), self.matcher)
 
     @cached_property
     def get(self) -> Callable[..., Any]:
@@ -161,11 +175,24 @@ class Config:
             return True  # PEFT adds the tied module by itself
         if self.get("target_modules") in (None, "all-linear"):
             return True  # neither says anything of names
-        return self.listed(module) and not names(self.get("exclude_modules"), module)
+        return self.listed(module) and not self._named("exclude_modules", module)
 
     def listed(self, module: str) -> bool:
-        targets = self.get("target_modules")
-        return names(targets, module) and (isinstance(targets, str) or self._layer_chosen(module))
+        is_expression = isinstance(self.get("target_modules"), str)
+        return self._named("target_modules", module) and (is_expression or self._layer_chosen(module))
+
+    def _named(self, field: str, module: str) -> bool:
+        """PEFT's rule: a string is a regular expression for the whole name, a list holds ends of names."""
+        targets = self.get(field)
+        if isinstance(targets, str):
+            return self.matcher.fits(targets, module)
+        if field not in self._lists:
+            self._lists[field] = frozenset(targets or ())
+        return any(end in self._lists[field] for end in ends(module))
+
+    @cached_property
+    def _lists(self) -> dict[str, frozenset[str]]:
+        return {}
 
     def _layer_chosen(self, module: str) -> bool:
         chosen = self.get("layers_to_transform")
@@ -173,18 +200,16 @@ class Config:
             return True
         patterns = self.get("layers_pattern") or [r"[^.]*"]
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
-                return int(match[1]) in ([chosen] if isinstance(chosen, int) else chosen)
+            if (number := _layer(self.matcher, pattern, module)) is not None:
+                return number in ([chosen] if isinstance(chosen, int) else chosen)
         return False
 
     def wants(self, module: str) -> bool | None:
         """Whether target_modules name it; None where they name nothing. What is saved whole gets no factors."""
         if self.get("target_modules") in (None, "all-linear"):
             return None
-        saved = any(
-            re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in self.get("modules_to_save") or ()
-        )
-        return self.listed(module) and not saved and not names(self.get("exclude_modules"), module)
+        saved = any(f".{name}." in f".{module}." for name in self.get("modules_to_save") or ())
+        return self.listed(module) and not saved and not self._named("exclude_modules", module)
 
     def absent(self, held: Iterable[str], *, adapted: bool) -> Iterator[str]:
         """What the config names and the file lacks; held: the base tensors that its keys belong to."""
@@ -196,7 +221,7 @@ class Config:
         if self.get("trainable_token_indices") and not any(TOKENS in tensor.split(".") for tensor in held):
             yield "trainable_token_indices"
         if self.get("target_modules") and not adapted:
-            yield f"target_modules: {str(self.get('target_modules'))[:60]}"
+            yield f"target_modules: {brief(self.get('target_modules'))}"
 
     def declares(self, name: str) -> bool:
         """Part of a module that is saved whole: a BatchNorm's integer counter is, for one. PEFT adds a task's heads."""
@@ -208,7 +233,7 @@ class Config:
         row, training = TABLE[kind], self.get("training")
         ours = row.settings if self.get("peft_type", peft_type(kind)) != "LORA" else {}
         chosen = {name: type(default)(self.get(name, default)) for name, default in ours.items()}
-        how = {name: training[name] for name in row.training if name in training} if _is_table(training) else {}
+        how = {name: training[name] for name in row.training if name in training} if is_table(training) else {}
         return dict(row.settings) | chosen | how
 
     def about(self) -> About:
@@ -223,7 +248,7 @@ class Config:
             version=version if isinstance(version, str) else None,
             alpha=self.get("lora_alpha") if is_number(self.get("lora_alpha")) else None,
             dropout=self.get("lora_dropout") if is_number(self.get("lora_dropout")) else None,
-            training=dict(training) if _is_table(training) else {},
+            training=dict(training) if is_table(training) else {},
             settings=self.values,
             targets=self.wants,
         )
@@ -232,16 +257,14 @@ class Config:
     def _model_class(self) -> str | None:
         """PEFT notes it where no task_type is given."""
         mapping = self.get("auto_mapping")
-        name = mapping.get("base_model_class") if _is_table(mapping) else None
+        name = mapping.get("base_model_class") if is_table(mapping) else None
         return name if isinstance(name, str) else None
 
     @property
     def by_unsloth(self) -> bool:
         """Whether unsloth has left a mark: in the mapping that it writes, or as the owner of the base."""
         mapping, base = self.get("auto_mapping"), self.get("base_model_name_or_path")
-        return (_is_table(mapping) and "unsloth_fixed" in mapping) or str(base).startswith("unsloth/")
-
-    # Problems ----------------------------------------------------------------------------------------------------
+        return (is_table(mapping) and "unsloth_fixed" in mapping) or str(base).startswith("unsloth/")
 
     def problems(self, file: str) -> Iterator[Problem]:
         """What is wrong with the config by itself."""
@@ -250,37 +273,36 @@ class Config:
             return Problem(code=code, message=message, file=file, **details)  # type: ignore[arg-type]
 
         for name in sorted(set(self.found) - _FIELDS - {s for kind in TABLE.values() for s in kind.settings}):
-            yield said("UNKNOWN_CONFIG_FIELD", f"{name} = {str(self.found[name])[:60]}", severity="warning")
+            yield said("UNKNOWN_CONFIG_FIELD", f"{brief(name)} = {brief(self.found[name])}", severity="warning")
         for name, variant in _VARIANTS.items():
             if self.found.get(name):
                 yield said("UNSUPPORTED_VARIANT", f"{variant}: {name} is set")
         init = self.found.get("init_lora_weights")
         if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
-            yield said("MUTATED_BASE", f"init_lora_weights is {init}")
+            yield said("MUTATED_BASE", f"init_lora_weights is {brief(init)}")
         if self.found.get("enable_lora"):
-            yield said("MERGED_LINEAR", f"enable_lora is {str(self.found['enable_lora'])[:60]}")
+            yield said("MERGED_LINEAR", f"enable_lora is {brief(self.found['enable_lora'])}")
         if self.found.get("layer_replication"):
-            yield said("LAYER_REPLICATION", f"layer_replication is {self.found['layer_replication']}")
-        for _, problem in _misfits(self.found):
+            yield said("LAYER_REPLICATION", f"layer_replication is {brief(self.found['layer_replication'])}")
+        for _, problem in self.misfits:
             yield said("BAD_CONFIG", **problem)
 
-    def pattern_problems(self, modules: Iterable[str], file: str, *, complete: bool) -> Iterator[Problem]:
-        """Patterns that match nothing, where all modules are `complete`, and modules for which several with different
-        values match."""
-        modules = list(modules)
-        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            matched = {module: patterns.matching(module) for module in modules}
-            used = {key for found in matched.values() for key in found}
-            for key in patterns.patterns:
-                if modules and complete and key not in used:
-                    yield Problem(code="PATTERN_UNMATCHED", message=f"{name}: {key!r}", severity="warning", file=file)
-            for module, found in matched.items():
-                values = sorted({str(patterns.patterns[key]) for key in found})
-                if len(values) > 1:
-                    message = f"{name} gives {', '.join(values)}"
-                    yield Problem(
-                        code="AMBIGUOUS_PATTERN", message=message, severity="warning", file=file, module=module
-                    )
+
+def pattern_problems(config: Config, modules: Iterable[str], file: str, *, complete: bool) -> Iterator[Problem]:
+    """Patterns that match nothing, where all modules are `complete`, and modules for which several with different
+    values match."""
+    modules = list(modules)
+    for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        matched = {module: patterns.matching(module) for module in modules}
+        used = {key for found in matched.values() for key in found}
+        for key in patterns.patterns:
+            if modules and complete and key not in used:
+                yield Problem(code="PATTERN_UNMATCHED", message=f"{name}: {key!r}", severity="warning", file=file)
+        for module, found in matched.items():
+            values = sorted({str(patterns.patterns[key]) for key in found})
+            if len(values) > 1:
+                message = f"{name} gives {', '.join(values)}"
+                yield Problem(code="AMBIGUOUS_PATTERN", message=message, severity="warning", file=file, module=module)
 
 
 # Names -----------------------------------------------------------------------------------------------------------
@@ -291,112 +313,32 @@ def _literal_end(pattern: str) -> str:
 
     EVA writes a pattern for every module: 450 × 450 regular expressions would take longer than all else.
     """
-    return pattern.rpartition(".")[2] if re.fullmatch(r"[\w.]*", pattern) else ""
-
-
-def _matches(pattern: str, plain: bool, module: str) -> bool:
-    before, end = module[: -len(pattern)], module[-len(pattern) :]
-    if plain and end.count(".") >= pattern.count("."):  # then no dot stands for another character
-        return end == pattern and (not before or before.endswith("."))
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    return pattern.rpartition(".")[2] if PLAIN.fullmatch(pattern) else ""
 
 
 def ends_with(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith(f".{suffix}")
 
 
-def names(targets: str | Sequence[str] | None, module: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds ends of names."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return f".{module}".endswith(tuple(f".{target}" for target in targets or ()))
+def _layer(matcher: Matcher, pattern: str, module: str) -> int | None:
+    """The number in `(?:^|.*?\\.)pattern\\.(\\d+)\\.`, from the first place where that fits."""
+    for start in (0, *(at + 1 for at, sign in enumerate(module) if sign == ".")):
+        found = matcher.ends(pattern, module, start)
+        numbers = {m[1] for m in re.finditer(r"\.(\d{1,9})(?=\.)", module) if found >> m.start() & 1}
+        if len(numbers) > 1:
+            raise refuse("BAD_CONFIG", "layers_pattern gives a module several numbers", module=module, got=pattern)
+        if numbers:
+            return int(numbers.pop())
+    return None
 
 
-# Fields ----------------------------------------------------------------------------------------------------------
-
-
-def _misfits(found: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each field that cannot be used, and what is wrong with it."""
-    for name, (wanted, fits) in _CHECKS.items():
-        if name in found and not fits(found[name]):
-            yield name, {"message": f"{name} cannot be used", "wanted": wanted, "got": str(found[name])[:80]}
-    for name in _PATTERN_FIELDS:
-        patterns = found.get(name) or {}
-        if not _is_table(patterns):
-            yield name, {"message": f"{name} is not an object", "got": type(patterns).__name__}
-            continue
-        for key in sorted(patterns.keys() - _good(name, found).keys()):
-            yield name, {"message": f"{name} entry {key!r}", "wanted": "a regular expression and a number"}
-
-
-def _good(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a pattern field that can be used."""
-    patterns = found.get(name) or {}
-    if not _is_table(patterns):
-        return {}
-    return {key: value for key, value in patterns.items() if _is_regex(key) and _is_pattern_value(name, value)}
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _is_regex(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
-
-
-def _is_pattern_value(field: str, value: Any) -> bool:
-    if field == "alpha_pattern":
-        return is_number(value)
-    return _is_rank(value) or (isinstance(value, list) and len(value) == 2 and all(map(_is_rank, value)))
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # and so not NaN
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or type(value) is bool
-
-
-def _is_names(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
-
-
-def _is_expression(value: Any) -> bool:
-    """A regular expression or a list of names, as target_modules and exclude_modules are."""
-    return _is_regex(value) if isinstance(value, str) else _is_names(value)
-
-
-def _is_layers(value: Any) -> bool:
-    return value is None or type(value) is int or (isinstance(value, list) and all(type(n) is int for n in value))
-
-
-_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # field -> what is wanted of it, and the test
-    **dict.fromkeys(("r", "r1", "r2"), ("an integer from 1", _is_rank)),
-    **dict.fromkeys(("lora_alpha", "tau"), ("a finite number", is_number)),
-    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), ("true or false", _is_flag)),
-    **dict.fromkeys(("target_modules", "exclude_modules"), ("names or a regular expression", _is_expression)),
-    **dict.fromkeys(("modules_to_save", "target_parameters"), ("a list of names", _is_names)),
-    "peft_type": ("a name", lambda value: isinstance(value, str)),
-    "layers_to_transform": ("layer numbers", _is_layers),
-    "layers_pattern": ("names", lambda v: all(map(_is_regex, v or [""])) if _is_names(v) else _is_expression(v)),
-    "trainable_token_indices": ("row numbers", lambda v: v is None or isinstance(v, list | dict)),
-    "along": ("in_features or out_features", lambda value: value in ("in_features", "out_features")),
-    "form": (", ".join(FORMS), lambda value: value in FORMS),
-    PACKED: (" or ".join(PACKINGS), lambda value: value is None or value in PACKINGS),
-    "bias": ("none, all or lora_only", lambda value: value in (None, "none", "all", "lora_only")),
-}
+def ends(module: str) -> Iterator[str]:
+    """The module's name and all that is left of it after a dot: `a.b.c`, `b.c`, `c`."""
+    while module:
+        yield module
+        module = module.partition(".")[2]
 
 
 def version_of(text: Any) -> tuple[int, ...]:
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text) if isinstance(text, str) else None
+    found = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", text) if isinstance(text, str) else None
     return tuple(int(part or 0) for part in found.groups()) if found else (0,)

@@ -10,7 +10,8 @@ from typing import Any
 from d2surgery.errors import Problems
 from d2surgery.files.header import FLOATS, Header, TensorInfo
 from d2surgery.formats.layout import AdapterLayout, Layout, Rows, Slot, Stored
-from d2surgery.formats.peft.config import PACKED, PACKINGS, Config, ends_with, methods, peft_type, version_of
+from d2surgery.formats.peft.config import Config, ends_with, methods, pattern_problems, peft_type, version_of
+from d2surgery.formats.peft.fields import PACKED, PACKINGS
 from d2surgery.formats.peft.keys import (
     METADATA,
     OTHER_METHODS,
@@ -55,7 +56,7 @@ def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float]
     for module, adapter in adapters.items():
         if adapter.stored != "experts" and config and not config.targeted(module):
             say("NOT_TARGETED", "has factors but is not in target_modules", module=module)
-    say.all += config.pattern_problems(adapters, say.file, complete=len(adapters) == len(keys.groups))
+    say.all += pattern_problems(config, adapters, say.file, complete=len(adapters) == len(keys.groups))
     keys.check_replacements(adapters)
     if not found:
         _doubt_ranks(adapters, say)

@@ -5,7 +5,6 @@ forbids anything from outside.
 """
 
 import base64
-import csv
 import io
 import re
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from d2surgery.errors import refuse
 from d2surgery.reporting.figures.parts import Plot
-from d2surgery.reporting.tidy import COLUMNS
+from d2surgery.reporting.tidy import write_rows
 
 MOST_ROWS = 5000  # of a figure's table inside the page
 
@@ -58,10 +57,8 @@ def _download(plot: Plot) -> str:
     if len(plot.rows) > MOST_ROWS:
         return f"({len(plot.rows)} numbers: --csv writes them.)"
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(plot.rows)
-    data = base64.b64encode(text.getvalue().encode()).decode()
+    write_rows(plot.rows, text)
+    data = base64.b64encode(text.getvalue().encode(errors="backslashreplace")).decode()
     return f'<a class="csv" download="{plot.name}.csv" href="data:text/csv;base64,{data}">Numbers as CSV</a>'
 
 
