@@ -39,6 +39,8 @@ def calls(name: str) -> list[tuple[str, ast.Call]]:
 @pytest.mark.parametrize("name", ["from_pretrained", "from_config"])
 def test_no_model_and_no_tokenizer_is_loaded_without_saying_that_its_code_is_not_run(name: str) -> None:
     for file, call in calls(name):
+        if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "GenerationConfig":
+            continue  # numbers alone: transformers has no code for it to run
         said = [keyword for keyword in call.keywords if keyword.arg == "trust_remote_code"]
         spread = [keyword for keyword in call.keywords if keyword.arg is None]
         text = (PACKAGE / next(PACKAGE.rglob(file))).read_text()

@@ -95,16 +95,13 @@ def audit(
     modules, tensors = _compared(prepared, pairing, thresholds, found.header.usual_dtype or "", progress)
     reasons += [*directory_problems(found, prepared.fit.base), *pairing.problems]
     reasons += reasons_of(modules, tensors.values())
-    if files:
-        expected, with_base_tokenizer = _expected_files(prepared.fit, found)
-        reasons += compare_settings(expected, found, with_base_tokenizer, tied=pairing.tied)
+    reasons += compare_settings(found, *_expected_files(prepared.fit, found), tied=pairing.tied) if files else ()
     failing = any(reason.severity == "error" for reason in reasons)
     reasons += other_receipt(found.directory, prepared.fit.base, hashes, strength, thorough=failing)
     behaviour, gap, problems = _run(base, prepared.merger.checkpoint, merged, levels, prompts, tasks, device)
     reasons += problems
     unread = [name for name in prepared.fit.layout.adapters if name not in modules]
-    prepared.refuse_changes()
-    found.refuse_changes()
+    _refuse_changes(prepared, found)
     return Audit(
         verdict=verdict_of(tuple(reasons)),
         reasons=tuple(reasons),
@@ -182,6 +179,11 @@ def _unless_refused(problems: list[Problem]) -> Iterator[None]:
         yield
     except D2SurgeryError as error:
         problems.append(replace(error.problems[0], code="NOT_RUNNABLE", severity="warning"))
+
+
+def _refuse_changes(prepared: Prepared, merged: BaseWeights) -> None:
+    prepared.refuse_changes()
+    merged.refuse_changes()
 
 
 def _expected_files(fit: Fit, merged: BaseWeights) -> tuple[dict[str, bytes], dict[str, bytes]]:

@@ -42,7 +42,7 @@ _NEEDED = frozenset((
 
 
 def compare_settings(
-    expected: Mapping[str, bytes], merged: BaseWeights, or_tokenizer: Mapping[str, bytes], *, tied: bool
+    merged: BaseWeights, expected: Mapping[str, bytes], or_tokenizer: Mapping[str, bytes], *, tied: bool
 ) -> list[Problem]:
     """All files beside the weights. `expected`: name -> content, with the adapter's tokenizer where it brings one;
     `or_tokenizer`: the same with the base's; tied: the file leaves an output to its tie."""
