@@ -37,6 +37,7 @@ from d2surgery.auditing.judgement import (
     shared_twice,
     wrong_base,
 )
+from d2surgery.auditing.marking import with_structure
 from d2surgery.auditing.pairing import Pairing, TensorPair, pair_up
 from d2surgery.auditing.replay import Replay, Tally
 from d2surgery.auditing.settings import compare_settings
@@ -123,7 +124,7 @@ def _compared(
     with one_thread():
         replay.run(pairs, progress)
         _settle_recipes(replay, pairs)
-        modules = dict(_judged(prepared, replay, pairs, thresholds))
+        modules = with_structure(prepared, replay, pairs, dict(_judged(prepared, replay, pairs, thresholds)))
         different = [pair for pair in pairs if replay.tensors[pair.name].mismatched]
         forgotten = {pair.name: _is_base(prepared.fit.base, pair) for pair in different}
     modules = isolated(pooled(modules, replay.modules, thresholds, dtype), replay.modules)

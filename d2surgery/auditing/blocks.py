@@ -25,19 +25,31 @@ _HEAD = 128  # a block begins at a multiple of this many rows, so that it holds 
 
 def diagnosis_of(prepared: Prepared, tally: Tally, before: Diagnosis) -> Diagnosis:
     """Of a module some of whose elements are mismatched, on a block that holds the first."""
-    assert tally.first is not None
-    pair, patch, element = tally.first
-    rows, columns = slice(patch.start, patch.stop), slice(0, pair.output.matrix[1])
-    row, column = divmod(element, columns.stop)
-    held = tally.held
-    flat = Block(prepared, pair, patch, _about(row, rows, columns), columns, held)
-    tall = Block(prepared, pair, patch, rows, _about(column, columns, rows), held)
+    flat, tall = _blocks(prepared, tally)
+    patch = flat.patch
     block = tall if prepared.merger.crosses_tiles(patch) else flat
     found = diagnose(block.case(), block.merged(), before)
     if found.residual_rank is None:
         return found
     block = flat if patch.transposed else tall  # of every out_feature: rows may have come from anywhere
     return rows_moved(block.case(), block.merged()) or found
+
+
+def block_of(prepared: Prepared, tally: Tally) -> "Block":
+    """Some whole vectors about the first mismatched element."""
+    flat, tall = _blocks(prepared, tally)
+    return tall if prepared.merger.crosses_tiles(flat.patch) else flat
+
+
+def _blocks(prepared: Prepared, tally: Tally) -> tuple["Block", "Block"]:
+    """Some rows of the stored tensor, and some columns."""
+    assert tally.first is not None
+    pair, patch, element = tally.first
+    rows, columns = slice(patch.start, patch.stop), slice(0, pair.output.matrix[1])
+    row, column = divmod(element, columns.stop)
+    held = tally.held
+    flat = Block(prepared, pair, patch, _about(row, rows, columns), columns, held)
+    return flat, Block(prepared, pair, patch, rows, _about(column, columns, rows), held)
 
 
 def _about(place: int, all_: slice, others: slice) -> slice:

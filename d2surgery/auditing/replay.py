@@ -17,6 +17,8 @@ from d2surgery.adapters import Adapter
 from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.pefts import Operands
 from d2surgery.auditing.recipes import OURS, RECIPES, Recipe, bank
+from d2surgery.auditing.structure import Marks
+from d2surgery.auditing.structure import Tile as Marked
 from d2surgery.files.header import BITS
 from d2surgery.files.tensors import as_bytes, read_part, read_rows
 from d2surgery.machine import workers
@@ -35,6 +37,7 @@ from d2surgery.placement.site import Patch
 WHOLE = 1 << 24  # entries: the largest weight held whole, for recipes that normalise across tiles
 LOW = (torch.bfloat16, torch.float16)
 _SAMPLE = 16  # rows on which recipes are told apart, spread over a tile: damage is seldom in all of them
+_NEARER = 1.5  # by as much another recipe must be nearer than ours
 _TRIED = 3  # recipes that agree there and are tried on the whole tile
 
 
@@ -88,6 +91,7 @@ class Tally:
     grid: torch.dtype | None = None  # coarser than the file's, on which all values of its first tile lie
     first: Mismatch | None = None
     finite: bool = True
+    marks: dict[tuple[str, Patch], Marks] = field(default_factory=dict)  # by tensor and patch, where they are asked for
 
     @property
     def held(self) -> Held:
@@ -105,6 +109,7 @@ class Tally:
             self.grid or other.grid,
             self.first or other.first,
             self.finite and other.finite,
+            self.marks | other.marks,
         )
 
 
@@ -129,6 +134,7 @@ class Replay:
     names: frozenset[str] = frozenset(recipe.name for recipe in RECIPES)
     modules: dict[str, Tally] = field(default_factory=dict)
     tensors: dict[str, Found] = field(default_factory=dict)
+    marking: bool = False  # what differs is looked at for structure
 
     def run(self, pairs: Sequence[TensorPair], progress: Callable[[int, int], None]) -> None:
         """Compare every pair; progress(done, total) in bytes of the merge as ours would be.
@@ -143,7 +149,7 @@ class Replay:
             progress(done + nbytes, total)
 
         for part in (first, [pair for pair in pairs if pair not in first]):
-            passes = [Pass(self.merger, self.kinds, self.names, pair, favourite) for pair in part]
+            passes = [Pass(self.merger, self.kinds, self.names, pair, favourite, self.marking) for pair in part]
             work = [(one.pair.output, one.run) for one in passes]
             for one, found in zip(passes, self.merger.over(work, workers(), advance), strict=True):
                 self._add(one.pair, found)
@@ -165,6 +171,7 @@ class Pass:
     names: frozenset[str]  # of recipes that are tried
     pair: TensorPair
     favourite: Recipe | None  # that fitted last
+    marking: bool
     found: Found = field(default_factory=Found)
     whole: tuple[Patch, str, Tensor] | None = None  # what a recipe made of a whole patch
     tall: tuple[Patch, Tensor, Tensor] | None = None  # some columns of a patch, of base and merged
@@ -211,8 +218,8 @@ class Pass:
         return frozenset(
             low
             for low in self.found.through
-            if low == source
-            or all(_equal(values[part].to(low).to(merged.dtype), merged[part]) for part in (few, slice(None)))
+            if low != source
+            and all(_equal(values[part].to(low).to(merged.dtype), merged[part]) for part in (few, slice(None)))
         )
 
     def _compare_adapted(self, made: Made) -> None:
@@ -226,23 +233,37 @@ class Pass:
         there = merged.view(base.shape)
         survival = measured(base, change, there, (self._space("change", base), self._space("product", base)))
         tally.survival += survival
-        if wanted is merged:
+        if wanted is merged and not self.marking:
             tally.comparison += Comparison(
                 elements=survival.elements, e_delta=survival.inner, ee=survival.applied_squared
             )
             return
-        tally.comparison += self._beside(tally, base, change, wanted.view(base.shape), there)
+        self._beside(tally, made.tile, base, change, wanted.view(base.shape), there)
         tally.finite &= all_finite(merged)
         element = self._note(made.tile, wanted, merged)
         if element is not None and tally.first is None:
             tally.first = Mismatch(pair, patch, element)
 
-    def _beside(self, tally: Tally, base: Tensor, change: Tensor, wanted: Tensor, there: Tensor) -> Comparison:
+    def _beside(
+        self, tally: Tally, tile: AdaptedTile, base: Tensor, change: Tensor, wanted: Tensor, there: Tensor
+    ) -> None:
         """In units of the grid, where both lie on it, and from the base as the nearest recipe holds it."""
         grid = tally.grid or there.dtype
         if all(torch.equal(values.to(grid).to(values.dtype), values) for values in (wanted, there)):
             wanted, there = wanted.to(grid), there.to(grid)
-        return compare(tally.held.base(base, self.pair), change, wanted, there)
+        base = tally.held.base(base, self.pair)
+        if not self.marking:
+            tally.comparison += compare(base, change, wanted, there)
+            return
+        patch, tiles = tile.patch, slice(tile.first - tile.patch.start, tile.last - tile.patch.start)
+        if patch.transposed:
+            base, change, wanted, there = (m.T for m in (base, change, wanted, there))
+        size = (patch.stop - patch.start, self.pair.output.matrix[1])
+        marks = tally.marks.setdefault((self.pair.name, patch), Marks.of(*(size[::-1] if patch.transposed else size)))
+        where = (slice(None), tiles) if patch.transposed else (tiles, slice(None))
+        marks.add(Marked(base, change, wanted, there, *where))
+        if tile.last == patch.stop:
+            marks.evened(along_rows=not patch.transposed)
 
     def _load(self, recipe: Recipe, tally: Tally) -> torch.dtype:
         """What a recipe holds the base in."""
@@ -272,11 +293,10 @@ class Pass:
                 tally.recipes.add(fitting.name)
                 tally.load = tally.load or self._load(fitting, tally)
                 return made.merged
-            # Where several are about as near, ours is taken: it can be had tile by tile.
+            # What is far from all is measured from ours, which can be had tile by tile.
             near = self._bank(made.tile.patch, tally.grid)
-            tally.nearest = min(
-                near, key=lambda recipe: _distance(*sample(recipe)) * (1 + 0.01 * (recipe.name != OURS))
-            )
+            off = {recipe: _distance(*sample(recipe)) * (1 if recipe.name == OURS else _NEARER) for recipe in near}
+            tally.nearest = min(near, key=off.__getitem__)
             tally.load = tally.load or self._load(tally.nearest, tally)
         tally.recipes.add(tally.nearest.name)
         again = self._by(tally.nearest, made, tally.grid)
@@ -310,7 +330,7 @@ class Pass:
         fitting = bank(self.kinds[patch.module], self.pair.output.stored_dtype, grid or self.pair.dtype)
         if self.merger.strength != 1:
             fitting = fitting[:1]
-        return tuple(recipe for recipe in fitting if recipe.name in self.names)
+        return tuple(recipe for recipe in fitting if recipe.name in self.names) or fitting[:1]
 
     def _sample(self, recipe: Recipe, made: Made, grid: torch.dtype | None) -> tuple[Tensor, Tensor]:
         """A few vectors as the recipe makes them, and as they are in the file: (vectors, entries)."""

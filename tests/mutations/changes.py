@@ -324,3 +324,15 @@ def both(*changes: Change) -> Change:
             each(setting, out)
 
     return change
+
+
+def shaped(module: str, damage: Callable[[Tensor, Tensor], Tensor]) -> Change:
+    """A right merge, exact before it was rounded, with a damage of some shape to one module."""
+
+    def change(setting: Setting, out: Path) -> None:
+        name = f"{module}.weight"
+        before = setting.weights()[name]
+        merged = torch.from_numpy(np.asarray(effective(setting.values[module], before), np.float64))
+        rewrite(out, {name: rounded(damage(merged, before.double()), setting.dtype)})
+
+    return change
