@@ -37,6 +37,7 @@ from d2surgery.auditing.judgement import (
     shared_twice,
     wrong_base,
 )
+from d2surgery.auditing.likeness import another_adapter
 from d2surgery.auditing.marking import with_structure
 from d2surgery.auditing.pairing import Pairing, TensorPair, pair_up
 from d2surgery.auditing.replay import Replay, Tally
@@ -128,7 +129,8 @@ def _compared(
         different = [pair for pair in pairs if replay.tensors[pair.name].mismatched]
         forgotten = {pair.name: _is_base(prepared.fit.base, pair) for pair in different}
     modules = isolated(pooled(modules, replay.modules, thresholds, dtype), replay.modules)
-    modules = shared_twice(wrong_base(modules, pairs, replay), pairing.shared)
+    modules = another_adapter(wrong_base(modules, pairs, replay), pairs, replay)
+    modules = shared_twice(modules, pairing.shared)
     cast = cast_before(replay, pairs, modules)
     tensors = {pair.name: judge_tensor(pair, replay, modules, forgotten, cast) for pair in pairs}
     return modules, tensors | dict(pairing.others)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import nan
+from math import inf
 
 import torch
 
@@ -108,25 +108,22 @@ def _magnitudes(prepared: Prepared, pair: TensorPair, patch: Patch, tally: Tally
         return structure
     whole = slice(0, pair.output.matrix[1])
     magnitude = adapter.magnitude.double()
+    changed = list(zip(structure.places, structure.factors, strict=True))[:64]
     said = set()
-    for row, factor in list(zip(structure.places, structure.factors, strict=True))[:64]:
+    for row, factor in changed:
         rows = slice(patch.start + row, patch.start + row + 1)
-        block = Block(prepared, pair, patch, rows, whole, tally.held)
-        base = block.case().base.double()
+        base = Block(prepared, pair, patch, rows, whole, tally.held).case().base.double()
         held = adapter.take(out=slice(row, row + 1))
         assert isinstance(held, DoRA)
         norm = float((base + held.scaling * held.B.double() @ held.A.double()).norm())
-        own = float(magnitude[row])
-        near = max(2e-3, 0.25 * abs(factor - 1))
-        others = (magnitude / own - factor).abs()
-        others[row] = nan
+        own, others = float(magnitude[row]), [float(magnitude[other]) for other, _ in changed if other != row]
         kinds = {
             "left out": abs(norm / own - factor),
             "the base's norms": abs(float(base.norm()) / own - factor),
-            "another row's": float(others.nan_to_num(1.0).min()) * 4,
+            "those of other rows": min((abs(other / own - factor) for other in others), default=inf),
         }
         best = min(kinds, key=kinds.__getitem__)
-        said.add(best if kinds[best] < near else "")
+        said.add(best if kinds[best] < max(1e-3, 0.2 * abs(factor - 1)) else "")
     if len(said) != 1 or "" in said:
         return structure
     return structure._replace(code="MAGNITUDE_LOST", what=f"magnitudes are {said.pop()}: {structure.what}")

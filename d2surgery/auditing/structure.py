@@ -60,6 +60,7 @@ class Marks:
     )  # count, strays, expected
     classes: list[tuple[slice, Tensor, Tensor]] = field(default_factory=list)  # rows or columns, elements, strays
     far: int = 0  # strays off by more than one unit in the last place and what 16-bit products lose
+    zeros: int = 0  # strays that are zero
     fine: bool = False  # stored in more than 16 bits
 
     @classmethod
@@ -88,6 +89,7 @@ class Marks:
         if self.fine:
             stray &= d.abs() > 8 * unit
         self.far += int(torch.count_nonzero(far & stray))
+        self.zeros += int(torch.count_nonzero(stray & (there == 0)))
         d = torch.where(stray, d, 0)
         likely = self._likely(delta, unit, stray, rows if rows != slice(None) else columns)
         self._sizes(expected, stray, likely)
@@ -160,6 +162,12 @@ class _Parts:
         return 1 + self["dE"] / self["EE"].clamp(min=1e-300)
 
     @property
+    def explained(self) -> float:
+        """How much of ‖d‖² a factor of each part's own explains, beyond three times what it would by chance."""
+        by_factor = self["dE"].square() / self["EE"].clamp(min=1e-300)
+        return float((by_factor - 3 * self["dd"] / self["count"].clamp(min=1)).sum())
+
+    @property
     def share(self) -> Tensor:
         """Of the delta that is there beyond the expected: M ≈ E + share·delta."""
         return self["dD"] / self["DD"].clamp(min=1e-300)
@@ -214,14 +222,19 @@ def structure_of(marks: Marks, tests: int, gain: float = 0.0) -> Structure | Non
     everything = _Parts(marks.rows.sum(1, keepdim=True), limit)
     found = [place for axis, parts in (("row", rows), ("column", columns)) for place in _places(axis, parts)]  # type: ignore[arg-type]
     local = min(found, key=lambda place: place.cost, default=None)
-    if local is not None and local.covers:
+    if marks.zeros > max(0.8 * marks.strays, 2):
+        where = f" in {_where(local.axis, local.chosen)}" if local is not None and local.covers else ""
+        return Structure("ZEROED", f"{marks.zeros} of {marks.elements} elements are zero{where}")
+    by_size = _by_size(marks, limit)
+    if local is not None and local.covers and (by_size is None or local.filled > 0.5 * by_size[1]):
         return _named(local)
-    if (by_size := _by_size(marks, limit)) is not None:
-        return by_size
-    if (spread := _spread(everything, rows, columns)) is not None:
+    if by_size is not None:
+        return by_size[0]
+    if (spread := _spread(everything, rows, columns, marks.far > 0.2 * marks.strays)) is not None:
         return spread
     if local is not None and not bool(everything.restrained):
-        return _named(local)
+        what = f"what differs is not random in place: {_where(local.axis, local.chosen)} stand out"
+        return Structure("DELTA_UNEXPLAINED", what)
     if marks.far and marks.strays < 0.05 * marks.elements:
         return _single(marks)
     return None
@@ -236,6 +249,7 @@ class _Place(NamedTuple):
     chosen: Tensor  # which rows or columns
     covers: bool  # most strays
     cost: float  # share of the weight that it names
+    filled: float  # share of its elements that stray
 
 
 def _places(axis: Axis, parts: _Parts) -> Iterator[_Place]:
@@ -248,7 +262,8 @@ def _places(axis: Axis, parts: _Parts) -> Iterator[_Place]:
             chosen = out[group] & (parts["strays"] > 0)
             within = float(parts["strays"][chosen].sum())
             share = float(chosen.double().mean())
-            yield _Place(axis, parts, chosen, within >= 0.8 * total and share <= 0.5, share * total / max(within, 1))
+            covers, filled = within >= 0.8 * total and share <= 0.5, within / float(parts["count"][chosen].sum())
+            yield _Place(axis, parts, chosen, covers, share * total / max(within, 1), filled)
 
 
 def _divisions(count: int) -> Iterator[Tensor]:
@@ -280,37 +295,46 @@ def _named(place: _Place) -> Structure:
     return Structure("WRONG_STRENGTH", f"{where} have strength {1 + share:.3g}", axis, numbers)
 
 
-def _by_size(marks: Marks, limit: float) -> Structure | None:
-    """Strays that are the largest or the smallest elements."""
+def _by_size(marks: Marks, limit: float) -> tuple[Structure, float] | None:
+    """Strays that are the largest or the smallest elements, and which share of these stray."""
     count, strays, expected = marks.sizes
     total = float(strays.sum())
     for noun, flip in (("largest", True), ("smallest", False)):
         above, held, likely = ((t.flip(0) if flip else t).cumsum(0) for t in (count, strays, expected))
         enough = int((held >= 0.8 * total).nonzero()[0]) if total else 0
-        n, twice = float(held[enough]), 2 * float(likely[enough])
+        usual = (
+            total * float(above[enough]) / marks.elements if flip else float(likely[enough])
+        )  # small ones stray more
+        n, twice = float(held[enough]), 2 * usual
         chance = n - twice - n * log(max(n, 1) / max(twice, 1e-12)) if n else 0.0
         few = float(above[enough]) <= 0.2 * marks.elements
         if n > 4 and few and n > twice and chance < limit and n > 0.1 * float(above[enough]):
             grown = float(marks.rows[_SUMS.index("base")].sum())
             how = "grown" if grown > 0.6 * total else "shrunk" if grown < -0.6 * total else "changed"
-            return Structure("LARGEST_CHANGED", f"{int(total)} of the {noun} elements have {how}")
+            return Structure("LARGEST_CHANGED", f"{int(total)} of the {noun} elements have {how}"), n / float(
+                above[enough]
+            )
     return None
 
 
-def _spread(everything: _Parts, rows: _Parts, columns: _Parts) -> Structure | None:
-    """What is everywhere."""
+def _spread(everything: _Parts, rows: _Parts, columns: _Parts, gross: bool) -> Structure | None:
+    """What is everywhere. gross: by far more than rounding, so that it must explain most of what differs."""
     n = max(float(everything["strays"]), 1)
-    one_way = {name: float(everything[name].abs()) / n for name in ("base", "up")}
-    if bool(everything.scaled) and one_way["base"] >= one_way["up"]:
-        what = f"all of the weight is multiplied by {float(everything.factor):.5g}"
-        return Structure("WEIGHT_DECAYED", what, factors=(float(everything.factor),))
-    if bool(everything.shifted):
-        each = float(everything["d"] / everything["count"])
-        return Structure("VALUES_SHIFTED", f"all of the weight is shifted, by {each:.2g} on average")
+    whole = everything.explained
+    least = 0.7 * float(everything["dd"]) if gross else 0.0
     for code, axis, parts in (("ROW_SCALED", "row", rows), ("COLUMN_SCALED", "column", columns)):
-        if float(parts.scaled.double().mean()) > 0.1:
+        explained = parts.explained
+        if float(parts.scaled.double().mean()) > 0.1 and explained > max(least, 2 * whole):
             factors = tuple(float(f) for f in parts.factor[parts.scaled])
             return Structure(code, f"{_where(axis, parts.scaled)} {_times(factors)}")  # type: ignore[arg-type]
+    one_way = {name: float(everything[name].abs()) / n for name in ("base", "up")}
+    if bool(everything.scaled) and one_way["base"] >= one_way["up"] and whole >= least:
+        what = f"all of the weight is multiplied by {float(everything.factor):.5g}"
+        return Structure("WEIGHT_DECAYED", what, factors=(float(everything.factor),))
+    lifted = float(everything["d"].square() / everything["count"].clamp(min=1))
+    if bool(everything.shifted) and lifted >= least:
+        each = float(everything["d"] / everything["count"])
+        return Structure("VALUES_SHIFTED", f"all of the weight is shifted, by {each:.2g} on average")
     return None
 
 

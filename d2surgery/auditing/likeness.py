@@ -1,0 +1,79 @@
+"""One cause for a whole file: another adapter than the given one, when its modules say so together."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import isnan, sqrt
+from typing import NamedTuple
+
+from d2surgery.auditing.diagnosis import SIGNIFICANT
+from d2surgery.auditing.findings import ModuleAudit
+from d2surgery.auditing.pairing import TensorPair
+from d2surgery.auditing.replay import Replay, Tally
+
+_VAGUE = (
+    "WRONG_STRENGTH",
+    "DELTA_UNEXPLAINED",
+    "ROUNDING_EXCESS",
+    "STRENGTH_UNCERTAIN",
+    "WEIGHT_DECAYED",
+    "ROW_SCALED",
+)
+_MOST = 0.5  # of the modules
+_UNLIKE = 0.03  # of delta's norm, which is left beside any strength and rounding
+_LOW = 16  # singular values above rounding, or a quarter of the block's: of low rank
+
+
+class _Likeness(NamedTuple):
+    strength: float  # of the given delta in what was merged
+    error: float
+    rest: float  # what is not along it, in units of delta, rounding taken off
+    cosine: float  # of what was merged and the given delta
+
+
+def another_adapter(
+    modules: Mapping[str, ModuleAudit], pairs: Iterable[TensorPair], replay: Replay
+) -> dict[str, ModuleAudit]:
+    """Where most modules hold a change that no strength of the given delta explains, and what no adapter touches is
+    the base's: an adapter like it, or unlike it. Noise leaves the strength at one, and has full rank."""
+    vague = {name: _likeness(module, replay.modules[name]) for name, module in modules.items() if module.code in _VAGUE}
+    other = {name: like for name, like in vague.items() if like is not None and like.rest > _UNLIKE}
+    if len(other) < 2 or len(other) < _MOST * len(modules) or not _base_is_right(pairs, replay):
+        return dict(modules)
+    off = [name for name, like in other.items() if abs(like.strength - 1) > SIGNIFICANT * like.error]
+    low = [name for name in other if 0 < (modules[name].residual_rank or 0) <= _LOW]
+    if max(len(off), len(low)) < _MOST * len(other):
+        return dict(modules)
+    said = _said([like.cosine for like in other.values()])
+    return {
+        name: replace(m, code="ANOTHER_ADAPTER", status="wrong", verdict="fail", message=said) if name in vague else m
+        for name, m in modules.items()
+    }
+
+
+def _likeness(module: ModuleAudit, tally: Tally) -> _Likeness | None:
+    sums, delta = tally.comparison, tally.survival.delta_squared
+    if not delta or not sums.e_delta or isnan(sums.strength):
+        return None
+    strength, error = module.strength, module.strength_error
+    x = strength - 1
+    once = max(tally.survival.error_squared - 2 * (sums.de - sums.d_delta) - sums.dd, 0.0)
+    left = max(sums.dd - 2 * x * sums.de + x * x * sums.ee - 2 * once, 0.0) / delta
+    size = sqrt(strength * strength + left)
+    return _Likeness(strength, error, sqrt(left), strength / size if size else 0.0)
+
+
+def _base_is_right(pairs: Iterable[TensorPair], replay: Replay) -> bool:
+    plain = [pair for pair in pairs if pair.status == "unchanged"]
+    changed = [pair for pair in plain if replay.tensors[pair.name].mismatched]
+    return len(changed) <= _MOST * len(plain)
+
+
+def _said(cosines: list[float]) -> str:
+    """The cosine over modules, with the error of its mean."""
+    mean = sum(cosines) / len(cosines)
+    error = sqrt(sum((c - mean) ** 2 for c in cosines) / max(len(cosines) - 1, 1) / len(cosines))
+    how = "similar to the given one" if mean > max(0.1, 3 * error) else "unlike the given one"
+    if mean < -max(0.1, 3 * error):
+        how = "opposite to the given one"
+    each = f"{min(cosines):.2f} to {max(cosines):.2f} in single modules"
+    return f"the change in {len(cosines)} modules is {how}: cosine {mean:.3f} ± {error:.1g} ({each})"
