@@ -5,7 +5,6 @@ from dataclasses import replace
 from math import isnan, sqrt
 from typing import NamedTuple
 
-from d2surgery.auditing.diagnosis import SIGNIFICANT
 from d2surgery.auditing.findings import ModuleAudit
 from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.replay import Replay, Tally
@@ -20,6 +19,8 @@ _VAGUE = (
 )
 _MOST = 0.5  # of the modules
 _UNLIKE = 0.03  # of delta's norm, which is left beside any strength and rounding
+_SOME = 0.2  # of them, where more than a factor is seen
+_SCATTER = 9.0  # of strengths, which is 1 by chance
 _LOW = 16  # singular values above rounding, or a quarter of the block's: of low rank
 
 
@@ -35,17 +36,24 @@ def another_adapter(
 ) -> dict[str, ModuleAudit]:
     """Where most modules hold a change that no strength of the given delta explains, and what no adapter touches is
     the base's: an adapter like it, or unlike it. Noise leaves the strength at one, and has full rank."""
-    vague = {name: _likeness(module, replay.modules[name]) for name, module in modules.items() if module.code in _VAGUE}
-    other = {name: like for name, like in vague.items() if like is not None and like.rest > _UNLIKE}
-    if len(other) < 2 or len(other) < _MOST * len(modules) or not _base_is_right(pairs, replay):
+    every = {name: _likeness(module, replay.modules[name]) for name, module in modules.items() if module.code in _VAGUE}
+    vague = {name: like for name, like in every.items() if like is not None}
+    low = [name for name in vague if 0 < (modules[name].residual_rank or 0) <= _LOW]
+    other = {*low, *(name for name, like in vague.items() if like.rest > _UNLIKE)}
+    if (
+        len(vague) < max(2.0, _MOST * len(modules))
+        or len(other) < _SOME * len(vague)
+        or not _base_is_right(pairs, replay)
+    ):
         return dict(modules)
-    off = [name for name, like in other.items() if abs(like.strength - 1) > SIGNIFICANT * like.error]
-    low = [name for name in other if 0 < (modules[name].residual_rank or 0) <= _LOW]
-    if max(len(off), len(low)) < _MOST * len(other):
+    if _scatter([*vague.values()]) < _SCATTER and len(low) < _MOST * len(vague):
         return dict(modules)
-    said = _said([like.cosine for like in other.values()])
+    nearly = {name for name, m in modules.items() if m.verdict == "fail" and "; strength" in m.message}
+    said = _said([like.cosine for like in vague.values()])
     return {
-        name: replace(m, code="ANOTHER_ADAPTER", status="wrong", verdict="fail", message=said) if name in vague else m
+        name: replace(m, code="ANOTHER_ADAPTER", status="wrong", verdict="fail", message=said)
+        if name in vague or name in nearly
+        else m
         for name, m in modules.items()
     }
 
@@ -56,10 +64,18 @@ def _likeness(module: ModuleAudit, tally: Tally) -> _Likeness | None:
         return None
     strength, error = module.strength, module.strength_error
     x = strength - 1
-    once = max(tally.survival.error_squared - 2 * (sums.de - sums.d_delta) - sums.dd, 0.0)
-    left = max(sums.dd - 2 * x * sums.de + x * x * sums.ee - 2 * once, 0.0) / delta
+    right = max(tally.survival.error_squared - 2 * (sums.de - sums.d_delta) - sums.dd, 0.0)  # what rounding leaves
+    mine = tally.survival.error_squared - 2 * x * (tally.survival.inner - delta) + x * x * delta
+    left = max(mine - right, 0.0) / delta
     size = sqrt(strength * strength + left)
     return _Likeness(strength, error, sqrt(left), strength / size if size else 0.0)
+
+
+def _scatter(likes: list[_Likeness]) -> float:
+    """The mean of ((λ̂ − mean)/error)² over modules: 1 where they share one strength."""
+    weights = [1 / max(like.error, 1e-9) ** 2 for like in likes]
+    mean = sum(w * like.strength for w, like in zip(weights, likes, strict=True)) / sum(weights)
+    return sum(w * (like.strength - mean) ** 2 for w, like in zip(weights, likes, strict=True)) / len(likes)
 
 
 def _base_is_right(pairs: Iterable[TensorPair], replay: Replay) -> bool:

@@ -233,7 +233,7 @@ def structure_of(marks: Marks, tests: int, gain: float = 0.0) -> Structure | Non
     if (spread := _spread(everything, rows, columns, marks.far > 0.2 * marks.strays)) is not None:
         return spread
     if local is not None and not bool(everything.restrained):
-        what = f"what differs is not random in place: {_where(local.axis, local.chosen)} stand out"
+        what = f"what differs is not random in place: most in {_where(local.axis, local.chosen)}"
         return Structure("DELTA_UNEXPLAINED", what)
     if marks.far and marks.strays < 0.05 * marks.elements:
         return _single(marks)
@@ -282,17 +282,19 @@ def _named(place: _Place) -> Structure:
     where = _where(axis, chosen)
     numbers = tuple(int(i) for i in chosen.nonzero().flatten())
     if ways[way] < 0.6:
-        return Structure("DELTA_UNEXPLAINED", f"{where} differ by more than rounding, the rest does not", axis, numbers)
+        return Structure(
+            "DELTA_UNEXPLAINED", f"more than rounding differs in {where}, and not in the rest", axis, numbers
+        )
     if way == "base":
         factors = tuple(float(f) for f in here.factor)
         code = "ROW_SCALED" if axis == "row" else "COLUMN_SCALED"
         return Structure(code, f"{where} {_times(factors)}", axis, numbers, factors)
     if way == "up":
-        return Structure("VALUES_SHIFTED", f"{where} shifted by a constant", axis, numbers)
+        return Structure("VALUES_SHIFTED", f"a constant was added to {where}", axis, numbers)
     share = float(here["dD"].sum() / here["DD"].sum().clamp(min=1e-300))
     if abs(share + 1) < 0.1:
-        return Structure("PARTIAL_MERGE", f"{where} are as in the base", axis, numbers)
-    return Structure("WRONG_STRENGTH", f"{where} have strength {1 + share:.3g}", axis, numbers)
+        return Structure("PARTIAL_MERGE", f"as in the base: {where}", axis, numbers)
+    return Structure("WRONG_STRENGTH", f"strength {1 + share:.3g} in {where}", axis, numbers)
 
 
 def _by_size(marks: Marks, limit: float) -> tuple[Structure, float] | None:

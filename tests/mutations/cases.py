@@ -248,8 +248,8 @@ def _by_kind() -> Iterator[Case]:
         ("dora", "magnitude", "untrained", formula(first_magnitude), ("MAGNITUDE_DROPPED", *unexplained), ""),
         ("dora", "magnitude", "norm of the base", formula(stale_norm), (*unexplained, "MAGNITUDE_DROPPED", *WRONG), ""),
         ("dora", "axis", "square modules", formula(other_axis, [Q, OUT]), ("WRONG_AXIS",), ""),
-        ("lora", "rank", "half of it", formula(half_rank), (*unexplained, *WRONG), ""),
-        ("lora", "layers", "one too deep", next_layer, unexplained, ""),
+        ("lora", "rank", "half of it", formula(half_rank), (*unexplained, *WRONG, "ANOTHER_ADAPTER"), ""),
+        ("lora", "layers", "one too deep", next_layer, (*unexplained, "ANOTHER_ADAPTER"), ""),
     ]
     for kind, group, name, change, codes, says in table:
         for dtype in DTYPES:
@@ -406,7 +406,9 @@ def _small() -> Iterator[Case]:
 def _damage() -> Iterator[Case]:
     """λ̂ stays 1, or nearly, and still it is not the merge."""
     wrong: dict[str, Any] = {
-        "group": "damage", "codes": ("DELTA_UNEXPLAINED", "ROUNDING_EXCESS", "STRENGTH_UNCERTAIN"),
+        "group": "damage",
+        "codes": ("DELTA_UNEXPLAINED", "ROUNDING_EXCESS", "STRENGTH_UNCERTAIN", "ZEROED", "LARGEST_CHANGED",
+                  "PARTIAL_MERGE", "ANOTHER_ADAPTER"),
         "where": DOWN, "verdict": "fail",
         "also": ("WRONG_STRENGTH", "PARTIAL_MERGE", "DELTA_NOT_APPLIED"),
     }  # fmt: skip

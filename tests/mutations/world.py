@@ -49,7 +49,8 @@ def llama(tied: bool = False, seed: int = 0, real: bool = False) -> Any:
     trained models have them."""
     torch.manual_seed(seed)
     config = T.LlamaConfig(
-        hidden_size=128 if real else 64, intermediate_size=192 if real else 96, head_dim=32 if real else HEAD, num_hidden_layers=2, num_attention_heads=HEADS, vocab_size=VOCAB,
+        hidden_size=128 if real else 64, intermediate_size=192 if real else 96, head_dim=32 if real else HEAD,
+        num_hidden_layers=2, num_attention_heads=HEADS, vocab_size=VOCAB,
         num_key_value_heads=KV_HEADS, attention_bias=True, tie_word_embeddings=tied, max_position_embeddings=64,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
