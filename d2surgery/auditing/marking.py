@@ -9,6 +9,7 @@ import torch
 from d2surgery.adapters import DoRA
 from d2surgery.auditing.blocks import Block, block_of
 from d2surgery.auditing.findings import ModuleAudit
+from d2surgery.auditing.judgement import NOISY, noise
 from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.replay import Replay, Tally
 from d2surgery.auditing.structure import Marks, Structure, low_rank, structure_of, tests_of
@@ -30,8 +31,14 @@ def with_structure(
     again = [name for name in again if name not in wrong[_NAMED:]]
     found, tests = dict(modules), _tests(pairs)
     for name, marks in _marked(replay, pairs, again):
-        if (structure := _of_module(prepared, pairs, replay.modules[name], modules[name], marks, tests)) is not None:
+        structure = _of_module(prepared, pairs, replay.modules[name], modules[name], marks, tests)
+        if structure is not None:
             found[name] = _renamed(modules[name], structure)
+        elif _is_noise(modules[name], replay.modules[name]):
+            message = f"{noise_of(replay.modules[name]):.1f} times the noise of rounding once, random in place and size"
+            found[name] = replace(
+                modules[name], status="rounding", verdict="pass", code="ROUNDING_EXCESS", message=message
+            )
     return found
 
 
@@ -75,13 +82,34 @@ def _of_module(
         if structure is not None:
             pair = next(pair for pair in pairs if pair.name == tensor)
             return _magnitudes(prepared, pair, patch, tally, structure)
-    if module.code in _OPEN and module.mismatched_elements > _RANK * module.elements and tally.first is not None:
+    if (
+        (module.code in _OPEN or _is_noise(module, tally))
+        and module.mismatched_elements > _RANK * module.elements
+        and tally.first is not None
+    ):
         block = block_of(prepared, tally)
         case, merged = block.case(), block.merged()
         delta = case.delta_of(case.adapter)
         if merged.itemsize <= 2 and low_rank(case.base + delta, delta, merged):
             return Structure("DELTA_UNEXPLAINED", "a change of low rank, within rounding of each element")
     return None
+
+
+def _is_noise(module: ModuleAudit, tally: Tally) -> bool:
+    """What nothing explains, of full rank and no more than a few roundings make, at the right strength."""
+    right = abs(module.strength - 1) <= max(0.004, 5 * module.strength_error)
+    return (
+        module.code == "DELTA_UNEXPLAINED"
+        and (module.residual_rank or 0) > 0
+        and right
+        and not tally.comparison.beyond
+        and noise_of(tally) <= NOISY
+    )
+
+
+def noise_of(tally: Tally) -> float:
+    """See `noise`."""
+    return noise(tally.comparison, tally.survival)
 
 
 def _gain_of(tally: Tally, module: ModuleAudit) -> float:

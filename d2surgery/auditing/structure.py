@@ -87,7 +87,7 @@ class Marks:
         far = d.abs() > 1.5 * unit + delta.abs() / 64 + size / 256
         stray = (bits(wanted) != bits(there)) & ~halfway(base, delta, wanted, there)
         if self.fine:
-            stray &= d.abs() > 8 * unit
+            stray &= d.abs() > 8 * unit + 4e-6 * size
         self.far += int(torch.count_nonzero(far & stray))
         self.zeros += int(torch.count_nonzero(stray & (there == 0)))
         d = torch.where(stray, d, 0)
@@ -225,6 +225,8 @@ def structure_of(marks: Marks, tests: int, gain: float = 0.0) -> Structure | Non
     if marks.zeros > max(0.8 * marks.strays, 2):
         where = f" in {_where(local.axis, local.chosen)}" if local is not None and local.covers else ""
         return Structure("ZEROED", f"{marks.zeros} of {marks.elements} elements are zero{where}")
+    if not marks.far and bool((everything["dd"].sqrt() <= everything.allowed).all()):
+        return None
     by_size = _by_size(marks, limit)
     if local is not None and local.covers and (by_size is None or local.filled > 0.5 * by_size[1]):
         return _named(local)
