@@ -57,7 +57,7 @@ from mutations.changes import (
     with_fields,
 )
 from mutations.elsewhere import ELSEWHERE, arithmetic, peft_merge
-from mutations.installed import installed
+from mutations.installed import Merged, installed
 from mutations.shapes import SHAPES
 from mutations.world import (
     DOWN,
@@ -91,20 +91,21 @@ def cases() -> list[Case]:
 
 
 def part(whole: list[Case]) -> list[Case]:
-    """About half: everything healthy, and each failure for a quarter of its kinds and dtypes, at least two."""
+    """About a sixth: what is healthy but for most modes of what installs, one of each shape of damage, and each other
+    failure for a quarter of its kinds and dtypes, at least two."""
     alike: dict[tuple[str, str], list[Case]] = {}
     for case in whole:
         alike.setdefault((case.group, case.name), []).append(case)
-    for number, name in enumerate(
-        sorted(name for name in alike if name[1].startswith("PEFT, ") and " saved as " in name[1])
-    ):
-        if number % 16:  # the modes of what is installed: `installed` has more than a thousand
-            del alike[name]
+    modes = sorted(key for key in alike if isinstance(alike[key][0].change, Merged))
     kept: list[Case] = []
-    for number, same in enumerate(alike.values()):
-        many = same[0].group != "healthy" and len(same) > 2
-        few = same[number % 4 :: 4 if same[0].group != "shape" else len(same)] if many else same
-        kept += few if len(few) > 1 else same[:2]
+    for number, (key, same) in enumerate(alike.items()):
+        if key in modes:
+            kept += same[number % len(same) :][:1] if modes.index(key) % 6 == 0 else []
+        elif key[0] == "shape":
+            kept.append(same[number % len(same)])
+        else:
+            few = same if key[0] == "healthy" or len(same) < 3 else same[number % 4 :: 4]
+            kept += few if len(few) > 1 else same[:2]
     return kept
 
 
