@@ -74,7 +74,7 @@ def diagnose(case: Case, merged: Tensor, before: Diagnosis) -> Diagnosis:
     known = look.best_fault(before.what) if before.what else None
     if known is not None and (not known.against.mismatched or known.noise <= PLAIN):
         return known.diagnosis(look.fit() if before.fit else None)
-    if what := _zeros(look.stored, merged):
+    if (what := _zeros(look.stored, merged)) and ("pruning" in what or not _steps(look.stored, merged)):
         return Diagnosis("ZEROED", what)
     fit = look.fit()
     if before.code == "WRONG_STRENGTH" and before.fit and fit.noise <= PLAIN and fit.like(before.fit):
@@ -214,6 +214,11 @@ def _zeros(right: Tensor, merged: Tensor) -> str:
     whole = [(int(zero.all(dim).sum()), noun) for dim, noun in ((1, "rows"), (0, "columns"))]
     rows = next((f", {count} whole {noun} among them" for count, noun in whole if count), ": pruned")
     return f"{share:.0%} of the values are zero{rows}"
+
+
+def _steps(right: Tensor, merged: Tensor) -> str:
+    """A grid that has a zero among its values, to which small ones were rounded; "" where all are zero."""
+    return _grid(right, merged) if bool(merged.any()) else ""
 
 
 def _grid(right: Tensor, merged: Tensor) -> str:

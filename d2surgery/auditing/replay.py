@@ -294,13 +294,27 @@ class Pass:
                 tally.load = tally.load or self._load(fitting, tally)
                 return made.merged
             # What is far from all is measured from ours, which can be had tile by tile.
-            near = self._bank(made.tile.patch, tally.grid)
+            near = self._near(made, tally, sample)
             off = {recipe: _distance(*sample(recipe)) * (1 if recipe.name == OURS else _NEARER) for recipe in near}
             tally.nearest = min(near, key=off.__getitem__)
             tally.load = tally.load or self._load(tally.nearest, tally)
         tally.recipes.add(tally.nearest.name)
         again = self._by(tally.nearest, made, tally.grid)
         return made.ours if again is None else again
+
+    def _near(self, made: Made, tally: Tally, sample: Callable[[Recipe], tuple[Tensor, Tensor]]) -> tuple[Recipe, ...]:
+        """Recipes that may be the nearest: the one that fitted last where a sample has its bits, ours where the file is
+        further off than any recipe, else all."""
+        everything = self._bank(made.tile.patch, tally.grid)
+        known = self.favourite
+        if known in everything and not _differing(*sample(known)):
+            return (known,)
+        ours = everything[0]
+        size = torch.finfo(tally.grid or made.merged.dtype).eps * float(made.base_weight.norm(dim=1).median())
+        size = 1.5 * size + float(made.delta.norm(dim=1).median()) / 16
+        if ours.name == OURS and not made.tile.patch.transposed and _distance(*sample(ours)) > size:
+            return (ours,)
+        return everything
 
     def _fitting(self, made: Made, tally: Tally, sample: Callable[[Recipe], tuple[Tensor, Tensor]]) -> Recipe | None:
         """The first recipe that gives every bit of the tile."""
@@ -321,7 +335,7 @@ class Pass:
         known = self.favourite
         if known is not None and (known.name == OURS or _differing(*sample(known)) <= share):
             yield known
-        off = {recipe: _differing(*sample(recipe)) for recipe in self._bank(made.tile.patch, tally.grid)}
+        off = {recipe: _differing(*sample(recipe)) for recipe in self._near(made, tally, sample)}
         near = sorted((recipe for recipe in off if off[recipe] <= share and recipe is not known), key=off.__getitem__)
         yield from near[:_TRIED]
 

@@ -266,6 +266,8 @@ def _places(axis: Axis, parts: _Parts) -> Iterator[_Place]:
             share = float(chosen.double().mean())
             covers, filled = within >= 0.8 * total and share <= 0.5, within / float(parts["count"][chosen].sum())
             yield _Place(axis, parts, chosen, covers, share * total / max(within, 1), filled)
+            if covers:
+                return
 
 
 def _divisions(count: int) -> Iterator[Tensor]:
