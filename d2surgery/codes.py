@@ -465,6 +465,37 @@ CODES: dict[str, Code] = {
         "The delta is there at the right strength, with more noise than rounding once makes.",
         "Merge in float32 and round once; norms and magnitudes in 16 bits cost most.",
     ),
+    "ROW_SCALED": Code(
+        "Rows of an adapted weight are scaled, and the rest is the right merge.",
+        "Find out what wrote them: a merge scales no row by itself; rescaling for quantisation does.",
+    ),
+    "COLUMN_SCALED": Code(
+        "Columns of an adapted weight are scaled, and the rest is the right merge.",
+        "Find out what wrote them: smoothing for quantisation moves scales between columns and norms.",
+    ),
+    "WEIGHT_DECAYED": Code(
+        "The whole of an adapted weight is multiplied by a number near one.",
+        "Merge again: weight decay, averaging with another model or a rescaling touched base and delta alike.",
+    ),
+    "VALUES_SHIFTED": Code(
+        "A constant was added to an adapted weight, or to rows or columns of it.", "Merge again, and see what wrote it."
+    ),
+    "LARGEST_CHANGED": Code(
+        "The largest elements of an adapted weight, or the smallest, are not those of the right merge.",
+        "See whether outliers were clipped or small values pruned; merge again.",
+    ),
+    "MAGNITUDE_LOST": Code(
+        "Rows of a DoRA weight were merged without their trained magnitude, or with another's.",
+        "Merge with every magnitude of the adapter, in the adapter's order of rows.",
+    ),
+    "ZEROED": Code(
+        "Elements of an adapted weight were set to zero: pruned, or never written.",
+        "Audit the dense merge, and prune it afterwards.",
+    ),
+    "ANOTHER_ADAPTER": Code(
+        "Another adapter was merged: another checkpoint of the run, another seed, or a twin on other data.",
+        "Give the adapter that was merged; several candidates may be given, and the audit says which one it is.",
+    ),
     "WRONG_BASE": Code(
         "The merged checkpoint was made from another base: also tensors without an adapter differ, or what is left has "
         "full rank.",

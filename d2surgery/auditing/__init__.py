@@ -24,6 +24,7 @@ import torch
 
 from d2surgery.auditing.adapters import nearest
 from d2surgery.auditing.blocks import diagnosis_of
+from d2surgery.auditing.casts import cast_before
 from d2surgery.auditing.diagnosis import Diagnosis
 from d2surgery.auditing.findings import Audit, ModuleAudit, TensorAudit, Thresholds, verdict_of
 from d2surgery.auditing.judgement import (
@@ -36,17 +37,18 @@ from d2surgery.auditing.judgement import (
     shared_twice,
     wrong_base,
 )
+from d2surgery.auditing.likeness import another_adapter
 from d2surgery.auditing.loading import directory_problems, open_merged
+from d2surgery.auditing.marking import with_structure
 from d2surgery.auditing.pairing import Pairing, TensorPair, pair_up
 from d2surgery.auditing.receipts import has_receipt, other_receipt
-from d2surgery.auditing.recipes import RECIPES
-from d2surgery.auditing.replay import Replay
+from d2surgery.auditing.replay import Replay, Tally
 from d2surgery.auditing.settings import compare_settings
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.evaluating.tasks import Task
 from d2surgery.files.base import BaseWeights
-from d2surgery.files.tensors import read_tensor
+from d2surgery.files.tensors import DTYPES, read_tensor
 from d2surgery.formats.layout import Packing
 from d2surgery.machine import one_thread, peak_memory
 from d2surgery.merging.companions import companions
@@ -130,12 +132,14 @@ def _compared(
     with one_thread():
         replay.run(pairs, progress)
         _settle_recipes(replay, pairs)
-        modules = dict(_judged(prepared, replay, pairs, thresholds))
+        modules = with_structure(prepared, replay, pairs, dict(_judged(prepared, replay, pairs, thresholds)))
         different = [pair for pair in pairs if replay.tensors[pair.name].mismatched]
         forgotten = {pair.name: _is_base(prepared.fit.base, pair) for pair in different}
     modules = isolated(pooled(modules, replay.modules, thresholds, dtype), replay.modules)
-    modules = shared_twice(wrong_base(modules, pairs, replay), pairing.shared)
-    tensors = {pair.name: judge_tensor(pair, replay, modules, forgotten) for pair in pairs}
+    modules = another_adapter(wrong_base(modules, pairs, replay), pairs, replay)
+    modules = shared_twice(modules, pairing.shared)
+    cast = cast_before(replay, pairs, modules)
+    tensors = {pair.name: judge_tensor(pair, replay, modules, forgotten, cast) for pair in pairs}
     return modules, tensors | dict(pairing.others)
 
 
@@ -210,7 +214,7 @@ def _settle_recipes(replay: Replay, pairs: tuple[TensorPair, ...]) -> None:
         ]
         if not again:
             return
-        second = Replay(replay.merger, replay.kinds, tuple(r for r in RECIPES if r.name == name))
+        second = Replay(replay.merger, replay.kinds, frozenset((name,)))
         second.run(again, lambda done, total: None)
         for module in other:
             mixed = len(replay.modules[module].recipes) > 1
@@ -230,10 +234,18 @@ def _judged(
     for module, tally in replay.modules.items():
         if tally.comparison.elements:
             held = tensors[module]
-            found = diagnosis_of(prepared, tally.first, before) if tally.first and tally.finite else None
+            found = diagnosis_of(prepared, tally, before) if tally.first and tally.finite else None
             before = found if found and found.code else before
             names = tuple(pair.name for pair in held)
-            yield module, judge_module(module, replay.kinds[module], names, held[0].info.dtype, tally, found, limits)
+            yield (
+                module,
+                judge_module(module, replay.kinds[module], names, _dtype(held[0], tally), tally, found, limits),
+            )
+
+
+def _dtype(pair: TensorPair, tally: Tally) -> str:
+    """The coarser of the file's and the grid's."""
+    return next((name for name, dtype in DTYPES.items() if dtype == tally.grid), pair.info.dtype)
 
 
 def _commonest(modules: Mapping[str, ModuleAudit]) -> str | None:

@@ -12,7 +12,7 @@ from d2surgery.adapters.vectors import Triple
 from d2surgery.auditing.diagnosis import Diagnosis, diagnose, rows_moved
 from d2surgery.auditing.faults import Case
 from d2surgery.auditing.pairing import TensorPair
-from d2surgery.auditing.replay import Mismatch, base_part, merged_part
+from d2surgery.auditing.replay import Held, Tally, base_part, merged_part
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.formats.layout import Packing, with_expert_layout
 from d2surgery.merging.prepared import Prepared
@@ -23,19 +23,33 @@ _ENTRIES = 1 << 18  # enough to tell a fault of which rounding leaves a few hund
 _HEAD = 128  # a block begins at a multiple of this many rows, so that it holds whole attention heads
 
 
-def diagnosis_of(prepared: Prepared, first: Mismatch, before: Diagnosis) -> Diagnosis:
-    """Of the module whose first mismatched element this is, on a block that holds it."""
-    pair, patch, element = first
-    rows, columns = slice(patch.start, patch.stop), slice(0, pair.output.matrix[1])
-    row, column = divmod(element, columns.stop)
-    flat = Block(prepared, pair, patch, _about(row, rows, columns), columns)
-    tall = Block(prepared, pair, patch, rows, _about(column, columns, rows))
+def diagnosis_of(prepared: Prepared, tally: Tally, before: Diagnosis) -> Diagnosis:
+    """Of a module some of whose elements are mismatched, on a block that holds the first."""
+    flat, tall = _blocks(prepared, tally)
+    patch = flat.patch
     block = tall if prepared.merger.crosses_tiles(patch) else flat
     found = diagnose(block.case(), block.merged(), before)
     if found.residual_rank is None:
         return found
     block = flat if patch.transposed else tall  # of every out_feature: rows may have come from anywhere
     return rows_moved(block.case(), block.merged()) or found
+
+
+def block_of(prepared: Prepared, tally: Tally) -> "Block":
+    """Some whole vectors about the first mismatched element."""
+    flat, tall = _blocks(prepared, tally)
+    return tall if prepared.merger.crosses_tiles(flat.patch) else flat
+
+
+def _blocks(prepared: Prepared, tally: Tally) -> tuple["Block", "Block"]:
+    """Some rows of the stored tensor, and some columns."""
+    assert tally.first is not None
+    pair, patch, element = tally.first
+    rows, columns = slice(patch.start, patch.stop), slice(0, pair.output.matrix[1])
+    row, column = divmod(element, columns.stop)
+    held = tally.held
+    flat = Block(prepared, pair, patch, _about(row, rows, columns), columns, held)
+    return flat, Block(prepared, pair, patch, rows, _about(column, columns, rows), held)
 
 
 def _about(place: int, all_: slice, others: slice) -> slice:
@@ -58,25 +72,28 @@ class Block:
     patch: Patch
     rows: slice
     columns: slice
+    held: Held  # how the nearest recipe holds base and adapter
 
     def case(self) -> Case:
         fit = self.prepared.fit
         return Case(
             module=self.patch.module,
             base=self._base(self.rows, self.columns),
-            adapter=self.prepared.merger.adapter(self.patch),
+            adapter=self.held.adapter(self.prepared.merger.adapter(self.patch), self.pair),
             part=self.part,
             triple=self.triple,
             strength=fit.strength,
             entry=fit.layout.adapters[self.patch.module],
             base_config=fit.base.config,
-            dtype=self.pair.dtype,
+            dtype=self.held.grid or self.pair.dtype,
             repacked=self._repacked(),
         )
 
     def merged(self) -> Tensor:
-        """As stored."""
-        return merged_part(self.pair, self.patch, self.rows, self.columns)
+        """As stored; where it lies on a coarser grid, in that dtype."""
+        stored = merged_part(self.pair, self.patch, self.rows, self.columns)
+        coarse = stored.to(self.held.grid or stored.dtype)
+        return coarse if torch.equal(coarse.to(stored.dtype), stored) else stored
 
     def part(self, adapter: Adapter) -> Adapter:
         """What of the whole weight's adapter lands here."""
@@ -108,7 +125,7 @@ class Block:
         return replace(merger, checkpoint=Checkpoint(with_expert_layout(layout, other))).adapter(self.patch)
 
     def _base(self, rows: slice, columns: slice) -> Tensor:
-        return base_part(self.prepared.merger, self.pair, self.patch, rows, columns)
+        return self.held.base(base_part(self.prepared.merger, self.pair, self.patch, rows, columns), self.pair)
 
     def _part(self, adapter: Adapter, rows: slice, columns: slice) -> Adapter:
         within = slice(rows.start - self.patch.start, rows.stop - self.patch.start)

@@ -1,5 +1,6 @@
 """What happened to one weight that no recipe replays: every usual fault is tried, and the one that fits is named."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import hypot, inf, isnan, sqrt
 from typing import NamedTuple
@@ -73,6 +74,8 @@ def diagnose(case: Case, merged: Tensor, before: Diagnosis) -> Diagnosis:
     known = look.best_fault(before.what) if before.what else None
     if known is not None and (not known.against.mismatched or known.noise <= PLAIN):
         return known.diagnosis(look.fit() if before.fit else None)
+    if (what := _zeros(look.stored, merged)) and ("pruning" in what or not _steps(look.stored, merged)):
+        return Diagnosis("ZEROED", what)
     fit = look.fit()
     if before.code == "WRONG_STRENGTH" and before.fit and fit.noise <= PLAIN and fit.like(before.fit):
         return replace(before, fit=fit)
@@ -91,6 +94,8 @@ def diagnose(case: Case, merged: Tensor, before: Diagnosis) -> Diagnosis:
     rank, side = look.residual_rank(fit.strength)
     origin = "another base, or noise" if rank > side // 4 else "another adapter, or a change of low rank"
     what = f"what is left has rank {rank} of {side} above rounding noise: {origin}"
+    if rank == 0:
+        what = "what is left has no rank above rounding noise: it is uneven, or spread over many directions"
     return Diagnosis("DELTA_UNEXPLAINED", what, residual_rank=rank)
 
 
@@ -196,22 +201,67 @@ def _factor(case: Case, fit: Fit) -> str:
     return "a factor of its own"
 
 
+def _zeros(right: Tensor, merged: Tensor) -> str:
+    """What was set to zero, where that is more than a few values."""
+    zero = (merged == 0) & (right != 0)
+    share = float(zero.double().mean())
+    if share < 0.02:
+        return ""
+    if bool(zero.all()):
+        return "every value is zero"
+    if merged.shape[1] % 4 == 0 and float((zero.view(-1, 4).sum(1) >= 2).double().mean()) > 0.95:
+        return "two of every four values are zero: 2:4 pruning"
+    whole = [(int(zero.all(dim).sum()), noun) for dim, noun in ((1, "rows"), (0, "columns"))]
+    rows = next((f", {count} whole {noun} among them" for count, noun in whole if count), ": pruned")
+    return f"{share:.0%} of the values are zero{rows}"
+
+
+def _steps(right: Tensor, merged: Tensor) -> str:
+    """A grid that has a zero among its values, to which small ones were rounded; "" where all are zero."""
+    return _grid(right, merged) if bool(merged.any()) else ""
+
+
 def _grid(right: Tensor, merged: Tensor) -> str:
     """Which coarser grid the merged values lie on, "" for none or the one where a right merge's values lie too."""
     values, wanted = merged.to(torch.float32), right.to(torch.float32)
-    for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16), ("float8", torch.float8_e4m3fn)):
+    for name, dtype in (("float8", torch.float8_e4m3fn), ("float16", torch.float16), ("bfloat16", torch.bfloat16)):
         if dtype.itemsize < merged.dtype.itemsize and _holds(dtype, values) and not _holds(dtype, wanted):
             return f"every value is a {name}"
-    for what, shape in (("row", values.shape), ("tensor", (1, -1))):
-        top = _multiples(values.reshape(shape))
-        if 0 < top <= 128 and not _multiples(wanted.reshape(shape)):
+    for what, groups, usual in _grouped(values, wanted):
+        top = _multiples(groups)
+        if 0 < top <= 128 and not _multiples(usual):
             return f"multiples of one step per {what}: {4 if top <= 8 else 8} bits"
     for size in (values.shape[1], 128, 64, 32, 16):
         if values.shape[1] % size == 0:
-            levels, usual = _levels(values.reshape(-1, size)), _levels(wanted.reshape(-1, size))
-            if levels <= 16 and usual > 1.25 * levels:
+            levels, usually = _levels(values.reshape(-1, size)), _levels(wanted.reshape(-1, size))
+            if levels <= 16 and usually > 1.25 * levels:
                 return f"at most {levels} levels per group of {size}: 4 bits"
+    for what, groups, usual in _grouped(values, wanted):
+        if _mantissas(groups) <= 8 and _mantissas(usual) > 12:
+            return f"scaled float8, one scale per {what}"
     return ""
+
+
+def _grouped(values: Tensor, wanted: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Both in groups that may share a scale: (groups, entries)."""
+    yield "tensor", values.reshape(1, -1), wanted.reshape(1, -1)
+    yield "row", values, wanted
+    yield "column", values.T, wanted.T
+    for size in (128, 64, 32):
+        if values.shape[1] % size == 0 and size < values.shape[1]:
+            yield f"{size} values", values.reshape(-1, size), wanted.reshape(-1, size)
+
+
+def _mantissas(groups: Tensor) -> float:
+    """The median number of distinct mantissas in a group, of those that the group has often; of some groups."""
+    counts = []
+    for group in groups[:: max(len(groups) // 16, 1)]:
+        group = group[group != 0]
+        mantissa = (group.abs().frexp().mantissa * 512).round().long()
+        mantissa = torch.where(mantissa == 512, 256, mantissa)  # the next octave begins
+        often = mantissa.bincount(minlength=513)
+        counts.append(float((often > 0.01 * max(len(group), 1)).sum()) if len(group) >= 48 else inf)
+    return sorted(counts)[len(counts) // 2]
 
 
 def _holds(dtype: torch.dtype, values: Tensor) -> bool:

@@ -210,9 +210,9 @@ def shared_twice(modules: Mapping[str, ModuleAudit], shared: frozenset[str]) -> 
 
 
 def judge_tensor(
-    pair: TensorPair, replay: Replay, modules: Mapping[str, ModuleAudit], forgotten: Mapping[str, bool]
+    pair: TensorPair, replay: Replay, modules: Mapping[str, ModuleAudit], forgotten: Mapping[str, bool], cast: bool
 ) -> TensorAudit:
-    """`forgotten`: of tensors that differ, whether they are still the base's."""
+    """`forgotten`: of tensors that differ, whether they are still the base's; cast: see `cast_before`."""
     found = replay.tensors[pair.name]
     bad = found.mismatched
     code = ""
@@ -224,7 +224,7 @@ def judge_tensor(
         code = wrong[0] if wrong and bad else ""
     elif bad and not found.finite:
         code = "NOT_FINITE"
-    elif bad and not found.rounding:
+    elif bad and not found.rounding and not (cast and pair.status == "unchanged"):
         code = "TENSOR_CHANGED"
         if pair.status != "unchanged" and forgotten.get(pair.name):
             code = "BIAS_FORGOTTEN" if pair.name.endswith("bias") else "REPLACEMENT_FORGOTTEN"

@@ -6,43 +6,54 @@ Each is read in the merger's own code, named beside it. All of them are right me
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, DoRA, LoRA
+from d2surgery.adapters import DoRA, LoRA
+from d2surgery.auditing.pefts import Mode, Operands, PluginMode, dora_gain, modes, plugin_modes
 from d2surgery.files.tensors import rounded
 
 OURS = "d2surgery"
 
 
-class Operands(NamedTuple):
-    """One weight, or whole rows of it, laid out (out_features, in_features)."""
-
-    base: Tensor  # as stored
-    adapter: Adapter  # slots as stored
-    dtype: torch.dtype  # of the merged file
-
-    @property
-    def work_dtype(self) -> torch.dtype:
-        """One precision above the output, as our own engine."""
-        wide = torch.float64 in (self.base.dtype, self.dtype) or self.dtype == torch.float32
-        return torch.float64 if wide else torch.float32
+def _as_stored(it: Operands) -> Operands:
+    return it
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`merge` gives the merged weight in the file's dtype."""
+    """`merge` gives the merged weight in the file's dtype, of base and adapter as the merger holds them (`seen`)."""
 
     name: str
     what: str
     kinds: tuple[str, ...]  # none: any kind
     merge: Callable[[Operands], Tensor]
+    seen: Callable[[Operands], Operands] = _as_stored
+    mode: Mode | PluginMode | None = None  # of PEFT
 
     def fits(self, kind: str) -> bool:
         """Whether its merger knows the kind."""
         return not self.kinds or kind in self.kinds
+
+    def load(self, stored: torch.dtype, file: torch.dtype) -> torch.dtype:
+        """The dtype in which its merger holds the base."""
+        if self.mode is None:
+            return stored if self.seen is _as_stored else file
+        load = self.mode.resolved(stored, file).load
+        assert isinstance(load, torch.dtype)
+        return load
+
+
+@cache
+def bank(kind: str, stored: torch.dtype, file: torch.dtype) -> tuple[Recipe, ...]:
+    """The recipes of a kind that may differ for a base and a file of these dtypes, the usual first."""
+    unlike: dict[Mode | PluginMode | str, Recipe] = {}
+    for recipe in RECIPES:
+        if recipe.fits(kind):
+            unlike.setdefault(recipe.mode.resolved(stored, file) if recipe.mode else recipe.name, recipe)
+    return tuple(unlike.values())
 
 
 def _ours(it: Operands) -> Tensor:
@@ -51,69 +62,14 @@ def _ours(it: Operands) -> Tensor:
     return rounded(engine.merged(it.base.to(it.work_dtype, copy=True)), it.dtype)
 
 
-# PEFT 0.21: tuners/lora/layer.py Linear.merge, Embedding.merge, get_delta_weight; variants.py DoraLinearVariant ---
-
-
-def _product(adapter: Adapter, dtype: torch.dtype = torch.float32) -> Tensor:
-    """get_delta_weight: the product, then the scaling, in float32."""
-    assert isinstance(adapter, LoRA | DoRA)
-    return (adapter.B.to(dtype) @ adapter.A.to(dtype)) * adapter.scaling
-
-
-def _dora(base: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
-    """DoraLinearVariant.merge_unsafe, in the promoted dtype of what it is given."""
-    norm = torch.linalg.norm(base + delta, dim=1).to(torch.promote_types(base.dtype, delta.dtype))
-    merged: Tensor = (magnitude / norm).view(-1, 1) * (base + delta)
-    return merged
-
-
-def _peft(it: Operands, base: Tensor, delta: Tensor) -> Tensor:
-    if isinstance(it.adapter, DoRA):
-        return _dora(base, delta, it.adapter.magnitude.to(delta.dtype)).to(it.dtype)
-    return (base + delta).to(it.dtype)
-
-
-def _peft_once(it: Operands) -> Tensor:
-    return _peft(it, it.base, _product(it.adapter))
-
-
-def _peft_safe(it: Operands) -> Tensor:
-    return (it.base + _product(it.adapter).to(it.base.dtype)).to(it.dtype)
-
-
-def _peft_loaded(it: Operands) -> Tensor:
-    return _peft(it, it.base.to(it.dtype), _product(it.adapter))
-
-
-def _peft_loaded_safe(it: Operands) -> Tensor:
-    return it.base.to(it.dtype) + _product(it.adapter).to(it.dtype)
-
-
-def _peft_low(it: Operands) -> Tensor:
-    low = it.base.to(it.dtype)
-    return _peft(
-        it._replace(adapter=it.adapter.to(dtype=it.dtype)), low, _product(it.adapter.to(dtype=it.dtype)).to(it.dtype)
-    )
-
-
-def _peft_low_cpu(it: Operands) -> Tensor:
-    return _peft(it, it.base, _product(it.adapter.to(dtype=it.base.dtype)))
-
-
-def _peft_again(it: Operands) -> Tensor:
-    low = it.base.to(it.dtype)
-    delta = _product(it.adapter)
-    once = (low + delta).to(it.dtype)
-    return ((once - delta.to(it.dtype)) + delta).to(it.dtype)
-
-
 # Other mergers ----------------------------------------------------------------------------------------------------
 
 
 def _axolotl(it: Operands) -> Tensor:
     base = it.base.float()
     assert isinstance(it.adapter, DoRA)
-    delta = _dora(base, _product(it.adapter), it.adapter.magnitude.float()) - base
+    update = (it.adapter.B.float() @ it.adapter.A.float()) * it.adapter.scaling
+    delta = dora_gain(base, update, it.adapter.magnitude.float()) * (base + update) - base
     return (base + delta).to(it.dtype)
 
 
@@ -130,6 +86,10 @@ def _scaled_once(it: Operands) -> Tensor:
     return (it.base + _scaled_first(it)).to(it.dtype)
 
 
+def _in_files_dtype(it: Operands) -> Operands:
+    return it._replace(base=it.base.to(it.dtype), adapter=it.adapter.to(dtype=it.dtype))
+
+
 def _torchtune(it: Operands) -> Tensor:
     assert isinstance(it.adapter, LoRA | DoRA)
     low = it.adapter.to(dtype=it.dtype)
@@ -142,7 +102,7 @@ def _torchtune(it: Operands) -> Tensor:
 def _addmm(it: Operands) -> Tensor:
     assert isinstance(it.adapter, LoRA)
     low = it.adapter
-    return it.base.float().addmm_(low.B.float(), low.A.float(), alpha=float(low.scaling)).to(it.dtype)
+    return torch.addmm(it.base.float(), low.B.float(), low.A.float(), alpha=float(low.scaling)).to(it.dtype)
 
 
 def _in_float32(it: Operands) -> Tensor:
@@ -155,32 +115,27 @@ def _delta_rounded(it: Operands) -> Tensor:
     return base + rounded(it.adapter.delta(base.to(it.work_dtype)), it.dtype)
 
 
-def _loaded(it: Operands) -> Tensor:
-    return _ours(it._replace(base=it.base.to(it.dtype)))
-
-
-def _widened(it: Operands) -> Tensor:
-    return _ours(it._replace(dtype=it.base.dtype)).to(it.dtype)
+def _cast_first(it: Operands) -> Operands:
+    return it._replace(base=it.base.to(it.dtype))
 
 
 LORA, DORA = ("lora",), ("dora",)
-BOTH = LORA + DORA
+_DORAS = frozenset(modes("dora"))
 RECIPES = (
     Recipe(OURS, "one precision above the output, rounded once", (), _ours),
-    Recipe("peft", "PEFT merge_and_unload: delta in float32, rounded once", BOTH, _peft_once),
-    Recipe("peft-safe", "PEFT safe_merge, and embeddings: delta first rounded to the base's dtype", LORA, _peft_safe),
-    Recipe("peft-loaded", "PEFT, the base first cast to the file's dtype", BOTH, _peft_loaded),
-    Recipe("peft-loaded-safe", "PEFT safe_merge, the base first cast to the file's dtype", LORA, _peft_loaded_safe),
-    Recipe("peft-low", "PEFT, adapter and delta in the file's dtype (autocast_adapter_dtype=False)", BOTH, _peft_low),
-    Recipe("peft-low-cpu", "PEFT low_cpu_mem_usage: adapter first rounded to the base's dtype", BOTH, _peft_low_cpu),
-    Recipe("peft-again", "PEFT merged, unmerged by subtraction, and merged again", LORA, _peft_again),
+    *(
+        Recipe(mode.name, mode.words, LORA + DORA if mode in _DORAS else LORA, mode.merge, mode.seen, mode)
+        for mode in modes("lora")
+    ),
+    *(Recipe(mode.name, mode.words, (), mode.merge, mode.seen, mode) for mode in plugin_modes()),
     Recipe("axolotl", "axolotl merge-lora: DoRA's delta taken off the base and added again", DORA, _axolotl),
-    Recipe("mlx", "mlx-lm fuse: (s·B)·A in float32, rounded to the file's dtype, then added", LORA, _mlx),
+    Recipe("mlx", "mlx-lm fuse: (s·B)·A in float32, rounded to the file's dtype, then added", LORA, _mlx, _cast_first),
     Recipe("scaled-first", "(s·B)·A in float32, added, rounded once", LORA, _scaled_once),
-    Recipe("torchtune", "torchtune: all in the file's dtype, (s·B)·A first", LORA + DORA, _torchtune),
+    Recipe("torchtune", "torchtune: all in the file's dtype, (s·B)·A first", LORA + DORA, _torchtune, _in_files_dtype),
     Recipe("addmm", "unsloth: addmm(W0, B, A, alpha=s) in float32, rounded once", LORA, _addmm),
     Recipe("float32", "everything in float32, rounded once", (), _in_float32),
-    Recipe("delta-rounded", "delta rounded to the file's dtype, then added", (), _delta_rounded),
-    Recipe("loaded", "as ours, the base first cast to the file's dtype", (), _loaded),
-    Recipe("widened", "merged in the base's dtype, then stored in a wider one", (), _widened),
+    Recipe("delta-rounded", "delta rounded to the file's dtype, then added", (), _delta_rounded, _cast_first),
+    Recipe(
+        "loaded", "as ours, the base first cast to the file's dtype", (), lambda it: _ours(_cast_first(it)), _cast_first
+    ),
 )

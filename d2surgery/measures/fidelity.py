@@ -157,8 +157,8 @@ def _compared(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, size:
     within = [sums.elements - sums.mismatched, *(int((distances <= edge).sum()) for edge in ULPS), sums.elements]
     beyond = ~(_by_rounding(base, delta, wanted, merged, size) | alike)
     bins = tuple(upper - lower for lower, upper in pairwise(within))
-    halfway = _halfway(base, delta, wanted, merged) & ~alike
-    counts = [int(torch.count_nonzero(entries)) for entries in (beyond, halfway)]
+    between = halfway(base, delta, wanted, merged) & ~alike
+    counts = [int(torch.count_nonzero(entries)) for entries in (beyond, between)]
     return replace(sums, ulps=bins, beyond=counts[0], halfway=counts[1])
 
 
@@ -225,12 +225,18 @@ def _by_rounding(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, si
     return off <= bound.add_(size / 256)
 
 
-def _halfway(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Tensor:
+def halfway(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Tensor:
     """Where W0 + delta lies halfway between the two, to 32 units in the last place of the computation's dtype: what
     other sums and gains change of it decides which is nearer. Of a value changed by hand that is a rare chance."""
     middle = (wanted.to(base.dtype) + merged.to(base.dtype)) / 2
     size = torch.maximum(base.abs(), middle.abs())
     return (base + delta - middle).abs() <= 32 * torch.finfo(base.dtype).eps * size
+
+
+def spacing(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """One unit in the last place of numbers of these sizes (0 or more), in `dtype`."""
+    info = torch.finfo(dtype)
+    return _power_of_two(sizes.clamp(min=info.tiny)).mul_(info.eps)
 
 
 def _power_of_two(values: Tensor) -> Tensor:

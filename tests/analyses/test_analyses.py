@@ -151,3 +151,17 @@ def test_training_cost_sees_what_is_kept(training_cost: tuple[dict[str, Any], st
     kept = {run["run"]: run["memory_bytes"] for run in training_cost[0]["runs"]}
     assert kept["PEFT DoRA"] > kept["DoRA"]
     assert kept["DoRA"] > kept["LoRA"]
+
+
+# audit_truth -----------------------------------------------------------------------------------------------------
+
+
+def test_audit_truth_runs_and_no_right_merge_failed(tmp_path: Path) -> None:
+    command = [sys.executable, str(ANALYSES / "audit_truth" / "study.py"), "--tiny", "--results", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tiny = json.loads((tmp_path / "results.json").read_text())
+    assert "| a row scaled | " in done.stdout
+    assert "a column scaled" in (tmp_path / "figure.svg").read_text()
+    committed = json.loads((ANALYSES / "audit_truth" / "results.json").read_text())
+    assert {run["failed"] for results in (tiny, committed) for run in results["right_merges"]} == {0}

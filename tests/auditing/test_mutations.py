@@ -1,6 +1,6 @@
 """What the audit says of merges that are right, and of merges that are wrong: no false pass, no false alarm.
 
-D2SURGERY_MUTATIONS=all runs every case of `mutations`, about twice as many.
+D2SURGERY_MUTATIONS=all runs every case of `mutations`, about six times as many: a quarter of an hour on two cores.
 """
 
 import os
@@ -81,11 +81,14 @@ def _not_exact(found: Audit) -> str:
 
 def test_there_are_enough_cases_and_each_has_its_own_name() -> None:
     assert len(CASES) >= 150
+    assert len([case for case in ALL if case.verdict != "pass"]) >= 1200
+    assert len([case for case in ALL if case.group == "healthy"]) >= 1500
     assert [name for name, count in Counter(case.id for case in ALL).items() if count > 1] == []
 
 
 def test_the_part_that_runs_has_every_failure_and_fails_every_kind_in_every_dtype() -> None:
     some = part(ALL)
-    assert {(case.group, case.name) for case in some} == {(case.group, case.name) for case in ALL}
+    wrong = [{(case.group, case.name) for case in of if case.verdict != "pass"} for of in (some, ALL)]
+    assert wrong[0] == wrong[1]
     failing = {(case.kind, case.dtype) for case in some if case.verdict == "fail" and case.group != "tensors"}
     assert failing == {(kind, dtype) for kind in KINDS for dtype in DTYPES}

@@ -12,12 +12,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from d2surgery.adapters import KINDS, Adapter, DoRA, LoRA
-from d2surgery.auditing.recipes import OURS, RECIPES, Operands
+from d2surgery.auditing.pefts import Operands
+from d2surgery.auditing.recipes import OURS, RECIPES, Recipe, bank
 from d2surgery.files.tensors import rounded
 from d2surgery.measures.fidelity import bits
 
 BY_NAME = {recipe.name: recipe for recipe in RECIPES}
-ALL_LOW = ("peft-low", "torchtune")
+LOW = ("peft-low", "torchtune")
 IN_THE_BASES_DTYPE = ("widened", "peft-safe", "peft-low-cpu")
 LOW = (torch.bfloat16, torch.float16)
 
@@ -134,17 +135,26 @@ def test_every_recipe_is_a_right_merge_within_rounding(kind: str, axis: Any, see
         return  # no merger but ours knows it
     right = base.double() + adapter.delta(base.double())
     delta = float((right - base.double()).norm())
-    for recipe in RECIPES:
-        if recipe.fits(adapter.kind):
-            made = recipe.merge(Operands(base, adapter, dtype))
-            coarsest = base.dtype if recipe.name in IN_THE_BASES_DTYPE else dtype
-            once = float((rounded(right, coarsest).double() - right).norm())
-            low = 2 * float(right.norm()) if recipe.name in ALL_LOW and kind == "dora" else delta  # magnitudes too
-            limit = (
-                2 * once + torch.finfo(coarsest).eps * low + 1e-6 * delta + 2**-23 * float(right.norm())
-            )  # gains in float32
-            assert made.dtype == dtype, recipe.name
-            assert float((made.double() - right).norm()) <= limit, recipe.name
+    for recipe in bank(adapter.kind, base.dtype, dtype):
+        made = recipe.merge(Operands(base, adapter, dtype))
+        load, low, roundings = coarsenesses(recipe, base.dtype, dtype)
+        once = sum(float((rounded(right, coarse).double() - right).norm()) for coarse in {load, dtype})
+        size = 3 * float(right.norm()) if kind == "dora" else 3 * delta  # magnitudes too
+        tiny = roundings * 2**-24 * right.numel() ** 0.5 * max(float(right.abs().max()), 1)  # float16's subnormals
+        limit = (1 + roundings) * once + torch.finfo(low).eps * size + 1e-6 * delta + 2**-23 * float(right.norm())
+        assert made.dtype == dtype, recipe.name
+        assert float((made.double() - right).norm()) <= limit + tiny, recipe.name
+
+
+def coarsenesses(recipe: Recipe, stored: torch.dtype, file: torch.dtype) -> tuple[torch.dtype, torch.dtype, int]:
+    """What the base is held in; the coarsest of what adapter and delta are; how often a sum is rounded beside."""
+    load = recipe.load(stored, file)
+    if recipe.mode is None:
+        return load, max(load, file, key=lambda dtype: torch.finfo(dtype).eps), 1
+    mode = recipe.mode.resolved(stored, file)
+    used = [dtype for dtype in (load, mode.factors, mode.autocast) if isinstance(dtype, torch.dtype)]
+    low = max(used, key=lambda dtype: torch.finfo(dtype).eps)
+    return load, low, mode.safe + 3 * len(mode.unmerged)
 
 
 def test_recipes_have_names_of_their_own_and_ours_is_first() -> None:

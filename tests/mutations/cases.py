@@ -10,6 +10,8 @@ from kinds import effective
 
 from d2surgery.merging import merge
 from mutations.changes import (
+    another_checkpoint,
+    another_seed,
     another_step,
     base_again,
     both,
@@ -17,10 +19,13 @@ from mutations.changes import (
     damaged,
     eight_bits,
     first_magnitude,
+    float8,
     formula,
     generation_config,
     half_rank,
     heads_permuted,
+    integers,
+    magnitudes,
     merged_onto_merged,
     next_layer,
     no_direction,
@@ -37,6 +42,7 @@ from mutations.changes import (
     resaved,
     rows_of_the_base,
     scaled,
+    shaped,
     shard_gone,
     stale_norm,
     strength,
@@ -47,9 +53,12 @@ from mutations.changes import (
     transposed,
     truncated,
     twice,
+    two_of_four,
     with_fields,
 )
 from mutations.elsewhere import ELSEWHERE, arithmetic, peft_merge
+from mutations.installed import Merged, installed
+from mutations.shapes import SHAPES
 from mutations.world import (
     DOWN,
     DTYPES,
@@ -77,18 +86,26 @@ def cases() -> list[Case]:
     return [
         *_ours(), *_pefts(), *_elsewhere(), *_kept(), *_strengths(), *_formulas(), *_by_kind(), *_heads(), *_parts(),
         *_replaced(), *_ties(), *_beside(), *_grids(), *_small(), *_damage(), *_single(),
+        *_shapes(), *_others(), *_more_grids(), *_magnitudes(), *installed(),
     ]  # fmt: skip
 
 
 def part(whole: list[Case]) -> list[Case]:
-    """About half: everything healthy, and each failure for a quarter of its kinds and dtypes, at least two."""
+    """About a sixth: what is healthy but for most modes of what installs, one of each shape of damage, and each other
+    failure for a quarter of its kinds and dtypes, at least two."""
     alike: dict[tuple[str, str], list[Case]] = {}
     for case in whole:
         alike.setdefault((case.group, case.name), []).append(case)
+    modes = sorted(key for key in alike if isinstance(alike[key][0].change, Merged))
     kept: list[Case] = []
-    for number, same in enumerate(alike.values()):
-        few = same if same[0].group == "healthy" or len(same) < 3 else same[number % 4 :: 4]
-        kept += few if len(few) > 1 else same[:2]
+    for number, (key, same) in enumerate(alike.items()):
+        if key in modes:
+            kept += same[number % len(same) :][:1] if modes.index(key) % 6 == 0 else []
+        elif key[0] == "shape":
+            kept.append(same[number % len(same)])
+        else:
+            few = same if key[0] == "healthy" or len(same) < 3 else same[number % 4 :: 4]
+            kept += few if len(few) > 1 else same[:2]
     return kept
 
 
@@ -232,8 +249,8 @@ def _by_kind() -> Iterator[Case]:
         ("dora", "magnitude", "untrained", formula(first_magnitude), ("MAGNITUDE_DROPPED", *unexplained), ""),
         ("dora", "magnitude", "norm of the base", formula(stale_norm), (*unexplained, "MAGNITUDE_DROPPED", *WRONG), ""),
         ("dora", "axis", "square modules", formula(other_axis, [Q, OUT]), ("WRONG_AXIS",), ""),
-        ("lora", "rank", "half of it", formula(half_rank), (*unexplained, *WRONG), ""),
-        ("lora", "layers", "one too deep", next_layer, unexplained, ""),
+        ("lora", "rank", "half of it", formula(half_rank), (*unexplained, *WRONG, "ANOTHER_ADAPTER"), ""),
+        ("lora", "layers", "one too deep", next_layer, (*unexplained, "ANOTHER_ADAPTER"), ""),
     ]
     for kind, group, name, change, codes, says in table:
         for dtype in DTYPES:
@@ -390,7 +407,9 @@ def _small() -> Iterator[Case]:
 def _damage() -> Iterator[Case]:
     """λ̂ stays 1, or nearly, and still it is not the merge."""
     wrong: dict[str, Any] = {
-        "group": "damage", "codes": ("DELTA_UNEXPLAINED", "ROUNDING_EXCESS", "STRENGTH_UNCERTAIN"),
+        "group": "damage",
+        "codes": ("DELTA_UNEXPLAINED", "ROUNDING_EXCESS", "STRENGTH_UNCERTAIN", "ZEROED", "LARGEST_CHANGED",
+                  "PARTIAL_MERGE", "ANOTHER_ADAPTER"),
         "where": DOWN, "verdict": "fail",
         "also": ("WRONG_STRENGTH", "PARTIAL_MERGE", "DELTA_NOT_APPLIED"),
     }  # fmt: skip
@@ -429,3 +448,43 @@ def _single() -> Iterator[Case]:
     for at in _every():
         yield Case(group="one ulp", name="in an adapted weight", change=one_ulp(f"{Q}.weight", (3, 7)),
                    codes=("OTHER_ROUNDING",), where=Q, verdict="pass", **at)  # fmt: skip
+
+
+def _shapes() -> Iterator[Case]:
+    """Every shape of damage, in a square weight and in one that is wider, of realistic weights."""
+    for name, (damage, codes) in SHAPES.items():
+        for number, at in enumerate(_every()):
+            module = (DOWN, Q)[number % 2]
+            yield Case(group="shape", name=name, change=shaped(module, damage), codes=codes, where=module,
+                       also=("PARTIAL_MERGE",), real=True, verdict="fail", **at)  # fmt: skip
+
+
+def _others() -> Iterator[Case]:
+    other: dict[str, Any] = {"group": "another adapter", "codes": ("ANOTHER_ADAPTER",), "verdict": "fail"}
+    for at in _every():
+        yield Case(name="another seed", change=formula(another_seed), **other, **at)
+        for drift, growth in ((0.3, 0.3), (0.1, 0.1), (0.5, 0.0)):
+            name = f"another checkpoint, {drift:g} off, {growth:g} grown"
+            yield Case(name=name, change=formula(another_checkpoint(drift, growth)), **other, **at)
+
+
+def _more_grids() -> Iterator[Case]:
+    ways = {
+        **{f"float8 per {scale}": float8(scale) for scale in ("tensor", "row", "column")},
+        "float8 e5m2": float8("tensor", torch.float8_e5m2),
+        **{f"int8 per {scale}": integers(scale) for scale in ("tensor", "column")},
+    }
+    for at in _every():
+        for name, way in ways.items():
+            yield Case(group="requantised", name=name, change=requantised(way), codes=("REQUANTIZED",), verdict="fail",
+                       real=True, **at)  # fmt: skip
+        for name, way in (("2:4", two_of_four), ("all", torch.zeros_like)):
+            yield Case(group="zeroed", name=name, change=requantised(way), codes=("ZEROED",), verdict="fail", **at)
+
+
+def _magnitudes() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for how in ("lost", "the base's", "swapped"):
+            yield Case(group="magnitudes", name=f"three {how}", kind="dora", dtype=dtype, where=DOWN, verdict="fail",
+                       change=magnitudes(how, [2, 9, 17], [DOWN]), size=0.05, real=True,
+                       codes=("MAGNITUDE_LOST", "ROW_SCALED"))  # fmt: skip

@@ -324,3 +324,85 @@ def both(*changes: Change) -> Change:
             each(setting, out)
 
     return change
+
+
+def shaped(module: str, damage: Callable[[Tensor, Tensor], Tensor]) -> Change:
+    """A right merge, exact before it was rounded, with a damage of some shape to one module."""
+
+    def change(setting: Setting, out: Path) -> None:
+        name = f"{module}.weight"
+        before = setting.weights()[name]
+        merged = torch.from_numpy(np.asarray(effective(setting.values[module], before), np.float64))
+        rewrite(out, {name: rounded(damage(merged, before.double()), setting.dtype)})
+
+    return change
+
+
+def another_seed(adapter: Adapter, W: Tensor) -> Any:
+    """An adapter that learnt the same amount elsewhere: other factors of the same sizes."""
+    other: dict[str, Any] = {
+        name: normal(*slot.shape, seed=W.shape[0] + 31 * i) * slot.std()
+        for i, (name, slot) in enumerate(adapter.slots().items())
+        if name != "magnitude"
+    }
+    return effective(replace(adapter, **other), W)
+
+
+def another_checkpoint(drift: float, growth: float) -> Formula:
+    """The same run, later: factors grown by another amount in each module, and off by `drift` of themselves."""
+
+    def formula(adapter: Adapter, W: Tensor) -> Any:
+        seed = int(W.double().abs().sum() * 1000) % 100_000
+        grown = 1 + growth * float(normal(1, seed=seed))
+        slots = adapter.slots()
+        off: dict[str, Any] = {
+            name: grown * slot * (1 + drift * normal(*slot.shape, seed=seed + i))
+            for i, (name, slot) in enumerate(slots.items())
+            if name != "magnitude"
+        }
+        return effective(replace(adapter, **off), W)
+
+    return formula
+
+
+def float8(scale: str, dtype: torch.dtype = torch.float8_e4m3fn) -> Callable[[Tensor], Tensor]:
+    """Through float8 with one scale per tensor, row or column."""
+
+    def change(W: Tensor) -> Tensor:
+        largest = W.float().abs()
+        top = largest.max() if scale == "tensor" else largest.amax(1 if scale == "row" else 0, keepdim=True)
+        step = top / torch.finfo(dtype).max
+        return ((W.float() / step).to(dtype).float() * step).to(W.dtype)
+
+    return change
+
+
+def integers(scale: str) -> Callable[[Tensor], Tensor]:
+    """Through int8 with one step per tensor, row or column."""
+
+    def change(W: Tensor) -> Tensor:
+        largest = W.float().abs()
+        top = largest.max() if scale == "tensor" else largest.amax(1 if scale == "row" else 0, keepdim=True)
+        return ((W.float() / top * 127).round() * top / 127).to(W.dtype)
+
+    return change
+
+
+def two_of_four(W: Tensor) -> Tensor:
+    """2:4 pruning: of every four values the two smallest are zero."""
+    groups = W.float().view(-1, 4)
+    kept = groups.abs() >= groups.abs().sort(1).values[:, 2:3]
+    return (groups * kept).view(W.shape).to(W.dtype)
+
+
+def magnitudes(how: str, rows: list[int], modules: list[str]) -> Change:
+    """DoRA's magnitudes of some rows left out, the base's norms, or those of the other rows."""
+
+    def formula(adapter: Any, W: Tensor) -> Any:
+        new = adapter.magnitude.double().clone()
+        both = W.double() + adapter.scaling * adapter.B.double() @ adapter.A.double()
+        source = {"lost": both.norm(dim=1), "the base's": W.double().norm(dim=1), "swapped": new.clone()}[how]
+        new[rows] = source[rows[::-1] if how == "swapped" else rows]
+        return effective(replace(adapter, magnitude=new), W)
+
+    return lambda setting, out: rewrite(out, setting.by(formula, modules))

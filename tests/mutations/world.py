@@ -21,6 +21,7 @@ from torch import Tensor
 from d2surgery.adapters import Adapter, D2LoRA, DoRA, DualLoRA, LoRA
 from d2surgery.checkpoint import from_adapters, save
 from d2surgery.merging import merge
+from mutations.weights import realistic
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 KINDS = ("lora", "rslora", "dora", "duallora", "d2lora")
@@ -43,11 +44,13 @@ EMBEDDING = "model.embed_tokens.weight"
 # The base and its adapters --------------------------------------------------------------------------------------------
 
 
-def llama(tied: bool = False, seed: int = 0) -> Any:
-    """Nothing in it is exactly zero or one: a lost bias or norm would not show."""
+def llama(tied: bool = False, seed: int = 0, real: bool = False) -> Any:
+    """Nothing in it is exactly zero or one: a lost bias or norm would not show. real: twice as wide, with weights as
+    trained models have them."""
     torch.manual_seed(seed)
     config = T.LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=HEADS, vocab_size=VOCAB,
+        hidden_size=128 if real else 64, intermediate_size=192 if real else 96, head_dim=32 if real else HEAD,
+        num_hidden_layers=2, num_attention_heads=HEADS, vocab_size=VOCAB,
         num_key_value_heads=KV_HEADS, attention_bias=True, tie_word_embeddings=tied, max_position_embeddings=64,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
@@ -56,6 +59,8 @@ def llama(tied: bool = False, seed: int = 0) -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(0.02 * torch.randn_like(parameter))
+            elif real and "proj" in name:
+                parameter.copy_(realistic(*parameter.shape, len(name) + int(parameter[0, 0] > 0)))
     return model
 
 
@@ -221,9 +226,9 @@ class World:
         self.base = cache(self._base)
         self.setting = cache(self._setting)
 
-    def _base(self, dtype: str, tied: bool = False, grid: bool = False) -> Path:
-        out = self.folder / f"base-{dtype}{'-tied' * tied}{'-grid' * grid}"
-        model = llama(tied).to(DTYPES[dtype])
+    def _base(self, dtype: str, tied: bool = False, grid: bool = False, real: bool = False) -> Path:
+        out = self.folder / f"base-{dtype}{'-tied' * tied}{'-grid' * grid}{'-real' * real}"
+        model = llama(tied, real=real).to(DTYPES[dtype])
         if grid:  # as a dequantised QLoRA base
             for module in MODULES:
                 weight = model.get_submodule(module).weight
@@ -233,16 +238,17 @@ class World:
         return out
 
     def _setting(
-        self, kind: str, dtype: str, size: float = 0.01, tied: bool = False, grid: bool = False, extra: str = ""
-    ) -> Setting:
-        base = self.base(dtype, tied, grid)
+        self, kind: str, dtype: str, size: float = 0.01, tied: bool = False, grid: bool = False, extra: str = "",
+        real: bool = False,
+    ) -> Setting:  # fmt: skip
+        base = self.base(dtype, tied, grid, real)
         before = tensors(base)
         values: dict[str, Any] = {
             m: value(kind, before[f"{m}.weight"], size, 10 * i)
             for i, m in enumerate(MODULES)
             if m.endswith(EXTRAS[extra].only)
         }  # fmt: skip
-        name = f"{kind}-{dtype}-{size}{'-tied' * tied}{'-grid' * grid}{extra}".replace(" ", "-")
+        name = f"{kind}-{dtype}-{size}{'-tied' * tied}{'-grid' * grid}{'-real' * real}{extra}".replace(" ", "-")
         adapter_at, healthy = self.folder / f"adapter-{name}", self.folder / f"merged-{name}"
         if (along := EXTRAS[extra].along) is not None:
             values = {module: replace(adapter, along=along) for module, adapter in values.items()}
@@ -271,13 +277,14 @@ class Case:
     tied: bool = False
     grid: bool = False
     extra: str = ""
+    real: bool = False
 
     @property
     def id(self) -> str:
         return f"{self.group}: {self.name} [{self.kind} {self.dtype} {self.size:g}]"
 
     def setting(self, world: World) -> Setting:
-        return world.setting(self.kind, self.dtype, self.size, self.tied, self.grid, self.extra)
+        return world.setting(self.kind, self.dtype, self.size, self.tied, self.grid, self.extra, self.real)
 
     def build(self, world: World, out: Path) -> Setting:
         """The merged directory of this case, at `out`."""
