@@ -18,8 +18,6 @@ from d2surgery.files.tensors import rounded
 from d2surgery.measures.fidelity import bits
 
 BY_NAME = {recipe.name: recipe for recipe in RECIPES}
-LOW = ("peft-low", "torchtune")
-IN_THE_BASES_DTYPE = ("widened", "peft-safe", "peft-low-cpu")
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -152,9 +150,9 @@ def coarsenesses(recipe: Recipe, stored: torch.dtype, file: torch.dtype) -> tupl
     if recipe.mode is None:
         return load, max(load, file, key=lambda dtype: torch.finfo(dtype).eps), 1
     mode = recipe.mode.resolved(stored, file)
-    used = [dtype for dtype in (load, mode.factors, mode.autocast) if isinstance(dtype, torch.dtype)]
+    used = [dtype for dtype in (load, mode.factors, getattr(mode, "autocast", None)) if isinstance(dtype, torch.dtype)]
     low = max(used, key=lambda dtype: torch.finfo(dtype).eps)
-    return load, low, mode.safe + 3 * len(mode.unmerged)
+    return load, low, getattr(mode, "safe", 0) + 3 * len(getattr(mode, "unmerged", ()))
 
 
 def test_recipes_have_names_of_their_own_and_ours_is_first() -> None:
