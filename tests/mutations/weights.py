@@ -24,8 +24,8 @@ def realistic(out_features: int, in_features: int, seed: int) -> Tensor:
     weight = weight * torch.exp(0.3 * normal(out_features))[:, None]
     outliers = torch.randperm(in_features, generator=generator)[: max(in_features // 100, 1)]
     weight[:, outliers] *= 5
-    scaled: Tensor = 0.04 * weight / weight.std()
-    return scaled.float()
+    sized: Tensor = 0.04 * weight / weight.std()
+    return sized.float()
 
 
 def trained(weight: Tensor, rank: int, size: float, seed: int) -> tuple[Tensor, Tensor]:
