@@ -42,8 +42,9 @@ from d2surgery.auditing.loading import directory_problems, open_merged
 from d2surgery.auditing.marking import with_structure
 from d2surgery.auditing.pairing import Pairing, TensorPair, pair_up
 from d2surgery.auditing.receipts import has_receipt, other_receipt
-from d2surgery.auditing.replay import Replay, Tally
+from d2surgery.auditing.replay import Replay
 from d2surgery.auditing.settings import compare_settings
+from d2surgery.auditing.tally import Tally
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.evaluating.tasks import Task

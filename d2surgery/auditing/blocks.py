@@ -11,8 +11,9 @@ from d2surgery.adapters import Adapter
 from d2surgery.adapters.vectors import Triple
 from d2surgery.auditing.diagnosis import Diagnosis, diagnose, rows_moved
 from d2surgery.auditing.faults import Case
+from d2surgery.auditing.matching import base_part, merged_part
 from d2surgery.auditing.pairing import TensorPair
-from d2surgery.auditing.replay import Held, Tally, base_part, merged_part
+from d2surgery.auditing.tally import Held, Tally
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.formats.layout import Packing, with_expert_layout
 from d2surgery.merging.prepared import Prepared

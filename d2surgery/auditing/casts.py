@@ -7,7 +7,8 @@ import torch
 from d2surgery.auditing.findings import ModuleAudit
 from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.recipes import bank
-from d2surgery.auditing.replay import LOW, Replay
+from d2surgery.auditing.replay import Replay
+from d2surgery.auditing.tally import LOW
 
 
 def cast_before(replay: Replay, pairs: Sequence[TensorPair], modules: Mapping[str, ModuleAudit]) -> bool:

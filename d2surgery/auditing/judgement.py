@@ -8,7 +8,8 @@ from typing import NamedTuple
 from d2surgery.auditing.diagnosis import EXCESS, SIGNIFICANT, Diagnosis
 from d2surgery.auditing.findings import ModuleAudit, ModuleStatus, TensorAudit, Thresholds, Verdict, several
 from d2surgery.auditing.pairing import TensorPair
-from d2surgery.auditing.replay import Replay, Tally
+from d2surgery.auditing.replay import Replay
+from d2surgery.auditing.tally import Tally
 from d2surgery.errors import Problem, Severity
 from d2surgery.measures.fidelity import LOW_GAIN, ULPS, Comparison, Survival
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from d2surgery.auditing.findings import ModuleAudit
 from d2surgery.auditing.pairing import TensorPair
-from d2surgery.auditing.replay import Replay, Tally
+from d2surgery.auditing.replay import Replay
+from d2surgery.auditing.tally import Tally
 
 _VAGUE = (
     "WRONG_STRENGTH",

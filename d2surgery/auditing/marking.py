@@ -11,8 +11,9 @@ from d2surgery.auditing.blocks import Block, block_of
 from d2surgery.auditing.findings import ModuleAudit
 from d2surgery.auditing.judgement import NOISY, noise
 from d2surgery.auditing.pairing import TensorPair
-from d2surgery.auditing.replay import Replay, Tally
+from d2surgery.auditing.replay import Replay
 from d2surgery.auditing.structure import Marks, Structure, low_rank, structure_of, tests_of
+from d2surgery.auditing.tally import Tally
 from d2surgery.merging.prepared import Prepared
 from d2surgery.placement.site import Patch
 
