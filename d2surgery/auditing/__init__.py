@@ -95,7 +95,7 @@ def audit(
     prepared = prepare(fit(base, adapter, strength, expert_layout), None, "cpu")
     hashes = prepared.check_adapter(hashes=has_receipt(found.directory)).hashes
     pairing = pair_up(prepared, found)
-    modules, tensors = _compared(prepared, pairing, thresholds, found.header.usual_dtype or "", progress)
+    modules, tensors, also = _compared(prepared, pairing, thresholds, found.header.usual_dtype or "", progress)
     reasons += [*directory_problems(found, prepared.fit.base), *pairing.problems]
     reasons += reasons_of(modules, tensors.values())
     reasons += compare_settings(found, *_expected_files(prepared.fit, found), tied=pairing.tied) if files else ()
@@ -114,6 +114,7 @@ def audit(
         levels=levels,
         thresholds=thresholds,
         recipe=_commonest(modules),
+        also=also,
         modules=modules,
         tensors=tensors,
         not_checked=(*pairing.not_checked, *_not_checked(unread, files, behaviour, gap)),
@@ -126,8 +127,8 @@ def audit(
 
 def _compared(
     prepared: Prepared, pairing: Pairing, thresholds: Thresholds, dtype: str, progress: Callable[[int, int], None]
-) -> tuple[dict[str, ModuleAudit], dict[str, TensorAudit]]:
-    """Every module and every tensor with its evidence; `dtype` is the file's usual one."""
+) -> tuple[dict[str, ModuleAudit], dict[str, TensorAudit], tuple[str, ...]]:
+    """Every module and every tensor with its evidence, and the recipes that fit, too; `dtype`: the file's usual one."""
     pairs = pairing.pairs
     replay = Replay(prepared.merger, {name: entry.kind for name, entry in prepared.fit.layout.adapters.items()})
     with one_thread():
@@ -141,7 +142,7 @@ def _compared(
     modules = shared_twice(modules, pairing.shared)
     cast = cast_before(replay, pairs, modules)
     tensors = {pair.name: judge_tensor(pair, replay, modules, forgotten, cast) for pair in pairs}
-    return modules, tensors | dict(pairing.others)
+    return modules, tensors | dict(pairing.others), replay.also
 
 
 def _not_checked(unread: list[str], files: bool, behaviour: "Behaviour | None", gap: "TaskGap | None") -> Iterator[str]:

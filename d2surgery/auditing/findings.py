@@ -97,6 +97,7 @@ class Audit:
     levels: tuple[str, ...]
     thresholds: Thresholds
     recipe: str | None  # that replays the adapted modules, or most of them
+    also: tuple[str, ...] = ()  # recipes that give the same bits of the first module, in the rows that were compared
     modules: Mapping[str, ModuleAudit]
     tensors: Mapping[str, TensorAudit]
     not_checked: tuple[str, ...]
@@ -140,6 +141,7 @@ def document(audit: Audit) -> dict[str, Any]:
         "levels": list(audit.levels),
         "thresholds": asdict(audit.thresholds),
         "recipe": audit.recipe,
+        "also": list(audit.also),
         "coverage": audit.coverage,
         "tensors": {status: audit.coverage[status] for status in STATUSES},
         "modules": [_module(module) for module in audit.modules.values()],

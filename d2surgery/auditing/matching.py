@@ -36,6 +36,8 @@ class Matcher:
     names: frozenset[str]  # of recipes that are tried
     pair: TensorPair
     favourite: Recipe | None  # that fitted last
+    curious: bool = False  # whether others, too, give the bits of its first tile
+    also: tuple[str, ...] = ()  # these, by the rows of a sample
     whole: tuple[Patch, str, Tensor] | None = None  # what a recipe made of a whole patch
     tall: tuple[Patch, Tensor, Tensor] | None = None  # some columns of a patch, of base and merged
 
@@ -51,6 +53,10 @@ class Matcher:
             sample = cache(lambda recipe: self._sample(recipe, made, tally.grid))
             if (fitting := self._fitting(made, tally, sample)) is not None:
                 self.favourite = fitting
+                if self.curious:
+                    others = (recipe for recipe in self._bank(made.tile.patch, tally.grid) if recipe is not fitting)
+                    self.also = tuple(recipe.name for recipe in others if not _differing(*sample(recipe)))
+                    self.curious = False
                 tally.recipes.add(fitting.name)
                 tally.load = tally.load or self._load(fitting, tally)
                 return made.merged

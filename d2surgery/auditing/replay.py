@@ -32,6 +32,7 @@ class Replay:
     modules: dict[str, Tally] = field(default_factory=dict)
     tensors: dict[str, Found] = field(default_factory=dict)
     marking: bool = False  # what differs is looked at for structure
+    also: tuple[str, ...] = ()  # recipes that give the bits of the first module, too, in the rows that were compared
 
     def run(self, pairs: Sequence[TensorPair], progress: Callable[[int, int], None]) -> None:
         """Compare every pair; progress(done, total) in bytes of the merge as ours would be.
@@ -46,12 +47,15 @@ class Replay:
             progress(done + nbytes, total)
 
         for part in (first, [pair for pair in pairs if pair not in first]):
-            matchers = [Matcher(self.merger, self.kinds, self.names, pair, favourite) for pair in part]
+            matchers = [
+                Matcher(self.merger, self.kinds, self.names, pair, favourite, curious=part is first) for pair in part
+            ]
             passes = [Pass(self.merger, matcher, matcher.pair, self.marking) for matcher in matchers]
             work = [(one.pair.output, one.run) for one in passes]
             for one, found in zip(passes, self.merger.over(work, workers(), advance), strict=True):
                 self._add(one.pair, found)
                 favourite = one.matcher.favourite
+                self.also = self.also or one.matcher.also
             done += sum(pair.output.entry.nbytes for pair in part)
 
     def _add(self, pair: TensorPair, found: Found) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from d2surgery.auditing import audit
-from d2surgery.auditing.findings import LEVELS, Audit, Thresholds, document
+from d2surgery.auditing.findings import LEVELS, Audit, Thresholds, document, several
 from d2surgery.auditing.receipts import verify_receipt
 from d2surgery.auditing.recipes import RECIPES
 from d2surgery.cli import measured, output
@@ -198,6 +198,8 @@ def describe(found: Audit, *, per_layer: bool = False) -> Iterator[str]:
         words = next(recipe.what for recipe in RECIPES if recipe.name == found.recipe)
         replayed = [module for module in found.modules.values() if module.status == "replayed"]
         yield f"recipe: {found.recipe}, bit for bit in {output.count(len(replayed), 'module')} ({words})"
+        if found.also:
+            yield f"  in the first module the same bits as by {several(list(found.also))}"
     yield from _modules(found, per_layer)
     yield from _behaviour(found)
     counts = found.coverage
