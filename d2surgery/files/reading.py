@@ -32,8 +32,10 @@ def open_file(path: Path) -> BinaryIO:
         raise refuse("FILE_UNREADABLE", getattr(error, "strerror", None) or str(error), file=str(path)) from None
     try:
         refuse_other(path, os.fstat(file.fileno()).st_mode)  # what it is now
-    except BaseException:
+    except BaseException as error:
         file.close()
+        if isinstance(error, OSError):
+            raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(path)) from None
         raise
     return file
 

@@ -92,7 +92,7 @@ def loss(wanted: Form | Tensor, got: Form | Tensor, rank: int, curve: Sequence[f
     if got is wanted:
         return Loss(rank=rank, norm=_norm(wanted), relative_error=0.0, spectral_error=0.0, exact=True)
     if isinstance(wanted, LowRank) and isinstance(got, LowRank):
-        ours, theirs = wanted.singular_values(), (wanted + -1 * got).singular_values()
+        ours, theirs = wanted.singular_values(), (wanted + -1.0 * got).singular_values()
         norms = [float(each.norm()) for each in (ours, theirs)]
         largest = [float(each[0]) if len(each) else 0.0 for each in (ours, theirs)]
     else:

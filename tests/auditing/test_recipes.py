@@ -137,7 +137,8 @@ def test_every_recipe_is_a_right_merge_within_rounding(kind: str, axis: Any, see
         made = recipe.merge(Operands(base, adapter, dtype))
         load, low, roundings = coarsenesses(recipe, base.dtype, dtype)
         once = sum(float((rounded(right, coarse).double() - right).norm()) for coarse in {load, dtype})
-        size = 3 * float(right.norm()) if kind == "dora" else 3 * delta  # magnitudes too
+        # Magnitudes are rounded, too; of Dual LoRA signs turn, which costs 2·√f, about 5 % of the delta in bfloat16.
+        size = {"dora": 3 * float(right.norm()), "duallora": 8 * delta}.get(kind, 3 * delta)
         tiny = roundings * 2**-24 * right.numel() ** 0.5 * max(float(right.abs().max()), 1)  # float16's subnormals
         limit = (1 + roundings) * once + torch.finfo(low).eps * size + 1e-6 * delta + 2**-23 * float(right.norm())
         assert made.dtype == dtype, recipe.name
