@@ -19,16 +19,14 @@ from d2surgery.surgery.certificate import Certificate, Form, Loss, dense, form, 
 from d2surgery.surgery.combining import ENTRYWISE, Recipe, combined
 from d2surgery.surgery.converting import rank_of
 from d2surgery.surgery.rebuilding import (
-    Progress,
     about_of,
     alike,
     history,
-    naming,
     no_progress,
     over_modules,
 )
 from d2surgery.surgery.truncation import ALL, Keep
-from d2surgery.surveying.modules import BaseMatrices, Place, places
+from d2surgery.surveying.modules import BaseMatrices, Place, Progress, naming, places
 
 _DIFFER = "trained in several, differently"
 

@@ -22,8 +22,9 @@ from d2surgery.measures.ranks import NOISE_MARGIN
 from d2surgery.placement.orientation import stored_in_out
 from d2surgery.surgery.certificate import Certificate, Loss, form, loss
 from d2surgery.surgery.fitting import dora_of, lora_of
-from d2surgery.surgery.rebuilding import Progress, naming, no_progress, step_of
+from d2surgery.surgery.rebuilding import no_progress, step_of
 from d2surgery.surgery.truncation import ALL, Keep
+from d2surgery.surveying.modules import Progress, naming
 
 ROWS_AT_MOST = 8
 """Of an embedding: trained rows are stored one by one where they are fewer than this part of all."""

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from d2surgery.adapters import Adapter
 from d2surgery.checkpoint import Checkpoint, from_adapters
-from d2surgery.errors import D2SurgeryError, raise_errors
+from d2surgery.errors import raise_errors
 from d2surgery.files.base import BaseWeights
 from d2surgery.formats.layout import About
 from d2surgery.kinds import TABLE
 from d2surgery.surgery.certificate import Certificate, Loss
-from d2surgery.surveying.modules import BaseMatrices, Place, places
+from d2surgery.surveying.modules import BaseMatrices, Place, Progress, naming, places
 
-Progress = Callable[[int, int], None]
 Operation = Callable[[Place, Adapter, Tensor | None], tuple[Adapter, Loss]]
 
 
@@ -50,20 +49,6 @@ def over_modules(
         progress(done, len(every))
     certificate = Certificate(method=method, settings=settings, losses=losses)
     return rebuilt(checkpoint, made, history(checkpoint, certificate)), certificate
-
-
-class naming:
-    """Errors raised within name the module."""
-
-    def __init__(self, module: str) -> None:
-        self.module = module
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, D2SurgeryError):
-            found = (replace(problem, module=problem.module or self.module) for problem in error.problems)
-            raise D2SurgeryError(*found) from None
 
 
 def rebuilt(

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -166,6 +167,16 @@ def differences(
     yield from _each([place for place in places(first) if place in theirs], measure, progress)
 
 
+@contextmanager
+def naming(module: str) -> Iterator[None]:
+    """Errors raised within name the module."""
+    try:
+        yield
+    except D2SurgeryError as error:
+        problems = (replace(problem, module=problem.module or module) for problem in error.problems)
+        raise D2SurgeryError(*problems) from None
+
+
 # One after another -----------------------------------------------------------------------------------------------
 
 
@@ -175,11 +186,8 @@ def _each(
     """In order. With several threads, each uses one core, and no more modules are in hand than threads + 1."""
 
     def named(place: Place) -> Result:
-        try:
+        with naming(place.name):
             return measure(place)
-        except D2SurgeryError as error:
-            problems = (replace(problem, module=problem.module or place.name) for problem in error.problems)
-            raise D2SurgeryError(*problems) from None
 
     for done, result in enumerate(_ahead(named, wanted, threads), 1):
         progress(done, len(wanted))
