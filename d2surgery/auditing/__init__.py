@@ -86,8 +86,7 @@ def audit(
     "task" lets them answer `tasks`, on `device`. files=False leaves config and tokenizer alone. progress(done, total)
     is called with bytes of the merged file.
 
-    Raises D2SurgeryError for what cannot be audited at all: unreadable inputs, an adapter that does not fit the base,
-    a file that changes meanwhile (BASE_CHANGED, ADAPTER_CHANGED).
+    Raises D2SurgeryError for what cannot be audited: unreadable, unfit, or changing meanwhile (BASE_CHANGED and like).
     """
     began = time.monotonic()
     found = open_merged(merged)

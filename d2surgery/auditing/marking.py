@@ -12,7 +12,7 @@ from d2surgery.auditing.findings import ModuleAudit
 from d2surgery.auditing.judgement import NOISY, noise
 from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.replay import Replay
-from d2surgery.auditing.structure import Marks, Structure, low_rank, structure_of, tests_of
+from d2surgery.auditing.structure import Marks, Structure, is_of_strength, low_rank, structure_of, tests_of
 from d2surgery.auditing.tally import Tally
 from d2surgery.merging.prepared import Prepared
 from d2surgery.placement.site import Patch
@@ -87,6 +87,7 @@ def _of_module(
         (module.code in _OPEN or _is_noise(module, tally))
         and module.mismatched_elements > _RANK * module.elements
         and tally.first is not None
+        and not any(is_of_strength(each, tests) for each in marks.values())
     ):
         block = block_of(prepared, tally)
         case, merged = block.case(), block.merged()

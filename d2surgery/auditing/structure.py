@@ -194,6 +194,12 @@ class _Parts:
         return self.one_way("delta") & (self.share.abs() > LOCAL)
 
     @property
+    def of_strength(self) -> bool:
+        """Of the whole: its strays lie the way of the delta, more than any other way, as at another strength."""
+        delta, base, up = (float(self[name].abs()) for name in ("delta", "base", "up"))
+        return bool(self.one_way("delta")) and delta >= max(base, up)
+
+    @property
     def crowded(self) -> Tensor:
         """With more strays than the others, twice as many as expected and beyond chance."""
         strays, twice = self["strays"], 2 * self["expected"].clamp(min=1e-12)
@@ -212,6 +218,11 @@ def tests_of(out_features: int, in_features: int) -> int:
     return 4 * divisions * (out_features + in_features) + 8 * _SIZES
 
 
+def is_of_strength(marks: Marks, tests: int) -> bool:
+    """Whether what strays does so as at another strength."""
+    return _Parts(marks.rows.sum(1, keepdim=True), log(ALARM / max(tests, 1))).of_strength
+
+
 def structure_of(marks: Marks, tests: int, gain: float = 0.0) -> Structure | None:
     """The plainest structure in the strays of a patch; None where they are as random as rounding.
 
@@ -227,9 +238,11 @@ def structure_of(marks: Marks, tests: int, gain: float = 0.0) -> Structure | Non
         return Structure("ZEROED", f"{marks.zeros} of {marks.elements} elements are zero{where}")
     if not marks.far and bool((everything["dd"].sqrt() <= everything.allowed).all()):
         return None
-    by_size = _by_size(marks, limit)
+    by_size = None if everything.of_strength else _by_size(marks, limit)
     if local is not None and local.covers and (by_size is None or local.filled > 0.5 * by_size[1]):
         return _named(local)
+    if everything.of_strength:
+        return None
     if by_size is not None:
         return by_size[0]
     if (spread := _spread(everything, rows, columns, marks.far > 0.2 * marks.strays)) is not None:

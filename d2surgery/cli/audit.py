@@ -199,7 +199,7 @@ def describe(found: Audit, *, per_layer: bool = False) -> Iterator[str]:
         replayed = [module for module in found.modules.values() if module.status == "replayed"]
         yield f"recipe: {found.recipe}, bit for bit in {output.count(len(replayed), 'module')} ({words})"
         if found.also:
-            yield f"  in the first module the same bits as by {several(list(found.also))}"
+            yield from measured.prose(f"the same bits, in the first module, as by {several(list(found.also))}")
     yield from _modules(found, per_layer)
     yield from _behaviour(found)
     counts = found.coverage

@@ -395,7 +395,7 @@ def _converted(value: Any, setting: Setting) -> Any:
 
 def _number(value: Any, kind: type, within: Range | None) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST:
-        raise ValueError("not a number")
+        raise ValueError("not a number, or one of no sensible size")
     if kind is int and value != int(value):
         raise ValueError("not a whole number")
     if within and not within.holds(value):
