@@ -139,7 +139,7 @@ def _magnitudes(prepared: Prepared, pair: TensorPair, patch: Patch, tally: Tally
     whole = slice(0, pair.output.matrix[1])
     magnitude = adapter.magnitude.double()
     changed = list(zip(structure.places, structure.factors, strict=True))[:64]
-    said = set()
+    off: dict[str, list[float]] = {}
     for row, factor in changed:
         rows = slice(patch.start + row, patch.start + row + 1)
         base = Block(prepared, pair, patch, rows, whole, tally.held).case().base.double()
@@ -147,13 +147,14 @@ def _magnitudes(prepared: Prepared, pair: TensorPair, patch: Patch, tally: Tally
         assert isinstance(held, DoRA)
         norm = float((base + held.scaling * held.B.double() @ held.A.double()).norm())
         own, others = float(magnitude[row]), [float(magnitude[other]) for other, _ in changed if other != row]
-        kinds = {
+        ways = {
             "left out": abs(norm / own - factor),
             "the base's norms": abs(float(base.norm()) / own - factor),
             "those of other rows": min((abs(other / own - factor) for other in others), default=inf),
         }
-        best = min(kinds, key=kinds.__getitem__)
-        said.add(best if kinds[best] < max(1e-3, 0.2 * abs(factor - 1)) else "")
-    if len(said) != 1 or "" in said:
+        for way, error in ways.items():
+            off.setdefault(way, []).append(error / max(1e-3, 0.2 * abs(factor - 1)))
+    way = min(off, key=lambda way: max(off[way]), default="")
+    if not way or max(off[way]) >= 1:  # in one way for all of them
         return structure
-    return structure._replace(code="MAGNITUDE_LOST", what=f"magnitudes are {said.pop()}: {structure.what}")
+    return structure._replace(code="MAGNITUDE_LOST", what=f"magnitudes are {way}: {structure.what}")
