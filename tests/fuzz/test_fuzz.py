@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,9 @@ def variants(content: Any) -> Iterator[tuple[tuple[str | int, ...], bytes]]:
             yield at, json.dumps(replaced(content, at, value)).encode()
 
 
-def every_field(path: Path, content: Any, use: Callable[[], object]) -> None:
-    for at, data in variants(content):
+def every_field(path: Path, content: Any, use: Callable[[], object], step: int = 1) -> None:
+    """step: every so-manieth variant, where a use takes its time; the long part has the others."""
+    for at, data in islice(variants(content), 0, None, step):
         with changed(path, data), contextlib.suppress(D2SurgeryError):
             try:
                 use()
@@ -80,16 +82,16 @@ def test_every_field_of_a_receipt(world: Path) -> None:
     receipt = json.loads(path.read_text())
     for part in ("outputs", "base", "adapter"):
         receipt[part]["tensors"] = dict([*receipt[part]["tensors"].items()][:1])
-    every_field(path, receipt, lambda: verify_receipt(path.parent, base=world / "base", adapter=world / "lora"))
+    every_field(path, receipt, lambda: verify_receipt(path.parent, base=world / "base", adapter=world / "lora"), 5)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
 def test_fields_of_what_lies_beside_merged_weights(world: Path, name: str) -> None:
-    """Every eleventh: an audit takes its time. The long part has the others."""
+    """Every 23rd: an audit takes its time. The long part has the others."""
     path = world / "merged" / name
     arguments = ("audit", "--base", str(world / "base"), "--adapter", str(world / "lora"), "--merged", str(path.parent))
     for number, (at, data) in enumerate(variants(json.loads(path.read_text()))):
-        if number % 11 == 0:
+        if number % 23 == 0:
             with changed(path, data):
                 assert silently(*arguments) in (0, 1, 2, 3), at
 

@@ -100,7 +100,7 @@ def part(whole: list[Case]) -> list[Case]:
     kept: list[Case] = []
     for number, (key, same) in enumerate(alike.items()):
         if key in modes:
-            kept += same[number % len(same) :][:1] if modes.index(key) % 6 == 0 else []
+            kept += same[number % len(same) :][:1] if modes.index(key) % 12 == 0 else []
         elif key[0] == "shape":
             kept.append(same[number % len(same)])
         else:
