@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 
-
 @cache
 def realistic(out_features: int, in_features: int, seed: int) -> Tensor:
     """Singular values fall like i^−0.4 above a bulk; Student's t with 5 degrees of freedom; row norms spread over a
