@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -159,6 +160,8 @@ def scale(
     picked = dict.fromkeys(checkpoint.layout.adapters, True) if chosen is None else dict(chosen)
     if not any(picked.values()):
         raise refuse("USAGE", "no module is chosen", got=f"{len(picked)} modules")
+    if not isfinite(factor):
+        raise refuse("USAGE", "a factor", wanted="a number", got=str(factor))
     if factor == 0 and not (only or all(picked.values())):
         raise refuse("USAGE", "times 0 on a part", wanted="leave the part out, or all modules", got="0")
 

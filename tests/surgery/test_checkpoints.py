@@ -204,6 +204,12 @@ def test_a_factor_times_the_delta(world: Path, factor: float, name: str) -> None
         assert np.linalg.norm(got[module] - factor * wanted[module]) <= 2e-5 * np.linalg.norm(wanted[module])
 
 
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_factor_that_is_no_number_is_refused(world: Path, factor: float) -> None:
+    with pytest.raises(D2SurgeryError, match="a factor"):
+        scale(load(world / "lora"), factor)
+
+
 def test_a_part_of_an_adapter(world: Path) -> None:
     lora = load(world / "lora")
     chosen = choose(lora, "q_proj", range(1))
