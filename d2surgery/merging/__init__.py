@@ -17,8 +17,8 @@ from d2surgery.files.partial import Partial, Sources
 from d2surgery.formats.layout import Packing
 from d2surgery.machine import one_thread, peak_memory, resident_memory, uncollected
 from d2surgery.merging.ahead import HashAhead
-from d2surgery.merging.bases import other_base
 from d2surgery.merging.companions import Companions, Tokenizer, find_companions
+from d2surgery.placement.bases import other_base
 from d2surgery.placement.fit import Fit, fit
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _fitted(
     """The fit, with what is said of the files beside the weights, and these."""
     found = fit(base, adapter, strength, expert_layout)
     companions = find_companions(found, tokenizer)
-    said = (*companions.problems, *other_base(found.layout.base_model, found.base))
+    said = (*companions.problems, *other_base(found.layout.base_model, found.base.directory, found.base.config))
     return replace(found, problems=(*found.problems, *said)), companions
 
 
