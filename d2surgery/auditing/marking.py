@@ -63,7 +63,7 @@ def _marked(
         assert nearest is not None
         by_recipe.setdefault(nearest.name, []).append(name)
     for recipe, group in by_recipe.items():
-        second = Replay(replay.merger, replay.kinds, frozenset((recipe,)), marking=True)
+        second = Replay(replay.merger, frozenset((recipe,)), marking=True)
         chosen = [
             p
             for p in pairs
@@ -91,8 +91,7 @@ def _of_module(
     ):
         block = block_of(prepared, tally)
         case, merged = block.case(), block.merged()
-        delta = case.delta_of(case.adapter)
-        if merged.itemsize <= 2 and low_rank(case.base + delta, delta, merged):
+        if merged.itemsize <= 2 and low_rank(case.right, case.delta, merged):
             return Structure("DELTA_UNEXPLAINED", "a change of low rank, within rounding of each element")
     return None
 
