@@ -75,6 +75,7 @@ def measured(base: Tensor, delta: Tensor, merged: Tensor, spaces: tuple[Tensor, 
     return Survival(base.numel(), int(changed), *sums)
 
 
+_FEW = 1 / 16  # of the entries
 _PIECE = 1 << 18  # entries compared at once: what is made of them stays in the cache
 ULPS = (1, 2, 4, 16)  # upper ends of the bins of Comparison.ulps; the last bin has no end
 
@@ -153,12 +154,14 @@ def _compared(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, size:
     """`size`: the root mean square of the tile's delta."""
     sums = _regressed(base, delta, wanted, merged)
     differing = bits(wanted) != bits(merged)
-    base, delta, wanted, merged = (values[differing] for values in (base, delta, wanted, merged))
-    distances = ulps(wanted, merged)
-    within = [0, *(int((distances <= edge).sum()) for edge in ULPS), sums.mismatched]
-    bins = tuple(upper - lower for lower, upper in pairwise(within))
-    beyond = ~_by_rounding(base, delta, wanted, merged, size)
-    between = halfway(base, delta, wanted, merged, size)
+    if sums.mismatched < _FEW * sums.elements:  # gathering more takes longer than looking at all
+        base, delta, wanted, merged = (values[differing] for values in (base, delta, wanted, merged))
+        differing = differing[differing]
+    distances = torch.where(differing, ulps(wanted, merged), -1)
+    within = [int(torch.count_nonzero(distances <= edge)) for edge in (-1, *ULPS)]
+    bins = tuple(upper - lower for lower, upper in pairwise((*within, differing.numel())))
+    beyond = differing & ~_by_rounding(base, delta, wanted, merged, size)
+    between = differing & halfway(base, delta, wanted, merged, size)
     counts = [int(torch.count_nonzero(entries)) for entries in (beyond, between)]
     return replace(sums, ulps=bins, beyond=counts[0], halfway=counts[1])
 
