@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from math import inf
 from pathlib import Path
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 from d2surgery import formats
 from d2surgery.adapters import KINDS, Adapter
 from d2surgery.errors import refuse
+from d2surgery.files.locate import WEIGHTS
 from d2surgery.files.tensors import NAMES, header_of, read_tensor
 from d2surgery.formats.layout import About, AdapterLayout, Layout, Packing, Rows, Slot, Stored
 from d2surgery.kinds import TABLE
+
+_SAME = 1e-6  # how far a delta may be from what was meant, relative: a scaling folded in float32 is 6e-8 off
 
 
 class Checkpoint(Mapping[str, Adapter]):
@@ -74,6 +78,8 @@ class Checkpoint(Mapping[str, Adapter]):
 
     def _matrix(self, slot: Slot, *, flat: bool) -> Tensor:
         tensor = self.tensor(slot.key)
+        if slot.made is not None:
+            tensor = slot.made(tensor, *map(self.tensor, slot.also))
         if slot.rows is not None:
             tensor = tensor[slice(*slot.rows)]
         if flat:
@@ -82,27 +88,81 @@ class Checkpoint(Mapping[str, Adapter]):
         return matrix.T if slot.transposed else matrix
 
 
-def load(adapter: str | os.PathLike[str], *, expert_layout: Packing | None = None) -> Checkpoint:
+def load(
+    adapter: str | os.PathLike[str],
+    *,
+    expert_layout: Packing | None = None,
+    scale: float | None = None,
+    alpha: float | None = None,
+) -> Checkpoint:
     """Open an adapter: a file, a directory or a hub id. Nothing but the header is read until it is asked for.
 
-    expert_layout: how experts share the columns of lora_B, "interleaved" or "grouped"; None: as the file says.
+    expert_layout: how experts share the columns of lora_B, "interleaved" or "grouped"; None: as the file says. scale,
+    or alpha over the rank: what multiplies B·A, of a file that does not say it.
 
     Misfits are in `.layout.problems`. Raises D2SurgeryError when the file cannot be read at all.
     """
-    return Checkpoint(formats.open_layout(adapter, expert_layout=expert_layout))
+    return Checkpoint(formats.open_layout(adapter, expert_layout=expert_layout, scale=scale, alpha=alpha))
 
 
-def save(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, format: str = "peft") -> None:
+def save(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, format: str = "peft") -> dict[str, float]:
     """Write a checkpoint in a format: "peft" is adapter_config.json and adapter_model.safetensors as PEFT writes them.
 
+    Any other is read back and compared, which gives `differences`; PEFT's form holds every bit, and gives {}.
+
     Raises D2SurgeryError OUTPUT_EXISTS when the directory already holds an adapter, FORMAT_CANNOT_HOLD with all that
-    the format has no place for, and the checkpoint's own problems; nothing is written then.
+    the format has no place for, and the checkpoint's own problems; nothing is written then. READ_BACK_DIFFERS where
+    what was written is something else.
     """
     out = Path(directory)
-    target = out / "adapter_model.safetensors"
-    if target.exists():
-        raise refuse("OUTPUT_EXISTS", "an adapter is there already", file=str(target))
+    for name in WEIGHTS:
+        if (out / name).exists():
+            raise refuse("OUTPUT_EXISTS", "an adapter is there already", file=str(out / name))
     formats.write(checkpoint, out, format)
+    if format == "peft":
+        return {}
+    found = differences(checkpoint, load(out))
+    worst = max(found, key=lambda module: found[module])
+    if found[worst] > _SAME:
+        for name in WEIGHTS:
+            (out / name).unlink(missing_ok=True)
+        raise refuse("READ_BACK_DIFFERS", f"written as {format}", module=worst, got=f"{found[worst]:.2g} of the delta")
+    return found
+
+
+def differences(one: Checkpoint, other: Checkpoint) -> dict[str, float]:
+    """By module ‖ΔW − ΔW′‖/‖ΔW‖ of the updates in float64, or the same of a vector where that is more.
+
+    0 for the same numbers, and infinity for a module that only one of the two has.
+    """
+    found = dict.fromkeys([*one, *other], inf)
+    for module in one.keys() & other.keys():
+        counts = {each.layout.adapters[module].experts for each in (one, other)}
+        pairs = ((one.adapter(module, e), other.adapter(module, e)) for e in range(counts.pop()))
+        found[module] = inf if counts else max(_difference(*pair) for pair in pairs)
+    return found
+
+
+def _difference(one: Adapter, other: Adapter) -> float:
+    ours, theirs = one.slots(), other.slots()
+    if one.kind != other.kind or one.settings != other.settings:
+        return inf
+    if one.scaling == other.scaling and all(torch.equal(ours[name], theirs[name]) for name in ours):
+        return 0.0
+    first, second, compared = one.update(), other.update(), list(TABLE[one.kind].vectors)
+    found = [0.0]
+    if first is None or second is None:  # Dual LoRA's is dense
+        compared = list(ours)
+    else:
+        found.append(_relative((first + -1.0 * second).frobenius_norm(), first.frobenius_norm()))
+    for name in compared:
+        slot, its = ours[name].double(), theirs[name].double()
+        found.append(_relative((slot - its).norm(), slot.norm()) if slot.shape == its.shape else inf)
+    return max(found)
+
+
+def _relative(difference: Tensor, size: Tensor) -> float:
+    return float(difference / size) if size else float(difference)
 
 
 def from_adapters(

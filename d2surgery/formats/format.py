@@ -32,8 +32,8 @@ class Format(Protocol):
 
     NAME: str
 
-    def recognise(self, header: Header, config: Mapping[str, Any] | None) -> bool:
-        """Whether the file is of this format, by its keys and the config beside it."""
+    def recognise(self, header: Header, config: Mapping[str, Any] | None) -> str:
+        """Why the file is of this format, by its keys and the config beside it; "" where it is not."""
 
     def layout(self, header: Header, config: Mapping[str, Any] | None, values: Values) -> Layout:
         """The layout of a file that was recognised: every tensor in one place, every misfit in `problems`."""

@@ -8,7 +8,7 @@ from math import isfinite
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import TensorInfo
-from d2surgery.formats import open_layout
+from d2surgery.formats import open_layout, with_base
 from d2surgery.formats.layout import Layout, Packing
 from d2surgery.placement.promises import broken_promises
 from d2surgery.placement.site import is_head
@@ -44,6 +44,7 @@ def fit(
         raise refuse("STRENGTH", "not a number to multiply with", wanted="finite", got=str(strength))
     layout = open_layout(adapter, expert_layout=expert_layout)
     weights = BaseWeights(base)
+    layout = with_base(layout, weights.header.tensors, weights.config)
     landing = sites(layout, weights.header, weights.config)
     problems = [
         *weights.header.problems,
