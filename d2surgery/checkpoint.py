@@ -58,11 +58,11 @@ class Checkpoint(Mapping[str, Adapter]):
     def adapter(self, module: str, expert: int = 0) -> Adapter:
         """The adapter of one module: factors as (r, in) and (out, r), a convolution's kernel flattened into in.
 
-        Raises D2SurgeryError MISSING_CONFIG when the scaling is unknown.
+        Raises D2SurgeryError SCALING_UNKNOWN when the scaling is.
         """
         entry = self.layout.adapters[module]
         if entry.scaling is None:
-            raise refuse("MISSING_CONFIG", "the scaling is unknown", file=str(self.layout.path), module=module)
+            raise refuse("SCALING_UNKNOWN", "what multiplies B·A?", file=str(self.layout.path), module=module)
         vectors = TABLE[entry.kind].vectors
         slots = {name: self._matrix(slot, flat=name in vectors) for name, slot in entry.slots.items() if name != "bias"}
         if entry.experts > 1:
@@ -135,9 +135,10 @@ def differences(one: Checkpoint, other: Checkpoint) -> dict[str, float]:
 
     0 for the same numbers, and infinity for a module that only one of the two has.
     """
-    found = dict.fromkeys([*one, *other], inf)
-    for module in one.keys() & other.keys():
-        counts = {each.layout.adapters[module].experts for each in (one, other)}
+    ours, theirs = one.layout.adapters, other.layout.adapters
+    found = dict.fromkeys([*ours, *theirs], inf)
+    for module in ours.keys() & theirs.keys():
+        counts = {each[module].experts for each in (ours, theirs)}
         pairs = ((one.adapter(module, e), other.adapter(module, e)) for e in range(counts.pop()))
         found[module] = inf if counts else max(_difference(*pair) for pair in pairs)
     return found

@@ -75,7 +75,7 @@ CODES: dict[str, Code] = {
     # What an adapter file says.
     "MISSING_CONFIG": Code(
         "There is no adapter_config.json beside the weights and none inside the file, so the scaling is unknown.",
-        "Put the adapter_config.json of the same training beside the weights.",
+        "Put the adapter_config.json of the same training beside the weights, or give --scale or --alpha.",
     ),
     "BAD_CONFIG": Code("A config cannot be used as it stands.", "Correct the named field."),
     "CONFIG_DISAGREES": Code(

@@ -74,8 +74,9 @@ def with_base(layout_: Layout, names: Iterable[str], model: Mapping[str, Any]) -
 
 
 def _mixed(found: Layout, format: Format) -> Iterator[Problem]:
-    """The other format of which what was left unread is, where it is of one."""
-    left = {key: found.header.tensors[key] for key in found.unread}
+    """The other format of which what was not understood is, where it is of one."""
+    unknown = {problem.module for problem in found.problems if problem.code == "UNKNOWN_TENSOR"}
+    left = {key: found.header.tensors[key] for key in found.unread if key in unknown}
     for other in FORMATS[:-1] if left and format is not FORMATS[-1] else ():
         if other is not format and (rule := other.recognise(replace(found.header, tensors=left, metadata={}), None)):
             message = f"the keys of {format.NAME}, and {len(left)} of another: {rule}, which is {other.NAME}"

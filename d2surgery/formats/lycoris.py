@@ -298,7 +298,8 @@ def _side(side: int, *tensors: "Tensor") -> "Tensor":
     rows, columns = first.shape[0], first[0].numel()
     if (rows <= columns) == (side == 0):
         return first
-    return first.new_ones(min(rows, columns)).diag().reshape(-1, *(first.shape[1:] if side == 0 else ()))
+    whole = first.new_ones(min(rows, columns)).diag()
+    return whole if side else whole.reshape(-1, *first.shape[1:])
 
 
 # Writing ---------------------------------------------------------------------------------------------------------

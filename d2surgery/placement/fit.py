@@ -38,11 +38,14 @@ def fit(
     adapter: str | os.PathLike[str],
     strength: float = 1.0,
     expert_layout: Packing | None = None,
+    *,
+    scale: float | None = None,
+    alpha: float | None = None,
 ) -> Fit:
     """Where every tensor of the adapter lands. Raises D2SurgeryError with every misfit at once."""
     if not isfinite(strength):
         raise refuse("STRENGTH", "not a number to multiply with", wanted="finite", got=str(strength))
-    layout = open_layout(adapter, expert_layout=expert_layout)
+    layout = open_layout(adapter, expert_layout=expert_layout, scale=scale, alpha=alpha)
     weights = BaseWeights(base)
     layout = with_base(layout, weights.header.tensors, weights.config)
     landing = sites(layout, weights.header, weights.config)
