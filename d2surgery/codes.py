@@ -140,7 +140,7 @@ CODES: dict[str, Code] = {
     "SCALING_UNKNOWN": Code(
         "Neither the file nor a config beside it says what multiplies B·A.",
         "Give --scale, the number itself, or --alpha, which is divided by the rank: `d2surgery convert ADAPTER OUT "
-        "--scale …` writes an adapter that carries it.",
+        "--to peft --scale …` writes an adapter that carries it.",
     ),
     "NOT_A_NUMBER": Code(
         "What should be one stored number, such as an alpha, is none.",
@@ -149,6 +149,11 @@ CODES: dict[str, Code] = {
     "ALPHA_ZERO": Code(
         "A stored alpha is 0, which the tools that train with it take for the rank: the scaling is 1.",
         "Nothing to do where that is meant; sd-scripts' own merge script takes it for 0.",
+    ),
+    "ALPHA_OF_SPLIT_QKV": Code(
+        "sd-scripts trained q, k and v apart (split_qkv) and saved them as one pair of their ranks' sum with the alpha "
+        "of one: every reader, this one too, applies a third or a quarter of what was trained.",
+        "Nothing to do to have what other readers have; for what was trained, scale the adapter by what is told here.",
     ),
     "MAGNITUDE_EPSILON": Code(
         "LyCORIS adds the machine epsilon of the stored magnitude's dtype to the norm that it divides by, ComfyUI that "

@@ -56,6 +56,8 @@ def _tensor(held: Held, entry: zipfile.ZipInfo, name: str) -> TensorInfo:
 
     if not entry.filename.endswith(".npy") or entry.compress_type != zipfile.ZIP_STORED:
         bad("not an array that is stored as it is")
+    if not 0 <= entry.header_offset < held.found.st_size:
+        bad("the archive does not hold it where it says")
     local = held.read(30, entry.header_offset)
     if len(local) < 30 or local[:4] != b"PK\x03\x04":
         bad("the archive does not hold it where it says")

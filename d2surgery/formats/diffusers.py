@@ -43,7 +43,9 @@ A, B, BIAS, MAGNITUDE, ALPHA = "lora_A", "lora_B", "bias", "magnitude", "alpha"
 _LEAVES = {
     "lora_A.weight": A, "lora.down.weight": A, "lora_linear_layer.down.weight": A, "lora_A.default.weight": A,
     "lora_B.weight": B, "lora.up.weight": B, "lora_linear_layer.up.weight": B, "lora_B.default.weight": B,
-    "lora_B.bias": BIAS, "lora_magnitude_vector": MAGNITUDE, "lora_magnitude_vector.weight": MAGNITUDE, "alpha": ALPHA,
+    "lora_B.bias": BIAS, "alpha": ALPHA,
+    **dict.fromkeys(("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default",
+                     "lora_magnitude_vector.default.weight"), MAGNITUDE),
 }  # fmt: skip
 _OLD = (".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight",
         ".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight")  # fmt: skip

@@ -111,6 +111,7 @@ def _factor(pairs: Pairs, key: str) -> Factor:
     if shape is None:
         return pairs.factor(key)
     sizes = tuple(map(int, shape.split()))
+    pairs.decoded.add(key)
     return Factor(Slot(key, made=partial(_dequantized, sizes)), sizes)
 
 

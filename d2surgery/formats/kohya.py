@@ -19,6 +19,7 @@ Source: kohya-ss/sd-scripts.  Of LyCORIS's further leaves see `lycoris`.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,8 @@ def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
 
 
 def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> Layout:
-    return read(header, values, NAME, LEAVES, add)
+    found = read(header, values, NAME, LEAVES, add)
+    return replace(found, problems=(*found.problems, *_split_qkv(found)))
 
 
 def read(header: Header, values: Values, format: str, leaves: Iterable[str], add: Add) -> Layout:
@@ -59,6 +61,28 @@ def read(header: Header, values: Values, format: str, leaves: Iterable[str], add
         add(pairs, listed.get(name) or known(name) or name, group, name)
     base = header.metadata.get("ss_base_model_version") or header.metadata.get("ss_sd_model_name")
     return pairs.layout(format, About(base_model=base or None))
+
+
+def network_args(header: Header) -> Mapping[str, Any]:
+    """The header's ss_network_args, which are JSON in a string; their values may be words."""
+    try:
+        found = json.loads(header.metadata.get("ss_network_args", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _split_qkv(layout: Layout) -> Iterator[Problem]:
+    """sd-scripts' split_qkv: the saved rank is that of all parts, the alpha that of one."""
+    dim = layout.header.metadata.get("ss_network_dim", "")
+    if str(network_args(layout.header).get("split_qkv")).lower() != "true" or not dim.isdecimal() or not int(dim):
+        return
+    for module, entry in layout.adapters.items():
+        parts, rest = divmod(entry.ranks["update"], int(dim))
+        if parts in (3, 4) and not rest and entry.scaling is not None:
+            got = f"scaling {entry.scaling:g}, trained with {entry.scaling * parts:g}"
+            yield Problem(code="ALPHA_OF_SPLIT_QKV", message="the alpha of one part", severity="warning",
+                          file=layout.path.name, module=module, got=got)  # fmt: skip
 
 
 def add(pairs: Pairs, module: str, group: Group, name: str) -> None:

@@ -24,6 +24,7 @@ Source: LyCORIS 4.1.3.
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -59,21 +60,28 @@ def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
     ends = tuple(f".{leaf}" for leaf in _OWN)  # PEFT's LoHa and LoKr have its prefix, and their alpha in a config
     if key := next((key for key in header.tensors if key.endswith(ends) and not key.startswith(PREFIX)), ""):
         return f"keys end in .{key.rpartition('.')[2]}"
-    if kohya.recognise(header, config) and any(key.endswith(f".{MAGNITUDE}") for key in header.tensors):
-        return f"keys end in .{DOWN} and .{MAGNITUDE}"
+    if kohya.recognise(header, config):
+        if header.metadata.get("ss_network_module", "").startswith("lycoris"):
+            return "ss_network_module in the header"
+        if any(key.endswith(f".{MAGNITUDE}") for key in header.tensors):
+            return f"keys end in .{DOWN} and .{MAGNITUDE}"
     return ""
 
 
 def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> Layout:
-    return kohya.read(header, values, NAME, LEAVES, partial(_add, _has_root(header)))
+    args = kohya.network_args(header)
+    add = partial(_add, str(args.get("rs_lora")).lower() == "true")
+    found = kohya.read(header, values, NAME, LEAVES, add)
+    return replace(found, problems=(*found.problems, *_bare(found, str(args.get("dora_wd")).lower() == "true")))
 
 
-def _has_root(header: Header) -> bool:
-    """Whether ss_network_args say rs_lora; a file may say it as a word."""
-    try:
-        return str(json.loads(header.metadata["ss_network_args"]).get("rs_lora")).lower() == "true"
-    except (KeyError, ValueError, AttributeError, RecursionError):
-        return False
+def _bare(layout: Layout, all_dora: bool) -> Iterator[Problem]:
+    """Modules without a magnitude in a file of DoRA: they may be meant so, where the header does not say otherwise."""
+    for module, entry in layout.adapters.items():
+        if entry.kind == "lora" and (all_dora or "dora" in layout.kinds):
+            message = "dora_wd is set, and there is no dora_scale" if all_dora else "no dora_scale, which others have"
+            yield Problem(code="MISSING_MAGNITUDE", message=message, severity="error" if all_dora else "warning",
+                          file=layout.path.name, module=module)  # fmt: skip
 
 
 class _Product(NamedTuple):
@@ -119,7 +127,8 @@ def _add(root: bool, pairs: Pairs, module: str, group: Group, name: str) -> None
 def _product(pairs: Pairs, group: Group) -> _Product:
     if others := {_OTHERS[leaf] for leaf in group if leaf in _OTHERS}:
         raise _Misfit("UNSUPPORTED_VARIANT", f"{' and '.join(sorted(others))} of LyCORIS")
-    makers = [make for first, make in _ALGORITHMS.items() if any(leaf.startswith(first) for leaf in group)]
+    leaves = group.keys() - {"diff_b"}
+    makers = [make for first, make in _ALGORITHMS.items() if any(leaf.startswith(first) for leaf in leaves)]
     if len(makers) != 1:
         what = "several algorithms on one module" if makers else "no factors"
         raise _Misfit("UNKNOWN_TENSOR" if makers else "MISSING_HALF", f"{what}: {', '.join(sorted(group))}")
