@@ -14,6 +14,7 @@ from d2surgery.formats.format import Holding, Values
 from d2surgery.formats.layout import AdapterLayout, Layout, Slot, Stored
 
 NAME = "toy"
+TITLE, READS = "a toy", "LoRA"
 
 
 def recognise(header: Header, config: Mapping[str, Any] | None) -> str:

@@ -51,9 +51,8 @@ class Toy:
         if module not in self.m:
             return whole
         m = self.m[module].astype(np.float64)
-        if along == "out":
-            return m[:, None] * whole / np.linalg.norm(whole, axis=1, keepdims=True)
-        return m * whole / np.linalg.norm(whole, axis=0)
+        norms = np.linalg.norm(whole, axis=1 if along == "out" else 0, keepdims=True)
+        return np.asarray(whole * (m.reshape(norms.shape) / norms))
 
 
 def toy(dora: bool = False, along: str = "out") -> Toy:
@@ -148,10 +147,11 @@ def mlx(t: Toy, directory: Path, **parameters: Any) -> Path:
 def mlx_old(t: Toy, directory: Path) -> Path:
     """Before June 2024: an archive, and an alpha beside the scale."""
     mlx(t, directory, scale=t.scaling / 2, alpha=2.0 * RANK)
-    arrays = {f"{module}.{leaf}": factor.T for module in t.A
+    arrays: dict[str, Any] = {f"{module}.{leaf}": factor.T for module in t.A
               for leaf, factor in (("lora_a", t.A[module]), ("lora_b", t.B[module]))}  # fmt: skip
     (directory / "adapters.safetensors").unlink()
-    np.savez(directory / "adapters.npz", **{name: np.ascontiguousarray(a) for name, a in arrays.items()})
+    stored: Any = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    np.savez(directory / "adapters.npz", **stored)
     return directory
 
 

@@ -37,6 +37,7 @@ from d2surgery.formats.pairs import Group, Pairs
 from d2surgery.formats.peft.config import Config
 
 NAME = "diffusers"
+TITLE, READS = "diffusers", "LoRA, DoRA, lora_bias; all old spellings, ComfyUI's `diffusion_model.`"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 A, B, BIAS, MAGNITUDE, ALPHA = "lora_A", "lora_B", "bias", "magnitude", "alpha"

@@ -58,6 +58,7 @@ _LEAVES = {  # leaf -> format, where no pair is taken apart
 
 
 NAME = "foreign"
+TITLE, READS = "torchtune, OFT, VeRA, IA³ …", "recognised, not read"
 
 
 def recognise(header: Header, config: Mapping[str, Any] | None) -> str:

@@ -30,7 +30,9 @@ class Holding(Protocol):
 class Format(Protocol):
     """One way in which adapters lie on disk."""
 
-    NAME: str
+    NAME: str  # what `save(…, format=NAME)` and `convert --to` call it
+    TITLE: str  # what people call it
+    READS: str  # what of it is read, in words
 
     def recognise(self, header: Header, config: Mapping[str, Any] | None) -> str:
         """Why the file is of this format, by its keys and the config beside it; "" where it is not."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "gguf"
+TITLE, READS = "llama.cpp, Ollama, LM Studio (GGUF)", "LoRA; F32, F16, BF16, Q8_0; seven families"
 WEIGHTS = "adapter.gguf"
 ARCHITECTURES = {  # transformers' model_type -> llama.cpp's architecture
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2",

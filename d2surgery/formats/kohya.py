@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "kohya"
+TITLE, READS = "kohya: sd-scripts, musubi-tuner, most tools for images", "LoRA and convolutions, alpha per module"
 WEIGHTS = "lora.safetensors"
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 LEAVES = (DOWN, UP, ALPHA)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "lycoris"
+TITLE, READS = "LyCORIS", "LoCon, Tucker, LoHa, LoKr, full `diff`, DoRA on both axes"
 MID, MAGNITUDE = "lora_mid.weight", "dora_scale"
 _HADA = tuple(f"hada_{leaf}" for leaf in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
 _LOKR = tuple(f"lokr_{leaf}" for leaf in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))

@@ -34,6 +34,7 @@ from d2surgery.formats.pairs import Group, Pairs
 from d2surgery.formats.peft.fields import is_number
 
 NAME = "mlx"
+TITLE, READS = "MLX-LM", "LoRA, DoRA; `.npz`, the scale of before June 2024"
 WEIGHTS = "adapters.safetensors"
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embedding", "embeddings")
 _LEAVES = {leaf: leaf for leaf in ("lora_a", "lora_b", "m")}

@@ -22,6 +22,7 @@ from d2surgery.formats.format import Holding, Values
 from d2surgery.formats.layout import Layout, Stored
 
 NAME = "peft-serving"
+TITLE, READS = "PEFT for every engine: vLLM, SGLang, TGI …", "as `peft`"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank
 _OUTPUTS = ("lm_head", "embed_out", "embed_tokens", "wte")  # what engines do not serve, or only some
 

@@ -91,9 +91,8 @@ def merge(
 
     max_memory: bytes of resident memory that may be used. shard_size: bytes per output file. expert_layout: how experts
     share the columns of lora_B, None as the file says. scale, or alpha over the rank: what multiplies B·A, of a file
-    that does not say it. tokenizer: whose stands beside the weights, "adapter"'s where it
-    brings one or "base"'s. resume: continue an interrupted merge with the same arguments. verify=False writes no
-    hashes and does not fsync.
+    that does not say it. tokenizer: whose stands beside the weights, "adapter"'s where it brings one or "base"'s.
+    resume: continue an interrupted merge with the same arguments. verify=False writes no hashes and does not fsync.
     progress(done, total) is called with bytes written.
 
     One process writes to an output (`files.lock` says where that is seen). What is read is what was hashed, or the
@@ -114,9 +113,8 @@ def merge(
                 from d2surgery.merging.receipt import RECEIPT
 
             prepared = prepare(fitted, dtype, device, tokenizer)
-            written, problems = write(
-                prepared, partial, companions, ahead.stop, max_memory, shard_size, verify, progress
-            )
+            how = (max_memory, shard_size, verify, progress)
+            written, problems = write(prepared, partial, companions, ahead.stop, *how)
     return MergeReport(
         out=str(out),
         tensors_written=len(prepared.outputs),

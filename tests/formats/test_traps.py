@@ -158,7 +158,7 @@ def test_trap_11_a_tucker_core_turns_lohas_outer_factors(tmp_path: Path) -> None
 
 
 def test_trap_12_lokr_of_two_full_matrices_has_scale_1_and_with_rs_lora_an_unknown_one(tmp_path: Path) -> None:
-    tensors = {f"{KOHYA}.lokr_w1": numbers(4, 2, seed=1), f"{KOHYA}.lokr_w2": numbers(6, 8, seed=2),
+    tensors: dict[str, Any] = {f"{KOHYA}.lokr_w1": numbers(4, 2, seed=1), f"{KOHYA}.lokr_w2": numbers(6, 8, seed=2),
                f"{KOHYA}.alpha": torch.tensor(0.25)}  # fmt: skip
     layout = read(tmp_path, tensors)
     wanted = np.kron(tensors[f"{KOHYA}.lokr_w1"].astype(np.float64), tensors[f"{KOHYA}.lokr_w2"])

@@ -40,6 +40,7 @@ from d2surgery.formats.peft.reader import read
 from d2surgery.kinds import TABLE
 
 NAME = "peft"
+TITLE, READS = "PEFT", "the four kinds, replaced tensors, token rows, biases"
 
 
 def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
