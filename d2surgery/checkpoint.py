@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from d2surgery import formats
 from d2surgery.adapters import KINDS, Adapter
-from d2surgery.errors import refuse
+from d2surgery.adapters.lowrank import LowRank
+from d2surgery.errors import D2SurgeryError, refuse
 from d2surgery.files.locate import WEIGHTS
 from d2surgery.files.tensors import NAMES, header_of, read_tensor
 from d2surgery.formats.layout import About, AdapterLayout, Layout, Packing, Rows, Slot, Stored
-from d2surgery.kinds import TABLE
+from d2surgery.kinds import TABLE, Group
 
 _SAME = 1e-6  # how far a delta may be from what was meant, relative: a scaling folded in float32 is 6e-8 off
 
@@ -121,12 +123,20 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, format: s
     formats.write(checkpoint, out, format)
     if format == "peft":
         return {}
-    found = differences(checkpoint, load(out))
-    worst = max(found, key=lambda module: found[module])
-    if found[worst] > _SAME:
+    try:
+        return _same(checkpoint, load(out), format)
+    except D2SurgeryError:
         for name in WEIGHTS:
             (out / name).unlink(missing_ok=True)
-        raise refuse("READ_BACK_DIFFERS", f"written as {format}", module=worst, got=f"{found[worst]:.2g} of the delta")
+        raise
+
+
+def _same(meant: Checkpoint, written: Checkpoint, format: str) -> dict[str, float]:
+    found = differences(meant, written)
+    worst = max(found, key=lambda module: found[module])
+    if found[worst] > _SAME:
+        file, got = str(written.layout.path), f"{found[worst]:.2g} of the delta"
+        raise refuse("READ_BACK_DIFFERS", f"written as {format}", file=file, module=worst, got=got)
     return found
 
 
@@ -150,16 +160,26 @@ def _difference(one: Adapter, other: Adapter) -> float:
         return inf
     if one.scaling == other.scaling and all(torch.equal(ours[name], theirs[name]) for name in ours):
         return 0.0
-    first, second, compared = one.update(), other.update(), list(TABLE[one.kind].vectors)
-    found = [0.0]
-    if first is None or second is None:  # Dual LoRA's is dense
-        compared = list(ours)
-    else:
-        found.append(_relative((first + -1.0 * second).frobenius_norm(), first.frobenius_norm()))
-    for name in compared:
-        slot, its = ours[name].double(), theirs[name].double()
-        found.append(_relative((slot - its).norm(), slot.norm()) if slot.shape == its.shape else inf)
-    return max(found)
+    vectors = ((ours[name].double(), theirs[name].double()) for name in TABLE[one.kind].vectors)
+    found = [_relative((mine - its).norm(), mine.norm()) if mine.shape == its.shape else inf for mine, its in vectors]
+    for group in TABLE[one.kind].groups.values():
+        rank = max(slots[group.down].shape[0] for slots in (ours, theirs))
+        P, Q = _padded(one, group, rank)
+        its_P, its_Q = _padded(other, group, rank)
+        if P.shape != its_P.shape or Q.shape != its_Q.shape:
+            return inf
+        if torch.equal(Q, its_Q) and torch.equal(P, its_P):
+            continue
+        off = LowRank(P - its_P, Q) if torch.equal(Q, its_Q) else LowRank(P, Q) + LowRank(-its_P, its_Q)
+        found.append(_relative(off.frobenius_norm(), LowRank(P, Q).frobenius_norm()))
+    return max(found, default=0.0)
+
+
+def _padded(adapter: Adapter, group: Group, rank: int) -> tuple[Tensor, Tensor]:
+    """A group's factors, the scaling in the up one, with zeros up to a rank."""
+    down, up = (adapter.slots()[name] for name in (group.down, group.up))
+    missing = rank - down.shape[0]
+    return pad(up.double() * float(adapter.scaling), (0, missing)), pad(down, (0, 0, 0, missing))
 
 
 def _relative(difference: Tensor, size: Tensor) -> float:

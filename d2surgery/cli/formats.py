@@ -64,7 +64,8 @@ def _document(modules: dict[str, _Module], form: str, out: Path) -> dict[str, An
 def _text(modules: dict[str, _Module], kinds: str, form: str, out: Path, per_layer: bool) -> Iterator[str]:
     worst = max(modules, key=lambda name: modules[name].difference)
     off = modules[worst].difference
-    said = f"the largest difference is {off:.2g} of the delta, on {output.printable(worst)}" if off else "the same bits"
+    same = "the same bits" if {module.how for module in modules.values()} == {"the same bits"} else "the same deltas"
+    said = f"the largest difference is {off:.2g} of the delta, on {output.printable(worst)}" if off else same
     what = f"{kinds} on {output.count(len(modules), 'module')} as {form}"
     yield f"{output.style('OK', 'green')}  {what}, read back: {said}"
     rows: list[tuple[str, ...]] = []

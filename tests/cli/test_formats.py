@@ -31,7 +31,7 @@ def test_convert_says_by_module_what_it_did(tmp_path: Path, capsys: pytest.Captu
     assert {(m["rank"], m["scaling"], m["how"]) for m in found["modules"]} == {(4, 0.5, "the same bits")}
     assert main(["convert", adapter, str(tmp_path / "b"), "--to", "peft-serving"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("OK  LoRA on 3 modules as peft-serving, read back: the largest difference is ")
+    assert out.startswith("OK  LoRA on 3 modules as peft-serving, read back: the same deltas\n")
     assert "q_proj ×1     rank 4 → 8  scaling 0.5 → 1.0  padded and folded" in out
     assert main(["convert", adapter, str(tmp_path / "c"), "--to", "kohya", "--rank", "2", "--json"]) == 0
     assert {m["rank"] for m in document(capsys)["modules"]} == {2}
