@@ -85,8 +85,10 @@ def _weights_in(directory: Path) -> Path:
             return directory / name
     if next(directory.glob("*.index.json"), None):
         raise refuse("NOT_AN_ADAPTER", "the directory holds a model in shards", file=str(directory))
-    found = sorted(directory.glob("*.safetensors")) or sorted(
-        path for path in directory.iterdir() if path.suffix in PICKLES and path.stem not in _STATES
+    found = (
+        sorted(directory.glob("*.safetensors"))
+        or sorted(path for path in directory.iterdir() if path.suffix in PICKLES and path.stem not in _STATES)
+        or sorted(directory.glob("*.gguf"))
     )
     if not found:
         got = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "an empty directory"

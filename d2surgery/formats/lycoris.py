@@ -58,9 +58,9 @@ _OWN = ("hada_w1_a", "lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a", "diff", MID
 
 
 def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
-    ends = tuple(f".{leaf}" for leaf in _OWN)  # PEFT's LoHa and LoKr have its prefix, and their alpha in a config
-    if key := next((key for key in header.tensors if key.endswith(ends) and not key.startswith(PREFIX)), ""):
-        return f"keys end in .{key.rpartition('.')[2]}"
+    keys = [key for key in header.tensors if not key.startswith(PREFIX)]  # PEFT's LoHa has its alpha in a config
+    if leaf := next((leaf for leaf in _OWN if any(key.endswith(f".{leaf}") for key in keys)), ""):
+        return f"keys end in .{leaf}"
     if kohya.recognise(header, config):
         if header.metadata.get("ss_network_module", "").startswith("lycoris"):
             return "ss_network_module in the header"
@@ -110,15 +110,14 @@ def _add(root: bool, pairs: Pairs, module: str, group: Group, name: str) -> None
     except _Misfit as misfit:
         pairs.skip(group.values(), *misfit.args, module=name)
         return
-    full = product.rank is None and "lokr_w1" in group and root
-    if full:
+    if unknown := root and product.rank is None and "lokr_w1" in group:
         pairs.say("SCALING_UNKNOWN", "rs_lora with two full matrices: √r, and r is not in the file", module=name)
     pairs.add(
         module,
         group,
         product.down,
         product.up,
-        scaling=None if full else scaling,
+        scaling=None if unknown else scaling,
         magnitude=group.get(MAGNITUDE, ""),
         along=along,
         bias=group.get("diff_b", ""),
@@ -269,12 +268,16 @@ def _fit(right: bool, shapes: list[tuple[int, ...]]) -> None:
         raise _Misfit("RANK_MISMATCH", f"{', '.join(map(str, shapes))} do not multiply")
 
 
-# Factors made of stored tensors, in float32 ----------------------------------------------------------------------
+# Factors made of stored tensors, in float32 or more --------------------------------------------------------------
+
+
+def _wide(tensor: "Tensor") -> "Tensor":
+    return tensor if tensor.itemsize > 4 else tensor.float()
 
 
 def _tucker(down: "Tensor", mid: "Tensor") -> "Tensor":
     """Σ_j mid[i, j, …] down[j, in]: (i, in, …)."""
-    product = mid.float().flatten(2).transpose(1, 2) @ down.float().flatten(1)
+    product = _wide(mid).flatten(2).transpose(1, 2) @ _wide(down).flatten(1)
     return product.transpose(1, 2).reshape(mid.shape[0], -1, *mid.shape[2:])
 
 
@@ -283,12 +286,12 @@ def _rows_multiplied(first: "Tensor", second: "Tensor", *cores: "Tensor") -> "Te
     a, b = (
         (_tucker(each, core) for each, core in zip((first, second), cores, strict=True)) if cores else (first, second)
     )
-    return (a.float()[:, None] * b.float()[None]).flatten(0, 1)
+    return (_wide(a)[:, None] * _wide(b)[None]).flatten(0, 1)
 
 
 def _columns_multiplied(turned: bool, first: "Tensor", second: "Tensor") -> "Tensor":
     """(out, r1·r2), of (out, r) or, `turned`, (r, out)."""
-    a, b = ((each.T if turned else each).float() for each in (first, second))
+    a, b = (_wide(each.T if turned else each) for each in (first, second))
     return (a[:, :, None] * b[:, None]).flatten(1)
 
 
@@ -300,11 +303,11 @@ def _kronecker(count: int, side: int, *tensors: "Tensor") -> "Tensor":
 
 def _side(side: int, *tensors: "Tensor") -> "Tensor":
     """The down (0) or up (1) factor of a full matrix, of a product a·b, or of a Tucker product of a, b and a core."""
-    first = tensors[0].float()
+    first = _wide(tensors[0])
     if len(tensors) == 3:
         return _tucker(tensors[1], tensors[2]) if side == 0 else first.T
     if len(tensors) == 2:
-        return first if side else tensors[1].float()
+        return first if side else _wide(tensors[1])
     rows, columns = first.shape[0], first[0].numel()
     if (rows <= columns) == (side == 0):
         return first

@@ -14,29 +14,39 @@ lora_parameters {rank, scale, dropout, keys}.  `scale` multiplies as it stands; 
 beside it, and scale·alpha/rank multiplied.  A file has one rank and one scale: what differs is padded with zeros and
 scaled in its lora_b.  `keys` are whole names here, which MLX-LM takes as it takes names within a block.
 
-Experts (switch layers, three dimensions) and fine_tune_type "full" are refused by name.
+Experts lie in `switch_mlp`, not transposed: lora_a (E, r, in), lora_b (E, out, r).  They are read as adapters of the
+parameters that transformers has for them, gate and up in one, and not written.  Other layers of three dimensions and
+fine_tune_type "full" are refused by name.
 Source: mlx-lm 0.32 as it reads and writes.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d2surgery.errors import Problem, raise_errors
-from d2surgery.files.header import Header
+from d2surgery.files.header import FLOATS, Header
 from d2surgery.files.whole import write_whole
 from d2surgery.formats.flat import flattened
 from d2surgery.formats.format import Holding, Values
-from d2surgery.formats.layout import About, Layout, Stored
+from d2surgery.formats.layout import About, AdapterLayout, Layout, Slot, Stored
 from d2surgery.formats.pairs import Group, Pairs
 from d2surgery.formats.peft.fields import is_number
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 NAME = "mlx"
-TITLE, READS = "MLX-LM", "LoRA, DoRA; `.npz`, the scale of before June 2024"
+TITLE, READS = "MLX-LM", "LoRA, DoRA, experts; `.npz`, the scale of before June 2024"
 WEIGHTS = "adapters.safetensors"
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embedding", "embeddings")
+_SWITCH = ".switch_mlp."
+_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # transformers' parameter -> parts
+_STACKED = [leaf for leaves in _EXPERTS.values() for leaf in leaves]
 _LEAVES = {leaf: leaf for leaf in ("lora_a", "lora_b", "m")}
 _CONFIG = ("fine_tune_type", "lora_parameters", "lora_layers")
 
@@ -52,12 +62,80 @@ def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> 
     if found.get("fine_tune_type") == "full":
         pairs.skip(header.tensors, "UNSUPPORTED_VARIANT", "fine_tune_type is full: trained weights, not factors")
         return pairs.layout(NAME, _about(found))
+    switches: dict[str, dict[str, Group]] = {}
     for module, group in pairs.groups(_LEAVES).items():
-        _add(pairs, module, group, found)
+        block, _, leaf = module.partition(_SWITCH)
+        if leaf in _STACKED and {"lora_a", "lora_b"} == group.keys():
+            switches.setdefault(block, {})[leaf] = group
+        else:
+            _add(pairs, module, group, found)
+    for block, parts in switches.items():
+        root = re.sub(r"(^|\.)block_sparse_moe$", r"\1mlp", block)  # Mixtral's, as transformers has it now
+        for parameter, leaves in _EXPERTS.items():
+            _add_experts(pairs, f"{root}.experts.{parameter}", leaves, parts, found)
     if any(entry.scaling is None for entry in pairs.adapters.values()):
         pairs.say("SCALING_UNKNOWN", "no scale in lora_parameters of an adapter_config.json")
     tied = any(entry.stored == "embedding" for entry in pairs.adapters.values())
     return pairs.layout(NAME, replace(_about(found), tied=tied))
+
+
+def _add_experts(
+    pairs: Pairs, module: str, leaves: tuple[str, ...], parts: Mapping[str, Group], config: Mapping[str, Any]
+) -> None:
+    """The experts of one parameter: their ranks are those of its parts together, each part with rows of its own."""
+    found = [(at, parts[leaf]) for at, leaf in enumerate(leaves) if leaf in parts]
+    keys = [key for _, group in found for key in group.values()]
+    if not found:
+        return
+    downs, ups = ([pairs.shape(group[leaf]) for _, group in found] for leaf in ("lora_a", "lora_b"))
+    fits = all(len(a) == len(b) == 3 and (a[0], a[1]) == (b[0], b[2]) for a, b in zip(downs, ups, strict=True))
+    if not fits or len({(a[0], a[2]) for a in downs}) > 1 or len({b[1] for b in ups}) > 1:
+        got = "; ".join(map(str, (*downs, *ups)))
+        pairs.skip(keys, "RANK_MISMATCH", "the experts' factors do not multiply", module=module, got=got)
+        return
+    if wrong := [key for key in keys if pairs.header.tensors[key].dtype not in FLOATS]:
+        got = pairs.header.tensors[wrong[0]].dtype
+        pairs.skip(keys, "DTYPE_UNEXPECTED", "a factor of experts", module=module, wanted=", ".join(FLOATS), got=got)
+        return
+    A, B = ([group[leaf] for _, group in found] for leaf in ("lora_a", "lora_b"))
+    scalings = {_scaling(config, a[1]) for a in downs}
+    made = partial(_experts_up, len(leaves), [at for at, _ in found])
+    pairs.adapters[module] = AdapterLayout(
+        module=module,
+        kind="lora",
+        stored="experts",
+        slots={"A": Slot(A[0], also=tuple(A[1:]), made=_experts_down), "B": Slot(B[0], also=tuple(B[1:]), made=made)},
+        ranks={"update": sum(a[1] for a in downs)},
+        out_features=len(leaves) * ups[0][1],
+        in_features=downs[0][2],
+        dtype=pairs.header.tensors[A[0]].dtype,
+        scaling=scalings.pop() if len(scalings) == 1 else None,
+        experts=downs[0][0],
+        blocked=("A", "B"),
+        numbers=(*A[1:], *B[1:]),
+    )
+
+
+def _experts_down(*each: "Tensor") -> "Tensor":
+    """(E·Σr, in) of (E, r, in)."""
+    return _together(each, 1).flatten(0, 1)
+
+
+def _experts_up(parts: int, where: list[int], *each: "Tensor") -> "Tensor":
+    """(parts·out, E·Σr) of (E, out, r): each in the rows of its own part, the others zero."""
+    experts, out, _ = each[0].shape
+    padded = []
+    for at, up in zip(where, each, strict=True):
+        whole = up.new_zeros(experts, parts, out, up.shape[2])
+        whole[:, at] = up
+        padded.append(whole.flatten(1, 2))
+    return _together(tuple(padded), 2).transpose(0, 1).flatten(1)
+
+
+def _together(each: "tuple[Tensor, ...]", along: int) -> "Tensor":
+    import torch
+
+    return torch.cat(each, along)
 
 
 def _add(pairs: Pairs, module: str, group: Group, config: Mapping[str, Any]) -> None:
@@ -70,7 +148,9 @@ def _add(pairs: Pairs, module: str, group: Group, config: Mapping[str, Any]) -> 
     elif config and "m" in group and not is_dora:
         pairs.skip(group.values(), "BAD_CONFIG", "an m although fine_tune_type is not dora", module=module)
     elif len(pairs.shape(group["lora_a"])) == 3:
-        pairs.skip(group.values(), "UNSUPPORTED_VARIANT", "experts (a switch layer) of MLX-LM", module=module)
+        pairs.skip(
+            group.values(), "UNSUPPORTED_VARIANT", "a layer of three dimensions that is no switch_mlp", module=module
+        )
     else:
         is_embedding = module.rpartition(".")[2] in EMBEDDINGS
         down, up = (pairs.factor(group[leaf], transposed=True) for leaf in ("lora_a", "lora_b"))

@@ -95,33 +95,30 @@ class Pairs:
         bias: str = "",
     ) -> None:
         """One module's adapter, or what is wrong with it. Keys of its group that fill no slot count as its numbers."""
-        slots = {"A": down.slot, "B": up.slot}
-        slots |= {"magnitude": Slot(magnitude)} if magnitude else {}
-        slots |= {"bias": Slot(bias)} if bias else {}
-        before = len(self.say.all)
+        vectors = {name: Slot(key) for name, key in (("magnitude", magnitude), ("bias", bias)) if key}
+        slots, before = {"A": down.slot, "B": up.slot} | vectors, len(self.say.all)
         self._check(module, group, down, up)
-        if len(self.say.all) == before:
-            inside = prod(down.shape[1:])
-            for slot, wanted in (("magnitude", up.shape[0] if along == "out_features" else inside),
-                                 ("bias", up.shape[0])):  # fmt: skip
-                if slot in slots and prod(self.shape(slots[slot].key)) != wanted:
-                    got = str(self.shape(slots[slot].key))
-                    self.say("SHAPE_UNEXPECTED", slot, module=module, wanted=f"{wanted} numbers", got=got)
-        if len(self.say.all) > before or module in self.adapters:
-            if module in self.adapters:
-                self.say("TWO_ADAPTERS", "the module has two pairs of factors", module=module)
+        out, inside = up.shape[:1], prod(down.shape[1:])
+        for name, slot in vectors.items():
+            wanted = inside if name == "magnitude" and along == "in_features" else prod(out)
+            if prod(self.shape(slot.key)) != wanted:
+                got = str(self.shape(slot.key))
+                self.say("SHAPE_UNEXPECTED", name, module=module, wanted=f"{wanted} numbers", got=got)
+        if module in self.adapters:
+            self.say("TWO_ADAPTERS", "the module has two pairs of factors", module=module)
+        if len(self.say.all) > before:
             self.unread += group.values()
             return
-        filled = {slot.key for slot in slots.values()}
+        filled, stored_as = {slot.key for slot in slots.values()}, self.header.tensors[down.slot.key].dtype
         self.adapters[module] = AdapterLayout(
             module=module,
             kind="dora" if magnitude else "lora",
             stored="conv" if len(down.shape) > 2 else stored,
             slots=slots,
             ranks={"update": down.shape[0]},
-            out_features=up.shape[0],
+            out_features=out[0],
             in_features=inside,
-            dtype=self.header.tensors[down.slot.key].dtype if down.slot.made is None else "F32",
+            dtype=stored_as if down.slot.made is None or stored_as == "F64" else "F32",
             scaling=scaling,
             settings={"along": along} if magnitude else {},
             kernel=down.shape[1:] if len(down.shape) > 2 else (),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import toy_llama
-from models import llama
+from models import llama, mixtral, qwen3_moe
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -183,6 +183,29 @@ def test_an_adapter_of_mlx_merges_as_mlx_fuses_it_and_passes_the_audit(
     d2surgery.save(d2surgery.load(adapter), tmp_path / "again", format="mlx")
     again = fused(load_adapters(load_model(base)[0], str(tmp_path / "again")))
     assert all(np.array_equal(value, theirs[name]) for name, value in again.items())
+
+
+@needs("mlx_lm")
+@pytest.mark.parametrize("leaves", [["gate_proj", "up_proj", "down_proj"], ["up_proj"]])
+@pytest.mark.parametrize("mixture", [qwen3_moe, mixtral])
+def test_experts_of_mlx_merge_as_mlx_fuses_them(tmp_path: Path, mixture: Any, leaves: list[str]) -> None:
+    base, block = tmp_path / "base", "mlp" if mixture is qwen3_moe else "block_sparse_moe"
+    mixture().save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    config = {"num_experts": 4, "rope_theta": 10000.0} | config  # as mlx-lm wants it
+    (base / "config.json").write_text(json.dumps(config))
+    theirs = by_mlx(base, tmp_path / "adapter", [f"{block}.switch_mlp.{leaf}" for leaf in leaves], False)
+    d2surgery.merge(base, tmp_path / "adapter", tmp_path / "ours")
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"} if mixture is mixtral else {}
+    compared = 0
+    for name, stacked in theirs.items():
+        root, _, leaf = name.removesuffix(".weight").partition(".switch_mlp.")
+        for expert, value in enumerate(stacked if leaf else ()):
+            merged = ours[f"{root}.experts.{expert}.{names.get(leaf, leaf)}.weight"]
+            np.testing.assert_allclose(merged.numpy(), value, atol=2e-7)
+            compared += 1
+    assert compared == 2 * 3 * 4
 
 
 @needs("mlx")

@@ -310,11 +310,35 @@ def test_trap_25_the_name_tells_mlxs_order_where_all_sizes_are_one(tmp_path: Pat
     np.testing.assert_allclose(adapter.delta(torch.zeros(4, 4)).numpy(), b.T @ a.T, rtol=1e-5)
 
 
-def test_trap_26_experts_of_mlx_are_refused_by_name(tmp_path: Path) -> None:
-    module = "model.layers.0.mlp.switch_mlp.gate_proj"
-    tensors = {f"{module}.lora_a": numbers(2, 4, 32, seed=1), f"{module}.lora_b": numbers(2, 8, 4, seed=2)}
-    layout = read(tmp_path, tensors)
-    assert (codes(layout), set(layout.unread)) == (["UNSUPPORTED_VARIANT"], set(tensors))
+def test_trap_26_experts_of_mlx_are_not_transposed_and_each_part_has_rows_of_its_own(tmp_path: Path) -> None:
+    block, E = "model.layers.0.mlp", 3
+    sizes = {"gate_proj": (2, 32, 8), "up_proj": (4, 32, 8), "down_proj": (2, 8, 32)}
+    factors = {
+        leaf: (numbers(E, r, inside, seed=r), numbers(E, out, r, seed=9)) for leaf, (r, inside, out) in sizes.items()
+    }
+    tensors = {f"{block}.switch_mlp.{leaf}.{side}": t for leaf, pair_ in factors.items()
+               for side, t in zip(("lora_a", "lora_b"), pair_, strict=True)}  # fmt: skip
+    save(tensors, tmp_path / "adapters.safetensors")
+    checkpoint = d2surgery.load(tmp_path, scale=2.0)
+    assert checkpoint.layout.problems == ()
+    ranks = {module: (entry.rank, entry.experts) for module, entry in checkpoint.layout.adapters.items()}
+    assert ranks == {f"{block}.experts.gate_up_proj": (6, E), f"{block}.experts.down_proj": (2, E)}
+    for expert in range(E):
+        deltas = {leaf: 2 * b[expert].astype(np.float64) @ a[expert] for leaf, (a, b) in factors.items()}
+        wanted = {
+            "gate_up_proj": np.concatenate([deltas["gate_proj"], deltas["up_proj"]]),
+            "down_proj": deltas["down_proj"],
+        }
+        for parameter, delta in wanted.items():
+            found = checkpoint.adapter(f"{block}.experts.{parameter}", expert).update()
+            assert found is not None
+            np.testing.assert_allclose(found.dense().numpy(), delta, rtol=1e-6, atol=1e-12)
+    d2surgery.save(checkpoint, tmp_path / "peft")
+    assert set(differences(checkpoint, d2surgery.load(tmp_path / "peft")).values()) == {0.0}
+    with pytest.raises(d2surgery.D2SurgeryError, match="mlx has no place for lora on experts modules"):
+        d2surgery.save(checkpoint, tmp_path / "mlx", format="mlx")
+    tensors[f"{block}.switch_mlp.up_proj.lora_a"] = numbers(E, 3, 32, seed=1)
+    assert codes(read(tmp_path / "broken", tensors)) == ["RANK_MISMATCH", "SCALING_UNKNOWN"]
 
 
 def test_trap_32_a_wrong_order_of_rows_shows_in_no_spectrum_and_not_here(tmp_path: Path) -> None:
