@@ -3,17 +3,23 @@
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from math import inf
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from d2surgery import formats
 from d2surgery.adapters import KINDS, Adapter
-from d2surgery.errors import refuse
+from d2surgery.adapters.lowrank import LowRank
+from d2surgery.errors import D2SurgeryError, refuse
+from d2surgery.files.locate import WEIGHTS
 from d2surgery.files.tensors import NAMES, header_of, read_tensor
 from d2surgery.formats.layout import About, AdapterLayout, Layout, Packing, Rows, Slot, Stored
-from d2surgery.kinds import TABLE
+from d2surgery.kinds import TABLE, Group
+
+_SAME = 1e-6  # how far a delta may be from what was meant, relative: a scaling folded in float32 is 6e-8 off
 
 
 class Checkpoint(Mapping[str, Adapter]):
@@ -54,11 +60,11 @@ class Checkpoint(Mapping[str, Adapter]):
     def adapter(self, module: str, expert: int = 0) -> Adapter:
         """The adapter of one module: factors as (r, in) and (out, r), a convolution's kernel flattened into in.
 
-        Raises D2SurgeryError MISSING_CONFIG when the scaling is unknown.
+        Raises D2SurgeryError SCALING_UNKNOWN when the scaling is.
         """
         entry = self.layout.adapters[module]
         if entry.scaling is None:
-            raise refuse("MISSING_CONFIG", "the scaling is unknown", file=str(self.layout.path), module=module)
+            raise refuse("SCALING_UNKNOWN", "what multiplies B·A?", file=str(self.layout.path), module=module)
         vectors = TABLE[entry.kind].vectors
         slots = {name: self._matrix(slot, flat=name in vectors) for name, slot in entry.slots.items() if name != "bias"}
         if entry.experts > 1:
@@ -74,6 +80,8 @@ class Checkpoint(Mapping[str, Adapter]):
 
     def _matrix(self, slot: Slot, *, flat: bool) -> Tensor:
         tensor = self.tensor(slot.key)
+        if slot.made is not None:
+            tensor = slot.made(tensor, *map(self.tensor, slot.also))
         if slot.rows is not None:
             tensor = tensor[slice(*slot.rows)]
         if flat:
@@ -82,27 +90,100 @@ class Checkpoint(Mapping[str, Adapter]):
         return matrix.T if slot.transposed else matrix
 
 
-def load(adapter: str | os.PathLike[str], *, expert_layout: Packing | None = None) -> Checkpoint:
+def load(
+    adapter: str | os.PathLike[str],
+    *,
+    expert_layout: Packing | None = None,
+    scale: float | None = None,
+    alpha: float | None = None,
+) -> Checkpoint:
     """Open an adapter: a file, a directory or a hub id. Nothing but the header is read until it is asked for.
 
-    expert_layout: how experts share the columns of lora_B, "interleaved" or "grouped"; None: as the file says.
+    expert_layout: how experts share the columns of lora_B, "interleaved" or "grouped"; None: as the file says. scale,
+    or alpha over the rank: what multiplies B·A, of a file that does not say it.
 
     Misfits are in `.layout.problems`. Raises D2SurgeryError when the file cannot be read at all.
     """
-    return Checkpoint(formats.open_layout(adapter, expert_layout=expert_layout))
+    return Checkpoint(formats.open_layout(adapter, expert_layout=expert_layout, scale=scale, alpha=alpha))
 
 
-def save(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, format: str = "peft") -> None:
+def save(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, format: str = "peft") -> dict[str, float]:
     """Write a checkpoint in a format: "peft" is adapter_config.json and adapter_model.safetensors as PEFT writes them.
 
+    Any other is read back and compared, which gives `differences`; PEFT's form holds every bit, and gives {}.
+
     Raises D2SurgeryError OUTPUT_EXISTS when the directory already holds an adapter, FORMAT_CANNOT_HOLD with all that
-    the format has no place for, and the checkpoint's own problems; nothing is written then.
+    the format has no place for, and the checkpoint's own problems; nothing is written then. READ_BACK_DIFFERS where
+    what was written is something else.
     """
     out = Path(directory)
-    target = out / "adapter_model.safetensors"
-    if target.exists():
-        raise refuse("OUTPUT_EXISTS", "an adapter is there already", file=str(target))
+    for name in WEIGHTS:
+        if (out / name).exists():
+            raise refuse("OUTPUT_EXISTS", "an adapter is there already", file=str(out / name))
     formats.write(checkpoint, out, format)
+    if format == "peft":
+        return {}
+    try:
+        return _same(checkpoint, load(out), format)
+    except D2SurgeryError:
+        for name in WEIGHTS:
+            (out / name).unlink(missing_ok=True)
+        raise
+
+
+def _same(meant: Checkpoint, written: Checkpoint, format: str) -> dict[str, float]:
+    found = differences(meant, written)
+    worst = max(found, key=lambda module: found[module])
+    if found[worst] > _SAME:
+        file, got = str(written.layout.path), f"{found[worst]:.2g} of the delta"
+        raise refuse("READ_BACK_DIFFERS", f"written as {format}", file=file, module=worst, got=got)
+    return found
+
+
+def differences(one: Checkpoint, other: Checkpoint) -> dict[str, float]:
+    """By module ‖ΔW − ΔW′‖/‖ΔW‖ of the updates in float64, or the same of a vector where that is more.
+
+    0 for the same numbers, and infinity for a module that only one of the two has.
+    """
+    ours, theirs = one.layout.adapters, other.layout.adapters
+    found = dict.fromkeys([*ours, *theirs], inf)
+    for module in ours.keys() & theirs.keys():
+        counts = {each[module].experts for each in (ours, theirs)}
+        pairs = ((one.adapter(module, e), other.adapter(module, e)) for e in range(counts.pop()))
+        found[module] = inf if counts else max(_difference(*pair) for pair in pairs)
+    return found
+
+
+def _difference(one: Adapter, other: Adapter) -> float:
+    ours, theirs = one.slots(), other.slots()
+    if one.kind != other.kind or one.settings != other.settings:
+        return inf
+    if one.scaling == other.scaling and all(torch.equal(ours[name], theirs[name]) for name in ours):
+        return 0.0
+    vectors = ((ours[name].double(), theirs[name].double()) for name in TABLE[one.kind].vectors)
+    found = [_relative((mine - its).norm(), mine.norm()) if mine.shape == its.shape else inf for mine, its in vectors]
+    for group in TABLE[one.kind].groups.values():
+        rank = max(slots[group.down].shape[0] for slots in (ours, theirs))
+        P, Q = _padded(one, group, rank)
+        its_P, its_Q = _padded(other, group, rank)
+        if P.shape != its_P.shape or Q.shape != its_Q.shape:
+            return inf
+        if torch.equal(Q, its_Q) and torch.equal(P, its_P):
+            continue
+        off = LowRank(P - its_P, Q) if torch.equal(Q, its_Q) else LowRank(P, Q) + LowRank(-its_P, its_Q)
+        found.append(_relative(off.frobenius_norm(), LowRank(P, Q).frobenius_norm()))
+    return max(found, default=0.0)
+
+
+def _padded(adapter: Adapter, group: Group, rank: int) -> tuple[Tensor, Tensor]:
+    """A group's factors, the scaling in the up one, with zeros up to a rank."""
+    down, up = (adapter.slots()[name] for name in (group.down, group.up))
+    missing = rank - down.shape[0]
+    return pad(up.double() * float(adapter.scaling), (0, missing)), pad(down, (0, 0, 0, missing))
+
+
+def _relative(difference: Tensor, size: Tensor) -> float:
+    return float(difference / size) if size else float(difference)
 
 
 def from_adapters(

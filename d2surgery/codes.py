@@ -75,7 +75,7 @@ CODES: dict[str, Code] = {
     # What an adapter file says.
     "MISSING_CONFIG": Code(
         "There is no adapter_config.json beside the weights and none inside the file, so the scaling is unknown.",
-        "Put the adapter_config.json of the same training beside the weights.",
+        "Put the adapter_config.json of the same training beside the weights, or give --scale or --alpha.",
     ),
     "BAD_CONFIG": Code("A config cannot be used as it stands.", "Correct the named field."),
     "CONFIG_DISAGREES": Code(
@@ -91,8 +91,8 @@ CODES: dict[str, Code] = {
         "Use the tool that trained it to merge or convert it.",
     ),
     "UNSUPPORTED_VARIANT": Code(
-        "A LoRA variant whose update is not scaling times B times A.",
-        "Merge it with PEFT where PEFT can, or train without the variant.",
+        "A variant of LoRA, or a part of an adapter, whose change of the weights is not scaling times B times A.",
+        "Merge it with the tool that trained it, where that can, or train without the variant.",
     ),
     "MUTATED_BASE": Code(
         "The initialisation changed the base weights, so base + scaling·B·A is not the trained model.",
@@ -126,12 +126,52 @@ CODES: dict[str, Code] = {
         "otherwise.",
     ),
     "FOREIGN_FORMAT": Code(
-        "The keys are those of another adapter format than PEFT's; its scaling is not read by this version.",
+        "The keys are those of an adapter format that this version recognises and does not read.",
         "Convert it to PEFT's form with the tool that wrote it.",
     ),
     "FORMAT_CANNOT_HOLD": Code(
         "The format to be written has no place for part of the adapter.",
-        "Choose another format, or convert or leave out what it cannot hold.",
+        "Choose another format, make it a kind that the format has (convert --kind lora --max-error …), or merge it.",
+    ),
+    "MIXED_FORMATS": Code(
+        "Some tensors are named as one adapter format names them, others as another does.",
+        "Find out what wrote it, and save each adapter in a file of its own.",
+    ),
+    "SCALING_UNKNOWN": Code(
+        "Neither the file nor a config beside it says what multiplies B·A.",
+        "Give --scale, the number itself, or --alpha, which is divided by the rank: `d2surgery convert ADAPTER OUT "
+        "--to peft --scale …` writes an adapter that carries it.",
+    ),
+    "NOT_A_NUMBER": Code(
+        "What should be one stored number, such as an alpha, is none.",
+        "The file is damaged, or the key means something else in the format that wrote it.",
+    ),
+    "ALPHA_ZERO": Code(
+        "A stored alpha is 0, which the tools that train with it take for the rank: the scaling is 1.",
+        "Nothing to do where that is meant; sd-scripts' own merge script takes it for 0.",
+    ),
+    "ALPHA_OF_SPLIT_QKV": Code(
+        "sd-scripts trained q, k and v apart (split_qkv) and saved them as one pair of their ranks' sum with the alpha "
+        "of one: every reader, this one too, applies a third or a quarter of what was trained.",
+        "Nothing to do to have what other readers have; for what was trained, scale the adapter by what is told here.",
+    ),
+    "MAGNITUDE_EPSILON": Code(
+        "LyCORIS adds the machine epsilon of the stored magnitude's dtype to the norm that it divides by, ComfyUI that "
+        "of the weight's. Here nothing is added; in 16 bits the readers differ by up to 1%.",
+        "Save the magnitudes in float32, where all readers agree.",
+    ),
+    "AMBIGUOUS_NAME": Code(
+        "A flattened name, with _ for every dot, fits none or several of the model's modules.",
+        "Give the base (--base), whose modules are looked up.",
+    ),
+    "HEADS_UNKNOWN": Code(
+        "llama.cpp keeps the rows of a Llama's q and k in another order within each head, and nothing here says how "
+        "many heads there are.",
+        "Give the base (--base), whose config says it.",
+    ),
+    "READ_BACK_DIFFERS": Code(
+        "What was written does not read back as what was meant: a fault of d2surgery's. The files are removed.",
+        "Report it with the adapter; PEFT's form (--to peft) is not concerned.",
     ),
     "UNKNOWN_FORMAT": Code("No adapter format known here uses these keys.", "Check that this is an adapter file."),
     "UNKNOWN_TENSOR": Code(

@@ -305,7 +305,7 @@ def test_without_a_scaling_there_is_no_adapter(built: Callable[[str], Built], tm
     checkpoint = load(file)
     with pytest.raises(D2SurgeryError) as error:
         checkpoint[next(iter(checkpoint))]
-    assert [problem.code for problem in error.value.problems] == ["MISSING_CONFIG"]
+    assert [problem.code for problem in error.value.problems] == ["SCALING_UNKNOWN"]
 
 
 def test_a_checkpoint_and_a_base_are_mappings(built: Callable[[str], Built]) -> None:

@@ -14,10 +14,11 @@ from d2surgery.formats.format import Holding, Values
 from d2surgery.formats.layout import AdapterLayout, Layout, Slot, Stored
 
 NAME = "toy"
+TITLE, READS = "a toy", "LoRA"
 
 
-def recognise(header: Header, config: Mapping[str, Any] | None) -> bool:
-    return any(key.endswith("/down") for key in header.tensors)
+def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
+    return "keys end in /down" if any(key.endswith("/down") for key in header.tensors) else ""
 
 
 def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> Layout:

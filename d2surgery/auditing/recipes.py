@@ -74,12 +74,20 @@ def _axolotl(it: Operands) -> Tensor:
 
 
 def _scaled_first(it: Operands) -> Tensor:
-    assert isinstance(it.adapter, LoRA)
+    assert isinstance(it.adapter, LoRA | DoRA)
     return (it.adapter.scaling * it.adapter.B.float()) @ it.adapter.A.float()
 
 
 def _mlx(it: Operands) -> Tensor:
     return it.base.to(it.dtype) + _scaled_first(it).to(it.dtype)
+
+
+def _mlx_dora(it: Operands) -> Tensor:
+    """The norm as mlx has it: squares rounded, summed in float32, the sum and its root rounded."""
+    assert isinstance(it.adapter, DoRA)
+    weight = it.base + _scaled_first(it).to(it.base.dtype)
+    norm = weight.square().float().sum(1).to(weight.dtype).sqrt()
+    return ((it.adapter.magnitude / norm)[:, None] * weight).to(it.dtype)
 
 
 def _scaled_once(it: Operands) -> Tensor:
@@ -130,6 +138,7 @@ RECIPES = (
     *(Recipe(mode.name, mode.words, (), mode.merge, mode.seen, mode) for mode in plugin_modes()),
     Recipe("axolotl", "axolotl merge-lora: DoRA's delta taken off the base and added again", DORA, _axolotl),
     Recipe("mlx", "mlx-lm fuse: (s·B)·A in float32, rounded to the file's dtype, then added", LORA, _mlx, _cast_first),
+    Recipe("mlx-dora", "mlx-lm fuse of DoRA: the sum and its norms in the base's dtype", DORA, _mlx_dora),
     Recipe("scaled-first", "(s·B)·A in float32, added, rounded once", LORA, _scaled_once),
     Recipe("torchtune", "torchtune: all in the file's dtype, (s·B)·A first", LORA + DORA, _torchtune, _in_files_dtype),
     Recipe("addmm", "unsloth: addmm(W0, B, A, alpha=s) in float32, rounded once", LORA, _addmm),

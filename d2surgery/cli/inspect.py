@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from d2surgery.cli import output
-from d2surgery.cli.options import Base, expert_layout_option
+from d2surgery.cli.options import Base, expert_layout_option, scaling_options
 from d2surgery.errors import Problem
 from d2surgery.formats import open_layout
 from d2surgery.formats.layout import AdapterLayout, Layout, Packing
@@ -27,6 +27,7 @@ Numbers = Mapping[str, Mapping[str, float | int | None]]  # module -> name -> va
 @click.option("--per-layer", is_flag=True, help="One line per module instead of one per kind of module.")
 @click.option("--numbers", is_flag=True, help="Also read the values: norms and ranks of each update, NaN, infinity.")
 @expert_layout_option
+@scaling_options
 @click.option("--base", type=Base(), help="Also check that it fits this model directory.")
 @click.option(
     "--fail-on",
@@ -42,6 +43,8 @@ def command(
     per_layer: bool,
     numbers: bool,
     expert_layout: Packing | None,
+    scale: float | None,
+    alpha: float | None,
     base: Path | None,
     fail_on: str,
     as_json: bool,
@@ -51,7 +54,7 @@ def command(
 
     Reads names and shapes only, so it takes a moment and cannot see NaN; --numbers reads the values too.
     """
-    layout = open_layout(adapter, expert_layout=expert_layout)
+    layout = open_layout(adapter, expert_layout=expert_layout, scale=scale, alpha=alpha)
     problems = list(layout.problems)
     values: Numbers | None = None
     if numbers:
@@ -104,6 +107,7 @@ def _document(layout: Layout, numbers: Numbers | None) -> dict[str, Any]:
     return {
         "path": str(layout.path),
         "format": layout.format,
+        "format_rule": layout.rule,
         "peft_version": layout.about.version,
         "kinds": layout.kinds,
         "base_model": layout.base_model,
@@ -211,7 +215,7 @@ def _verdict(layout: Layout) -> list[str]:
     version = f" {layout.about.version}" if layout.about.version else ""
     facts = [
         f"  file    {layout.path}, {output.size(layout.path.stat().st_size)}",
-        f"  format  {layout.format}{version}",
+        f"  format  {layout.format}{version}: {layout.rule}",
         f"  base    {layout.base_model or 'not named'}",
         *(
             [f"  trained {', '.join(_trained(layout))}"]

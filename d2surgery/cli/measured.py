@@ -3,6 +3,7 @@
 import importlib.util
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -11,9 +12,12 @@ import click
 
 from d2surgery.checkpoint import Checkpoint, load
 from d2surgery.cli import output
-from d2surgery.errors import raise_errors, refuse
+from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.files.base import BaseWeights
 from d2surgery.files.plain import plain
 from d2surgery.files.whole import write_whole
+from d2surgery.formats import with_base
+from d2surgery.formats.layout import Layout, with_scaling
 from d2surgery.kinds import TABLE
 from d2surgery.reporting.tidy import Row, by_type, write_rows
 
@@ -76,13 +80,37 @@ def _check_figures(path: Path) -> None:
         raise refuse("NO_IMAGES", "the Python package kaleido is not installed", file=str(path))
 
 
-def open_adapter(adapter: str) -> Checkpoint:
-    """Loaded, or refused with every error of its layout."""
-    checkpoint = load(adapter)
+def open_adapter(
+    adapter: str,
+    base: BaseWeights | None = None,
+    *,
+    scale: float | None = None,
+    alpha: float | None = None,
+    up_to_scale: bool = False,
+) -> Checkpoint:
+    """Loaded, or refused with every error of its layout. base: where names or heads may have to be looked up.
+
+    up_to_scale: with an unknown scaling taken for 1, of LoRA only.
+    """
+    checkpoint = load(adapter, scale=scale, alpha=alpha)
+    if up_to_scale and checkpoint.layout.kinds == ["lora"] and scale is alpha is None:
+        checkpoint = Checkpoint(_up_to_scale(checkpoint.layout))
+    if base is not None:
+        checkpoint = Checkpoint(with_base(checkpoint.layout, base.header.tensors, base.config))
     raise_errors(checkpoint.layout.problems)
     if not len(checkpoint):
         raise refuse("UNKNOWN_FORMAT", "there is no adapted module in it", file=str(checkpoint.layout.path))
     return checkpoint
+
+
+def _up_to_scale(layout: Layout) -> Layout:
+    """With a scaling of 1 where it is unknown, and a warning that says so."""
+    if all(entry.scaling is not None for entry in layout.adapters.values()):
+        return layout
+    message = "taken for 1: norms and singular values are up to scale, ranks are not"
+    warning = Problem(code="SCALING_UNKNOWN", message=message, severity="warning", file=str(layout.path))
+    known = with_scaling(layout, 1.0, None)
+    return replace(known, problems=(*known.problems, warning))
 
 
 def show(outputs: Outputs, document: Mapping[str, Any], text: Iterable[str], rows: Callable[[], list[Row]]) -> None:

@@ -77,6 +77,10 @@ expert_layout_option = click.option(
     type=click.Choice(["interleaved", "grouped"]),
     help="How experts share lora_B's columns: as PEFT packs them, or as unsloth did. Default: as the file says.",
 )
+_SCALING = (
+    click.option("--scale", type=Number(), help="What multiplies B·A, where neither the file nor a config says it."),
+    click.option("--alpha", type=Number(), help="The same as alpha over the rank."),
+)
 _OPTIONS = (
     click.option("--base", type=Base(), required=True, help=f"{BASE_HELP}."),
     click.option("--adapter", required=True, help="File, directory or hub id org/name[@revision]."),
@@ -86,6 +90,7 @@ _OPTIONS = (
     click.option("--max-memory", type=Bytes(), help="Resident memory that may be used, such as 400MB."),
     click.option("--shard-size", type=Bytes(), default="5GB", show_default=True, help="Largest output file."),
     expert_layout_option,
+    *_SCALING,
     click.option(
         "--tokenizer",
         type=click.Choice(["adapter", "base"]),
@@ -100,6 +105,13 @@ _OPTIONS = (
 def job_options(command: Command) -> Command:
     """The options that `merge` and `plan` share."""
     for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def scaling_options(command: Command) -> Command:
+    """The options for a scaling that a file does not carry."""
+    for option in reversed(_SCALING):
         command = option(command)
     return command
 

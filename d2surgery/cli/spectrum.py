@@ -8,7 +8,7 @@ import click
 
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import BASE_HELP, Base, cache_option, device_option, progress_bar
+from d2surgery.cli.options import BASE_HELP, Base, cache_option, device_option, progress_bar, scaling_options
 from d2surgery.files.base import BaseWeights
 from d2surgery.measures.ranks import NUMBERS, Method, Of, Spectrum
 from d2surgery.reporting.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
@@ -29,6 +29,7 @@ Found = Mapping[str, Spectrum]
 @click.option("--method", type=click.Choice(get_args(Method)), help="Default: by kind and size.")
 @device_option
 @cache_option
+@scaling_options
 @measured.output_options
 def command(
     adapter: str,
@@ -37,6 +38,8 @@ def command(
     method: Method | None,
     device: str,
     cache: Path | None,
+    scale: float | None,
+    alpha: float | None,
     **options: Any,
 ) -> int:
     """Singular values, norms and every rank of each module's update or delta.
@@ -45,8 +48,8 @@ def command(
     Of a LoRA they are the same, and exact from the factors in a moment. DoRA's and D2-LoRA's delta needs --base.
     """
     outputs = measured.checked_outputs(**options)
-    checkpoint = measured.open_adapter(adapter)
     weights = BaseWeights(base) if base is not None else None
+    checkpoint = measured.open_adapter(adapter, weights, scale=scale, alpha=alpha, up_to_scale=True)
     with progress_bar("measuring", show=outputs.show_progress, unit=" modules") as progress:
         found = dict(spectra(checkpoint, weights, of=of, method=method, device=device, cache=cache, progress=progress))
     nominal = nominal_ranks(checkpoint)
@@ -76,6 +79,7 @@ def _document(checkpoint: Checkpoint, base: Path | None, found: Found) -> dict[s
         "path": str(checkpoint.layout.path),
         "base": None if base is None else str(base),
         "kinds": checkpoint.layout.kinds,
+        "up_to_scale": any(problem.code == "SCALING_UNKNOWN" for problem in checkpoint.layout.problems),
         "zero_updates": zero_updates(checkpoint),
         "modules": [
             {"module": module, "kind": entries[module].kind, "rank": entries[module].rank} | _record(record)
@@ -93,7 +97,8 @@ def _record(record: Spectrum) -> dict[str, Any]:
 def _text(checkpoint: Checkpoint, found: Found, per_layer: bool) -> Iterator[str]:
     nominal = nominal_ranks(checkpoint)
     yield from measured.prose(f"{_verdict(checkpoint, found, nominal)}")
-    yield from output.problem_lines(zero_problems(checkpoint))
+    unknown = [problem for problem in checkpoint.layout.problems if problem.code == "SCALING_UNKNOWN"]
+    yield from output.problem_lines([*unknown, *zero_problems(checkpoint)])
     yield ""
     rows = [["", "rank", "used", "stable", "k90", "k99", "‖·‖F"]]
     for name, modules in measured.groups(found, per_layer).items():

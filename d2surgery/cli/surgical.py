@@ -65,10 +65,15 @@ def require_new(out: Path) -> None:
         raise refuse("OUTPUT_EXISTS", "a file is there", file=str(out), wanted="a directory")
 
 
-def write(made: Checkpoint, out: Path, source: Checkpoint | None = None) -> list[str]:
+def write(made: Checkpoint, out: Path, source: Checkpoint | None = None, form: str = "peft") -> list[str]:
     """The adapter, and its source's tokenizer beside it: the names of these files."""
-    save(made, out)
-    if source is None or not source.layout.format:
+    save(made, out, format=form)
+    return [] if source is None else copy_tokenizer(source, out)
+
+
+def copy_tokenizer(source: Checkpoint, out: Path) -> list[str]:
+    """The tokenizer that lies beside an adapter: the names of its files."""
+    if not source.layout.format:
         return []
     beside = sorted(
         file for file in source.layout.path.parent.iterdir() if is_of_tokenizer(file.name) and file.is_file()

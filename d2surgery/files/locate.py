@@ -11,7 +11,10 @@ from d2surgery.files.tokenizers import BEGINNINGS
 _HUB_ID = re.compile(  # not a mistyped path, nor one that leads out of the cache
     r"(?!.*\.\.)\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.bin)(@\w[\w./-]*)?", re.ASCII
 )
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = (  # PEFT's; MLX-LM's; diffusers'; kohya's as it is written here; llama.cpp's as it is written here
+    "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapters.npz",
+    "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "lora.safetensors", "adapter.gguf",
+)  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth")
 TRAINED_WHOLE = ("non_lora_trainables.bin", "non_lora_state_dict.bin")  # LLaVA's and its followers' second file
 OTHERS = ("new_embeddings.safetensors", "new_embeddings.bin")  # vLLM's: rows of added tokens, without their numbers
@@ -19,6 +22,7 @@ _OF_AN_ADAPTER = [
     "adapter_config.json", *WEIGHTS, "*.safetensors", *TRAINED_WHOLE, *OTHERS, *(f"{name}*" for name in BEGINNINGS)
 ]  # fmt: skip
 _OF_A_MODEL = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+_STEPS = re.compile(r"\d+_adapters\.(safetensors|npz)")  # MLX-LM's checkpoints on the way
 _STATES = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")  # what trainers leave beside weights
 
 
@@ -58,7 +62,11 @@ def left_out(weights: Path) -> list[str]:
     if weights.name not in WEIGHTS:
         return sorted(name for name in beside if name in (*TRAINED_WHOLE, *OTHERS))
     model = ("model", "pytorch_model") if (weights.parent / "config.json").exists() else ()
-    kept = (name for name in beside if not name.startswith((*_STATES, *model)) and name not in TRAINED_WHOLE)
+    kept = (
+        name
+        for name in beside
+        if not name.startswith((*_STATES, *model)) and name not in TRAINED_WHOLE and not _STEPS.fullmatch(name)
+    )
     return sorted({re.sub(r"-\d{5}-of-(\d{5})", r"-*-of-\1", name) for name in kept})
 
 
@@ -77,12 +85,14 @@ def _weights_in(directory: Path) -> Path:
             return directory / name
     if next(directory.glob("*.index.json"), None):
         raise refuse("NOT_AN_ADAPTER", "the directory holds a model in shards", file=str(directory))
-    found = sorted(directory.glob("*.safetensors")) or sorted(
-        path for path in directory.iterdir() if path.suffix in PICKLES and path.stem not in _STATES
+    found = (
+        sorted(directory.glob("*.safetensors"))
+        or sorted(path for path in directory.iterdir() if path.suffix in PICKLES and path.stem not in _STATES)
+        or sorted(directory.glob("*.gguf"))
     )
     if not found:
         got = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "an empty directory"
-        raise refuse("NO_WEIGHTS", "no adapter weights", file=str(directory), wanted=" or ".join(WEIGHTS), got=got)
+        raise refuse("NO_WEIGHTS", "no adapter weights", file=str(directory), wanted=" or ".join(WEIGHTS[:2]), got=got)
     if len(found) > 1:
         raise refuse("SEVERAL_WEIGHTS", "which one?", file=str(directory), got=", ".join(p.name for p in found[:8]))
     return found[0]

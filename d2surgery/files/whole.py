@@ -1,6 +1,7 @@
 """A small file that stands whole or not at all."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -8,15 +9,20 @@ PARTIAL = ".partial"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """UTF-8, in the place of what stands there, which stays where the writing fails. Nothing half-written is left.
+    """UTF-8, as `write_whole_bytes`."""
+    write_whole_bytes(path, [text.encode()])
+
+
+def write_whole_bytes(path: Path, parts: Iterable[bytes]) -> None:
+    """In the place of what stands there, which stays where the writing fails. Nothing half-written is left.
 
     The name beside it is this process's own, so that two which write the same file do not meet.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     partial.unlink(missing_ok=True)  # of a process that had this number and was killed
     try:
-        with partial.open("x", encoding="utf-8") as file:  # a file of its own: no link is followed
-            file.write(text)
+        with partial.open("xb") as file:  # a file of its own: no link is followed
+            file.writelines(parts)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

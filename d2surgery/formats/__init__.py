@@ -1,30 +1,39 @@
 """The formats: how adapters lie on disk, a module each. See `Format` for what such a module has."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from d2surgery.errors import Problem, raise_errors, refuse
+from d2surgery.files.gguf import is_gguf, read_gguf
 from d2surgery.files.header import Header, is_pickle, read_header, small_values
 from d2surgery.files.held import Seen
 from d2surgery.files.locate import PICKLES, left_out, locate
 from d2surgery.files.reading import read_json
-from d2surgery.formats import foreign, peft
+from d2surgery.formats import diffusers, flat, foreign, gguf, kohya, lycoris, mlx, peft, serving
 from d2surgery.formats.format import Format, Holding
-from d2surgery.formats.layout import Layout, Packing, with_expert_layout
+from d2surgery.formats.layout import Layout, Packing, with_expert_layout, with_scaling
 
-FORMATS: tuple[Format, ...] = (peft, foreign)
+FORMATS: tuple[Format, ...] = (gguf, diffusers, peft, lycoris, kohya, mlx, serving, foreign)
 """In the order of detection; the last recognises every file."""
 
 
-def open_layout(adapter: str | os.PathLike[str], *, expert_layout: Packing | None = None) -> Layout:
+def open_layout(
+    adapter: str | os.PathLike[str],
+    *,
+    expert_layout: Packing | None = None,
+    scale: float | None = None,
+    alpha: float | None = None,
+) -> Layout:
     """What the adapter at a path or hub id holds, by names and shapes; its misfits stand in `problems`.
 
-    expert_layout: how experts share the columns of lora_B; None: as the file says, or as PEFT packs them.
+    expert_layout: how experts share the columns of lora_B; None: as the file says, or as PEFT packs them. scale, or
+    alpha over the rank: what multiplies B·A, of a file that does not say it.
 
-    Raises D2SurgeryError where nothing can be said of it: no such file, a file that is not what it should be.
+    Raises D2SurgeryError where nothing can be said of it: no such file, a file that is not what it should be; USAGE for
+    a scale or an alpha of a file that has its own.
     """
     files = locate(adapter)
     beside = (Seen(files.config),) if files.config else ()  # before it is read
@@ -36,19 +45,43 @@ def open_layout(adapter: str | os.PathLike[str], *, expert_layout: Packing | Non
         for name in left_out(files.weights)
     ]
     found = replace(found, problems=(*found.problems, *others))
-    return found if expert_layout is None else with_expert_layout(found, expert_layout)
+    found = found if expert_layout is None else with_expert_layout(found, expert_layout)
+    return found if scale is None and alpha is None else with_scaling(found, scale, alpha)
 
 
 def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
     """The layout by the first format that recognises the file."""
-    format = next(each for each in FORMATS if each.recognise(header, config))
+    format, rule = next((each, rule) for each in FORMATS if (rule := each.recognise(header, config)))
     found = format.layout(header, config, lambda key: small_values(header, key))
+    found = replace(found, rule=rule, problems=(*found.problems, *_mixed(found, format)))
     broken = any(problem.severity == "error" for problem in found.problems)
     if broken or found.adapters or found.replacements or found.rows:
         return found
     got = "no tensor" if not header.tensors else f"{len(header.tensors)} tensors that change nothing"
     nothing = Problem(code="NOTHING_TO_APPLY", message="the adapter is empty", file=str(header.files[0]), got=got)
     return replace(found, problems=(*found.problems, nothing))
+
+
+def with_base(layout_: Layout, names: Iterable[str], model: Mapping[str, Any]) -> Layout:
+    """What the base's tensors and config say beside the file: flattened names, and rows that heads share."""
+    found = layout_
+    if found.format == gguf.NAME and (heads := gguf.heads_of(model)):
+        again = layout(replace(found.header, metadata={**heads, **found.header.metadata}), None)
+        others = [problem for problem in found.problems if problem.code == "LEFT_OUT"]
+        found = replace(again, problems=(*again.problems, *others))
+    paths = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    return flat.with_paths(replace(found, about=replace(found.about, model=model)), paths)
+
+
+def _mixed(found: Layout, format: Format) -> Iterator[Problem]:
+    """The other format of which what was not understood is, where it is of one."""
+    unknown = {problem.module for problem in found.problems if problem.code == "UNKNOWN_TENSOR"}
+    left = {key: found.header.tensors[key] for key in found.unread if key in unknown}
+    for other in FORMATS[:-1] if left and format is not FORMATS[-1] else ():
+        if other is not format and (rule := other.recognise(replace(found.header, tensors=left, metadata={}), None)):
+            message = f"the keys of {format.NAME}, and {len(left)} of another: {rule}, which is {other.NAME}"
+            yield Problem(code="MIXED_FORMATS", message=message, file=str(found.path))
+            return
 
 
 def write(checkpoint: Holding, directory: str | os.PathLike[str], name: str) -> None:
@@ -99,4 +132,10 @@ def _header(weights: Path) -> Header:
 
         seen = Seen(weights)
         return replace(read_pickled_header(weights), seen=(seen,))
+    if is_gguf(weights):
+        return read_gguf(weights)
+    if weights.suffix == ".npz":
+        from d2surgery.files.npz import read_npz  # zipfile, which few need
+
+        return read_npz(weights)
     return read_header(weights)

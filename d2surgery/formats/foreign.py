@@ -1,20 +1,14 @@
 """Adapter formats that this version recognises by their keys but does not read.
 
     format        down factor                      up factor                      ranks from
-    kohya         <name>.lora_down.weight (r, in)  <name>.lora_up.weight (out, r)  rows of down
-    diffusers     <name>.lora.down.weight (r, in)  <name>.lora.up.weight (out, r)  rows of down
-    diffusers     PEFT's leaves under unet., transformer. or text_encoder, without a config
-    mlx           <name>.lora_a (in, r)            <name>.lora_b (r, out)          columns of lora_a
     torchtune     <name>.lora_a.weight (r, in)     <name>.lora_b.weight (out, r)   rows of lora_a
     x A B         <name>.lora_A (in, r)            <name>.lora_B (r, out)          columns of lora_A, by the shapes
+    kohya, PEFT   their names, with factors that lie the other way round           columns of down, by the shapes
     lycoris, …    recognised by one leaf, not taken apart
 
-A magnitude beside a pair makes it DoRA: `dora_scale` (kohya; a number per output, or per input where it is a row),
-`m` (mlx), `magnitude` or `lora_magnitude_vector`.  `lora_mid.weight` (r, r, *kernel) between the two of a convolution
-holds its kernel.
+A magnitude beside a pair makes it DoRA: `magnitude` or `lora_magnitude_vector`.
 
-`inspect` prints modules and ranks; the scaling is unknown, so `merge` refuses.  Facts: kohya-ss/sd-scripts, LyCORIS,
-diffusers, mlx-lm and torchtune as published.
+`inspect` prints modules and ranks; the scaling is unknown, so `merge` refuses.  Facts: torchtune as published.
 """
 
 import re
@@ -39,26 +33,21 @@ class _Pairs(NamedTuple):
 
 _PAIRED = (
     _Pairs("kohya", ".lora_down.weight", ".lora_up.weight"),
-    _Pairs("diffusers", ".lora.down.weight", ".lora.up.weight"),
-    _Pairs("diffusers", "_lora.down.weight", "_lora.up.weight"),
-    _Pairs("diffusers", ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
-    _Pairs("diffusers", ".lora_A.weight", ".lora_B.weight"),
+    _Pairs("x A B", ".lora_A.weight", ".lora_B.weight"),
     _Pairs("torchtune", ".lora_a.weight", ".lora_b.weight"),
-    _Pairs("mlx", ".lora_a", ".lora_b", transposed=True),
     _Pairs("x A B", ".lora.lora_A", ".lora.lora_B", transposed=True),
     _Pairs("x A B", ".lora_A", ".lora_B", transposed=True),
 )
-_MAGNITUDES = (".dora_scale", ".m", ".magnitude", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
-_MID, _ALPHA = ".lora_mid.weight", ".alpha"
+_MAGNITUDES = (".magnitude", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 # Names that models have and adapters lack: embeddings, heads, numbered layers.
 _OF_MODELS = re.compile(
     r"(^|[._])(embed_tokens|wte|word_embeddings|embeddings|patch_embed\w*|shared|lm_head|conv_in|conv_out)\."
     r"|(^|[._])(layers?|h|blocks?|stages?|resnets)\.\d+\."
 )
 _LEAVES = {  # leaf -> format, where no pair is taken apart
-    "hada_w1_a": "lycoris (LoHa)",
-    "lokr_w1": "lycoris (LoKr)",
-    "lokr_w1_a": "lycoris (LoKr)",
+    "hada_w1_a": "PEFT LoHa without its config",
+    "lokr_w1": "PEFT LoKr without its config",
+    "lokr_w1_a": "PEFT LoKr without its config",
     "oft_blocks": "lycoris (OFT)",
     "vera_lambda_b": "PEFT VeRA without its config",
     "oft_R": "PEFT OFT without its config",
@@ -69,11 +58,12 @@ _LEAVES = {  # leaf -> format, where no pair is taken apart
 
 
 NAME = "foreign"
+TITLE, READS = "torchtune, OFT, VeRA, IA³ …", "recognised, not read"
 
 
-def recognise(header: Header, config: Mapping[str, Any] | None) -> bool:
+def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
     """Every file: one that fits no table is of the format "unknown"."""
-    return True
+    return "no other format's keys"
 
 
 def holds(kind: str) -> frozenset[Stored]:
@@ -147,14 +137,13 @@ def _adapter(header: Header, key: str, pairs: _Pairs) -> AdapterLayout | None:
     down_shape = down.shape[::-1] if pairs.transposed else down.shape
     up_shape = up.shape[::-1] if pairs.transposed else up.shape
     module = key.removesuffix(pairs.down)
-    beside = [name for end in (_MID, _ALPHA) if (name := module + end) in header.tensors]
-    kernel = header.tensors[module + _MID].shape[2:] if module + _MID in header.tensors else down_shape[2:]
+    kernel = down_shape[2:]
     magnitude = next((name for end in _MAGNITUDES if (name := module + end) in header.tensors), None)
     kind, slots = "lora", {"A": Slot(key, pairs.transposed), "B": Slot(up_key, pairs.transposed)}
     settings: dict[str, Any] = {}
     if magnitude is not None:
         kind, slots["magnitude"] = "dora", Slot(magnitude)
-        settings["along"] = "in_features" if header.tensors[magnitude].shape[:1] == (1,) else "out_features"
+        settings["along"] = "out_features"
     return AdapterLayout(
         module=module,
         kind=kind,
@@ -162,10 +151,9 @@ def _adapter(header: Header, key: str, pairs: _Pairs) -> AdapterLayout | None:
         slots=slots,
         ranks={"update": down_shape[0]},
         out_features=up_shape[0],
-        in_features=down_shape[1] * prod(kernel),
+        in_features=prod(down_shape[1:]),
         dtype=down.dtype,
         scaling=None,
         settings=settings,
         kernel=(down_shape[1], *kernel) if kernel else (),
-        numbers=tuple(beside),
     )

@@ -30,10 +30,12 @@ class Holding(Protocol):
 class Format(Protocol):
     """One way in which adapters lie on disk."""
 
-    NAME: str
+    NAME: str  # what `save(…, format=NAME)` and `convert --to` call it
+    TITLE: str  # what people call it
+    READS: str  # what of it is read, in words
 
-    def recognise(self, header: Header, config: Mapping[str, Any] | None) -> bool:
-        """Whether the file is of this format, by its keys and the config beside it."""
+    def recognise(self, header: Header, config: Mapping[str, Any] | None) -> str:
+        """Why the file is of this format, by its keys and the config beside it; "" where it is not."""
 
     def layout(self, header: Header, config: Mapping[str, Any] | None, values: Values) -> Layout:
         """The layout of a file that was recognised: every tensor in one place, every misfit in `problems`."""

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from d2surgery.errors import Problem
+from d2surgery.errors import Problem, refuse
 from d2surgery.files.header import Header
 from d2surgery.kinds import TABLE
+
+if TYPE_CHECKING:  # describing a file needs none
+    from torch import Tensor
 
 Stored = Literal["linear", "embedding", "conv", "experts"]
 Packing = Literal["interleaved", "grouped"]
@@ -21,11 +24,17 @@ Packing = Literal["interleaved", "grouped"]
 
 
 class Slot(NamedTuple):
-    """Where a slot's matrix lies: in the tensor under `key`, or in some rows of it; `transposed` as its transpose."""
+    """Where a slot's matrix lies: in the tensor under `key`, or in some rows of it; `transposed` as its transpose.
+
+    Where it is stored in no tensor as it is, `made` makes it of the tensors under `key` and `also`: rows in another
+    order, the product of further factors.
+    """
 
     key: str
     transposed: bool = False
     rows: tuple[int, int] | None = None  # of the tensor as stored
+    also: tuple[str, ...] = ()
+    made: "Callable[..., Tensor] | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +59,7 @@ class AdapterLayout:
     experts: int = 1
     blocked: tuple[str, ...] = ("A",)  # slots whose ranks lie expert by expert; the others' lie rank by rank
     as_declared: bool = False  # of experts: out_features are the parameter's second axis, whatever the model
-    numbers: tuple[str, ...] = ()  # keys of stored numbers that are told here already, such as an alpha
+    numbers: tuple[str, ...] = ()  # keys of what else decides the values: an alpha, further factors of a slot
     misread: Mapping[str, float] = field(default_factory=dict)  # in words -> what careless readers take for the scaling
 
     @property
@@ -100,6 +109,7 @@ class About:
     version: str | None = None  # of what wrote it
     alpha: float | None = field(default=None, compare=False)  # as its config has it, for modules that no pattern names
     dropout: float | None = field(default=None, compare=False)
+    model: Mapping[str, Any] = field(default_factory=dict, compare=False)  # its base's config, where that is at hand
     training: Mapping[str, Any] = field(default_factory=dict)  # how it was trained, for the record
     settings: Mapping[str, Any] = field(default_factory=dict)  # the format's own, read by that format's module alone
     history: tuple[Mapping[str, Any], ...] = field(
@@ -121,6 +131,7 @@ class Layout:
     path: Path
     format: str
     header: Header
+    rule: str = ""  # why it is of this format
     about: About = About()  # a frozen value
     adapters: Mapping[str, AdapterLayout] = field(default_factory=dict)  # by module
     replacements: Mapping[str, str] = field(default_factory=dict)  # base tensor name -> key
@@ -176,6 +187,20 @@ def with_expert_layout(layout: Layout, packed: Packing) -> Layout:
     }
     problems = tuple(problem for problem in layout.problems if problem.code != "EXPERT_LAYOUT_ASSUMED")
     return replace(layout, adapters=entries, problems=problems)
+
+
+def with_scaling(layout: Layout, scale: float | None, alpha: float | None) -> Layout:
+    """The layout with the scaling that its file does not carry: `scale`, or alpha/r. Raises USAGE where it does."""
+    unknown = {module: entry for module, entry in layout.adapters.items() if entry.scaling is None}
+    if not unknown or (scale is None) == (alpha is None):
+        got = "both" if unknown else "the file has its own scaling"
+        raise refuse("USAGE", "a scale or an alpha is for a file that has none", file=str(layout.path), got=got)
+    known = {
+        module: replace(entry, scaling=scale if alpha is None else alpha / alpha_divisor(entry.ranks))
+        for module, entry in unknown.items()
+    }
+    problems = tuple(p for p in layout.problems if p.code not in ("MISSING_CONFIG", "SCALING_UNKNOWN"))
+    return replace(layout, adapters={**layout.adapters, **known}, problems=problems)
 
 
 def alpha_divisor(ranks: Mapping[str, int]) -> float:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from d2surgery.errors import Problem
 from d2surgery.files.partial import Partial, Sources
@@ -77,6 +77,8 @@ def merge(
     shard_size: int = SHARD_SIZE,
     device: str = "cpu",
     expert_layout: Packing | None = None,
+    scale: float | None = None,
+    alpha: float | None = None,
     tokenizer: Tokenizer = "adapter",
     resume: bool = False,
     verify: bool = True,
@@ -88,10 +90,9 @@ def merge(
     ("F32", "BF16", "F16", "F64"; None: each tensor keeps the base's). Nothing stands at `out` until all is written.
 
     max_memory: bytes of resident memory that may be used. shard_size: bytes per output file. expert_layout: how experts
-    share the columns of lora_B, None as the file says. tokenizer: whose stands beside the weights, "adapter"'s where it
-    brings one or "base"'s. resume: continue an interrupted merge with the same arguments. verify=False writes no
-    hashes and does not fsync.
-    progress(done, total) is called with bytes written.
+    share the columns of lora_B, None as the file says. scale or alpha: of a file that says neither. tokenizer: whose
+    stands beside the weights, "adapter"'s where it brings one or "base"'s. resume: continue an interrupted merge with
+    the same arguments. verify=False writes no hashes and does not fsync. progress(done, total) is called with bytes.
 
     One process writes to an output (`files.lock` says where that is seen). What is read is what was hashed, or the
     merge ends. The output is no more open to other users than the base and the adapter are.
@@ -101,7 +102,7 @@ def merge(
     NOT_FINITE, BASE_CHANGED, ADAPTER_CHANGED and COMPANION_CHANGED.
     """
     began = time.monotonic()
-    fitted, companions = _fitted(base, adapter, strength, expert_layout, tokenizer)
+    fitted, companions = _fitted(base, adapter, tokenizer, strength, expert_layout, scale=scale, alpha=alpha)
     with Partial(Path(out), sync=verify, sources=_sources(fitted, companions)) as partial:
         partial.claim(resume=resume)
         with HashAhead(fitted.computed if verify and "torch" not in sys.modules else {}) as ahead:
@@ -111,9 +112,8 @@ def merge(
                 from d2surgery.merging.receipt import RECEIPT
 
             prepared = prepare(fitted, dtype, device, tokenizer)
-            written, problems = write(
-                prepared, partial, companions, ahead.stop, max_memory, shard_size, verify, progress
-            )
+            how = (max_memory, shard_size, verify, progress)
+            written, problems = write(prepared, partial, companions, ahead.stop, *how)
     return MergeReport(
         out=str(out),
         tensors_written=len(prepared.outputs),
@@ -139,6 +139,8 @@ def plan(
     shard_size: int = SHARD_SIZE,
     device: str = "cpu",
     expert_layout: Packing | None = None,
+    scale: float | None = None,
+    alpha: float | None = None,
     tokenizer: Tokenizer = "adapter",
     dtypes: tuple[str, ...] = ("BF16", "F16"),
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -147,7 +149,7 @@ def plan(
 
     Reads the adapted tensors once or twice, writes nothing. Raises what merge raises before it writes.
     """
-    fitted, companions = _fitted(base, adapter, strength, expert_layout, tokenizer)
+    fitted, companions = _fitted(base, adapter, tokenizer, strength, expert_layout, scale=scale, alpha=alpha)
     from d2surgery.files.writer import free_space, shards
     from d2surgery.merging.forecast import forecast, low_survival, zero_updates
     from d2surgery.merging.prepared import prepare
@@ -178,12 +180,12 @@ def plan(
 def _fitted(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
-    strength: float,
-    expert_layout: Packing | None,
     tokenizer: Tokenizer,
+    *how: Any,
+    **scaling: Any,
 ) -> tuple[Fit, Companions]:
-    """The fit, with what is said of the files beside the weights, and these."""
-    found = fit(base, adapter, strength, expert_layout)
+    """The fit, with what is said of the files beside the weights, and these. The rest are `fit`'s."""
+    found = fit(base, adapter, *how, **scaling)
     companions = find_companions(found, tokenizer)
     said = (*companions.problems, *other_base(found.layout.base_model, found.base.directory, found.base.config))
     return replace(found, problems=(*found.problems, *said)), companions

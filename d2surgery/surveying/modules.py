@@ -102,7 +102,7 @@ def spectra(
     says which. method: None chooses by kind and size, see `delta_spectrum`. cache: a directory where finished spectra
     of dense deltas are kept by the content of their inputs, so that a second run takes up where the first stopped.
 
-    Raises D2SurgeryError, naming the module: NOT_FINITE, ZERO_NORM, MISSING_CONFIG (unknown scaling), what `load` and
+    Raises D2SurgeryError, naming the module: NOT_FINITE, ZERO_NORM, SCALING_UNKNOWN (unknown scaling), what `load` and
     `sites` found, and USAGE for a delta that depends on a base that is not given.
     """
     raise_errors(checkpoint.layout.problems)

@@ -30,7 +30,7 @@ def read_numbers(layout: Layout) -> tuple[dict[str, Numbers], list[Problem]]:
     numbers = {
         module: _numbers(checkpoint, entry)
         for module, entry in layout.adapters.items()
-        if not set(entry.keys.values()) & set(broken) and _is_whole(layout, entry)
+        if not {*entry.keys.values(), *entry.numbers} & set(broken) and _is_whole(layout, entry)
     }
     return numbers, [*problems, *zero_problems(checkpoint)]
 
@@ -48,7 +48,7 @@ def _is_whole(layout: Layout, entry: AdapterLayout) -> bool:
     """Whether its two factors are all of its update: a `lora_mid` between them is not read."""
     for name, group in TABLE[entry.kind].groups.items():
         slot, size = entry.slots[group.down], entry.ranks[name] * entry.in_features * entry.experts
-        if slot.rows is None and prod(layout.header.tensors[slot.key].shape) != size:
+        if slot.rows is None and slot.made is None and prod(layout.header.tensors[slot.key].shape) != size:
             return False
     return True
 

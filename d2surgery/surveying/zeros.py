@@ -17,7 +17,7 @@ _SHOWN = 3
 def zero_updates(checkpoint: Checkpoint) -> list[str]:
     """The modules whose update is zero: exactly, in every expert, and without a bias that is added.
 
-    A kind with a magnitude may move the base all the same; only the base tells. Raises MISSING_CONFIG for a scaling
+    A kind with a magnitude may move the base all the same; only the base tells. Raises SCALING_UNKNOWN for a scaling
     that is unknown.
     """
     return [module for module in checkpoint.layout.adapters if _is_zero(checkpoint, module)]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.lock import sole_writer
 from d2surgery.files.whole import PARTIAL
-from d2surgery.formats.peft.writer import UNFINISHED
+from d2surgery.formats.saving import UNFINISHED
 
 PREFIX = "checkpoint-"
 CONFIG = "train.toml"

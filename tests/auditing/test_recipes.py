@@ -1,6 +1,7 @@
 """Recipes against the mergers themselves where they install here: every bit, on PEFT's own layers."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import KINDS_AND_AXES, make
+from models import llama
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import d2surgery
 from d2surgery.adapters import KINDS, Adapter, DoRA, DualLoRA, LoRA
 from d2surgery.auditing.pefts import Operands
 from d2surgery.auditing.recipes import OURS, RECIPES, Recipe, bank
@@ -166,3 +170,22 @@ def test_recipes_have_names_of_their_own_and_ours_is_first() -> None:
     assert all(RECIPES[0].fits(kind) for kind in (*KINDS, "a kind to come"))
     assert {kind for recipe in RECIPES for kind in recipe.kinds} <= set(KINDS)
     assert all(recipe.fits(kind) == (kind in recipe.kinds) for recipe in RECIPES if recipe.kinds for kind in KINDS)
+
+
+def test_a_dora_that_mlx_fused_onto_a_bfloat16_base_is_replayed(tmp_path: Path) -> None:
+    """The magnitude stays in float32, and so does what is fused; the norm is mlx's: of squares in bfloat16."""
+    torch.manual_seed(0)
+    llama().bfloat16().save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    module = "model.layers.0.self_attn.q_proj"
+    W = stored[f"{module}.weight"]
+    A, B = torch.randn(2, W.shape[1]), 0.1 * torch.randn(W.shape[0], 2)
+    dora = d2surgery.DoRA(A=A, B=B, magnitude=1.1 * W.float().norm(dim=1), scaling=2.0)
+    d2surgery.save(d2surgery.from_adapters({module: dora}), tmp_path / "adapter", format="mlx")
+    both = W + ((2.0 * B) @ A).to(W.dtype)
+    norm = both.square().float().sum(1).to(W.dtype).sqrt()
+    (tmp_path / "fused").mkdir()
+    fused = stored | {f"{module}.weight": (dora.magnitude / norm)[:, None] * both}
+    save_file(fused, tmp_path / "fused" / "model.safetensors", metadata={"format": "pt"})
+    found = d2surgery.audit(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused", files=False)
+    assert (found.verdict, found.modules[module].recipe) == ("pass", "mlx-dora")

@@ -501,13 +501,12 @@ def test_a_config_and_an_npz_are_called_what_they_are(tmp_path: Path, capsys: py
     (tmp_path / "adapter_config.json").write_text(json.dumps(LORA, indent=2))
     assert main(["inspect", str(tmp_path / "adapter_config.json")]) == 2
     assert "error NOT_AN_ADAPTER" in capsys.readouterr().err
-    for name in ("adapters.npz", "adapters.bin"):
-        with (tmp_path / name).open("wb") as file:
-            np.savez(file, a=np.ones(2))
-        assert main(["inspect", str(tmp_path / name)]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("error NOT_SAFETENSORS")
-        assert "a NumPy archive (.npz)" in err
+    with (tmp_path / "adapters.bin").open("wb") as file:
+        np.savez(file, a=np.ones(2))
+    assert main(["inspect", str(tmp_path / "adapters.bin")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error NOT_SAFETENSORS")
+    assert "a NumPy archive (.npz)" in err
 
 
 # A base ---------------------------------------------------------------------------------------------------------------
@@ -692,13 +691,13 @@ def test_nan_never_becomes_json() -> None:
 
 # Real adapters --------------------------------------------------------------------------------------------------------
 
-PUBLISHED = [  # (folder, format, base, modules, rank, scaling, replaced tensors, codes)
+PUBLISHED: list[tuple[Any, ...]] = [  # (folder, format, base, modules, rank, scaling, replaced tensors, codes)
     *[(f"gemma270m-aowei{suffix}", "peft", "gemma3-270m-it", 72, 4, 4.0, set(), set()) for suffix in
       ("", "-stage1", "-seed123")],
     ("distilbert-imdb", "peft", "distilbert-base-uncased", 12, 8, 2.0,
      {f"{m}.{p}" for m in ("classifier", "pre_classifier") for p in ("weight", "bias")}, set()),
     ("gpt2-anirudh", "peft", "gpt2", 12, 8, 1.0, {"score.weight"}, set()),
-    ("sd-vfph55", "diffusers", None, 128, 4, None, set(), {"FOREIGN_FORMAT"}),
+    ("sd-vfph55", "diffusers", None, 128, 4, 1.0, set(), set()),
 ]  # fmt: skip
 
 
@@ -708,7 +707,7 @@ def test_published_adapters_are_described_truthfully(
     rank: int, scaling: float | None, replaced: set[str], codes: set[str],
 ) -> None:  # fmt: skip
     with warnings.catch_warnings(action="error"):
-        assert main(["inspect", str(published / name), "--json"]) == (form == "diffusers")
+        assert main(["inspect", str(published / name), "--json"]) == 0
     found = document(capsys)
     assert (found["format"], found["base_model"]) == (form, base)
     assert [(m["rank"], m["scaling"]) for m in found["modules"]] == [(rank, scaling)] * modules

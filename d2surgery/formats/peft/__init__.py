@@ -40,12 +40,15 @@ from d2surgery.formats.peft.reader import read
 from d2surgery.kinds import TABLE
 
 NAME = "peft"
+TITLE, READS = "PEFT", "the four kinds, replaced tensors, token rows, biases"
 
 
-def recognise(header: Header, config: Mapping[str, Any] | None) -> bool:
-    """Whether a config of PEFT's, beside the file or inside it, or a key marks the file as PEFT's."""
+def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
+    """A config of PEFT's, beside the file or inside it, or a key marks the file as PEFT's."""
     found = (embedded(header)[0] or {}) if config is None else config
-    return "peft_type" in found or looks_like_peft(header)
+    if "peft_type" in found:
+        return f"peft_type in {'adapter_config.json' if config is not None else 'the header'}"
+    return "keys are named as PEFT names them" if looks_like_peft(header) else ""
 
 
 def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> Layout:

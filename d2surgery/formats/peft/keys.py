@@ -26,7 +26,6 @@ _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapp
 _AROUND = re.compile(r"\.?(?:(?:module|_forward_module|pretrained_model)\.)*")
 # PEFT's own prefix, again where a PEFT model was wrapped in another; what stands before it is a wrapper of any trainer.
 _ROOT = re.compile(r"(?:.*?\.)?base_model\.model\.(?:(?:(?:module|model)\.)?base_model\.model\.)*")
-_DIFFUSERS = re.compile(r"(unet|text_encoder\w*|transformer)\.(?!h\.)")  # transformer.h. is GPT-2's
 
 
 class Leaf(NamedTuple):
@@ -55,7 +54,7 @@ def looks_like_peft(header: Header) -> bool:
     )
     if any(PREFIX in key or f".{TOKENS}" in key for key in header.tensors):
         return True
-    named = any(part in known and not _DIFFUSERS.match(key) for key in header.tensors for part in key.split("."))
+    named = any(part in known for key in header.tensors for part in key.split("."))
     return named and not lies_transposed(pairs)
 
 

@@ -1,32 +1,30 @@
 """Writing PEFT's form: the config that reads back as the adapters, and their tensors under PEFT's keys."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import isclose, sqrt
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from d2surgery.errors import Problem, raise_errors
 from d2surgery.files.header import Header, TensorInfo
 from d2surgery.files.tensors import NAMES
-from d2surgery.files.whole import PARTIAL, write_whole
+from d2surgery.files.whole import write_whole
+from d2surgery.formats.flat import flattened
 from d2surgery.formats.format import Holding
 from d2surgery.formats.layout import AdapterLayout, Layout, Slot, alpha_divisor, with_expert_layout
 from d2surgery.formats.peft.config import peft_type, version_of
 from d2surgery.formats.peft.keys import METADATA, PREFIX, TOKENS, bare, in_declared_order, key_of
 from d2surgery.formats.peft.reader import read
+from d2surgery.formats.saving import saving
 from d2surgery.kinds import TABLE
 
 WEIGHTS = "adapter_model.safetensors"
-UNFINISHED = ".adapter_model."  # how the name of a directory begins in which weights are written
 PACKED_SINCE = (0, 19, 1)  # PEFT packs experts as it does now
 _KEPT = (  # fields of a config that was found which say nothing of the values
     "auto_mapping", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version", "revision",
@@ -37,19 +35,14 @@ _KEPT = (  # fields of a config that was found which say nothing of the values
 def write_files(checkpoint: Holding, directory: Path) -> None:
     """adapter_config.json and adapter_model.safetensors. Raises FORMAT_CANNOT_HOLD before anything is written."""
     layout = checkpoint.layout
-    raise_errors(_cannot_hold(layout))
+    raise_errors([*_cannot_hold(layout), *flattened(layout)])
     tensors = dict(tensors_of(checkpoint))
     config = _config(layout, tensors)
     scaling = {module: entry.scaling for module, entry in layout.adapters.items()}
     history = {"history": list(layout.about.history)} if layout.about.history else {}
     ours = json.dumps({"config": config, "scaling": scaling} | history, sort_keys=True)
-    directory.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=UNFINISHED, suffix=PARTIAL, dir=directory) as beside:  # where nobody lays links
-        weights = Path(beside) / WEIGHTS
-        save_file(tensors, weights, metadata={"format": "pt", METADATA: ours})
-        _sort_metadata(weights)
+    with saving(directory / WEIGHTS, tensors, {"format": "pt", METADATA: ours}):
         write_whole(directory / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))
-        weights.replace(directory / WEIGHTS)
 
 
 def _cannot_hold(layout: Layout) -> Iterator[Problem]:
@@ -85,19 +78,19 @@ def tensors_of(checkpoint: Holding) -> Iterator[tuple[str, Tensor]]:
         experts = [checkpoint.adapter(module, expert).slots() for expert in range(entry.experts)]
         for slot in TABLE[entry.kind].slots:
             stored = _packed([each[slot] for each in experts], slot, entry)
-            yield key_of(name, entry.kind, slot, entry.stored), stored.contiguous()
+            yield key_of(name, entry.kind, slot, entry.stored), stored
         if "bias" in entry.slots:
-            yield key_of(name, entry.kind, "bias"), checkpoint.tensor(entry.slots["bias"].key).contiguous()
+            yield key_of(name, entry.kind, "bias"), checkpoint.tensor(entry.slots["bias"].key)
     for target, key in layout.replacements.items():
         module, _, leaf = target.rpartition(".")
         rows = "token_adapter." if target in layout.rows else ""
         inside = "base_layer." if rows or module in layout.adapters else ""
-        yield f"{PREFIX}{module}.{rows}{inside}{leaf}", checkpoint.tensor(key).contiguous()
+        yield f"{PREFIX}{module}.{rows}{inside}{leaf}", checkpoint.tensor(key)
     for target, rows_ in layout.rows.items():
         name = f"{PREFIX}{target.rpartition('.')[0]}.token_adapter.{TOKENS}"
-        yield name, checkpoint.tensor(rows_.key).contiguous()
+        yield name, checkpoint.tensor(rows_.key)
     for key in layout.superseded if layout.format == "peft" else ():
-        yield PREFIX + bare(key), checkpoint.tensor(key).contiguous()
+        yield PREFIX + bare(key), checkpoint.tensor(key)
 
 
 def _wrapped(layout: Layout, parameter: str) -> str:
@@ -114,13 +107,18 @@ def _packed(matrices: list[Tensor], slot: str, entry: AdapterLayout) -> Tensor:
     first = matrices[0]
     if entry.stored == "experts" and entry.experts > 1:  # rows of A expert-slowest, columns of B expert-fastest
         return torch.cat(matrices) if slot == "A" else torch.stack(matrices, 2).reshape(first.shape[0], -1)
+    return shaped(first, slot, entry)
+
+
+def shaped(tensor: Tensor, slot: str, entry: AdapterLayout) -> Tensor:
+    """A slot's matrix or vector as PEFT stores it: a convolution's with its kernel."""
     ones = (1,) * (len(entry.kernel) - 1)
-    if first.dim() == 1:
-        return first.reshape(1, -1, *ones) if entry.kernel else first
+    if tensor.dim() == 1:
+        return tensor.reshape(1, -1, *ones) if entry.kernel else tensor
     if not entry.kernel:
-        return first
+        return tensor
     downs = {group.down for group in TABLE[entry.kind].groups.values()}
-    return first.reshape(-1, *entry.kernel) if slot in downs else first.reshape(*first.shape, *ones)
+    return tensor.reshape(-1, *entry.kernel) if slot in downs else tensor.reshape(*tensor.shape, *ones)
 
 
 # The config ------------------------------------------------------------------------------------------------------
@@ -131,7 +129,7 @@ def _config(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     found = dict(layout.about.settings) if layout.format == "peft" else {}
     if found and _describes(found, with_expert_layout(layout, "interleaved"), tensors):
         return found
-    return _made(layout)
+    return made_config(layout)
 
 
 def _describes(found: Mapping[str, Any], layout: Layout, tensors: Mapping[str, Tensor]) -> bool:
@@ -153,7 +151,7 @@ def _alike(one: AdapterLayout, other: AdapterLayout) -> bool:
     return known and isclose(one.scaling, other.scaling, rel_tol=1e-12) and shown(one) == shown(other)  # type: ignore[arg-type]
 
 
-def _made(layout: Layout) -> dict[str, Any]:
+def made_config(layout: Layout) -> dict[str, Any]:
     """The commonest rank and alpha, patterns for the rest."""
     about, entries = layout.about, layout.adapters
     kept = {name: about.settings[name] for name in _KEPT if name in about.settings}
@@ -225,18 +223,3 @@ def _alpha(entry: AdapterLayout, root: bool) -> float | int:
     short = round(alpha, 9)
     alpha = short if short / divisor == entry.scaling else alpha
     return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _sort_metadata(file: Path) -> None:
-    """safetensors writes metadata in an order of chance: sorted, the same adapter is the same file, hash and all. On
-    disk, before it takes its name."""
-    with file.open("r+b") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length  # the same entries in another order, padded with spaces
-        stream.seek(8)
-        stream.write(text.ljust(length))
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -1,0 +1,193 @@
+"""llama.cpp's LoRA adapter, a GGUF file (see `files.gguf`), which Ollama, LM Studio and KoboldCpp load too.
+
+    general.type "adapter", adapter.type "lora", adapter.lora.alpha (float), general.architecture
+    key := "blk." n "." part ".weight" leaf
+
+    leaf      shape      meaning
+    .lora_a   (r, in)    A
+    .lora_b   (out, r)   B; of attn_q and attn_k in the architecture `llama` its rows in another order
+
+One alpha for the file: scaling = alpha/r, r each tensor's own; 1 where alpha is 0 or absent.  What differs is in the
+lora_b that is written.  F32, F16, BF16, and Q8_0, which is only read.
+
+llama.cpp rotates the two halves of a head's rows interleaved where transformers has one after the other, so its
+converter puts row (head, half, i) of q and k at (head, i, half).  How many heads there are stands in the base's config;
+a file that is written here also says it.  Architectures whose modules have Llama's names in transformers are read:
+those of `ARCHITECTURES`.  Embeddings, heads and DoRA are not in the format.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2surgery.errors import Problem, raise_errors
+from d2surgery.files.gguf import BLOCK, QUANTIZED, TYPES, Part, gguf_bytes
+from d2surgery.files.header import Header
+from d2surgery.files.whole import write_whole_bytes
+from d2surgery.formats.flat import flattened
+from d2surgery.formats.format import Holding, Values
+from d2surgery.formats.layout import About, Layout, Slot, Stored
+from d2surgery.formats.pairs import Factor, Group, Pairs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAME = "gguf"
+TITLE, READS = "llama.cpp, Ollama, LM Studio (GGUF)", "LoRA; F32, F16, BF16, Q8_0; seven families"
+WEIGHTS = "adapter.gguf"
+ARCHITECTURES = {  # transformers' model_type -> llama.cpp's architecture
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+}  # fmt: skip
+_PARTS = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_MODULES = {path: part for part, path in _PARTS.items()}
+_LEAVES = {"weight.lora_a": "lora_a", "weight.lora_b": "lora_b"}
+_PERMUTED = {("llama", "attn_q"): "head_count", ("llama", "attn_k"): "head_count_kv"}
+_ARCHITECTURE, _ALPHA, _BASE = "general.architecture", "adapter.lora.alpha", "general.base_model.0.name"
+
+
+def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
+    return "a GGUF file" if _ARCHITECTURE in header.metadata and "general.type" in header.metadata else ""
+
+
+def heads_of(model: Mapping[str, Any]) -> dict[str, str]:
+    """What a base's config says of its heads, as fields of a file of its architecture."""
+    heads, kv = model.get("num_attention_heads"), model.get("num_key_value_heads")
+    counts = {"head_count": heads, "head_count_kv": heads if kv is None else kv}
+    return {f"llama.attention.{name}": str(count) for name, count in counts.items() if type(count) is int}
+
+
+def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> Layout:
+    pairs, said = Pairs(header, values), header.metadata
+    architecture = said[_ARCHITECTURE]
+    about = About(base_model=said.get(_BASE) or None)
+    if said["general.type"] != "adapter" or said.get("adapter.type") != "lora":
+        pairs.skip(header.tensors, "NOT_AN_ADAPTER", "no adapter of llama.cpp's", got=said["general.type"])
+        return pairs.layout(NAME, about)
+    if architecture not in ARCHITECTURES.values():
+        wanted = ", ".join(sorted(set(ARCHITECTURES.values())))
+        pairs.skip(header.tensors, "UNSUPPORTED_VARIANT", f"architecture {architecture}", wanted=wanted)
+        return pairs.layout(NAME, about)
+    try:
+        alpha = float(said.get(_ALPHA, 0))
+    except ValueError:
+        alpha = 0.0
+    for name, group in pairs.groups(_LEAVES).items():
+        _add(pairs, name, group, architecture, alpha)
+    return pairs.layout(NAME, about)
+
+
+def _add(pairs: Pairs, name: str, group: Group, architecture: str, alpha: float) -> None:
+    block, _, part = name.rpartition(".")
+    if missing := {"lora_a", "lora_b"} - group.keys():
+        message = f"has {', '.join(sorted(group))} but no {', '.join(sorted(missing))}"
+        pairs.skip(group.values(), "MISSING_HALF", message, module=name)
+        return
+    number = block.removeprefix("blk.")
+    if part not in _PARTS or not number.isdecimal() or block == number:
+        pairs.skip(group.values(), "UNSUPPORTED_VARIANT", "no linear module of a block", module=name)
+        return
+    down, up = (_factor(pairs, group[leaf]) for leaf in ("lora_a", "lora_b"))
+    if (field := _PERMUTED.get((architecture, part))) is not None:
+        heads = pairs.header.metadata.get(f"llama.attention.{field}", "")
+        rows = up.shape[0] if up.shape else 0
+        if not heads.isdecimal() or not int(heads) or rows % (2 * int(heads)):
+            got = f"{heads} of {rows} rows" if heads else "no base"
+            pairs.skip(group.values(), "HEADS_UNKNOWN", "how many heads share its rows", module=name, got=got)
+            return
+        slot = Slot(up.slot.key, made=partial(_unpermuted, int(heads), up.slot.made))
+        up = Factor(slot, up.shape)
+    rank = down.shape[0] if down.shape else 1
+    module = f"model.layers.{int(number)}.{_PARTS[part]}"
+    pairs.add(module, group, down, up, scaling=alpha / rank if alpha else 1.0)
+
+
+def _factor(pairs: Pairs, key: str) -> Factor:
+    shape = pairs.header.metadata.get(QUANTIZED + key)
+    if shape is None:
+        return pairs.factor(key)
+    sizes = tuple(map(int, shape.split()))
+    pairs.decoded.add(key)
+    return Factor(Slot(key, made=partial(_dequantized, sizes)), sizes)
+
+
+def _dequantized(shape: tuple[int, ...], data: "Tensor") -> "Tensor":
+    """Blocks of a float16 scale and 32 signed bytes, in float32."""
+    import torch
+
+    blocks = data.reshape(-1, BLOCK + 2)
+    scales = blocks[:, :2].contiguous().view(torch.float16).float()
+    return (blocks[:, 2:].contiguous().view(torch.int8).float() * scales).reshape(shape)
+
+
+def _unpermuted(heads: int, before: Any, tensor: "Tensor") -> "Tensor":
+    """Row (head, i, half) at (head, half, i): the inverse of `permuted`."""
+    rows = tensor if before is None else before(tensor)
+    return rows.reshape(heads, -1, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+
+
+def permuted(heads: int, rows: "Tensor") -> "Tensor":
+    """Row (head, half, i) at (head, i, half), as llama.cpp has them."""
+    return rows.reshape(heads, 2, -1, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+
+
+def holds(kind: str) -> frozenset[Stored]:
+    return frozenset(("linear",)) if kind == "lora" else frozenset()
+
+
+def write(checkpoint: Holding, directory: Path) -> None:
+    """adapter.gguf. Raises FORMAT_CANNOT_HOLD before anything is written."""
+    import torch
+
+    from d2surgery.files.tensors import NAMES
+    from d2surgery.formats.saving import brought_to, common, held_whole
+
+    layout, model = checkpoint.layout, checkpoint.layout.about.model
+    architecture = ARCHITECTURES.get(str(model.get("model_type")), "")
+    heads = heads_of(model)
+    raise_errors([*held_whole(layout, NAME), *flattened(layout), *_cannot_hold(layout, architecture, heads)])
+    rank, scaling = common(layout)
+    (alpha,) = torch.tensor([scaling * rank], dtype=torch.float32).tolist()
+    numbers, parts = {name: number for number, (name, _) in TYPES.items()}, []
+    for module, entry in layout.adapters.items():
+        own, name = entry.ranks["update"], _key(module)
+        slots = brought_to(checkpoint.adapter(module), own, alpha / own)
+        if field := _PERMUTED.get((architecture, name.rpartition(".")[2])):
+            slots["B"] = permuted(int(heads[f"llama.attention.{field}"]), slots["B"])
+        for slot, leaf in (("A", "lora_a"), ("B", "lora_b")):
+            tensor = slots[slot].float() if slots[slot].dtype == torch.float64 else slots[slot]
+            data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            parts.append(Part(f"{name}.weight.{leaf}", numbers[NAMES[tensor.dtype]], tuple(tensor.shape), data))
+    fields = {"general.type": "adapter", _ARCHITECTURE: architecture, "adapter.type": "lora", _ALPHA: alpha}
+    if layout.base_model:
+        fields |= {"general.base_model.count": 1, _BASE: layout.base_model}
+    fields |= {field: int(count) for field, count in heads.items()} if architecture == "llama" else {}
+    directory.mkdir(parents=True, exist_ok=True)
+    write_whole_bytes(directory / WEIGHTS, gguf_bytes(fields, parts))
+
+
+def _key(module: str) -> str:
+    """blk.3.attn_q of model.layers.3.self_attn.q_proj; "" for a module that has no such name."""
+    steps = module.split(".")
+    path = ".".join(steps[3:])
+    fits = steps[:2] == ["model", "layers"] and len(steps) > 3 and steps[2].isdecimal() and path in _MODULES
+    return f"blk.{steps[2]}.{_MODULES[path]}" if fits else ""
+
+
+def _cannot_hold(layout: Layout, architecture: str, heads: Mapping[str, str]) -> Iterator[Problem]:
+    def cannot(message: str, **details: str) -> Problem:
+        return Problem(code="FORMAT_CANNOT_HOLD", message=message, **details)  # type: ignore[arg-type]
+
+    if not architecture:
+        got = str(layout.about.model.get("model_type", "no base"))
+        yield cannot("a file is of one architecture", wanted=f"--base of {', '.join(ARCHITECTURES)}", got=got)
+    elif architecture == "llama" and len(heads) < 2:
+        yield cannot("the base's config does not say how many heads it has")
+    for module in layout.adapters:
+        if not _key(module):
+            yield cannot("llama.cpp has no adapter on it", module=module)

@@ -1,0 +1,238 @@
+"""MLX-LM's adapters, as its trainer saves them and `mlx_lm.load(adapter_path=…)` reads them.
+
+    adapters.safetensors (before April 2024 adapters.npz) + adapter_config.json
+    key := module "." leaf;  module is the name in MLX-LM's model, mostly that of transformers
+
+    leaf             linear               embedding               meaning
+    lora_a, lora_b   (in, r), (r, out)    (vocab, r), (r, dim)    both transposed: ΔW = scale · lora_bᵀ · lora_aᵀ
+    m                (out,)               (vocab,)                DoRA: the norm of each row of the stored weight
+
+The embedding's weight lies (vocab, dim); where the output is tied to it, the update moves both.
+
+The config is the whole of what the training was asked: fine_tune_type "lora", "dora" or "full"; model, the base;
+lora_parameters {rank, scale, dropout, keys}.  `scale` multiplies as it stands; before June 2024 there was an `alpha`
+beside it, and scale·alpha/rank multiplied.  A file has one rank and one scale: what differs is padded with zeros and
+scaled in its lora_b.  `keys` are whole names here, which MLX-LM takes as it takes names within a block.
+
+Experts lie in `switch_mlp`, not transposed: lora_a (E, r, in), lora_b (E, out, r).  They are read as adapters of the
+parameters that transformers has for them, gate and up in one, and not written.  Other layers of three dimensions and
+fine_tune_type "full" are refused by name.
+Source: mlx-lm 0.32 as it reads and writes.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2surgery.errors import Problem, raise_errors
+from d2surgery.files.header import FLOATS, Header
+from d2surgery.files.whole import write_whole
+from d2surgery.formats.flat import flattened
+from d2surgery.formats.format import Holding, Values
+from d2surgery.formats.layout import About, AdapterLayout, Layout, Slot, Stored
+from d2surgery.formats.pairs import Group, Pairs
+from d2surgery.formats.peft.fields import is_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAME = "mlx"
+TITLE, READS = "MLX-LM", "LoRA, DoRA, experts; `.npz`, the scale of before June 2024"
+WEIGHTS = "adapters.safetensors"
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embedding", "embeddings")
+_SWITCH = ".switch_mlp."
+_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # transformers' parameter -> parts
+_STACKED = [leaf for leaves in _EXPERTS.values() for leaf in leaves]
+_LEAVES = {leaf: leaf for leaf in ("lora_a", "lora_b", "m")}
+_CONFIG = ("fine_tune_type", "lora_parameters", "lora_layers")
+
+
+def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
+    if any(key.endswith((".lora_a", ".lora_b")) for key in header.tensors):
+        return "keys end in .lora_a and .lora_b"
+    return next((f"{field} in adapter_config.json" for field in _CONFIG if field in (config or {})), "")
+
+
+def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> Layout:
+    found, pairs = config or {}, Pairs(header, values)
+    if found.get("fine_tune_type") == "full":
+        pairs.skip(header.tensors, "UNSUPPORTED_VARIANT", "fine_tune_type is full: trained weights, not factors")
+        return pairs.layout(NAME, _about(found))
+    switches: dict[str, dict[str, Group]] = {}
+    for module, group in pairs.groups(_LEAVES).items():
+        block, _, leaf = module.partition(_SWITCH)
+        if leaf in _STACKED and {"lora_a", "lora_b"} == group.keys():
+            switches.setdefault(block, {})[leaf] = group
+        else:
+            _add(pairs, module, group, found)
+    for block, parts in switches.items():
+        root = re.sub(r"(^|\.)block_sparse_moe$", r"\1mlp", block)  # Mixtral's, as transformers has it now
+        for parameter, leaves in _EXPERTS.items():
+            _add_experts(pairs, f"{root}.experts.{parameter}", leaves, parts, found)
+    if any(entry.scaling is None for entry in pairs.adapters.values()):
+        pairs.say("SCALING_UNKNOWN", "no scale in lora_parameters of an adapter_config.json")
+    tied = any(entry.stored == "embedding" for entry in pairs.adapters.values())
+    return pairs.layout(NAME, replace(_about(found), tied=tied))
+
+
+def _add_experts(
+    pairs: Pairs, module: str, leaves: tuple[str, ...], parts: Mapping[str, Group], config: Mapping[str, Any]
+) -> None:
+    """The experts of one parameter: their ranks are those of its parts together, each part with rows of its own."""
+    found = [(at, parts[leaf]) for at, leaf in enumerate(leaves) if leaf in parts]
+    keys = [key for _, group in found for key in group.values()]
+    if not found:
+        return
+    downs, ups = ([pairs.shape(group[leaf]) for _, group in found] for leaf in ("lora_a", "lora_b"))
+    fits = all(len(a) == len(b) == 3 and (a[0], a[1]) == (b[0], b[2]) for a, b in zip(downs, ups, strict=True))
+    if not fits or len({(a[0], a[2]) for a in downs}) > 1 or len({b[1] for b in ups}) > 1:
+        got = "; ".join(map(str, (*downs, *ups)))
+        pairs.skip(keys, "RANK_MISMATCH", "the experts' factors do not multiply", module=module, got=got)
+        return
+    if wrong := [key for key in keys if pairs.header.tensors[key].dtype not in FLOATS]:
+        got = pairs.header.tensors[wrong[0]].dtype
+        pairs.skip(keys, "DTYPE_UNEXPECTED", "a factor of experts", module=module, wanted=", ".join(FLOATS), got=got)
+        return
+    A, B = ([group[leaf] for _, group in found] for leaf in ("lora_a", "lora_b"))
+    scalings = {_scaling(config, a[1]) for a in downs}
+    made = partial(_experts_up, len(leaves), [at for at, _ in found])
+    pairs.adapters[module] = AdapterLayout(
+        module=module,
+        kind="lora",
+        stored="experts",
+        slots={"A": Slot(A[0], also=tuple(A[1:]), made=_experts_down), "B": Slot(B[0], also=tuple(B[1:]), made=made)},
+        ranks={"update": sum(a[1] for a in downs)},
+        out_features=len(leaves) * ups[0][1],
+        in_features=downs[0][2],
+        dtype=pairs.header.tensors[A[0]].dtype,
+        scaling=scalings.pop() if len(scalings) == 1 else None,
+        experts=downs[0][0],
+        blocked=("A", "B"),
+        numbers=(*A[1:], *B[1:]),
+    )
+
+
+def _experts_down(*each: "Tensor") -> "Tensor":
+    """(E·Σr, in) of (E, r, in)."""
+    return _together(each, 1).flatten(0, 1)
+
+
+def _experts_up(parts: int, where: list[int], *each: "Tensor") -> "Tensor":
+    """(parts·out, E·Σr) of (E, out, r): each in the rows of its own part, the others zero."""
+    experts, out, _ = each[0].shape
+    padded = []
+    for at, up in zip(where, each, strict=True):
+        whole = up.new_zeros(experts, parts, out, up.shape[2])
+        whole[:, at] = up
+        padded.append(whole.flatten(1, 2))
+    return _together(tuple(padded), 2).transpose(0, 1).flatten(1)
+
+
+def _together(each: "tuple[Tensor, ...]", along: int) -> "Tensor":
+    import torch
+
+    return torch.cat(each, along)
+
+
+def _add(pairs: Pairs, module: str, group: Group, config: Mapping[str, Any]) -> None:
+    missing = {"lora_a", "lora_b"} - group.keys()
+    is_dora = config.get("fine_tune_type") == "dora"
+    if missing or (is_dora and "m" not in group):
+        code = "MISSING_HALF" if missing else "MISSING_MAGNITUDE"
+        absent = ", ".join(sorted(missing)) or "m"
+        pairs.skip(group.values(), code, f"has {', '.join(sorted(group))} but no {absent}", module=module)
+    elif config and "m" in group and not is_dora:
+        pairs.skip(group.values(), "BAD_CONFIG", "an m although fine_tune_type is not dora", module=module)
+    elif len(pairs.shape(group["lora_a"])) == 3:
+        pairs.skip(
+            group.values(), "UNSUPPORTED_VARIANT", "a layer of three dimensions that is no switch_mlp", module=module
+        )
+    else:
+        is_embedding = module.rpartition(".")[2] in EMBEDDINGS
+        down, up = (pairs.factor(group[leaf], transposed=True) for leaf in ("lora_a", "lora_b"))
+        pairs.add(
+            module,
+            group,
+            down,
+            up,
+            scaling=_scaling(config, down.shape[0]),
+            magnitude=group.get("m", ""),
+            along="in_features" if is_embedding else "out_features",
+            stored="embedding" if is_embedding else "linear",
+        )
+
+
+def _parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get("lora_parameters")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _scaling(config: Mapping[str, Any], rank: int) -> float | None:
+    """The scale as it stands; where an alpha stands beside it, as before June 2024, times alpha/rank."""
+    found = _parameters(config)
+    scale, alpha = found.get("scale"), found.get("alpha")
+    if not is_number(scale) or not (alpha is None or is_number(alpha)):
+        return None
+    return float(scale) if alpha is None else float(scale) * float(alpha) / rank  # type: ignore[arg-type]
+
+
+def _about(config: Mapping[str, Any]) -> About:
+    base, dropout = config.get("model"), _parameters(config).get("dropout")
+    return About(
+        base_model=base if isinstance(base, str) and base else None,
+        dropout=dropout if is_number(dropout) else None,
+    )
+
+
+def holds(kind: str) -> frozenset[Stored]:
+    return frozenset(("linear", "embedding")) if kind in ("lora", "dora") else frozenset()
+
+
+def write(checkpoint: Holding, directory: Path) -> None:
+    """adapters.safetensors and adapter_config.json. Raises FORMAT_CANNOT_HOLD before anything is written."""
+    from d2surgery.formats.saving import brought_to, common, held_whole, saving  # torch
+
+    entries = checkpoint.layout.adapters
+    raise_errors(
+        [*held_whole(checkpoint.layout, NAME), *flattened(checkpoint.layout), *_cannot_hold(checkpoint.layout)]
+    )
+    rank, scaling = common(checkpoint.layout)
+    tensors, names = {}, {"A": "lora_a", "B": "lora_b", "magnitude": "m"}
+    for module in entries:
+        for slot, tensor in brought_to(checkpoint.adapter(module), rank, scaling).items():
+            tensors[f"{module}.{names[slot]}"] = tensor.T if tensor.dim() == 2 else tensor
+    config = {
+        "fine_tune_type": next(iter(entries.values())).kind,
+        "num_layers": -1,
+        "lora_parameters": {"rank": rank, "scale": scaling, "dropout": checkpoint.layout.about.dropout or 0.0,
+                            "keys": sorted(entries)},
+        "model": checkpoint.layout.base_model,
+    }  # fmt: skip
+    with saving(directory / WEIGHTS, tensors, {"format": "mlx"}):
+        write_whole(directory / "adapter_config.json", json.dumps(config, indent=4))
+
+
+def _cannot_hold(layout: Layout) -> Iterator[Problem]:
+    """One file is LoRA or DoRA; a magnitude has one axis; an embedding's update moves the output tied to it."""
+    kinds = {entry.kind for entry in layout.adapters.values()}
+    if len(kinds) > 1:
+        yield Problem(
+            code="FORMAT_CANNOT_HOLD", message="one file of MLX-LM's holds one kind", got=", ".join(sorted(kinds))
+        )
+    for module, entry in layout.adapters.items():
+        is_embedding = entry.stored == "embedding"
+        if entry.kind == "dora" and (entry.settings["along"] == "in_features") != is_embedding:
+            message = "MLX-LM's magnitude is per row of the stored weight"
+            yield Problem(
+                code="FORMAT_CANNOT_HOLD", message=message, module=module, got=f"along {entry.settings['along']}"
+            )
+        if is_embedding and not layout.about.tied:
+            message = "MLX-LM moves an output that is tied to the embedding with it, this adapter does not"
+            yield Problem(code="FORMAT_CANNOT_HOLD", message=message, module=module)
+        if is_embedding != (module.rpartition(".")[2] in EMBEDDINGS):
+            message = f"MLX-LM tells an embedding by its name: {', '.join(EMBEDDINGS)}"
+            yield Problem(code="FORMAT_CANNOT_HOLD", message=message, module=module, got=entry.stored)

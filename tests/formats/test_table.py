@@ -1,0 +1,36 @@
+"""The README's table of formats is what FORMATS say. `python tests/formats/test_table.py` prints it."""
+
+from pathlib import Path
+
+from d2surgery.formats import FORMATS
+from d2surgery.formats.format import Format
+from d2surgery.kinds import TABLE
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+HEAD = ["| `--to` | format | read | written |", "|---|---|---|---|"]
+
+
+def written(format: Format) -> str:
+    """Kinds by the modules that they can be on: `LoRA, DoRA: linear, conv`."""
+    kinds: dict[str, list[str]] = {}
+    for kind, row in reversed(TABLE.items()):
+        where = [name for name in ("linear", "embedding", "conv", "experts") if name in format.holds(kind)]
+        if where:
+            kinds.setdefault(", ".join(where), []).append(row.title)
+    return "; ".join(f"{', '.join(titles)}: {where}" for where, titles in kinds.items()) or "–"
+
+
+def table() -> list[str]:
+    rows = []
+    for format in FORMATS:
+        to = f"`{format.NAME}`" if any(map(format.holds, TABLE)) else "–"
+        rows.append(f"| {to} | {format.TITLE} | {format.READS} | {written(format)} |")
+    return HEAD + rows
+
+
+def test_the_readme_has_the_formats() -> None:
+    assert "\n".join(table()) in README.read_text()
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))
