@@ -13,21 +13,15 @@ from d2surgery.adapters import Adapter, DoRA, LoRA
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.adapters.thin import Thin
 from d2surgery.adapters.vectors import Weight, squared_norms
-from d2surgery.checkpoint import Checkpoint, from_adapters
+from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.surgery.certificate import Certificate, Form, Loss, dense, form, loss
 from d2surgery.surgery.combining import ENTRYWISE, Recipe, combined
-from d2surgery.surgery.converting import rank_of
-from d2surgery.surgery.rebuilding import (
-    about_of,
-    alike,
-    history,
-    no_progress,
-    over_modules,
-)
+from d2surgery.surgery.converting import bound_of, rank_of
+from d2surgery.surgery.rebuilding import by_place, history, no_progress, over_modules, rebuilt, threads
 from d2surgery.surgery.truncation import ALL, Keep
-from d2surgery.surveying.modules import BaseMatrices, Place, Progress, naming, places
+from d2surgery.surveying.modules import BaseMatrices, Place, Progress, places
 
 _DIFFER = "trained in several, differently"
 
@@ -57,21 +51,20 @@ def combine(
         raise refuse("USAGE", "the delta depends on the base weights", module=names[0], wanted="a base", got="none")
     raise_errors(_misfits(checkpoints))
     where = [BaseMatrices(each, base) if base is not None else None for each in checkpoints]
-    union = dict.fromkeys(place for each in checkpoints for place in places(each))
-    made: dict[str, list[Adapter]] = {}
-    losses: dict[str, Loss] = {}
-    for done, place in enumerate(union, 1):
+
+    def one(place: Place) -> tuple[Adapter, Loss]:
         having = [i for i, each in enumerate(checkpoints) if place.module in each.layout.adapters]
-        with naming(place.name):
-            adapters = [checkpoints[i].adapter(place.module, place.expert or 0) for i in having]
-            deltas = [form(a, _weight(where[i], place, a)) for i, a in zip(having, adapters, strict=True)]
-            whole = recipe if recipe.keep is not ALL else replace(recipe, keep=_room(recipe, adapters))
-            adapter, losses[place.name] = combined(deltas, [weights[i] for i in having], whole, place.name)
-        made.setdefault(place.module, []).append(adapter)
-        progress(done, len(union))
+        adapters = [checkpoints[i].adapter(place.module, place.expert or 0) for i in having]
+        deltas = [form(a, _weight(where[i], place, a)) for i, a in zip(having, adapters, strict=True)]
+        whole = recipe if recipe.keep is not ALL else replace(recipe, keep=_room(recipe, adapters))
+        return combined(deltas, [weights[i] for i in having], whole, place.name)
+
+    union = list(dict.fromkeys(place for each in checkpoints for place in places(each)))
+    made, losses = by_place(one, union, threads(checkpoints, base), progress)
     settings = {"weights": list(weights), "recipe": recipe.method, "meaning": "sum of true deltas"} | _chosen(recipe)
     certificate = Certificate(method="combine", settings=settings, losses=losses)
-    return _together(checkpoints, weights, made, certificate), certificate
+    steps = history(checkpoints[0], certificate, checkpoints[1:])
+    return rebuilt(checkpoints, made, steps, lambda number, module: weights[number]), certificate
 
 
 def _chosen(recipe: Recipe) -> dict[str, Any]:
@@ -84,7 +77,13 @@ def _weight(where: BaseMatrices | None, place: Place, adapter: Adapter) -> Tenso
 
 
 def _room(recipe: Recipe, adapters: Sequence[Adapter]) -> Keep:
-    return ALL if recipe.method == "exact" else Keep(rank=sum(rank_of(adapter) for adapter in adapters))
+    """Where nothing is said: all that an exact sum of factors has, else the sum of what the updates may have."""
+    if recipe.method != "exact":
+        return Keep(rank=sum(map(bound_of, adapters)))
+    if any(each.normalises or each.update() is None for each in adapters):
+        raise refuse("USAGE", "an exact sum of deltas that are no factors is of full rank",
+                     wanted="a rank or a criterion, or svd, which keeps the sum of the ranks", got="neither")  # fmt: skip
+    return ALL
 
 
 def _misfits(checkpoints: Sequence[Checkpoint]) -> Iterator[Problem]:
@@ -113,31 +112,6 @@ def _misfits(checkpoints: Sequence[Checkpoint]) -> Iterator[Problem]:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
-
-
-def _together(
-    checkpoints: Sequence[Checkpoint],
-    weights: Sequence[float],
-    made: Mapping[str, list[Adapter]],
-    certificate: Certificate,
-) -> Checkpoint:
-    entries = {module: entry for each in checkpoints for module, entry in each.layout.adapters.items()}
-    biases: dict[str, Tensor] = {}
-    for checkpoint, weight in zip(checkpoints, weights, strict=True):
-        for module, entry in checkpoint.layout.adapters.items():
-            if "bias" in entry.slots:
-                own = weight * float(entry.scaling or 0.0) * checkpoint.bias(module).float()
-                biases[module] = biases[module] + own if module in biases else own
-    steps = history(checkpoints[0], certificate, checkpoints[1:])
-    return from_adapters(
-        {m: each[0] if entries[m].stored != "experts" else alike(each) for m, each in made.items()},
-        replace(about_of(checkpoints), history=steps),
-        embeddings=[module for module in made if entries[module].stored == "embedding"],
-        kernels={module: entries[module].kernel for module in made if entries[module].kernel},
-        biases=biases,
-        replacements={t: c.tensor(key) for c in checkpoints for t, key in c.layout.replacements.items()},
-        rows={t: (rows.indices, c.tensor(rows.key)) for c in checkpoints for t, rows in c.layout.rows.items()},
-    )
 
 
 # Scale ----------------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def combined(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, m
     count = recipe.keep.count(found)
     A, B = found.factors(len(found.sigma) if count is None else count)
     made = LoRA(A=A.float(), B=B.float(), scaling=1.0)
-    return made, loss(whole, made.update(), len(A), found.curve())
+    return made, loss(whole, made.update(), len(A), curve=found.curve(), largest=found.largest)
 
 
 def weighted_sum(deltas: Sequence[Form], weights: Sequence[float]) -> LowRank | Tensor:

@@ -48,9 +48,12 @@ def as_kind(adapter: Adapter, base_weight: Weight | None, wish: Wish) -> tuple[A
     wish, wanted = _completed(wish, adapter), form(adapter, base_weight)
     if _stays(adapter, wish):
         return adapter, loss(wanted, wanted, rank_of(adapter))
-    made, curve = _MAKE[wish.kind](adapter, base_weight, wanted, wish)
+    made, found = _MAKE[wish.kind](adapter, base_weight, wanted, wish)
     made = made.to(dtype=torch.float32)
-    return made, loss(wanted, form(made, base_weight), rank_of(made), curve)
+    known = (
+        {} if found is None else {"curve": found.curve(), "largest": found.largest if wish.weights is None else None}
+    )
+    return made, loss(wanted, form(made, base_weight), rank_of(made), weights=wish.weights, **known)
 
 
 def needs_base(adapter: Adapter, kind: str) -> bool:
@@ -62,7 +65,7 @@ def rank_of(adapter: Adapter) -> int:
     return max(int(getattr(adapter, group.down).shape[0]) for group in TABLE[adapter.kind].groups.values())
 
 
-def _bound(adapter: Adapter) -> int:
+def bound_of(adapter: Adapter) -> int:
     """Of the rank of its update; of Dual LoRA, which has none, its two ranks together."""
     return sum(getattr(adapter, group.down).shape[0] for group in TABLE[adapter.kind].groups.values())
 
@@ -71,7 +74,7 @@ def _completed(wish: Wish, adapter: Adapter) -> Wish:
     """With what it leaves open."""
     keep, settings = wish.keep, TABLE[wish.kind].settings
     if keep.rank is None and keep.by is None:
-        keep = Keep(rank=_bound(adapter) if len(TABLE[wish.kind].groups) == 1 else rank_of(adapter))
+        keep = Keep(rank=bound_of(adapter) if len(TABLE[wish.kind].groups) == 1 else rank_of(adapter))
     along = wish.along or adapter.along or settings.get("along")
     tau = adapter.settings.get("tau", settings.get("tau")) if wish.tau is None else wish.tau
     return replace(wish, keep=keep, along=along, tau=tau)
@@ -85,14 +88,15 @@ def _stays(adapter: Adapter, wish: Wish) -> bool:
     return adapter.kind == wish.kind and same and small
 
 
-Made = tuple[Adapter, list[float]]
+Made = tuple[Adapter, Triplets | None]
+"""The adapter, and the triplets of the delta (times the weights) where they were found."""
 
 
 def _lora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
     """The leading triplets of the delta."""
     found = _weighted(wanted, wish)
     A, B = found.factors(wish.keep.count(found) or 0)
-    return LoRA(A=A, B=B, scaling=1.0), found.curve()
+    return LoRA(A=A, B=B, scaling=1.0), found
 
 
 def _weighted(wanted: Form, wish: Wish) -> Triplets:
@@ -109,11 +113,11 @@ def _dora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wish
     assert base_weight is not None
     assert wish.along is not None
     along, keep = wish.along, wish.keep
-    whole = keep.by is None and keep.rank is not None and _bound(adapter) <= keep.rank
+    whole = keep.by is None and keep.rank is not None and bound_of(adapter) <= keep.rank
     if whole and isinstance(adapter, Thin) and (not adapter.normalises or adapter.along == along):
-        return _thin_as_dora(adapter, base_weight, along), []
+        return _thin_as_dora(adapter, base_weight, along), None
     target = base_weight.double() + dense(wanted, torch.float64)
-    return dora_of(base_weight, target, wish.keep, along), []
+    return dora_of(base_weight, target, wish.keep, along), None
 
 
 def _thin_as_dora(adapter: Thin, base_weight: Weight, along: Axis) -> DoRA:
@@ -150,7 +154,7 @@ def _d2lora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wi
     update = W + L - middle * (ratio[:, None] if along == "out_features" else ratio)
     keep = replace(wish.keep, rank=None if wish.keep.rank is None else 2 * wish.keep.rank)
     found = triplets(without_rounding(update, W), keep)
-    return d2_of(found, keep.count(found) or 0, wish.tau, along=along), []
+    return d2_of(found, keep.count(found) or 0, wish.tau, along=along), None
 
 
 def d2_of(found: Triplets, count: int, tau: float, **settings: Any) -> D2LoRA:
@@ -175,7 +179,7 @@ def _duallora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: 
     else:
         sizes, signs = dense(wanted).abs(), wanted if isinstance(wanted, LowRank) else dense(wanted)
     (A, B), (C, D) = (_factors(matrix, wish.keep) for matrix in (sizes, signs))
-    return DualLoRA(A=A, B=B, C=C, D=D, scaling=1.0), []
+    return DualLoRA(A=A, B=B, C=C, D=D, scaling=1.0), None
 
 
 def _factors(matrix: LowRank | Tensor, keep: Keep) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import DoRA, LoRA
+from d2surgery.adapters import DoRA
 from d2surgery.adapters.forwards import Axis
 from d2surgery.adapters.vectors import Weight
 from d2surgery.surgery.truncation import Keep, Triplets, improved, triplets
@@ -11,14 +11,6 @@ from d2surgery.surgery.truncation import Keep, Triplets, improved, triplets
 SETTLED = 1e-4
 """The step of the alternation that ends it, relative to what the fit still misses."""
 _MOST_STEPS = 200
-
-
-@torch.no_grad()
-def lora_of(base_weight: Weight, target: Weight, keep: Keep) -> tuple[LoRA, list[float]]:
-    """The nearest LoRA to W' − W0, and the least error at each rank."""
-    found = triplets(target.double() - base_weight.double(), keep)
-    A, B = found.factors(keep.count(found) or 0)
-    return LoRA(A=A, B=B, scaling=1.0), found.curve()
 
 
 @torch.no_grad()

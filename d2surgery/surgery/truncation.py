@@ -94,6 +94,11 @@ class Triplets(NamedTuple):
     def side(self) -> int:
         return min(self.U.shape[0], self.Vh.shape[1])
 
+    @property
+    def largest(self) -> float:
+        """σ₁."""
+        return float(self.sigma[0]) if len(self.sigma) else 0.0
+
     def left(self) -> Float64[Tensor, " k_plus_1"]:
         """The energy left out where 0, 1, … k triplets are kept; summed from the small end where all are known."""
         squares = self.sigma.square()
