@@ -82,7 +82,7 @@ def _room(recipe: Recipe, adapters: Sequence[Adapter]) -> Keep:
         return Keep(rank=sum(map(bound_of, adapters)))
     if any(each.normalises or each.update() is None for each in adapters):
         raise refuse("USAGE", "an exact sum of deltas that are no factors is of full rank",
-                     wanted="a rank or a criterion, or svd, which keeps the sum of the ranks", got="neither")  # fmt: skip
+                     wanted="a rank or a criterion, or svd, which keeps the sum of ranks", got="neither")  # fmt: skip
     return ALL
 
 

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter
+from d2surgery.adapters import Adapter, LoRA
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.measures.delta import Delta, cuts
 from d2surgery.measures.dense import lower_gram
+from d2surgery.surgery.truncation import Triplets
 
 EXACT = 1e-6
 """A relative error that float32 factors may leave of what is exact in real arithmetic."""
@@ -136,6 +137,39 @@ def loss(
         curve=tuple(curve),
         weighted_error=weighted,
     )
+
+
+@torch.no_grad()
+def truncation_loss(found: Triplets, stored: LoRA) -> Loss:
+    """Of the leading triplets as they are stored, against a matrix of which all singular values are known.
+
+    The error is Σ_{i>k} σᵢuᵢvᵢᵀ and what rounding the factors to float32 adds, (B + E)(A + F) − B·A. These two are
+    orthogonal but for E·F, so that ‖error‖_F is that of the two, and ‖error‖₂ the larger of the two to 1e-7·σ₁.
+    """
+    rank, scaling = stored.A.shape[0], float(stored.scaling)
+    A, B = found.factors(min(rank, found.U.shape[1]))
+    F, E = stored.A.double() - A, scaling * stored.B.double() - B
+    wide, high = torch.cat([F, A + F]), torch.cat([B, E], 1)
+    rounding = _root(high.T @ high).T @ _root(wide @ wide.T)
+    kept = min(rank, len(found.sigma)) if found.U.shape[1] else 0
+    tail = found.sigma[kept:]
+    norm, error = sqrt(found.energy), hypot(float(tail.norm()), float(rounding.norm()))
+    largest = max(float(tail[0]) if len(tail) else 0.0, float(torch.linalg.matrix_norm(rounding, 2)))
+    return Loss(
+        rank=rank,
+        norm=norm,
+        relative_error=_share(error, norm),
+        spectral_error=_share(largest, found.largest),
+        exact=error <= EXACT * norm,
+        curve=tuple(found.curve()),
+    )
+
+
+def _root(gram: Tensor) -> Tensor:
+    """X with X Xᵀ = gram."""
+    values, vectors = torch.linalg.eigh(gram)
+    root: Tensor = vectors * values.clamp(min=0).sqrt()
+    return root
 
 
 def _times(matrix: LowRank, weights: Tensor) -> LowRank:

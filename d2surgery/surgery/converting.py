@@ -13,7 +13,7 @@ from d2surgery.adapters.thin import Thin
 from d2surgery.adapters.vectors import Weight, squared_norms
 from d2surgery.errors import refuse
 from d2surgery.kinds import TABLE
-from d2surgery.surgery.certificate import Form, Loss, dense, form, loss
+from d2surgery.surgery.certificate import Form, Loss, dense, form, loss, truncation_loss
 from d2surgery.surgery.fitting import dora_of, without_rounding
 from d2surgery.surgery.truncation import ALL, Keep, Triplets, triplets
 
@@ -50,10 +50,12 @@ def as_kind(adapter: Adapter, base_weight: Weight | None, wish: Wish) -> tuple[A
         return adapter, loss(wanted, wanted, rank_of(adapter))
     made, found = _MAKE[wish.kind](adapter, base_weight, wanted, wish)
     made = made.to(dtype=torch.float32)
-    known = (
-        {} if found is None else {"curve": found.curve(), "largest": found.largest if wish.weights is None else None}
-    )
-    return made, loss(wanted, form(made, base_weight), rank_of(made), weights=wish.weights, **known)
+    if isinstance(made, LoRA) and isinstance(wanted, LowRank) and found is not None and wish.weights is None:
+        return made, truncation_loss(found, made)
+    curve = [] if found is None else found.curve()
+    largest = None if found is None or wish.weights is not None else found.largest
+    got = form(made, base_weight)
+    return made, loss(wanted, got, rank_of(made), curve=curve, largest=largest, weights=wish.weights)
 
 
 def needs_base(adapter: Adapter, kind: str) -> bool:

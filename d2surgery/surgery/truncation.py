@@ -129,8 +129,7 @@ def triplets(matrix: LowRank | Tensor, keep: Keep, generator: Generator | None =
     (Halko, Martinsson, Tropp 2011) until another step finds less than 1e-9 of the energy. Raises NOT_FINITE.
     """
     if isinstance(matrix, LowRank):
-        U, sigma, Vh = matrix.svd()
-        return Triplets(U, sigma, Vh, float(sigma.square().sum()), True)
+        return _thin(matrix, keep)
     side = min(matrix.shape)
     if side <= EXACT_UP_TO:
         return _all(matrix, keep)
@@ -153,6 +152,20 @@ def improved(matrix: Tensor, found: Triplets) -> Triplets:
     return _projected(matrix, torch.linalg.qr(basis).Q, complete=False)
 
 
+def _thin(matrix: LowRank, keep: Keep) -> Triplets:
+    def count(sigma: Tensor) -> int:
+        return keep.count(_values(sigma, matrix.shape)) or 0
+
+    U, sigma, Vh = matrix.svd(count)
+    return Triplets(U, sigma, Vh, float(sigma.square().sum()), True)
+
+
+def _values(sigma: Tensor, shape: tuple[int, int]) -> Triplets:
+    """All singular values, and no vectors."""
+    nothing = sigma.new_empty(shape[0], 0), sigma.new_empty(0, shape[1])
+    return Triplets(nothing[0], sigma, nothing[1], float(sigma.square().sum()), True)
+
+
 def _all(matrix: Tensor, keep: Keep) -> Triplets:
     """From the Gram matrix of the smaller side; √eps64 of σ₁ and below is rounding and counts as zero."""
     tall = matrix.shape[0] >= matrix.shape[1]
@@ -161,8 +174,7 @@ def _all(matrix: Tensor, keep: Keep) -> Triplets:
     values, vectors = torch.linalg.eigh(gram, UPLO="L")
     known = int((values > values[-1:].clamp(min=0) * torch.finfo(torch.float64).eps * len(values)).sum())
     sigma = values[len(values) - known :].sqrt().flip(0)
-    shapes = matrix.new_empty(matrix.shape[0], 0), matrix.new_empty(0, matrix.shape[1])
-    count = keep.count(Triplets(shapes[0], sigma, shapes[1], float(sigma.square().sum()), True)) or 0
+    count = keep.count(_values(sigma, (matrix.shape[0], matrix.shape[1]))) or 0
     found = _projected(matrix, vectors[:, len(values) - count :].flip(1), complete=True)
     return found._replace(sigma=torch.cat([found.sigma, sigma[count:]]))
 
