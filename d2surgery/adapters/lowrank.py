@@ -132,9 +132,8 @@ def _basis_times(factor: Tensor, upper: Tensor, columns: Tensor) -> Tensor:
     if upper.shape[0] == upper.shape[1]:
         inverse = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
         if float(upper.norm() * inverse.norm()) < WELL_CONDITIONED:
-            return factor @ (inverse @ columns)
-    basis: Tensor = torch.linalg.qr(factor).Q
-    return basis @ columns
+            return torch.matmul(factor, inverse @ columns)
+    return torch.matmul(torch.linalg.qr(factor).Q, columns)
 
 
 class _Core(NamedTuple):

@@ -42,7 +42,8 @@ class Matrix:
 
         if self.turned:
             return self._whole[part]
-        found, offset = [], 0
+        found: list[Tensor] = []
+        offset = 0
         for piece in self.pieces:
             start, stop = max(part.start - offset, 0), min(part.stop - offset, piece.stop - piece.start)
             if start < stop or not found:

@@ -73,6 +73,12 @@ class Certificate:
         wrong = hypot(*(loss.relative_error * loss.norm for loss in self.losses.values() if loss.norm))
         return wrong / whole if whole else self.max_relative_error
 
+    @property
+    def weighted_error(self) -> float | None:
+        """The mean over the modules whose inputs were weighted; None where none was."""
+        known = [loss.weighted_error for loss in self.losses.values() if loss.weighted_error is not None]
+        return sum(known) / len(known) if known else None
+
 
 class Tiled(Protocol):
     """A matrix that is had tile by tile, in float64."""

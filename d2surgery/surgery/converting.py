@@ -48,14 +48,27 @@ def as_kind(adapter: Adapter, base_weight: Weight | None, wish: Wish) -> tuple[A
     wish, wanted = _completed(wish, adapter), form(adapter, base_weight)
     if _stays(adapter, wish):
         return adapter, loss(wanted, wanted, rank_of(adapter))
-    made, found = _MAKE[wish.kind](adapter, base_weight, wanted, wish)
-    made = made.to(dtype=torch.float32)
+    made: Adapter
+    found: Triplets | None
+    if _is_exact_dora(adapter, wish):
+        assert isinstance(adapter, Thin)
+        assert base_weight is not None
+        assert wish.along is not None
+        made, found = _thin_as_dora(adapter, base_weight, wish.along), None
+    else:
+        made, found = nearest(wanted, base_weight, wish, adapter)
     if isinstance(made, LoRA) and isinstance(wanted, LowRank) and found is not None and wish.weights is None:
         return made, truncation_loss(found, made)
     curve = [] if found is None else found.curve()
     largest = None if found is None or wish.weights is not None else found.largest
     got = form(made, base_weight)
     return made, loss(wanted, got, rank_of(made), curve=curve, largest=largest, weights=wish.weights)
+
+
+def nearest(wanted: Form, base_weight: Weight | None, wish: Wish, source: Adapter | None = None) -> "Made":
+    """The adapter of a kind that is nearest to a delta, as `wish` has it, slots in float32."""
+    made, found = _MAKE[wish.kind](source, base_weight, wanted, wish)
+    return made.to(dtype=torch.float32), found
 
 
 def needs_base(adapter: Adapter, kind: str) -> bool:
@@ -94,7 +107,7 @@ Made = tuple[Adapter, Triplets | None]
 """The adapter, and the triplets of the delta (times the weights) where they were found."""
 
 
-def _lora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
+def _lora(source: Adapter | None, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
     """The leading triplets of the delta."""
     found = _weighted(wanted, wish)
     A, B = found.factors(wish.keep.count(found) or 0)
@@ -110,16 +123,19 @@ def _weighted(wanted: Form, wish: Wish) -> Triplets:
     return triplets((dense(wanted) * weights).float(), wish.keep).reweighted(weights)
 
 
-def _dora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
-    """Exact from what is thin along the same axis; else the DoRA that is nearest to W'."""
+def _dora(source: Adapter | None, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
+    """The DoRA that is nearest to W'."""
     assert base_weight is not None
     assert wish.along is not None
-    along, keep = wish.along, wish.keep
-    whole = keep.by is None and keep.rank is not None and bound_of(adapter) <= keep.rank
-    if whole and isinstance(adapter, Thin) and (not adapter.normalises or adapter.along == along):
-        return _thin_as_dora(adapter, base_weight, along), None
     target = base_weight.double() + dense(wanted, torch.float64)
-    return dora_of(base_weight, target, wish.keep, along), None
+    return dora_of(base_weight, target, wish.keep, wish.along), None
+
+
+def _is_exact_dora(adapter: Adapter, wish: Wish) -> bool:
+    """Whether it is thin along the same axis, and of no more ranks than asked for."""
+    whole = wish.keep.by is None and wish.keep.rank is not None and bound_of(adapter) <= wish.keep.rank
+    thin = isinstance(adapter, Thin) and (not adapter.normalises or adapter.along == wish.along)
+    return wish.kind == "dora" and whole and thin
 
 
 def _thin_as_dora(adapter: Thin, base_weight: Weight, along: Axis) -> DoRA:
@@ -135,7 +151,8 @@ def _thin_as_dora(adapter: Thin, base_weight: Weight, along: Axis) -> DoRA:
         A, B, scaling = adapter.A, adapter.B, float(adapter.scaling)
     else:
         A, B, scaling = Q, P, 1.0
-    return DoRA(A=A, B=B, magnitude=_lengths(adapter, base_weight, along), scaling=scaling, along=along)
+    magnitude = _lengths(adapter, base_weight, along)
+    return DoRA(A=A, B=B, magnitude=magnitude, scaling=scaling, along=along).to(dtype=torch.float32)
 
 
 def _lengths(adapter: Adapter, base_weight: Weight, along: Axis) -> Tensor:
@@ -144,7 +161,7 @@ def _lengths(adapter: Adapter, base_weight: Weight, along: Axis) -> Tensor:
     return squared_norms(W + adapter.delta(W), along).sqrt()
 
 
-def _d2lora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
+def _d2lora(source: Adapter | None, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
     """ΔW = W0 + L − proj(W0 + L/2) gives W* + ΔW = W0 + L; cut to rank 2r, the larger half is the plus branch."""
     assert base_weight is not None
     assert wish.tau is not None
@@ -172,12 +189,12 @@ def d2_of(found: Triplets, count: int, tau: float, **settings: Any) -> D2LoRA:
     )
 
 
-def _duallora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
+def _duallora(source: Adapter | None, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
     """D·C = L of rank r gives the signs of the delta where that has this rank; B·A is the best of rank r of abs(L)."""
     sizes: LowRank | Tensor
     signs: LowRank | Tensor
-    if isinstance(adapter, DualLoRA):
-        sizes, signs = LowRank(float(adapter.scaling) * adapter.B.double(), adapter.A), LowRank(adapter.D, adapter.C)
+    if isinstance(source, DualLoRA):
+        sizes, signs = LowRank(float(source.scaling) * source.B.double(), source.A), LowRank(source.D, source.C)
     else:
         sizes, signs = dense(wanted).abs(), wanted if isinstance(wanted, LowRank) else dense(wanted)
     (A, B), (C, D) = (_factors(matrix, wish.keep) for matrix in (sizes, signs))

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from math import hypot, prod, sqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from d2surgery.measures.delta import cuts
 from d2surgery.measures.ranks import NOISE_MARGIN
 from d2surgery.placement.parameters import Matrix, Parameter, parameters
 from d2surgery.surgery.certificate import Certificate, Loss, form, loss
-from d2surgery.surgery.fitting import dora_of
+from d2surgery.surgery.converting import Wish, nearest, rank_of
 from d2surgery.surgery.rebuilding import LARGE, alike, files_of, no_progress, step_of
 from d2surgery.surgery.truncation import ALL, Keep, triplets
 from d2surgery.surveying.modules import Progress, naming
@@ -42,6 +42,7 @@ class _Found:
     losses: dict[str, Loss] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)  # parameter -> why
     energy: dict[str, float] = field(default_factory=dict)  # parameter -> Σ of the squares of its change
+    rounding: dict[str, float] = field(default_factory=dict)  # the same of what rounding the tuned file alone gives
 
     def add(self, other: "_Found") -> None:
         for each in fields(self):
@@ -51,12 +52,13 @@ class _Found:
 def extract(
     base: BaseWeights,
     tuned: BaseWeights,
-    kind: Literal["lora", "dora"] = "lora",
+    kind: str = "lora",
     *,
     keep: Keep = ALL,
     progress: Progress = no_progress,
 ) -> tuple[Checkpoint, Certificate]:
-    """The adapter whose merge is nearest to `tuned`: a LoRA, or in DoRA's form, which also un-merges a DoRA.
+    """The adapter whose merge is nearest to `tuned`: a LoRA, in DoRA's form, which also un-merges a DoRA, or as
+    D2-LoRA or Dual LoRA.
 
     Weights get factors, experts each their own, of as many ranks as stand above the rounding of the two files where
     `keep` says nothing. Vectors (norms, biases), routers, tensors of another shape and new ones are stored whole,
@@ -64,7 +66,9 @@ def extract(
     matrix of each core, or one where they are large.
 
     `settings` of the certificate have `left_out`, by parameter with the reason, and `left_out_share`, of Σ of the
-    squares of all that changed. Raises D2SurgeryError USAGE where nothing changed; NOT_FINITE.
+    squares of all that changed, and `rounding`, ‖what rounding the tuned file alone gives‖_F over that of the changes
+    that got factors: no adapter that means something comes nearer. Raises D2SurgeryError USAGE where nothing changed;
+    NOT_FINITE.
     """
     olds, news = parameters(base), parameters(tuned)
     found = _Found()
@@ -85,10 +89,12 @@ def extract(
                      got=f"{len(news)} tensors, {len(found.left_out)} left out")  # fmt: skip
     all_of_it = sum(found.energy.values())
     lost = sum(found.energy.get(name, 0.0) for name in found.left_out)
+    changed = sum(each.norm**2 for each in found.losses.values())
     settings: dict[str, Any] = {
         "kind": kind,
         "left_out": dict(sorted(found.left_out.items())),
         "left_out_share": lost / all_of_it if all_of_it else 0.0,
+        "rounding": sqrt(sum(found.rounding.values()) / changed) if changed else 0.0,
     }
     certificate = Certificate(method="extract", settings=settings, losses=found.losses)
     return _checkpoint(found, base, tuned, certificate), certificate
@@ -131,7 +137,8 @@ def _take(old: Parameter | None, new: Parameter, every: Collection[str], kind: s
     elif leaf != "weight" or len(new.shape) < 2 or any(other.startswith(routes) for other in every):
         found.replacements[name] = new.tensor()
     elif len(new.shape) == 2 or kind == "lora":
-        found.adapters[module], found.losses[module] = _factors(_Change(old.matrices[0], new.matrices[0]), kind, keep)
+        change = _Change(old.matrices[0], new.matrices[0])
+        found.adapters[module], found.losses[module], found.rounding[name] = _factors(change, kind, keep)
         if len(new.shape) > 2:
             found.kernels[module] = new.shape[1:]
     else:
@@ -169,9 +176,9 @@ def _take_experts(found: _Found, old: Parameter, new: Parameter, kind: str, keep
         return
     made: list[Adapter] = []
     for expert, (one, other) in enumerate(zip(old.matrices, new.matrices, strict=True)):
-        adapter, lost = _factors(_Change(one, other), kind, keep)
+        place = f"{new.name}[{expert}]"
+        adapter, found.losses[place], found.rounding[place] = _factors(_Change(one, other), kind, keep)
         made.append(adapter)
-        found.losses[f"{new.name}[{expert}]"] = lost
     found.adapters[new.name] = alike(made)
 
 
@@ -195,33 +202,46 @@ class _Change:
         return whole
 
 
-def _factors(change: _Change, kind: str, keep: Keep) -> tuple[Adapter, Loss]:
-    """Without a wish, what stands above the rounding of the tuned file. Where that has no end below half of all
-    ranks, the base was rounded after the tuned model was made of it, and its rounding counts too."""
-    edge = noise_edge(change.new) if keep is ALL else 0.0
-    chosen = Keep(by="above", value=edge) if keep is ALL else keep
-    if kind == "dora":
-        W, T = (each.rows(slice(0, change.shape[0])) for each in (change.old, change.new))
-        dora = dora_of(W, T, chosen, "out_features").to(dtype=torch.float32)
-        return dora, loss(change, form(dora, W), dora.A.shape[0])
+def _factors(change: _Change, kind: str, keep: Keep) -> tuple[Adapter, Loss, float]:
+    """The adapter, its loss, and Σ of the squares of what rounding the tuned file alone gives.
+
+    Without a wish, what stands above that rounding. Where there is no end to it below half of all ranks, the base was
+    rounded after the tuned model was made of it, and its rounding counts too."""
+    noise = noise_of(change.new)
+    chosen = Keep(by="above", value=noise.edge) if keep is ALL else keep
+    if kind != "lora":
+        W = change.old.rows(slice(0, change.shape[0]))
+        made, _ = nearest(change, W, Wish(kind=kind, keep=chosen, **_DEFAULTS[kind]))
+        return made, loss(change, form(made, W), rank_of(made)), noise.energy
     found = triplets(change.dense(torch.float32), chosen)
     count = chosen.count(found) or 0
     if keep is ALL and 2 * count > found.side:
-        count = Keep(by="above", value=hypot(edge, noise_edge(change.old))).count(found) or 0
+        count = Keep(by="above", value=hypot(noise.edge, noise_of(change.old).edge)).count(found) or 0
     A, B = found.factors(count)
     lora = LoRA(A=A, B=B, scaling=1.0).to(dtype=torch.float32)
-    return lora, loss(change, form(lora, None), len(A), curve=found.curve(), largest=found.largest)
+    lost = loss(change, form(lora, None), len(A), curve=found.curve(), largest=found.largest)
+    return lora, lost, noise.energy
 
 
-def noise_edge(matrix: Matrix) -> float:
-    """The largest singular value that rounding a stored matrix alone may give: of entries whose standard deviation is
-    ulp/√12, NOISE_MARGIN·(largest row norm + largest column norm) of these, as in `rank_above_noise`."""
-    rows, columns = 0.0, torch.zeros(matrix.shape[1], dtype=torch.float64)
+_DEFAULTS: dict[str, Any] = {"dora": {"along": "out_features"}, "d2lora": {"tau": 0.5}, "duallora": {}}
+
+
+class Noise(NamedTuple):
+    """What rounding a stored matrix alone may give: entries of standard deviation ulp/√12."""
+
+    edge: float
+    """The largest singular value: NOISE_MARGIN·(largest row norm + largest column norm), as in `rank_above_noise`."""
+    energy: float
+    """‖·‖²_F."""
+
+
+def noise_of(matrix: Matrix) -> Noise:
+    rows, energy, columns = 0.0, 0.0, torch.zeros(matrix.shape[1], dtype=torch.float64)
     for part in cuts(*matrix.shape):
         squares = (_ulps(matrix.rows(part)) / sqrt(12)).square().double()
-        rows = max(rows, float(squares.sum(1).max()))
+        rows, energy = max(rows, float(squares.sum(1).max())), energy + float(squares.sum())
         columns += squares.sum(0)
-    return NOISE_MARGIN * (sqrt(rows) + float(columns.max().sqrt()))
+    return Noise(NOISE_MARGIN * (sqrt(rows) + float(columns.max().sqrt())), energy)
 
 
 def _ulps(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from d2surgery.adapters import Adapter
 from d2surgery.checkpoint import Checkpoint, from_adapters
 from d2surgery.errors import raise_errors
 from d2surgery.files.base import BaseWeights
+from d2surgery.files.tensors import header_of
 from d2surgery.formats.layout import About
 from d2surgery.kinds import TABLE
 from d2surgery.machine import ahead, one_thread, workers
@@ -28,6 +29,10 @@ LARGE = 1 << 23
 def no_progress(done: int, total: int) -> None: ...
 
 
+def unchanged(number: int, module: str) -> float:
+    return 1.0
+
+
 def over_modules(
     checkpoint: Checkpoint,
     base: BaseWeights | None,
@@ -35,8 +40,10 @@ def over_modules(
     method: str,
     settings: Mapping[str, Any],
     progress: Progress = no_progress,
+    bias: Callable[[int, str], float] = unchanged,
 ) -> tuple[Checkpoint, Certificate]:
-    """`operate` on every adapter, with the base weight that it lands on; a core does a module from end to end.
+    """`operate` on every adapter, with the base weight that it lands on; a core does a module from end to end. `bias`
+    as `weight` of `rebuilt`.
 
     Raises D2SurgeryError with the problems of the layout and of its place in the base; `operate`'s name the module.
     """
@@ -49,7 +56,7 @@ def over_modules(
 
     made, losses = by_place(one, places(checkpoint), threads([checkpoint], base), progress)
     certificate = Certificate(method=method, settings=settings, losses=losses)
-    return rebuilt([checkpoint], made, history(checkpoint, certificate)), certificate
+    return rebuilt([checkpoint], made, history(checkpoint, certificate), bias), certificate
 
 
 def threads(checkpoints: Sequence[Checkpoint], base: BaseWeights | None) -> int:
@@ -82,7 +89,7 @@ def rebuilt(
     checkpoints: Sequence[Checkpoint],
     adapters: Mapping[str, Sequence[Adapter]],
     steps: tuple[Mapping[str, Any], ...],
-    weight: Callable[[int, str], float] = lambda number, module: 1.0,
+    weight: Callable[[int, str], float] = unchanged,
 ) -> Checkpoint:
     """These adapters by module, an adapter for each expert, with the replacements, rows and biases of the checkpoints.
 
@@ -106,6 +113,13 @@ def rebuilt(
         replacements={t: c.tensor(key) for c in checkpoints for t, key in c.layout.replacements.items()},
         rows={t: (rows.indices, c.tensor(rows.key)) for c in checkpoints for t, rows in c.layout.rows.items()},
     )
+
+
+def with_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Checkpoint:
+    """A checkpoint in memory with other tensors under some of its keys."""
+    loaded = checkpoint.layout.header.loaded
+    assert loaded is not None
+    return Checkpoint(replace(checkpoint.layout, header=header_of({**loaded, **tensors})))
 
 
 def alike(adapters: Sequence[Adapter]) -> list[Adapter]:
