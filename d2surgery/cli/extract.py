@@ -43,10 +43,8 @@ def command(base: Path, tuned: Path, out: Path, kind: str, **options: Any) -> in
 def _beside(made: Checkpoint, certificate: Certificate) -> Iterator[str]:
     settings = certificate.settings
     if certificate.losses and not certificate.exact:
-        yield (
-            f"  rounding  the tuned file's own is about {measured.percent(settings['rounding'])} of this change: "
-            "no adapter that means something comes nearer"
-        )
+        share = measured.percent(settings["rounding"])
+        yield f"  rounding  the tuned file's own may be {share} of this change; an error below that says nothing"
     whole, rows = len(made.layout.replacements), len(made.layout.rows)
     if whole or rows:
         yield f"  whole  {output.count(whole, 'tensor')}" + (f", some rows of {rows} more" if rows else "")

@@ -23,7 +23,7 @@ class Wish:
     """What to make of an adapter. along, tau: of the kinds that have them; None for the source's, else the kind's.
 
     weights: √ of the second moments of the module's inputs (in_features,); what is cut off is then least in the
-    outputs, not in the weights.
+    outputs, not in the weights. slack: of DoRA, by entry, how far rounding may have moved W': see `dora_of`.
     """
 
     kind: str
@@ -31,6 +31,7 @@ class Wish:
     along: Axis | None = None
     tau: float | None = None
     weights: Tensor | None = None
+    slack: Tensor | None = None
 
 
 @torch.no_grad()
@@ -128,7 +129,7 @@ def _dora(source: Adapter | None, base_weight: Weight | None, wanted: Form, wish
     assert base_weight is not None
     assert wish.along is not None
     target = base_weight.double() + dense(wanted, torch.float64)
-    return dora_of(base_weight, target, wish.keep, wish.along), None
+    return dora_of(base_weight, target, wish.keep, wish.along, wish.slack), None
 
 
 def _is_exact_dora(adapter: Adapter, wish: Wish) -> bool:

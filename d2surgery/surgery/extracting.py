@@ -210,8 +210,9 @@ def _factors(change: _Change, kind: str, keep: Keep) -> tuple[Adapter, Loss, flo
     noise = noise_of(change.new)
     chosen = Keep(by="above", value=noise.edge) if keep is ALL else keep
     if kind != "lora":
-        W = change.old.rows(slice(0, change.shape[0]))
-        made, _ = nearest(change, W, Wish(kind=kind, keep=chosen, **_DEFAULTS[kind]))
+        W, T = (each.rows(slice(0, change.shape[0])) for each in (change.old, change.new))
+        slack = _ulps(T) / 2 if kind == "dora" and T.dtype in (torch.bfloat16, torch.float16) else None
+        made, _ = nearest(change, W, Wish(kind=kind, keep=chosen, slack=slack, **_DEFAULTS[kind]))
         return made, loss(change, form(made, W), rank_of(made)), noise.energy
     found = triplets(change.dense(torch.float32), chosen)
     count = chosen.count(found) or 0

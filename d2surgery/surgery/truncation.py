@@ -143,12 +143,11 @@ def triplets(matrix: LowRank | Tensor, keep: Keep, generator: Generator | None =
 
 
 def improved(matrix: Tensor, found: Triplets) -> Triplets:
-    """The triplets of a matrix that differs little from the one whose triplets were found: two more iterations."""
+    """The triplets of a matrix that differs little from the one whose triplets were found: one more iteration."""
     tall = matrix.shape[0] >= matrix.shape[1]
     rows = matrix.T if tall else matrix
     basis = found.Vh.T if tall else found.U
-    for _ in range(2):
-        basis = rows @ torch.linalg.qr(rows.T @ basis).Q
+    basis = rows @ torch.linalg.qr(rows.T @ basis).Q
     return _projected(matrix, torch.linalg.qr(basis).Q, complete=False)
 
 
