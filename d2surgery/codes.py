@@ -68,6 +68,14 @@ CODES: dict[str, Code] = {
         "Several of the adapters bring a whole weight or token rows of their own, and they differ.",
         "Only one of them can stand in the result: leave it out of the others.",
     ),
+    "OTHER_PARTS": Code(
+        "The adapters given are not those that a combination says it is made of.",
+        "Give the files that `d2surgery inspect` shows under made, in that order.",
+    ),
+    "OTHER_COMBINATION": Code(
+        "A combination is farther from what its parts give than it says.",
+        "Combine them again; the file was changed since, or its header is another's.",
+    ),
     "BUDGET": Code(
         "Not even rank 1 on every module fits into the budget.",
         "Allow more, or give only the modules that matter (--modules).",
