@@ -141,6 +141,22 @@ CODES: dict[str, Code] = {
         "The format to be written has no place for part of the adapter.",
         "Choose another format, make it a kind that the format has (convert --kind lora --max-error …), or merge it.",
     ),
+    "ENGINE_REFUSES": Code(
+        "The engine ends with an error on this part of the adapter, or does not load the file at all.",
+        "`d2surgery convert --for ENGINE` writes what it takes; a DoRA with --kind lora, which says what that loses.",
+    ),
+    "ENGINE_DROPS": Code(
+        "The engine loads the file and leaves this part out without a word.",
+        "Merge the adapter, or serve it with an engine that applies all of it.",
+    ),
+    "ENGINE_MISREADS": Code(
+        "The engine applies this part otherwise than it was trained: at another scaling, or as another kind.",
+        "`d2surgery convert --for ENGINE` writes a file in which nothing can be misread; or merge it.",
+    ),
+    "ENGINE_OPTION": Code(
+        "The engine takes the adapter only when it is started with an option.",
+        "Start it so.",
+    ),
     "MIXED_FORMATS": Code(
         "Some tensors are named as one adapter format names them, others as another does.",
         "Find out what wrote it, and save each adapter in a file of its own.",

@@ -10,6 +10,7 @@ from d2surgery.cli import formats, measured, surgical
 from d2surgery.cli.options import BASE_HELP, Base, Number, progress_bar, scaling_options
 from d2surgery.errors import refuse
 from d2surgery.files.base import BaseWeights
+from d2surgery.formats.engines import ENGINES
 from d2surgery.kinds import TABLE
 from d2surgery.surgery.rescaling import rescale
 from d2surgery.surgery.resizing import convert
@@ -27,6 +28,7 @@ from d2surgery.surgery.truncation import ALL
 @click.option("--tau", type=Number(), help="D2-LoRA's τ. Default: the adapter's, else 0.5.")
 @click.option("--rescale-base", type=surgical.DIRECTORY, help="Write a rescaled base here: LoRA is then exact.")
 @click.option("--to", "form", type=click.Choice(formats.WRITTEN), help="The format to write, read back and compared.")
+@click.option("--for", "engine", type=click.Choice(list(ENGINES)), help="The format that this engine takes.")
 @scaling_options
 @measured.output_options
 def command(
@@ -40,6 +42,7 @@ def command(
     tau: float | None,
     rescale_base: Path | None,
     form: str | None,
+    engine: str | None,
     scale: float | None,
     alpha: float | None,
     **options: Any,
@@ -50,9 +53,13 @@ def command(
     error is of the whole delta, measured on what is written, by module. With --rescale-base DoRA and D2-LoRA become
     a plain LoRA exactly, on the base that this writes.
 
-    With --to and no --kind, the same adapter in another format: what it has no place for is refused.
+    With --to or --for and no --kind, the same adapter in another format: what it has no place for is refused.
     """
     keep, outputs = surgical.chosen(out, options)
+    if engine is not None:
+        if form not in (None, ENGINES[engine].takes):
+            raise refuse("USAGE", f"--for {engine} writes {ENGINES[engine].takes}", got=f"--to {form}")
+        form = ENGINES[engine].takes
     asked = [value for value in (kind, rescale_base, max_error, calibration, along, tau) if value is not None]
     only_format = not asked and keep is ALL and outputs.plot is None
     if kind is None and rescale_base is None and form is None:
