@@ -189,8 +189,8 @@ CODES: dict[str, Code] = {
         "Give the base (--base), whose modules are looked up.",
     ),
     "HEADS_UNKNOWN": Code(
-        "llama.cpp keeps the rows of a Llama's q and k in another order within each head, and nothing here says how "
-        "many heads there are.",
+        "llama.cpp and torchtune keep the rows of a Llama's q and k in another order within each head, and nothing "
+        "here says how many heads there are.",
         "Give the base (--base), whose config says it.",
     ),
     "READ_BACK_DIFFERS": Code(

@@ -192,6 +192,29 @@ def gguf_bytes(fields: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes:
     return head + bytes(-len(head) % 32) + data
 
 
+def torchtune(t: Toy, directory: Path) -> Path:
+    """Its .pt, no alpha in it; rows of q and k interleaved, as its convert_weights has them (view, transpose)."""
+    names = {
+        "self_attn.q_proj": ("attn.q_proj", HEADS),
+        "self_attn.k_proj": ("attn.k_proj", KV_HEADS),
+        "mlp.down_proj": ("mlp.w2", 0),
+    }
+    tensors: dict[str, Tensor] = {}
+    for module in t.A:
+        name, heads = names[module.removeprefix("model.layers.0.")]
+        found = {"lora_b.weight": t.B[module]} | ({"magnitude": t.m[module]} if t.m else {})
+        for leaf, rows in found.items():
+            if heads:
+                rows = (
+                    rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+                )
+            tensors[f"layers.0.{name}.{leaf}"] = torch.from_numpy(np.ascontiguousarray(rows))
+        tensors[f"layers.0.{name}.lora_a.weight"] = torch.from_numpy(t.A[module])
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.save(tensors, directory / "adapter_model.pt")
+    return directory / "adapter_model.pt"
+
+
 LORA: dict[str, Callable[[Toy, Path], Path]] = {
     "kohya": kohya, "diffusers": diffusers, "mlx": mlx, "mlx_old": mlx_old, "gguf": gguf
 }  # fmt: skip

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -71,6 +71,8 @@ def audit(
     thresholds: Thresholds = Thresholds(),  # noqa: B008
     strength: float = 1.0,
     expert_layout: Packing | None = None,
+    scale: float | None = None,
+    alpha: float | None = None,
     files: bool = True,
     prompts: Sequence[str] | None = None,
     tasks: Sequence[Task] = (),
@@ -80,33 +82,34 @@ def audit(
     """Compare every tensor of `merged` with `base` + `strength`·`adapter`, and the files beside the weights.
 
     Of several adapters the one is audited that the merged weights are nearest to, and the first of the reasons says so.
-
-    expert_layout: how experts share the columns of the adapter's lora_B, None as its file says.
-    levels: "weights", always looked at; "outputs" or "logits" also run the models, on `prompts` (None: bundled ones);
-    "task" lets them answer `tasks`, on `device`. files=False leaves config and tokenizer alone. progress(done, total)
-    is called with bytes of the merged file.
+    expert_layout: how experts share the columns of lora_B, None as the file says. scale or alpha: of a file that says
+    neither. levels: "weights", always looked at; "outputs" or "logits" run the models on `prompts` (None: bundled
+    ones), "task" on `tasks`, on `device`. files=False leaves config and tokenizer alone. progress(done, total): bytes.
 
     Raises D2SurgeryError for what cannot be audited: unreadable, unfit, or changing meanwhile (BASE_CHANGED and like).
     """
-    began = time.monotonic()
-    found = open_merged(merged)
-    adapter, reasons = nearest(base, adapter, found, strength, expert_layout)
-    prepared = prepare(fit(base, adapter, strength, expert_layout), None, "cpu")
+    began, found = time.monotonic(), open_merged(merged)
+    how: Mapping[str, Any] = {"strength": strength, "expert_layout": expert_layout, "scale": scale, "alpha": alpha}
+    adapter, reasons = nearest(base, adapter, found, **how)
+    prepared = prepare(fit(base, adapter, **how), None, "cpu")
     hashes = prepared.check_adapter(hashes=has_receipt(found.directory)).hashes
     pairing = pair_up(prepared, found)
     modules, tensors, also = _compared(prepared, pairing, thresholds, found.header.usual_dtype or "", progress)
-    reasons += [*directory_problems(found, prepared.fit.base), *pairing.problems]
-    reasons += reasons_of(modules, tensors.values())
+    reasons += (
+        *directory_problems(found, prepared.fit.base),
+        *pairing.problems,
+        *reasons_of(modules, tensors.values()),
+    )
     reasons += compare_settings(found, *_expected_files(prepared.fit, found), tied=pairing.tied) if files else ()
-    failing = any(reason.severity == "error" for reason in reasons)
+    failing = verdict_of(tuple(reasons)) == "fail"
     reasons += other_receipt(found.directory, prepared.fit.base, hashes, strength, thorough=failing)
     behaviour, gap, problems = _run(base, prepared.merger.checkpoint, merged, levels, prompts, tasks, device)
-    reasons += problems
-    unread = [name for name in prepared.fit.layout.adapters if name not in modules]
-    _refuse_changes(prepared, found)
+    prepared.refuse_changes()
+    found.refuse_changes()
+    every = (*reasons, *problems)
     return Audit(
-        verdict=verdict_of(tuple(reasons)),
-        reasons=tuple(reasons),
+        verdict=verdict_of(every),
+        reasons=every,
         base=str(base),
         adapter=str(adapter),
         merged=str(merged),
@@ -116,7 +119,7 @@ def audit(
         also=also,
         modules=modules,
         tensors=tensors,
-        not_checked=(*pairing.not_checked, *_not_checked(unread, files, behaviour, gap)),
+        not_checked=(*pairing.not_checked, *_not_checked(prepared, modules, files, behaviour, gap)),
         behaviour=behaviour,
         task=gap,
         seconds=time.monotonic() - began,
@@ -144,7 +147,11 @@ def _compared(
     return modules, tensors | dict(pairing.others), replay.also
 
 
-def _not_checked(unread: list[str], files: bool, behaviour: "Behaviour | None", gap: "TaskGap | None") -> Iterator[str]:
+def _not_checked(
+    prepared: Prepared, modules: Mapping[str, ModuleAudit], files: bool, behaviour: "Behaviour | None",
+    gap: "TaskGap | None",
+) -> Iterator[str]:  # fmt: skip
+    unread = (name for name in prepared.fit.layout.adapters if name not in modules)
     yield from (f"{name}: its tensor is not in the merged checkpoint" for name in unread)
     if not files:
         yield "config and tokenizer: not asked for"
@@ -184,11 +191,6 @@ def _unless_refused(problems: list[Problem]) -> Iterator[None]:
         yield
     except D2SurgeryError as error:
         problems.append(replace(error.problems[0], code="NOT_RUNNABLE", severity="warning"))
-
-
-def _refuse_changes(prepared: Prepared, merged: BaseWeights) -> None:
-    prepared.refuse_changes()
-    merged.refuse_changes()
 
 
 def _expected_files(fit: Fit, merged: BaseWeights) -> tuple[dict[str, bytes], dict[str, bytes]]:

@@ -1,13 +1,13 @@
 """Which of several adapters was merged: the one whose merge the weights of one module are nearest to."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from d2surgery.auditing.pairing import pair_up
 from d2surgery.auditing.replay import Replay
 from d2surgery.errors import D2SurgeryError, Problem
 from d2surgery.files.base import BaseWeights
-from d2surgery.formats.layout import Packing
 from d2surgery.machine import one_thread
 from d2surgery.merging.prepared import prepare
 from d2surgery.placement.fit import fit
@@ -19,10 +19,9 @@ def nearest(
     base: Directory,
     adapters: Directory | Sequence[Directory],
     merged: BaseWeights,
-    strength: float = 1.0,
-    expert_layout: Packing | None = None,
+    **how: Any,
 ) -> tuple[Directory, list[Problem]]:
-    """The adapter to audit, and a note where it is one of several.
+    """The adapter to audit, and a note where it is one of several. `how`: see `fit`.
 
     Raises D2SurgeryError: what every one of them is refused for, or USAGE for none at all.
     """
@@ -34,7 +33,7 @@ def nearest(
     distances: dict[Directory, float] = {}
     for adapter in adapters:
         try:
-            distances[adapter] = _distance(base, adapter, merged, strength, expert_layout)
+            distances[adapter] = _distance(base, adapter, merged, how)
         except D2SurgeryError as error:
             refused += error.problems
     if not distances:
@@ -44,11 +43,9 @@ def nearest(
     return found, [Problem(code="NEAREST_ADAPTER", severity="info", message=message, got=str(found))]
 
 
-def _distance(
-    base: Directory, adapter: Directory, merged: BaseWeights, strength: float, expert_layout: Packing | None
-) -> float:
+def _distance(base: Directory, adapter: Directory, merged: BaseWeights, how: Mapping[str, Any]) -> float:
     """The share of elements that no recipe gives, in the smallest adapted tensor of the merged file."""
-    prepared = prepare(fit(base, adapter, strength, expert_layout), None, "cpu")
+    prepared = prepare(fit(base, adapter, **how), None, "cpu")
     patched = [pair for pair in pair_up(prepared, merged).pairs if pair.output.site and pair.output.site.patches]
     if not patched:
         return 1.0

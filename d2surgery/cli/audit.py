@@ -12,7 +12,15 @@ from d2surgery.auditing.findings import LEVELS, Audit, Thresholds, document, sev
 from d2surgery.auditing.receipts import verify_receipt
 from d2surgery.auditing.recipes import RECIPES
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import BASE_HELP, Base, Number, device_option, expert_layout_option, progress_bar
+from d2surgery.cli.options import (
+    BASE_HELP,
+    Base,
+    Number,
+    device_option,
+    expert_layout_option,
+    progress_bar,
+    scaling_options,
+)
 from d2surgery.errors import refuse
 from d2surgery.evaluating.items import read_prompts
 from d2surgery.evaluating.tasks import Progress, read_task
@@ -58,6 +66,8 @@ class Asked:
     exact: bool
     weights_only: bool
     expert_layout: Packing | None
+    scale: float | None
+    alpha: float | None
     device: str
 
 
@@ -107,6 +117,7 @@ class Pages:
 @click.option("--weights-only", is_flag=True, help="Compare neither config nor tokenizer.")
 @click.option("--receipt", is_flag=True, help="Verify d2surgery_merge.json by hashes only; base and adapter optional.")
 @expert_layout_option
+@scaling_options
 @device_option
 @click.option("--per-layer", is_flag=True, help="A line for every module, not for the worst only.")
 @click.option("--html", type=_FILE, help="Write the audit as one page: verdict, causes, layers, every tensor.")
@@ -150,6 +161,8 @@ def _by_weights(asked: Asked, progress: Progress) -> Audit:
         thresholds=Thresholds(strength_pass=right, strength_fail=wrong, exact=asked.exact),
         strength=asked.strength,
         expert_layout=asked.expert_layout,
+        scale=asked.scale,
+        alpha=asked.alpha,
         files=not asked.weights_only,
         prompts=read_prompts(asked.prompts) if asked.prompts else None,
         tasks=[read_task(path) for path in asked.tasks],

@@ -12,11 +12,11 @@ from d2surgery.files.header import Header, is_pickle, read_header, small_values
 from d2surgery.files.held import Seen
 from d2surgery.files.locate import PICKLES, left_out, locate
 from d2surgery.files.reading import read_json
-from d2surgery.formats import diffusers, flat, foreign, gguf, kohya, lycoris, mlx, peft, serving
+from d2surgery.formats import diffusers, flat, foreign, gguf, kohya, lycoris, mlx, peft, serving, torchtune
 from d2surgery.formats.format import Format, Holding
 from d2surgery.formats.layout import Layout, Packing, with_expert_layout, with_scaling
 
-FORMATS: tuple[Format, ...] = (gguf, diffusers, peft, lycoris, kohya, mlx, serving, foreign)
+FORMATS: tuple[Format, ...] = (gguf, diffusers, peft, lycoris, kohya, mlx, torchtune, serving, foreign)
 """In the order of detection; the last recognises every file."""
 
 
@@ -69,6 +69,8 @@ def with_base(layout_: Layout, names: Iterable[str], model: Mapping[str, Any]) -
         again = layout(replace(found.header, metadata={**heads, **found.header.metadata}), None)
         others = [problem for problem in found.problems if problem.code == "LEFT_OUT"]
         found = replace(again, problems=(*again.problems, *others))
+    if found.format == torchtune.NAME:
+        found = torchtune.with_model(found, model)
     paths = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
     return flat.with_paths(replace(found, about=replace(found.about, model=model)), paths)
 

@@ -1,14 +1,13 @@
 """Adapter formats that this version recognises by their keys but does not read.
 
     format        down factor                      up factor                      ranks from
-    torchtune     <name>.lora_a.weight (r, in)     <name>.lora_b.weight (out, r)   rows of lora_a
     x A B         <name>.lora_A (in, r)            <name>.lora_B (r, out)          columns of lora_A, by the shapes
     kohya, PEFT   their names, with factors that lie the other way round           columns of down, by the shapes
     lycoris, …    recognised by one leaf, not taken apart
 
 A magnitude beside a pair makes it DoRA: `magnitude` or `lora_magnitude_vector`.
 
-`inspect` prints modules and ranks; the scaling is unknown, so `merge` refuses.  Facts: torchtune as published.
+`inspect` prints modules and ranks; the scaling is unknown, so `merge` refuses.
 """
 
 import re
@@ -34,7 +33,6 @@ class _Pairs(NamedTuple):
 _PAIRED = (
     _Pairs("kohya", ".lora_down.weight", ".lora_up.weight"),
     _Pairs("x A B", ".lora_A.weight", ".lora_B.weight"),
-    _Pairs("torchtune", ".lora_a.weight", ".lora_b.weight"),
     _Pairs("x A B", ".lora.lora_A", ".lora.lora_B", transposed=True),
     _Pairs("x A B", ".lora_A", ".lora_B", transposed=True),
 )
@@ -58,7 +56,7 @@ _LEAVES = {  # leaf -> format, where no pair is taken apart
 
 
 NAME = "foreign"
-TITLE, READS = "torchtune, OFT, VeRA, IA³ …", "recognised, not read"
+TITLE, READS = "OFT, VeRA, IA³ …", "recognised, not read"
 
 
 def recognise(header: Header, config: Mapping[str, Any] | None) -> str:

@@ -5,7 +5,7 @@ from conftest import Shapes, WriteAdapter
 
 from d2surgery.formats import open_layout
 
-TORCHTUNE = {"layers.0.q.lora_a.weight": (4, 6), "layers.0.q.lora_b.weight": (8, 4)}
+BARE = {"layers.0.q.lora_A": (6, 4), "layers.0.q.lora_B": (4, 8)}
 RECOGNISED = [  # (format, leaf)
     ("lycoris (OFT)", "oft_blocks"),
     ("PEFT VeRA without its config", "vera_lambda_b"),
@@ -17,13 +17,13 @@ RECOGNISED = [  # (format, leaf)
 
 
 def test_pairs_give_module_rank_and_shape_but_no_scaling(adapter: WriteAdapter) -> None:
-    layout = open_layout(adapter(TORCHTUNE, None))
+    layout = open_layout(adapter(BARE, None))
     (found,) = layout.adapters.values()
-    assert layout.format == "torchtune"
+    assert layout.format == "x A B"
     assert (found.module, found.rank, found.out_features, found.in_features) == ("layers.0.q", 4, 8, 6)
     assert found.scaling is None
     assert [problem.code for problem in layout.problems] == ["FOREIGN_FORMAT"]
-    assert sorted([*layout.accounted(), *layout.unread]) == sorted(TORCHTUNE)
+    assert sorted([*layout.accounted(), *layout.unread]) == sorted(BARE)
 
 
 @pytest.mark.parametrize(("name", "leaf"), RECOGNISED)
@@ -57,7 +57,7 @@ def test_nothing_at_all_is_nothing_to_apply(adapter: WriteAdapter) -> None:
 
 
 def test_a_pair_with_a_magnitude_is_dora(adapter: WriteAdapter) -> None:
-    (found,) = open_layout(adapter(TORCHTUNE | {"layers.0.q.magnitude": (8,)}, None)).adapters.values()
+    (found,) = open_layout(adapter(BARE | {"layers.0.q.magnitude": (8,)}, None)).adapters.values()
     assert (found.kind, found.settings["along"], found.rank) == ("dora", "out_features", 4)
     assert found.keys["magnitude"] == "layers.0.q.magnitude"
 
