@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from toy_llama import DORA, LORA, Toy, per_input, save_base, toy
 
 import d2surgery
-from d2surgery.checkpoint import Checkpoint, differences
+from d2surgery.checkpoint import Checkpoint, differences, load
 from d2surgery.files.base import BaseWeights
 from d2surgery.formats import FORMATS, with_base
 
@@ -22,8 +22,7 @@ WRITERS = {
 
 def opened(adapter: Path, base: Path) -> Checkpoint:
     """With the names and heads that the base has."""
-    weights = BaseWeights(base)
-    return Checkpoint(with_base(d2surgery.load(adapter).layout, weights.header.tensors, weights.config))
+    return load(adapter, base=BaseWeights(base))
 
 
 def assert_effective(checkpoint: Checkpoint, of: Toy, along: str = "out") -> None:

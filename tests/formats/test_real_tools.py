@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import d2surgery
-from d2surgery.checkpoint import Checkpoint, differences
+from d2surgery.checkpoint import Checkpoint, differences, load
 from d2surgery.files.base import BaseWeights
 from d2surgery.formats import with_base
 
@@ -26,8 +26,7 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 
 
 def opened(adapter: Path, base: Path) -> Checkpoint:
-    weights = BaseWeights(base)
-    return Checkpoint(with_base(d2surgery.load(adapter).layout, weights.header.tensors, weights.config))
+    return load(adapter, base=BaseWeights(base))
 
 
 # LyCORIS ---------------------------------------------------------------------------------------------------------

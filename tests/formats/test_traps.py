@@ -401,3 +401,33 @@ def test_old_spellings_of_diffusers(tmp_path: Path) -> None:
     layout = read(tmp_path, {f"{name}.{side}.weight": t for name in old for side, t in (("down", A), ("up", B))})
     assert set(layout.adapters) == set(old.values())
     assert (layout.problems, {entry.scaling for entry in layout.adapters.values()}) == ((), {1.0})
+
+
+def test_the_base_and_the_scaling_that_stand_in_the_file_are_read(tmp_path: Path) -> None:
+    """Each where its tool keeps them: kohya's header, MLX-LM's config, diffusers' metadata, with components or none."""
+    said = {"ss_network_dim": "4", "ss_network_alpha": "2", "ss_base_model_version": "sd_v1"}
+    kohya = read(tmp_path / "kohya", pair(alpha=torch.tensor(2.0)), said)
+    assert (kohya.base_model, scaling(kohya)) == ("sd_v1", 0.5)
+    mlx = open_layout(toy_llama.mlx(toy(), tmp_path / "mlx", scale=20.0))
+    assert (mlx.base_model, {entry.scaling for entry in mlx.adapters.values()}) == ("org/base", {20.0})
+    A, B = numbers(4, 32, seed=1), numbers(32, 4, seed=2)
+    for before in ("unet.", ""):
+        config = {f"{before}r": 4, f"{before}lora_alpha": 16, f"{before}target_modules": ["to_q"]}
+        name = f"{before}down_blocks.0.attn1.to_q"
+        tensors = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        found = read(tmp_path / f"diffusers{before}", tensors, {"lora_adapter_metadata": json.dumps(config)})
+        assert (found.format, scaling(found, name), found.problems) == ("diffusers", 4.0, ())
+
+
+def test_metadata_that_contradicts_the_file_is_refused(tmp_path: Path) -> None:
+    tensors = {"unet.q.lora_A.weight": numbers(4, 32, seed=1), "unet.q.lora_B.weight": numbers(8, 4, seed=2)}
+    for config, code in (
+        ('{"unet.r": 8, "unet.lora_alpha": 8}', "RANK_DISAGREES"),
+        ('{"unet.r": 4, "unet.lora_alpha": 8, "unet.use_dora": true}', "MISSING_MAGNITUDE"),
+        ('{"unet.r": 4, "unet.lora_alpha": 8, "unet.init_lora_weights": "pissa"}', "MUTATED_BASE"),  # trap 52
+        ('{"unet.r": 4, "unet.lora_alpha": "eight"}', "BAD_CONFIG"),
+        ("no JSON", "BAD_CONFIG"),
+    ):
+        layout = read(tmp_path, tensors, {"lora_adapter_metadata": config})
+        assert codes(layout) == [code]
+        assert code == "MUTATED_BASE" or not layout.adapters or scaling(layout, "unet.q") is None
