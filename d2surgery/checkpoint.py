@@ -130,7 +130,7 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, format: s
     try:
         return _same(checkpoint, load(out), format)
     except D2SurgeryError:
-        for name in WEIGHTS:
+        for name in (*WEIGHTS, "adapter_config.json"):
             (out / name).unlink(missing_ok=True)
         raise
 
