@@ -588,6 +588,11 @@ CODES: dict[str, Code] = {
         "it, so merging takes it.",
         "Nothing to do; --tokenizer base keeps the base's.",
     ),
+    "TOKENS_WITHOUT_ROWS": Code(
+        "The adapter's tokenizer gives ids for which the merged embedding has no rows: a text with one of these tokens "
+        "would end in an error. Whoever trained the adapter may have resized the embedding and not saved it.",
+        "Get the adapter with its embedding (PEFT: save_embedding_layers=True), or merge with --tokenizer base.",
+    ),
     "TOKENIZER_CHANGED": Code(
         "The tokenizer differs from the one that belongs to the base or adapter, or is missing.",
         "Copy its files into the merged directory.",

@@ -239,13 +239,23 @@ def test_releases_between_are_taken(release: str) -> None:
     _check_release(release)
 
 
-@pytest.mark.parametrize("name", ["d2lora", "duallora"])
-def test_without_the_plug_in_peft_refuses_the_file_rather_than_load_half_of_it(tmp_path: Path, name: str) -> None:
-    get_peft_model(base(tmp_path / "base"), config(name)).save_pretrained(tmp_path / "adapter")
-    read = f"from peft import PeftConfig; print(PeftConfig.from_pretrained({str(tmp_path / 'adapter')!r}).peft_type)"
+def test_without_the_plug_in_peft_refuses_the_file_rather_than_load_half_of_it(tmp_path: Path) -> None:
+    names = ["d2lora", "duallora"]
+    for name in names:
+        get_peft_model(base(tmp_path / "base"), config(name)).save_pretrained(tmp_path / name)
+    read = """
+from peft import PeftConfig
+for name in sys.argv[1:]:
+    try:
+        print(PeftConfig.from_pretrained(name).peft_type.value)
+    except KeyError as error:
+        print("KeyError", error)
+"""
 
-    def run(code: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    def run(code: str) -> list[str]:
+        paths = [str(tmp_path / name) for name in names]
+        done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
 
-    assert f"KeyError: '{name.upper()}'" in run(read).stderr
-    assert run(f"import d2surgery.peft_plugin; {read}").stdout.strip() == f"PeftType.{name.upper()}"
+    assert run(f"import sys\n{read}") == ["KeyError 'D2LORA'", "KeyError 'DUALLORA'"]
+    assert run(f"import sys\nimport d2surgery.peft_plugin\n{read}") == ["D2LORA", "DUALLORA"]

@@ -129,7 +129,7 @@ def _compared(
 ) -> tuple[dict[str, ModuleAudit], dict[str, TensorAudit], tuple[str, ...]]:
     """Every module and every tensor with its evidence, and the recipes that fit, too; `dtype`: the file's usual one."""
     pairs = pairing.pairs
-    replay = Replay(prepared.merger, {name: entry.kind for name, entry in prepared.fit.layout.adapters.items()})
+    replay = Replay(prepared.merger)
     with one_thread():
         replay.run(pairs, progress)
         _settle_recipes(replay, pairs)
@@ -215,7 +215,7 @@ def _settle_recipes(replay: Replay, pairs: tuple[TensorPair, ...]) -> None:
         ]
         if not again:
             return
-        second = Replay(replay.merger, replay.kinds, frozenset((name,)))
+        second = Replay(replay.merger, frozenset((name,)))
         second.run(again, lambda done, total: None)
         for module in other:
             mixed = len(replay.modules[module].recipes) > 1
@@ -240,7 +240,15 @@ def _judged(
             names = tuple(pair.name for pair in held)
             yield (
                 module,
-                judge_module(module, replay.kinds[module], names, _dtype(held[0], tally), tally, found, limits),
+                judge_module(
+                    module,
+                    prepared.fit.layout.adapters[module].kind,
+                    names,
+                    _dtype(held[0], tally),
+                    tally,
+                    found,
+                    limits,
+                ),
             )
 
 

@@ -53,7 +53,7 @@ def _distance(
     if not patched:
         return 1.0
     smallest = min(patched, key=lambda pair: pair.info.nbytes)
-    replay = Replay(prepared.merger, {name: entry.kind for name, entry in prepared.fit.layout.adapters.items()})
+    replay = Replay(prepared.merger)
     with one_thread():
         replay.run((smallest,), lambda done, total: None)
     found = [replay.modules[name].comparison for name in smallest.modules if name in replay.modules]

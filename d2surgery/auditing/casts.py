@@ -29,7 +29,8 @@ def _also(replay: Replay, merged: Sequence[TensorPair], through: frozenset[torch
     names = set()
     for module in pair.modules:
         stored, file = pair.output.stored_dtype, replay.modules[module].grid or pair.dtype
-        names |= {r.name for r in bank(replay.kinds[module], stored, file) if r.load(stored, file) in through}
-    again = Replay(replay.merger, replay.kinds, frozenset(names))
+        entry = replay.merger.checkpoint.layout.adapters[module]
+        names |= {r.name for r in bank(entry.kind, entry.axis, stored, file) if r.load(stored, file) in through}
+    again = Replay(replay.merger, frozenset(names))
     again.run([pair], lambda done, total: None)
     return not again.tensors[pair.name].mismatched

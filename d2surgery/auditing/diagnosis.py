@@ -68,9 +68,8 @@ def diagnose(case: Case, merged: Tensor, before: Diagnosis) -> Diagnosis:
     A fault moves the weight from E to F. How much of that move is in the file is a strength with an error, like λ̂; the
     fault is believed when at least half of the move is there, significantly, and nothing else leaves less unexplained.
     """
-    right = case.with_(case.adapter)
-    look = _Look(case, merged, right, rounded(right, merged.dtype), _unit(right, merged.dtype))
-    own = look.noise(right)
+    look = _Look(case, merged, rounded(case.right, merged.dtype), _unit(case.right, merged.dtype))
+    own = look.noise(case.right)
     known = look.best_fault(before.what) if before.what else None
     if known is not None and (not known.against.mismatched or known.noise <= PLAIN):
         return known.diagnosis(look.fit() if before.fit else None)
@@ -101,7 +100,7 @@ def diagnose(case: Case, merged: Tensor, before: Diagnosis) -> Diagnosis:
 
 def rows_moved(case: Case, merged: Tensor) -> Diagnosis | None:
     """Whether the rows are the right ones in another order, of a block that holds some columns of all rows."""
-    right = case.with_(case.adapter)
+    right = case.right
     there, wanted = (F.normalize(x.to(right.dtype), dim=1) for x in (merged, right))
     order = torch.cat([(part @ wanted.T).argmax(1) for part in torch.split(there, 256)])
     right = right[order]
@@ -117,8 +116,7 @@ class _Look:
 
     case: Case
     merged: Tensor
-    right: Tensor
-    stored: Tensor
+    stored: Tensor  # as a right merge leaves it
     unit: float
 
     def noise(self, effective: Tensor) -> float:
@@ -135,11 +133,11 @@ class _Look:
     def _try(self, named: Named) -> _Trial | None:
         """None for what was not done here, as a few rows show of most faults."""
         weight = named.weight()
-        if weight.shape != self.right.shape:
+        if weight.shape != self.case.right.shape:
             return None
         for rows in (slice(None, None, max(len(weight) // _SAMPLE, 1)), slice(None)):
             wanted = rounded(weight[rows], self.merged.dtype)
-            stored, right = self.stored[rows].to(weight.dtype), self.right[rows]
+            stored, right = self.stored[rows].to(weight.dtype), self.case.right[rows]
             against = regress(stored, weight[rows] - right, wanted, self.merged[rows])
             if against.strength + SIGNIFICANT * against.strength_error < _HALF:
                 return None
@@ -147,7 +145,7 @@ class _Look:
         return _Trial(named, against, self.noise(weight)) if finite and _believed(against) else None
 
     def fit(self) -> Fit:
-        base, delta = self.case.base, self.right - self.case.base
+        base, delta = self.case.base, self.case.delta
         strength, error = strength_of(base, delta, self.merged)
         return Fit(strength, error, self.noise(base + strength * delta))
 
@@ -164,16 +162,16 @@ class _Look:
 
     def sloppy(self) -> bool:
         """Whether what is left is what products in 16 bits or TF32 leave of a delta."""
-        delta = self.right - self.case.base
-        return _norm(self.merged.to(delta.dtype) - self.right) <= _norm(delta) / 256 + EXCESS * self.unit
+        right, delta = self.case.right, self.case.delta
+        return _norm(self.merged.to(delta.dtype) - right) <= _norm(delta) / 256 + EXCESS * self.unit
 
     def residual_rank(self, strength: float) -> tuple[int, int]:
         """How many singular values of merged − W0 − λ̂·delta stand out of rounding noise, and of how many, in a leading
         block (Marchenko–Pastur edge)."""
         block = (slice(_RANK_SIDE), slice(_RANK_SIDE))
-        base, right = self.case.base[block].double(), self.right[block].double()
+        base, right = self.case.base[block].double(), self.case.right[block].double()
         left = self.merged[block].double() - base - strength * (right - base)
-        noise = self.unit / sqrt(self.right.numel())
+        noise = self.unit / sqrt(self.case.right.numel())
         edge = 1.05 * noise * (sqrt(left.shape[0]) + sqrt(left.shape[1]))
         values = torch.linalg.svdvals(left)
         return int((values > max(edge, 1e-3 * float(values[0]))).sum()), min(left.shape)

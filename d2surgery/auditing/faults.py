@@ -6,6 +6,7 @@ does not apply (a rectangular weight has no transposed delta) and several weight
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,15 @@ class Case:
     dtype: torch.dtype  # of the merged file
     repacked: Adapter | None = None  # where experts share factors: the same with its columns taken in the other order
 
+    @cached_property
+    def delta(self) -> Tensor:
+        return self.delta_of(self.adapter)
+
+    @cached_property
+    def right(self) -> Tensor:
+        """The weight that a right merge rounds."""
+        return self.base + self.delta
+
     def delta_of(self, adapter: Adapter) -> Tensor:
         return self.part(adapter).delta(self.base, self.triple(adapter)) * self.strength
 
@@ -60,15 +70,15 @@ def hypotheses(case: Case) -> Iterator[Named]:
 
 def _strength(case: Case) -> Iterator[Named]:
     yield Named("DELTA_NOT_APPLIED", "the base, without the adapter", lambda: case.base)
-    yield Named("SIGN_FLIPPED", "the delta was subtracted", lambda: case.base - case.delta_of(case.adapter))
-    yield Named("DELTA_APPLIED_TWICE", "the delta counts twice", lambda: case.base + 2 * case.delta_of(case.adapter))
+    yield Named("SIGN_FLIPPED", "the delta was subtracted", lambda: case.base - case.delta)
+    yield Named("DELTA_APPLIED_TWICE", "the delta counts twice", lambda: case.base + 2 * case.delta)
 
 
 def _merged_twice(case: Case) -> Iterator[Named]:
     """A merged checkpoint taken for the base: its values were rounded once in between."""
 
     def again() -> Tensor:
-        return _again(case, rounded(case.with_(case.adapter), case.dtype).to(case.base.dtype))
+        return _again(case, rounded(case.right, case.dtype).to(case.base.dtype))
 
     yield Named("DELTA_APPLIED_TWICE", "merged onto a checkpoint that held the delta already", again)
 
@@ -146,7 +156,7 @@ def _magnitude(case: Case) -> Iterator[Named]:
 
 def _dora_twice(case: Case) -> Iterator[Named]:
     def again() -> Tensor:
-        return _again(case, case.with_(case.adapter))
+        return _again(case, case.right)
 
     yield Named("DELTA_APPLIED_TWICE", "merged onto the merged weight", again)
 
@@ -225,11 +235,11 @@ def _heads(case: Case) -> Iterator[Named]:
         what = f"rows of each head permuted {words}"
         yield Named(
             "HEADS_PERMUTED", f"{what}, in the delta",
-            lambda turned=turned: case.base + case.delta_of(case.adapter)[turned],  # type: ignore[misc]
+            lambda turned=turned: case.base + case.delta[turned],  # type: ignore[misc]
         )  # fmt: skip
         yield Named(
             "HEADS_PERMUTED", f"{what}, in base and delta",
-            lambda turned=turned: case.with_(case.adapter)[turned],  # type: ignore[misc]
+            lambda turned=turned: case.right[turned],  # type: ignore[misc]
         )  # fmt: skip
 
 

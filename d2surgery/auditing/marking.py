@@ -20,6 +20,7 @@ from d2surgery.placement.site import Patch
 _OPEN = ("OTHER_ROUNDING", "ROUNDING_EXCESS", "STRENGTH_UNCERTAIN")  # passed, or nearly, unless there is structure
 _VAGUE = (*_OPEN, "DELTA_UNEXPLAINED", "WRONG_STRENGTH")  # what a structure may explain better
 _NAMED = 12  # wrong modules that are looked at again for a better name
+_AT_ONCE = 16  # modules of which marks are held
 _RANK = 0.01  # share of differing elements from which a change of low rank can be seen among them
 
 
@@ -62,15 +63,24 @@ def _marked(
         nearest = replay.modules[name].nearest
         assert nearest is not None
         by_recipe.setdefault(nearest.name, []).append(name)
+    patched = [p for p in pairs if p.status != "tied" and p.output.site and p.output.site.patches]
     for recipe, group in by_recipe.items():
-        second = Replay(replay.merger, replay.kinds, frozenset((recipe,)), marking=True)
-        chosen = [
-            p
-            for p in pairs
-            if p.status != "tied" and {*group} & {*p.modules} and p.output.site and p.output.site.patches
-        ]
-        second.run(chosen, lambda done, total: None)
-        yield from ((name, second.modules[name].marks) for name in group if name in second.modules)
+        for some in _apart(patched, group):
+            second = Replay(replay.merger, frozenset((recipe,)), marking=True)
+            second.run([p for p in patched if some & {*p.modules}], lambda done, total: None)
+            yield from ((name, second.modules[name].marks) for name in group if name in some)
+
+
+def _apart(pairs: Sequence[TensorPair], names: Sequence[str]) -> Iterator[set[str]]:
+    """A few modules at a time, for their marks are as long as their sides; those that share a tensor together."""
+    left = dict.fromkeys(names)
+    while left:
+        some, grown = set[str](), {*list(left)[:_AT_ONCE]}
+        while grown - some:
+            some |= grown
+            grown = {m for p in pairs if some & {*p.modules} for m in p.modules if m in left}
+        yield some
+        left = {name: None for name in left if name not in some}
 
 
 def _of_module(
@@ -91,8 +101,7 @@ def _of_module(
     ):
         block = block_of(prepared, tally)
         case, merged = block.case(), block.merged()
-        delta = case.delta_of(case.adapter)
-        if merged.itemsize <= 2 and low_rank(case.base + delta, delta, merged):
+        if merged.itemsize <= 2 and low_rank(case.right, case.delta, merged):
             return Structure("DELTA_UNEXPLAINED", "a change of low rank, within rounding of each element")
     return None
 

@@ -32,7 +32,6 @@ class Matcher:
     """Of one pair, tile by tile."""
 
     merger: TileMerger
-    kinds: dict[str, str]
     names: frozenset[str]  # of recipes that are tried
     pair: TensorPair
     favourite: Recipe | None  # that fitted last
@@ -107,10 +106,9 @@ class Matcher:
         yield from near[:_TRIED]
 
     def _bank(self, patch: Patch, grid: torch.dtype | None) -> tuple[Recipe, ...]:
-        """The recipes of this kind; those of DoRA alone have a magnitude per output feature."""
-        fitting = bank(self.kinds[patch.module], self.pair.output.stored_dtype, grid or self.pair.dtype)
-        if self.merger.checkpoint.layout.adapters[patch.module].axis == "in_features":
-            fitting = tuple(recipe for recipe in fitting if not recipe.kinds)
+        """The recipes of this kind."""
+        entry = self.merger.checkpoint.layout.adapters[patch.module]
+        fitting = bank(entry.kind, entry.axis, self.pair.output.stored_dtype, grid or self.pair.dtype)
         if self.merger.strength != 1:
             fitting = fitting[:1]
         return tuple(recipe for recipe in fitting if recipe.name in self.names) or fitting[:1]

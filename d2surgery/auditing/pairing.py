@@ -30,6 +30,7 @@ class TensorPair:
     info: TensorInfo
     status: Status  # when it is right
     otherwise: str = "TENSOR_CHANGED"  # the code when it is not, of a tied one
+    twin: TensorInfo | None = None  # in the file, whose bytes are as right
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,9 +79,10 @@ def pair_up(prepared: Prepared, merged: BaseWeights) -> Pairing:
             written = output._replace(dtype=there[found].dtype)
             pairs.append(TensorPair(name if status == "tied" else found, written, there[found], status, otherwise))
     for name in sorted(there.keys() - set(names.values())):
-        info, source = there[name], expected.get(own_ties.get(name, matching.again.get(name, "")))
+        right = own_ties.get(name, matching.again.get(name, ""))
+        info, source, twin = there[name], expected.get(right), there.get(names.get(right, ""))
         if source is not None and source.shape == info.shape and info.dtype in FLOATS:
-            pairs.append(TensorPair(name, source._replace(dtype=info.dtype), info, "tied"))
+            pairs.append(TensorPair(name, source._replace(dtype=info.dtype), info, "tied", twin=twin))
         else:
             code = "" if name in matching.unused else "TENSOR_EXTRA"
             others[name] = TensorAudit(

@@ -33,9 +33,9 @@ class Recipe:
     seen: Callable[[Operands], Operands] = _as_stored
     mode: Mode | PluginMode | None = None  # of PEFT
 
-    def fits(self, kind: str) -> bool:
-        """Whether its merger knows the kind."""
-        return not self.kinds or kind in self.kinds
+    def fits(self, kind: str, axis: str | None = None) -> bool:
+        """Whether its merger knows the kind, and the axis along which that rescales."""
+        return not self.kinds or (kind in self.kinds and axis in (None, "out_features"))
 
     def load(self, stored: torch.dtype, file: torch.dtype) -> torch.dtype:
         """The dtype in which its merger holds the base."""
@@ -47,11 +47,11 @@ class Recipe:
 
 
 @cache
-def bank(kind: str, stored: torch.dtype, file: torch.dtype) -> tuple[Recipe, ...]:
-    """The recipes of a kind that may differ for a base and a file of these dtypes, the usual first."""
+def bank(kind: str, axis: str | None, stored: torch.dtype, file: torch.dtype) -> tuple[Recipe, ...]:
+    """The recipes of a kind along an axis that may differ for a base and a file of these dtypes, the usual first."""
     unlike: dict[Mode | PluginMode | str, Recipe] = {}
     for recipe in RECIPES:
-        if recipe.fits(kind):
+        if recipe.fits(kind, axis):
             unlike.setdefault(recipe.mode.resolved(stored, file) if recipe.mode else recipe.name, recipe)
     return tuple(unlike.values())
 

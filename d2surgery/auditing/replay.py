@@ -15,11 +15,13 @@ from d2surgery.auditing.recipes import RECIPES
 from d2surgery.auditing.structure import Marks
 from d2surgery.auditing.structure import Tile as Marked
 from d2surgery.auditing.tally import Found, Made, Mismatch, Tally
-from d2surgery.files.header import BITS
-from d2surgery.files.tensors import as_bytes, read_part
+from d2surgery.files.header import BITS, TensorInfo
+from d2surgery.files.tensors import DTYPES, as_bytes, read_part
 from d2surgery.machine import workers
 from d2surgery.measures.fidelity import Comparison, bits, compare, measured
 from d2surgery.merging.tiles import AdaptedTile, Steps, Tile, TileMerger, all_finite
+
+_ALIKE = 8  # modules that no recipe fits, after which the nearest to them is taken for that to all
 
 
 @dataclass
@@ -27,7 +29,6 @@ class Replay:
     """What a pass over pairs found."""
 
     merger: TileMerger
-    kinds: dict[str, str]  # module -> kind
     names: frozenset[str] = frozenset(recipe.name for recipe in RECIPES)
     modules: dict[str, Tally] = field(default_factory=dict)
     tensors: dict[str, Found] = field(default_factory=dict)
@@ -38,25 +39,32 @@ class Replay:
         """Compare every pair; progress(done, total) in bytes of the merge as ours would be.
 
         Several at once, but one with an adapter before all others: the recipe that fits it is tried first on them.
+        Where none fits it, nor any of some more, and one is the nearest to all of these, no other is tried on the rest:
+        one merger treats all modules alike.
         """
         total = sum(pair.output.entry.nbytes for pair in pairs)
-        first = [pair for pair in pairs if pair.output.site and pair.output.site.patches][:1]
-        favourite, done = None, 0
+        patched = [pair for pair in pairs if pair.output.site and pair.output.site.patches]
+        first, some = patched[:1], patched[1 :: max(len(patched) // _ALIKE, 1)]
+        favourite, names, done = None, self.names, 0
+        found: dict[str, Found] = {}
 
         def advance(nbytes: int) -> None:
             progress(done + nbytes, total)
 
-        for part in (first, [pair for pair in pairs if pair not in first]):
-            matchers = [
-                Matcher(self.merger, self.kinds, self.names, pair, favourite, curious=part is first) for pair in part
-            ]
+        for part in (first, some, [pair for pair in pairs if pair not in first and pair not in some]):
+            matchers = [Matcher(self.merger, names, pair, favourite, curious=part is first) for pair in part]
             passes = [Pass(self.merger, matcher, matcher.pair, self.marking) for matcher in matchers]
             work = [(one.pair.output, one.run) for one in passes]
-            for one, found in zip(passes, self.merger.over(work, workers(), advance), strict=True):
-                self._add(one.pair, found)
+            for one, result in zip(passes, self.merger.over(work, workers(), advance), strict=True):
+                found[one.pair.name] = result
                 favourite = one.matcher.favourite
                 self.also = self.also or one.matcher.also
             done += sum(pair.output.entry.nbytes for pair in part)
+            nearest = {tally.nearest for result in found.values() for tally in result.modules.values()}
+            if len(found) >= _ALIKE and len(nearest) == 1 and (one_of_all := nearest.pop()) is not None:
+                names = frozenset((one_of_all.name,))
+        for pair in pairs:
+            self._add(pair, found[pair.name])
 
     def _add(self, pair: TensorPair, found: Found) -> None:
         self.tensors[pair.name] = found
@@ -76,7 +84,7 @@ class Pass:
 
     def run(self, steps: Steps) -> Found:
         for tile, stored in steps:
-            merged = self._merged(tile)
+            merged = self._read(self.pair.info, tile, "merged")
             if isinstance(tile, AdaptedTile):
                 self._compare_adapted(self._made(tile, stored, merged))
             else:
@@ -84,12 +92,12 @@ class Pass:
         self.matcher.forget()
         return self.found
 
-    def _merged(self, tile: Tile) -> Tensor:
-        """The tile's elements in the merged file, flat, in memory of this thread."""
-        source, own = BITS[self.pair.output.info.dtype], BITS[self.pair.info.dtype]
-        merged = self.merger.workspace.take("merged", tile.nbytes * own // source, torch.uint8)
-        read_part(self.pair.info, tile.start * own // source, as_bytes(merged), once=True)
-        return merged.view(self.pair.dtype)
+    def _read(self, info: TensorInfo, tile: Tile, purpose: str) -> Tensor:
+        """The tile's elements in a tensor of the merged file, flat, in memory of this thread."""
+        source, own = BITS[self.pair.output.info.dtype], BITS[info.dtype]
+        elements = self.merger.workspace.take(purpose, tile.nbytes * own // source, torch.uint8)
+        read_part(info, tile.start * own // source, as_bytes(elements), once=True)
+        return elements.view(DTYPES[info.dtype])
 
     def _made(self, tile: AdaptedTile, stored: Tensor, merged: Tensor) -> Made:
         """Our merge of a tile, in memory of this thread."""
@@ -123,7 +131,8 @@ class Pass:
     def _compare_adapted(self, made: Made) -> None:
         pair, patch, merged = self.pair, made.tile.patch, made.merged
         if pair.status == "tied":  # its module is judged where it is not tied
-            self._note(made.tile, self.matcher.wanted(Tally(), made), merged)
+            if pair.twin is None or not equal(self._read(pair.twin, made.tile, "twin"), merged):
+                self._note(made.tile, self.matcher.wanted(Tally(), made), merged)
             return
         tally = self.found.modules.setdefault(patch.module, Tally())
         wanted = self.matcher.wanted(tally, made)

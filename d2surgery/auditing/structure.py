@@ -29,12 +29,14 @@ ALARM = 1e-6  # chance of a false alarm in one audit
 SLOPPY = 1 / 256  # of delta, which products in 16 bits lose
 FLOAT32 = 1e-6  # of the weight, which sums and gains in float32 lose
 LOCAL = 1 / 64  # of delta's strength in a row: factors in 16 bits make it as uneven
+_FEW = 1 / 64  # of the rows
 _CLASSES = 24  # of the ratio of delta to the spacing
-_SIZES = 256  # of an element, eight to an octave
+_SIZES = 256  # of an element, eight equal ones to an octave
 _BLOCKS = (8, 16, 32, 64, 128, 256)  # neighbouring rows or columns: heads
 _STEPS = tuple(range(2, 17))  # every n-th row or column
 
-_SUMS = ("count", "strays", "base", "delta", "up", "expected", "dE", "EE", "dD", "DD", "d", "dd")
+_OF_STRAYS = ("strays", "base", "delta", "up", "dE", "dD", "d", "dd")
+_SUMS = (*_OF_STRAYS, "count", "expected", "EE", "DD")  # then those of all elements
 Axis = Literal["row", "column"]
 
 
@@ -70,48 +72,61 @@ class Marks:
 
     @property
     def strays(self) -> int:
-        return int(self.rows[1].sum())
+        return int(self.rows[_SUMS.index("strays")].sum())
 
     @property
     def elements(self) -> int:
-        return int(self.rows[0].sum())
+        return int(self.rows[_SUMS.index("count")].sum())
 
     def add(self, tile: Tile) -> None:
         """The strays of a tile: what differs, but where other sums of the same terms round it so."""
         base, delta, wanted, there, rows, columns = tile
         self.fine = there.itemsize > 2
         expected = wanted.to(base.dtype)
-        d = there.to(base.dtype) - expected
         unit = spacing(torch.maximum(base.abs(), expected.abs()), there.dtype)
-        size = float(delta.norm()) / max(delta.numel(), 1) ** 0.5
-        far = d.abs() > 1.5 * unit + delta.abs() / 64 + size / 256
-        stray = (bits(wanted) != bits(there)) & ~halfway(base, delta, wanted, there)
+        i, j, terms = self._strays(tile, expected, unit)
+        likely = self._likely(tile, expected, unit, (i, j))
+        everywhere = (likely, expected.square(), delta.square())
+        for sums, where, dim, at in ((self.rows, rows, 1, i), (self.columns, columns, 0, j)):
+            here = sums[:, where]
+            here[: len(_OF_STRAYS)].index_add_(1, at, terms)
+            here[len(_OF_STRAYS)] += expected.shape[dim]
+            for number, term in enumerate(everywhere, len(_OF_STRAYS) + 1):
+                here[number] += term.sum(dim).double()
+
+    def _strays(self, tile: Tile, expected: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Their rows, columns and terms (sums of strays, strays) in float64."""
+        size = float(tile.delta.norm()) / max(tile.delta.numel(), 1) ** 0.5
+        i, j = (bits(tile.wanted) != bits(tile.there)).nonzero(as_tuple=True)
+        base, delta, wanted, there, expected, unit = (m[i, j] for m in (*tile[:4], expected, unit))
+        d = there.to(base.dtype) - expected
+        stray = ~halfway(base, delta, wanted, there, size)
         if self.fine:
             stray &= d.abs() > 8 * unit + 4e-6 * size
-        self.far += int(torch.count_nonzero(far & stray))
-        self.zeros += int(torch.count_nonzero(stray & (there == 0)))
-        d = torch.where(stray, d, 0)
-        likely = self._likely(delta, unit, stray, rows if rows != slice(None) else columns)
-        self._sizes(expected, stray, likely)
-        one, sign = stray.to(base.dtype), d.sign()
-        terms = (one, sign * expected.sign(), sign * delta.sign(), sign, likely, d * expected, expected.square(),
-                 d * delta, delta.square(), d, d.square())  # fmt: skip
-        self.rows[0, rows] += d.shape[1]
-        self.columns[0, columns] += d.shape[0]
-        for number, term in enumerate(terms, 1):
-            self.rows[number, rows] += term.sum(1).double()
-            self.columns[number, columns] += term.sum(0).double()
+        i, j, delta, expected, unit, d, there = (v[stray] for v in (i, j, delta, expected, unit, d, there))
+        self.far += int(torch.count_nonzero(d.abs() > 1.5 * unit + delta.abs() / 64 + size / 256))
+        self.zeros += int(torch.count_nonzero(there == 0))
+        d, delta, expected = d.double(), delta.double(), expected.double()
+        sign = d.sign()
+        ways = (torch.ones_like(d), sign * expected.sign(), sign * delta.sign(), sign)
+        return i, j, torch.stack((*ways, d * expected, d * delta, d, d.square()))
 
-    def _likely(self, delta: Tensor, unit: Tensor, stray: Tensor, where: slice) -> Tensor:
+    def _likely(self, tile: Tile, expected: Tensor, unit: Tensor, strays: tuple[Tensor, Tensor]) -> Tensor:
         """How likely each element is to stray, as those of its ratio of delta to the spacing do in its tile."""
+        delta = tile.delta
         row, column = delta.norm(dim=1, keepdim=True), delta.norm(dim=0, keepdim=True)
-        whole = float(delta.norm()) or 1.0
-        ratio = (delta.abs() + row * column / whole) / unit
-        kind = ratio.clamp_(2.0**-16, 2.0**7).log2_().add_(16).long()  # 0 … 23
-        count = torch.bincount(kind.flatten(), minlength=_CLASSES)
-        strays = torch.bincount(kind.flatten(), weights=stray.flatten().double(), minlength=_CLASSES)
-        self.classes.append((where, count, strays))
-        return (strays / count.clamp(min=1)).to(delta.dtype)[kind]
+        ratio = (delta.abs() + row * column / (float(delta.norm()) or 1.0)) / unit
+        kind = _octave(ratio, -16, _CLASSES)
+        size = _octave(expected.abs(), -24, _SIZES, parts=8)
+        count = torch.bincount((kind + _CLASSES * size).flatten(), minlength=_CLASSES * _SIZES).view(_SIZES, _CLASSES)
+        of_class = torch.bincount(kind[strays], minlength=_CLASSES)
+        share = of_class / count.sum(0).clamp(min=1).double()
+        self.sizes[0] += count.sum(1)
+        self.sizes[1] += torch.bincount(size[strays], minlength=_SIZES)
+        self.sizes[2] += count.double() @ share
+        where = tile.rows if tile.rows != slice(None) else tile.columns
+        self.classes.append((where, count.sum(0), of_class))
+        return share.to(delta.dtype)[kind]
 
     def evened(self, along_rows: bool) -> None:
         """What is expected of each tile, as in the whole."""
@@ -123,11 +138,12 @@ class Marks:
             sums[_SUMS.index("expected"), where] *= float((share * of_class).sum()) / max(float(own.sum()), 1e-300)
         self.classes.clear()
 
-    def _sizes(self, expected: Tensor, stray: Tensor, likely: Tensor) -> None:
-        kind = expected.abs().clamp(2.0**-24, 2.0**7.9).log2_().add_(24).mul_(8).long().flatten()
-        self.sizes[0] += torch.bincount(kind, minlength=_SIZES)
-        for number, term in ((1, stray), (2, likely)):
-            self.sizes[number] += torch.bincount(kind, weights=term.flatten().double(), minlength=_SIZES)
+
+def _octave(values: Tensor, lowest: int, count: int, parts: int = 1) -> Tensor:
+    """Which octave above 2**lowest, or which of its parts (a power of two of equal ones), from 0 to count − 1."""
+    mantissa, bias = {4: (23, 127), 8: (52, 1023)}[values.itemsize]
+    fine = parts.bit_length() - 1
+    return ((bits(values) >> (mantissa - fine)) - parts * (bias + lowest)).clamp_(0, count - 1).long()
 
 
 class Structure(NamedTuple):
@@ -229,15 +245,15 @@ def structure_of(marks: Marks, tests: int, gain: float = 0.0) -> Structure | Non
     tests: made in the whole audit. gain: the largest relative error that rows' magnitudes and norms may have.
     """
     limit = log(ALARM / max(tests, 1))
-    rows, columns = _Parts(marks.rows, limit, gain), _Parts(marks.columns, limit)
     everything = _Parts(marks.rows.sum(1, keepdim=True), limit)
-    found = [place for axis, parts in (("row", rows), ("column", columns)) for place in _places(axis, parts)]  # type: ignore[arg-type]
-    local = min(found, key=lambda place: place.cost, default=None)
-    if marks.zeros > max(0.8 * marks.strays, 2):
+    zeroed = marks.zeros > max(0.8 * marks.strays, 2)
+    if not zeroed and not marks.far and bool((everything["dd"].sqrt() <= everything.allowed).all()):
+        return None
+    rows, columns = _Parts(marks.rows, limit, gain), _Parts(marks.columns, limit)
+    local = min(_all_places(rows, columns), key=lambda place: place.cost, default=None)
+    if zeroed:
         where = f" in {_where(local.axis, local.chosen)}" if local is not None and local.covers else ""
         return Structure("ZEROED", f"{marks.zeros} of {marks.elements} elements are zero{where}")
-    if not marks.far and bool((everything["dd"].sqrt() <= everything.allowed).all()):
-        return None
     by_size = None if everything.of_strength else _by_size(marks, limit)
     if local is not None and local.covers and (by_size is None or local.filled > 0.5 * by_size[1]):
         return _named(local)
@@ -265,6 +281,15 @@ class _Place(NamedTuple):
     covers: bool  # most strays
     cost: float  # share of the weight that it names
     filled: float  # share of its elements that stray
+
+
+def _all_places(rows: _Parts, columns: _Parts) -> Iterator[_Place]:
+    """Rows, then columns, unless a few rows hold it all."""
+    for place in _places("row", rows):
+        yield place
+        if place.covers and place.cost < _FEW:
+            return
+    yield from _places("column", columns)
 
 
 def _places(axis: Axis, parts: _Parts) -> Iterator[_Place]:

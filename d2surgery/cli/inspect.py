@@ -17,7 +17,6 @@ from d2surgery.formats.layout import AdapterLayout, Layout, Packing
 from d2surgery.kinds import TABLE
 
 SEVERITIES = ("info", "warning", "error")  # from the mildest
-MANY = 3  # problems that differ only in their module are shown together from here
 NUMBERS = ("frobenius_norm", "spectral_norm", "entropy_rank", "stable_rank", "energy_rank_90")
 
 Numbers = Mapping[str, Mapping[str, float | int | None]]  # module -> name -> value
@@ -71,7 +70,7 @@ def command(
     if as_json:
         output.emit_json(_document(layout, values) | {"base_tensors_touched": touched})
     else:
-        for line in output.problem_lines(_gathered(problems)) if quiet else describe(layout, per_layer, values):
+        for line in _problems(layout) if quiet else describe(layout, per_layer, values):
             output.emit(line)
         if touched is not None and not quiet:
             output.emit(f"{output.count(touched, 'tensor')} of {output.printable(str(base))} would change.")
@@ -101,12 +100,14 @@ def _land(layout: Layout, base: Path) -> tuple[int, list[Problem]]:
     """How many of the base's tensors the adapter touches, and what does not fit."""
     from d2surgery.files.base import read_model_config
     from d2surgery.files.checkpoints import read_checkpoint_header
+    from d2surgery.placement.bases import other_base
     from d2surgery.placement.promises import broken_promises
     from d2surgery.placement.sites import sites
 
-    header = read_checkpoint_header(base)
-    landing = sites(layout, header, read_model_config(base))
-    return len(landing.sites), [*landing.problems, *broken_promises(layout, header, landing)]
+    header, config = read_checkpoint_header(base), read_model_config(base)
+    landing = sites(layout, header, config)
+    promises = broken_promises(layout, header, landing)
+    return len(landing.sites), [*landing.problems, *promises, *other_base(layout.base_model, base, config)]
 
 
 # As JSON --------------------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def _replaced_parameters(layout: Layout) -> int:
 def describe(layout: Layout, per_layer: bool = False, numbers: Numbers | None = None) -> Iterable[str]:
     """Verdict, why, what is in it, coverage."""
     yield from _verdict(layout)
-    yield from output.problem_lines(_gathered(layout.problems))
+    yield from _problems(layout)
     if layout.adapters:
         yield ""
         groups = [[a] for a in layout.adapters.values()] if per_layer else _groups(layout)
@@ -205,6 +206,11 @@ def describe(layout: Layout, per_layer: bool = False, numbers: Numbers | None = 
         yield "Names and shapes only: NaN would not show. --numbers reads the values."
     else:
         yield "Values read. Norms and ranks are those of the updates, before any normalisation; means over a line."
+
+
+def _problems(layout: Layout) -> list[str]:
+    """Without the file, which stands above."""
+    return output.problem_lines(replace(problem, file="") for problem in layout.problems)
 
 
 def _verdict(layout: Layout) -> list[str]:
@@ -252,20 +258,6 @@ def _trained(layout: Layout) -> Iterator[str]:
         yield f"dropout {about.dropout:g}"
     if about.task is not None:
         yield f"for {about.task}"
-
-
-def _gathered(problems: Iterable[Problem]) -> list[Problem]:
-    """Without the file, which stands above; of many modules with one fault the first and a count (--json has each)."""
-    alike: dict[tuple[str, ...], list[Problem]] = {}
-    for p in problems:
-        alike.setdefault((p.code, p.severity, p.message, p.wanted, p.got), []).append(replace(p, file=""))
-    lines: list[Problem] = []
-    for first, *others in alike.values():
-        if len(others) < MANY:
-            lines += [first, *others]
-        else:
-            lines.append(replace(first, module=f"{first.module} and {len(others)} more"))
-    return lines
 
 
 def _groups(layout: Layout) -> list[list[AdapterLayout]]:

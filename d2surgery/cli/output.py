@@ -5,7 +5,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from io import TextIOWrapper
 from typing import Any
 
@@ -15,6 +16,7 @@ from d2surgery.errors import Problem, brief
 
 SCHEMA_VERSION = 1
 _LONGEST = 4000  # letters of a problem's line; --json has all
+_MANY = 3  # problems that differ only in their module are shown together from here
 COLOURS = {"error": "red", "warning": "yellow", "info": "cyan", "ok": "green"}
 
 
@@ -57,15 +59,29 @@ def record(problem: Problem) -> dict[str, str]:
 
 
 def problem_lines(problems: Iterable[Problem]) -> list[str]:
-    """`severity CODE where: message (wanted …; got …)`, a remedy under the last of those that share it."""
+    """`severity CODE where: message (wanted …; got …)`, a remedy under the last of those that share it.
+
+    Of many modules with one fault the first and a count: --json has each.
+    """
     lines: list[str] = []
     pending = ""
-    for problem in sorted(problems, key=lambda p: (list(COLOURS).index(p.severity), p.code)):
+    for problem in sorted(_gathered(problems), key=lambda p: (list(COLOURS).index(p.severity), p.code)):
         if pending and pending != problem.remedy:
             lines.append(f"  {pending}")
         pending = problem.remedy
         lines.append(f"{style(problem.severity, COLOURS[problem.severity])} {brief(printable(str(problem)), _LONGEST)}")
     return [*lines, f"  {pending}"] if pending else lines
+
+
+def _gathered(problems: Iterable[Problem]) -> Iterator[Problem]:
+    alike: dict[Problem, list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault(replace(problem, module=""), []).append(problem)
+    for first, *others in alike.values():
+        if len(others) < _MANY:
+            yield from (first, *others)
+        else:
+            yield replace(first, module=f"{first.module} and {len(others)} more")
 
 
 def taken(problems: Iterable[Problem]) -> list[str]:

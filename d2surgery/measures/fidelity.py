@@ -75,6 +75,7 @@ def measured(base: Tensor, delta: Tensor, merged: Tensor, spaces: tuple[Tensor, 
     return Survival(base.numel(), int(changed), *sums)
 
 
+_FEW = 1 / 16  # of the entries
 _PIECE = 1 << 18  # entries compared at once: what is made of them stays in the cache
 ULPS = (1, 2, 4, 16)  # upper ends of the bins of Comparison.ulps; the last bin has no end
 
@@ -152,12 +153,15 @@ def _pieces(
 def _compared(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, size: float) -> Comparison:
     """`size`: the root mean square of the tile's delta."""
     sums = _regressed(base, delta, wanted, merged)
-    alike = bits(wanted) == bits(merged)
-    distances = ulps(wanted, merged)
-    within = [sums.elements - sums.mismatched, *(int((distances <= edge).sum()) for edge in ULPS), sums.elements]
-    beyond = ~(_by_rounding(base, delta, wanted, merged, size) | alike)
-    bins = tuple(upper - lower for lower, upper in pairwise(within))
-    between = halfway(base, delta, wanted, merged) & ~alike
+    differing = bits(wanted) != bits(merged)
+    if sums.mismatched < _FEW * sums.elements:  # gathering more takes longer than looking at all
+        base, delta, wanted, merged = (values[differing] for values in (base, delta, wanted, merged))
+        differing = differing[differing]
+    distances = torch.where(differing, ulps(wanted, merged), -1)
+    within = [int(torch.count_nonzero(distances <= edge)) for edge in (-1, *ULPS)]
+    bins = tuple(upper - lower for lower, upper in pairwise((*within, differing.numel())))
+    beyond = differing & ~_by_rounding(base, delta, wanted, merged, size)
+    between = differing & halfway(base, delta, wanted, merged, size)
     counts = [int(torch.count_nonzero(entries)) for entries in (beyond, between)]
     return replace(sums, ulps=bins, beyond=counts[0], halfway=counts[1])
 
@@ -225,12 +229,13 @@ def _by_rounding(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, si
     return off <= bound.add_(size / 256)
 
 
-def halfway(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Tensor:
-    """Where W0 + delta lies halfway between the two, to 32 units in the last place of the computation's dtype: what
-    other sums and gains change of it decides which is nearer. Of a value changed by hand that is a rare chance."""
+def halfway(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, size: float) -> Tensor:
+    """Where W0 + delta lies halfway between the two, to 32 units in the last place of the computation's dtype, of the
+    entry and of delta's `size`: what other sums and gains change of it decides which is nearer. Of a value changed by
+    hand that is a rare chance."""
     middle = (wanted.to(base.dtype) + merged.to(base.dtype)) / 2
-    size = torch.maximum(base.abs(), middle.abs())
-    return (base + delta - middle).abs() <= 32 * torch.finfo(base.dtype).eps * size
+    largest = torch.maximum(base.abs(), middle.abs()) + size
+    return (base + delta - middle).abs() <= 32 * torch.finfo(base.dtype).eps * largest
 
 
 def spacing(sizes: Tensor, dtype: torch.dtype) -> Tensor:

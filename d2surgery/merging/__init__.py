@@ -17,8 +17,8 @@ from d2surgery.files.partial import Partial, Sources
 from d2surgery.formats.layout import Packing
 from d2surgery.machine import one_thread, peak_memory, resident_memory, uncollected
 from d2surgery.merging.ahead import HashAhead
-from d2surgery.merging.bases import other_base
 from d2surgery.merging.companions import Companions, Tokenizer, find_companions
+from d2surgery.placement.bases import other_base
 from d2surgery.placement.fit import Fit, fit
 
 if TYPE_CHECKING:
@@ -90,10 +90,9 @@ def merge(
     ("F32", "BF16", "F16", "F64"; None: each tensor keeps the base's). Nothing stands at `out` until all is written.
 
     max_memory: bytes of resident memory that may be used. shard_size: bytes per output file. expert_layout: how experts
-    share the columns of lora_B, None as the file says. scale, or alpha over the rank: what multiplies B·A, of a file
-    that does not say it. tokenizer: whose stands beside the weights, "adapter"'s where it brings one or "base"'s.
-    resume: continue an interrupted merge with the same arguments. verify=False writes no hashes and does not fsync.
-    progress(done, total) is called with bytes written.
+    share the columns of lora_B, None as the file says. scale or alpha: of a file that says neither. tokenizer: whose
+    stands beside the weights, "adapter"'s where it brings one or "base"'s. resume: continue an interrupted merge with
+    the same arguments. verify=False writes no hashes and does not fsync. progress(done, total) is called with bytes.
 
     One process writes to an output (`files.lock` says where that is seen). What is read is what was hashed, or the
     merge ends. The output is no more open to other users than the base and the adapter are.
@@ -188,7 +187,7 @@ def _fitted(
     """The fit, with what is said of the files beside the weights, and these. The rest are `fit`'s."""
     found = fit(base, adapter, *how, **scaling)
     companions = find_companions(found, tokenizer)
-    said = (*companions.problems, *other_base(found.layout.base_model, found.base))
+    said = (*companions.problems, *other_base(found.layout.base_model, found.base.directory, found.base.config))
     return replace(found, problems=(*found.problems, *said)), companions
 
 

@@ -1,14 +1,14 @@
 """The files that stand beside the weights of a merged checkpoint: config, tokenizer and the like."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from d2surgery.errors import Problem
 from d2surgery.files.held import Seen
-from d2surgery.files.tokenizers import TOKENIZER_CONFIG, VOCABULARIES, is_of_tokenizer
+from d2surgery.files.tokenizers import TOKENIZER_CONFIG, VOCABULARIES, is_of_tokenizer, last_added
 from d2surgery.placement.fit import Fit, new_labels
 from d2surgery.placement.site import Site, is_head
 
@@ -64,7 +64,8 @@ def find_companions(fit: Fit, tokenizer: Tokenizer = "adapter") -> Companions:
             left += [name for name in files if is_of_tokenizer(name) and name not in brought]
             files = {name: file for name, file in files.items() if not is_of_tokenizer(name)}
         files |= brought
-    return Companions(files, tuple(sorted(left)), _tokenizer_problems(differ, tokenizer))
+    problems = (*_tokenizer_problems(differ, tokenizer), *(_without_rows(fit, files) if differ else ()))
+    return Companions(files, tuple(sorted(left)), problems)
 
 
 def companions(fit: Fit, dtype: str | None, tokenizer: Tokenizer = "adapter") -> dict[str, bytes]:
@@ -90,6 +91,19 @@ def _tokenizer_problems(differ: Sequence[str], tokenizer: Tokenizer) -> tuple[Pr
     names = ", ".join(differ)
     said = {"adapter": f"the adapter's: {names}", "base": f"the base's; the adapter's left out: {names}"}
     return (Problem(code="TOKENIZER_TAKEN", severity="info", message=said[tokenizer]),) if differ else ()
+
+
+def _without_rows(fit: Fit, files: Mapping[str, Seen]) -> Iterator[Problem]:
+    """A tokenizer that gives ids for which the embedding has no rows."""
+    text = fit.base.config.get("text_config")
+    rows = fit.landing.vocab_size or (text if isinstance(text, dict) else fit.base.config).get("vocab_size")
+    last = last_added({name: file.path for name, file in files.items()})
+    if isinstance(rows, int) and last >= rows:
+        message = "the tokenizer has more tokens than the embedding has rows"
+        yield Problem(
+            code="TOKENS_WITHOUT_ROWS", severity="warning", message=message,
+            wanted=f"ids below {rows}", got=f"ids up to {last}",
+        )  # fmt: skip
 
 
 def _tokenizer_in(directory: Path) -> Mapping[str, Seen]:

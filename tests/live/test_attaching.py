@@ -242,10 +242,10 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, use_reentrant: bo
 
 COMPILING = """
 import torch
-from live.test_attaching import IDS, KINDS, attached, gradients, set_warmup
+from live.test_attaching import IDS, KINDS, attached, gradients, llama, set_warmup
 
 for kind in KINDS:
-    model = attached(kind)
+    model = attached(kind, llama(num_hidden_layers=1))
     wanted = gradients(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for w in (0.0, 0.3, 0.6, 1.0):  # the factor is no reason to compile for each value

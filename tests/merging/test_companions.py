@@ -100,6 +100,38 @@ def test_the_audit_passes_the_adapters_warns_of_the_bases_and_refuses_another(
     assert audit(base, adapter, tmp_path / "base's").verdict == "fail"
 
 
+@pytest.mark.parametrize(
+    "brought",
+    [
+        {"tokenizer.json": {"added_tokens": [{"id": 1}, {"id": 5, "content": "<new>"}], "model": {}}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"1": {}, "5": {"content": "<new>"}}}},
+        {"added_tokens.json": {"<new>": 5}},
+    ],
+)
+@pytest.mark.parametrize("rows", [5, 6])
+def test_ids_without_rows_are_told(
+    base: Path, adapter: Path, tmp_path: Path, brought: dict[str, Any], rows: int
+) -> None:
+    files(base, {"config.json": {"model_type": "x", "vocab_size": rows}})
+    files(adapter, brought)
+    told = [problem for problem in plan(base, adapter, tmp_path / "x").problems if problem.severity == "warning"]
+    assert merge(base, adapter, tmp_path / "out").problems[1:] == tuple(told)
+    assert [(p.code, p.wanted, p.got) for p in told] == [("TOKENS_WITHOUT_ROWS", "ids below 5", "ids up to 5")] * (
+        rows == 5
+    )
+    assert merge(base, adapter, tmp_path / "own", tokenizer="base").problems[1:] == ()
+
+
+@pytest.mark.parametrize(
+    "broken", ['{"added_tokens": [{"id": ', '{"added_tokens": "x"}', "[" * 100_000, "\ud800", '""']
+)
+def test_a_broken_tokenizer_has_no_ids_to_tell_of(base: Path, adapter: Path, tmp_path: Path, broken: str) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+        (adapter / name).write_bytes(broken.encode(errors="surrogatepass"))
+    files(base, {"config.json": {"model_type": "x", "vocab_size": 1}})
+    assert [problem.code for problem in plan(base, adapter, tmp_path / "x").problems] == ["TOKENIZER_TAKEN"]
+
+
 def test_the_command_line_says_whose(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

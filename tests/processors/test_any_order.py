@@ -1,20 +1,27 @@
 """What a record calls exact holds however float32 products are summed, on any processor."""
 
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from kinds import KINDS_AND_AXES, make, normal
 from processors.sloppy import AnyOrder
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2surgery.adapters.forwards import Axis
+from d2surgery.auditing import audit
+from d2surgery.checkpoint import from_adapters, save
+from d2surgery.formats.layout import About
 from d2surgery.measures.dense import head_tail
 from d2surgery.measures.drift import drift
 from d2surgery.measures.ranks import NUMBERS
 from d2surgery.measures.spectrum import delta_spectrum, update_spectrum
 from d2surgery.measures.subspace import agreement, amplification, cosine, intruders, similarity
+from d2surgery.merging import merge
+from d2surgery.merging.tiles import Tile, TileMerger
 
 pytestmark = pytest.mark.numerical
 SEEDS = range(3)
@@ -84,3 +91,68 @@ def test_every_measure_is_of_float64_products(kind: str, axis: Axis, dtype: torc
             similarity(first, second)
             agreement(first, second)
     assert fault.products == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_merge_summed_in_any_order_passes_with_one_note(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, differing, products = [f"model.layers.{i}.up" for i in range(3)], 0, 0
+    base = {f"{name}.weight": (0.02 * normal(160, 192, seed=i)).to(dtype) for i, name in enumerate(names)}
+    write_model(tmp_path / "base", base)
+    for number, (kind, axis) in enumerate(KINDS_AND_AXES):
+        adapter, merged = tmp_path / f"adapter{number}", tmp_path / f"merged{number}"
+        save(from_adapters({m: make(kind, base[f"{m}.weight"], axis, size=0.05, seed=number) for m in names}), adapter)
+        products += merged_in_any_order(monkeypatch, 0, tmp_path / "base", adapter, merged)
+        found = audit(tmp_path / "base", adapter, merged)
+        assert found.verdict == "pass", (kind, axis, found.reasons)
+        assert [(r.code, r.severity) for r in found.reasons] in ([], [("OTHER_ROUNDING", "info")]), (
+            kind,
+            axis,
+            found.reasons,
+        )
+        differing += sum(module.mismatched_elements for module in found.modules.values())
+    assert products > 0
+    assert differing > 0
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_tied_tensor_that_such_a_file_holds_twice(
+    damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its second copy is as right as the first, and wrong where it differs from it."""
+    tokens = 0.02 * normal(192, 160, seed=0).half()
+    write_model(tmp_path / "base", {"model.embed_tokens.weight": tokens})
+    learnt = {"model.embed_tokens": make("lora", tokens.T, rank=32, size=1)}
+    save(from_adapters(learnt, About(tied=True), embeddings=learnt), tmp_path / "adapter")
+    merged_in_any_order(monkeypatch, 1, tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    if damaged:
+        weights["lm_head.weight"][7, 9] *= 1.5
+    write_model(tmp_path / "merged", weights)
+    found = audit(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", files=False)
+    assert found.modules["model.embed_tokens"].mismatched_elements > 0
+    assert [r.code for r in found.reasons] == ["OTHER_ROUNDING", "TENSOR_CHANGED"][: 1 + damaged]
+
+
+def write_model(directory: Path, weights: dict[str, Tensor]) -> None:
+    directory.mkdir(exist_ok=True)
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text('{"tie_word_embeddings": true}')
+
+
+def merged_in_any_order(monkeypatch: pytest.MonkeyPatch, seed: int, base: Path, adapter: Path, out: Path) -> int:
+    """Merge with the fault in every thread; how many products it met."""
+    products, original = [], TileMerger.merge
+
+    def faulty(self: TileMerger, tile: Tile, raw: Tensor) -> Tensor:
+        with AnyOrder(seed) as fault:
+            made = original(self, tile, raw)
+        products.append(fault.products)
+        return made
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TileMerger, "merge", faulty)
+        merge(base, adapter, out)
+    return sum(products)

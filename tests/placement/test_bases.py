@@ -1,14 +1,10 @@
 """When the base in the adapter's config and the one given are clearly different models."""
 
-import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from d2surgery import BaseWeights
-from d2surgery.merging.bases import other_base
+from d2surgery.placement.bases import other_base
 
 CASES = [  # (in the adapter's config, _name_or_path, directory, whether that is another base)
     ("meta-llama/Llama-3.1-8B", "", "Llama-3.1-8B-Instruct", True),
@@ -30,7 +26,5 @@ def test_another_base_is_said_where_both_names_are_known(
 ) -> None:
     target = tmp_path / directory
     target.mkdir(parents=True)
-    save_file({"w": torch.zeros(1)}, target / "model.safetensors")
-    (target / "config.json").write_text(json.dumps({"_name_or_path": called}))
-    found = list(other_base(named, BaseWeights(target)))
+    found = list(other_base(named, target, {"_name_or_path": called}))
     assert [(problem.code, problem.severity) for problem in found] == [("OTHER_BASE_NAMED", "warning")] * another

@@ -1,11 +1,11 @@
 """Is the base that is given the one that the adapter's config names? By names alone, where both are known."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from d2surgery.errors import Problem
-from d2surgery.files.base import BaseWeights
 
 _SAME = frozenset((
     "bnb", "4bit", "8bit", "nf4", "int4", "int8", "fp16", "bf16", "hf", "gptq", "awq", "unsloth", "dynamic",
@@ -15,10 +15,10 @@ _SAME = frozenset((
 _SIZE = re.compile(r"\d+(\.\d+)?[bm]")
 
 
-def other_base(named: str | None, base: BaseWeights) -> Iterator[Problem]:
+def other_base(named: str | None, directory: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
     """A warning where every name that the base is known by differs from the one in the adapter's config."""
     wanted = _words(named or "")
-    names = (base.config.get("_name_or_path"), _of_directory(base.directory))
+    names = (config.get("_name_or_path"), _of_directory(directory))
     known = [str(name) for name in names if _is_name(name)]
     if not _is_name(named) or not known or any(_words(name) == wanted for name in known):
         return
