@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2surgery.errors import Problem, raise_errors
+from d2surgery.errors import Problem, brief, raise_errors
 from d2surgery.files.header import FLOATS, Header
 from d2surgery.files.whole import write_whole
 from d2surgery.formats.flat import flattened
@@ -62,6 +62,8 @@ def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> 
     if found.get("fine_tune_type") == "full":
         pairs.skip(header.tensors, "UNSUPPORTED_VARIANT", "fine_tune_type is full: trained weights, not factors")
         return pairs.layout(NAME, _about(found))
+    if (kind := found.get("fine_tune_type", "lora")) not in ("lora", "dora"):
+        pairs.say("BAD_CONFIG", "fine_tune_type", wanted="lora, dora or full", got=brief(kind))
     switches: dict[str, dict[str, Group]] = {}
     for module, group in pairs.groups(_LEAVES).items():
         block, _, leaf = module.partition(_SWITCH)

@@ -257,6 +257,28 @@ def test_trap_34_an_alpha_of_0_or_none_is_scale_1_in_gguf(tmp_path: Path, alpha:
     assert {entry.scaling for entry in layout.adapters.values()} == {1.0}
 
 
+def test_an_alora_in_gguf_and_an_unknown_way_of_tuning_in_mlx_are_refused_by_name(tmp_path: Path) -> None:
+    path = toy_llama.gguf(toy(), tmp_path / "gguf")
+    fields = {"general.architecture": "qwen2", "general.type": "adapter", "adapter.type": "lora"}
+    fields["adapter.alora.invocation_tokens"] = "1"
+    data = toy_llama.gguf_bytes(fields, {"blk.0.attn_q.weight.lora_a": numbers(4, 32, seed=1)})
+    (path / "adapter.gguf").write_bytes(data)
+    assert codes(open_layout(path)) == ["UNSUPPORTED_VARIANT"]
+    path = toy_llama.mlx(toy(), tmp_path / "mlx")
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"fine_tune_type": "vera"}))
+    assert codes(open_layout(path)) == ["BAD_CONFIG"]
+
+
+def test_trap_54_a_pickled_file_is_read_as_another_is(tmp_path: Path) -> None:
+    adapter = toy()
+    stored = load_file(toy_llama.kohya(adapter, tmp_path / "a"))
+    torch.save(stored, tmp_path / "x.pt")
+    layout = with_base(open_layout(tmp_path / "x.pt"), [f"{module}.weight" for module in adapter.A], {})
+    assert {entry.scaling for entry in layout.adapters.values()} == {0.5}
+    assert (set(layout.adapters), layout.problems) == (set(adapter.A), ())
+
+
 # Names and rows --------------------------------------------------------------------------------------------------
 
 
