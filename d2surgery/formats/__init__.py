@@ -62,9 +62,8 @@ def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
     return replace(found, problems=(*found.problems, nothing))
 
 
-def with_base(layout_: Layout, names: Iterable[str], model: Mapping[str, Any]) -> Layout:
-    """What the base's tensors and config say beside the file: flattened names, and rows that heads share."""
-    found = layout_
+def with_base(found: Layout, names: Iterable[str], model: Mapping[str, Any]) -> Layout:
+    """A layout with what its base's tensors and config say: paths of flattened names, how many heads share rows."""
     if found.format == gguf.NAME and (heads := gguf.heads_of(model)):
         again = layout(replace(found.header, metadata={**heads, **found.header.metadata}), None)
         others = [problem for problem in found.problems if problem.code == "LEFT_OUT"]

@@ -63,6 +63,9 @@ def test_convert_looks_names_and_heads_up_in_the_base(tmp_path: Path, capsys: py
         assert f"error {code}" in capsys.readouterr().err
         assert main(["convert", str(path), out, "--to", "peft", "--base", base, "--json"]) == 0
         assert {m["module"] for m in document(capsys)["modules"]} == set(adapter.A)
+        for verb in ("inspect", "drift", "spectrum"):
+            assert main([verb, str(path), "--base", base, "--json"]) == 0
+            assert {m["module"] for m in document(capsys)["modules"]} == set(adapter.A)
 
 
 def test_convert_writes_over_no_adapter_of_any_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
