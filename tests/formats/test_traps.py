@@ -15,6 +15,7 @@ from toy_llama import numbers, save, save_base, toy
 import d2surgery
 from d2surgery.checkpoint import Checkpoint, differences
 from d2surgery.files.base import BaseWeights
+from d2surgery.files.header import TensorInfo
 from d2surgery.formats import open_layout, with_base
 from d2surgery.formats.layout import Layout
 
@@ -30,6 +31,11 @@ def pair(name: str = KOHYA, *, rank: int = 4, inside: int = 32, out: int = 32, *
 
 def read(tmp_path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> Layout:
     return open_layout(save(tensors, tmp_path / "x.safetensors", metadata))
+
+
+def of(*names: str) -> dict[str, TensorInfo]:
+    """A base's tensors by their names."""
+    return {name: TensorInfo(Path(), "F32", (32, 32), 0, 0) for name in names}
 
 
 def codes(layout: Layout, *severities: str) -> list[str]:
@@ -274,7 +280,7 @@ def test_trap_54_a_pickled_file_is_read_as_another_is(tmp_path: Path) -> None:
     adapter = toy()
     stored = load_file(toy_llama.kohya(adapter, tmp_path / "a"))
     torch.save(stored, tmp_path / "x.pt")
-    layout = with_base(open_layout(tmp_path / "x.pt"), [f"{module}.weight" for module in adapter.A], {})
+    layout = with_base(open_layout(tmp_path / "x.pt"), of(*(f"{module}.weight" for module in adapter.A)), {})
     assert {entry.scaling for entry in layout.adapters.values()} == {0.5}
     assert (set(layout.adapters), layout.problems) == (set(adapter.A), ())
 
@@ -290,7 +296,7 @@ def test_trap_22_two_paths_with_one_flattening_are_an_error(tmp_path: Path) -> N
         (["model.layers.0.q_proj.weight", "model.layers_0.q_proj.weight"], []),
         (["model.layers.0.k_proj.weight"], []),
     ):
-        named = with_base(layout, names, {})
+        named = with_base(layout, of(*names), {})
         assert [module for module in named.adapters if "." in module] == found
         assert codes(named) == ([] if found else ["AMBIGUOUS_NAME"])
     with pytest.raises(d2surgery.D2SurgeryError, match="AMBIGUOUS_NAME"):
