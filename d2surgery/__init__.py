@@ -18,7 +18,7 @@ _PUBLIC = {  # name -> the module that defines it
     "audit": "auditing",
     "verify_receipt": "auditing.receipts",
     **dict.fromkeys(("Audit", "ModuleAudit", "TensorAudit", "Thresholds"), "auditing.findings"),
-    **dict.fromkeys(("convert", "budget"), "surgery.resizing"),
+    **dict.fromkeys(("convert", "resize", "budget", "against_base"), "surgery.resizing"),
     **dict.fromkeys(("combine", "scale"), "surgery.algebra"),
     "Recipe": "surgery.combining",
     "extract": "surgery.extracting",

@@ -68,6 +68,14 @@ CODES: dict[str, Code] = {
         "Several of the adapters bring a whole weight or token rows of their own, and they differ.",
         "Only one of them can stand in the result: leave it out of the others.",
     ),
+    "OTHER_PARTS": Code(
+        "The adapters given are not those that a combination says it is made of.",
+        "Give the files that `d2surgery inspect` shows under made, in that order.",
+    ),
+    "OTHER_COMBINATION": Code(
+        "A combination is farther from what its parts give than it says.",
+        "Combine them again; the file was changed since, or its header is another's.",
+    ),
     "BUDGET": Code(
         "Not even rank 1 on every module fits into the budget.",
         "Allow more, or give only the modules that matter (--modules).",
@@ -132,6 +140,22 @@ CODES: dict[str, Code] = {
     "FORMAT_CANNOT_HOLD": Code(
         "The format to be written has no place for part of the adapter.",
         "Choose another format, make it a kind that the format has (convert --kind lora --max-error …), or merge it.",
+    ),
+    "ENGINE_REFUSES": Code(
+        "The engine ends with an error on this part of the adapter, or does not load the file at all.",
+        "`d2surgery convert --for ENGINE` writes what it takes; a DoRA with --kind lora, which says what that loses.",
+    ),
+    "ENGINE_DROPS": Code(
+        "The engine loads the file and leaves this part out without a word.",
+        "Merge the adapter, or serve it with an engine that applies all of it.",
+    ),
+    "ENGINE_MISREADS": Code(
+        "The engine applies this part otherwise than it was trained: at another scaling, or as another kind.",
+        "`d2surgery convert --for ENGINE` writes a file in which nothing can be misread; or merge it.",
+    ),
+    "ENGINE_OPTION": Code(
+        "The engine takes the adapter only when it is started with an option.",
+        "Start it so.",
     ),
     "MIXED_FORMATS": Code(
         "Some tensors are named as one adapter format names them, others as another does.",

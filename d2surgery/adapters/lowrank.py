@@ -1,5 +1,6 @@
 """A matrix of low rank kept as its two factors, with what follows exactly from them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,6 +9,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from d2surgery.errors import refuse
+
+WELL_CONDITIONED = 1e5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,12 +72,18 @@ class LowRank:
         theirs_in_our_basis = (ours.left.T @ theirs.left) @ theirs.middle @ (theirs.right @ ours.right.T)
         return (ours.middle * theirs_in_our_basis).sum()
 
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(U, σ, Vᵀ) in float64 without the σ that are only rounding: (out_features, k), (k,), (k, in_features)."""
-        core = self._core()
-        U, sigma, Vh = torch.linalg.svd(core.middle, full_matrices=False)
-        kept = int((sigma > self.rounding()).sum())
-        return core.left @ U[:, :kept], sigma[:kept], Vh[:kept] @ core.right
+    def svd(self, count: Callable[[Tensor], int] = len) -> tuple[Tensor, Tensor, Tensor]:
+        """(U, σ, Vᵀ) in float64 without the σ that are only rounding: (out_features, k), (k,), (k, in_features).
+
+        count: from σ, how many vectors are wanted of them.
+        """
+        upper, lower = self._triangles()
+        U, sigma, Vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+        terms = upper.square().sum(0).sqrt() * lower.square().sum(0).sqrt()
+        sigma = sigma[: int((sigma > terms.sum() * self.rank * torch.finfo(torch.float64).eps).sum())]
+        kept = count(sigma)
+        left, right = _basis_times(self.P, upper, U[:, :kept]), _basis_times(self.Q.T, lower, Vh[:kept].T)
+        return left, sigma, right.T
 
     def recompressed(self) -> "LowRank":
         """The same matrix with the fewest columns: P = U·Σ, Q = Vᵀ of its SVD."""
@@ -95,16 +104,36 @@ class LowRank:
 
     def _middle(self) -> Tensor:
         """The core's alone, at a third of the cost."""
-        P, Q = self._finite()
-        upper, lower = (torch.linalg.qr(factor, mode="r").R for factor in (P, Q.T))
+        upper, lower = self._triangles()
         middle: Tensor = upper @ lower.T
         return middle
 
+    def _triangles(self) -> tuple[Tensor, Tensor]:
+        """R of P's and of Qᵀ's QR, whose columns have the factors' norms; not finite where a factor is not."""
+        upper, lower = (torch.linalg.qr(factor.double(), mode="r").R for factor in (self.P, self.Q.T))
+        _check_finite(upper, lower)
+        return upper, lower
+
     def _finite(self) -> tuple[Tensor, Tensor]:
         P, Q = self.P.double(), self.Q.double()
-        if not (P.isfinite().all() and Q.isfinite().all()):
-            raise refuse("NOT_FINITE", "A factor of a low-rank matrix holds NaN or infinity.")
+        _check_finite(P, Q)
         return P, Q
+
+
+def _check_finite(*factors: Tensor) -> None:
+    if not all(bool(torch.linalg.vector_norm(factor).isfinite()) for factor in factors):
+        raise refuse("NOT_FINITE", "A factor of a low-rank matrix holds NaN or infinity.")
+
+
+def _basis_times(factor: Tensor, upper: Tensor, columns: Tensor) -> Tensor:
+    """Q·columns of factor = Q·upper. As factor·upper⁻¹·columns, which errs by eps times the condition of `upper`, where
+    that is small, at a third of the cost of Q."""
+    factor = factor.double()
+    if upper.shape[0] == upper.shape[1]:
+        inverse = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
+        if float(upper.norm() * inverse.norm()) < WELL_CONDITIONED:
+            return torch.matmul(factor, inverse @ columns)
+    return torch.matmul(torch.linalg.qr(factor).Q, columns)
 
 
 class _Core(NamedTuple):

@@ -46,8 +46,13 @@ VERBS = {
     ),
     "convert": Verb(
         "Surgery",
-        "Another kind, or fewer ranks, with the error it makes.",
+        "Another kind, with the error it makes.",
         "d2surgery convert ./my-dora ./my-lora --kind lora --base ./model --rank 32",
+    ),
+    "resize": Verb(
+        "Surgery",
+        "Fewer ranks: by number, criterion, error or budget.",
+        "d2surgery resize ./my-adapter ./smaller --budget 8MB",
     ),
     "extract": Verb(
         "Surgery",

@@ -1,24 +1,23 @@
 """`d2surgery combine`: several adapters as one."""
 
-from itertools import combinations
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output, surgical
-from d2surgery.cli.options import BASE_HELP, Base, progress_bar
+from d2surgery.cli.options import BASE_HELP, Base, Weighted, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.files.base import BaseWeights
-from d2surgery.files.plain import plain
-from d2surgery.surgery.algebra import combine
+from d2surgery.surgery.algebra import audit_combination, combine
 from d2surgery.surgery.combining import METHODS, Recipe, Space
-from d2surgery.surveying.modules import differences
+from d2surgery.surgery.sharing import Sharing, sharing
+from d2surgery.surgery.truncation import ALL
 
 
-@click.command(name="combine")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
+@click.command(name="combine", context_settings={"ignore_unknown_options": False})
+@click.argument("adapters", nargs=-1, required=True, type=Weighted(), metavar="ADAPTER[:WEIGHT]...")
 @click.option("--out", type=surgical.DIRECTORY, help="Directory to be made.")
 @click.option("--method", type=click.Choice(METHODS), default="exact", show_default=True, help="How; see below.")
 @click.option("--space", type=click.Choice(get_args(Space)), default="entries", show_default=True,
@@ -26,81 +25,90 @@ from d2surgery.surveying.modules import differences
 @click.option("--density", type=float, default=0.5, show_default=True, help="The share of entries that these keep.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of dare and della.")
 @click.option("--base", type=Base(), help=f"{BASE_HELP}; DoRA and D2-LoRA need it.")
-@click.option("--plan", "only_plan", is_flag=True, help="Say what they share and what would be lost; write nothing.")
+@click.option("--plan", is_flag=True, help="Say what they share and what a sum would lose; write nothing.")
+@click.option("--audit", "combined", help="Is this adapter what its header says it is made of? The parts in its order.")
 @surgical.keep_options
-@surgical.result_options
+@measured.output_options
 def command(
-    adapters: tuple[str, ...],
+    adapters: tuple[tuple[str, float], ...],
     out: Path | None,
-    method: str,
-    space: Space,
-    density: float,
-    seed: int,
     base: Path | None,
-    only_plan: bool,
-    rank: int | None,
-    per_layer: bool,
-    as_json: bool,
-    quiet: bool,
-    **criteria: float | None,
+    plan: bool,
+    combined: str | None,
+    **options: Any,
 ) -> int:
     """The weighted sum of adapters as one LoRA; a weight is 1 where none is given, and may be negative.
 
-    exact: the sum itself. svd: its best approximation of --rank. slerp: between two, along the arc. ties, dare, della,
-    magnitude: a part of the entries of each. tsv, iso-c: chosen or evened directions. Of DoRA and D2-LoRA the deltas
-    are summed, which no DoRA can do exactly: give --base, and a --rank.
+    exact: the sum itself. svd: its best approximation of --rank, else of the sum of the ranks. slerp: between two,
+    along the arc. ties, dare, della, magnitude: a part of the entries of each. tsv, iso-c: chosen or evened directions.
+    Of DoRA and D2-LoRA the deltas are summed, which no DoRA can do exactly: give --base, and svd or a --rank.
     """
-    if (out is None) != only_plan:
-        raise refuse("USAGE", "where to", wanted="--out, or --plan", got="both" if out else "neither")
-    if out is not None:
-        surgical.require_new(out)
-    names, weights = zip(*map(_weighted, adapters), strict=True)
+    if sum((out is not None, plan, combined is not None)) != 1:
+        raise refuse("USAGE", "where to", wanted="--out, --plan or --audit", got="none or several of them")
+    how = {name: options.pop(name) for name in ("method", "space", "density", "seed")}
+    keep, outputs = surgical.chosen(out, options)
+    names, weights = zip(*adapters, strict=True)
     checkpoints = [measured.open_adapter(name) for name in names]
-    keep = surgical.keep_of(rank, criteria)
-    recipe = Recipe(method=method, keep=keep, density=density, space=space, seed=seed)  # type: ignore[arg-type]
-    with progress_bar("combining", show=not (as_json or quiet), unit=" modules") as progress:
-        made, certificate = combine(
-            checkpoints, weights, recipe, BaseWeights(base) if base is not None else None, progress=progress
-        )
-    pairs = _pairs(names, checkpoints)
-    if out is not None:
-        surgical.write(made, out)
-    where = out if out is not None else Path("not written")
-    surgical.show(made, certificate, where, per_layer=per_layer, as_json=as_json, quiet=quiet, pairs=plain(pairs))
-    if not (as_json or quiet):
-        for pair in pairs:
-            output.emit(
-                f"  {output.printable(str(pair['first']))} and {output.printable(str(pair['second']))}: cosine "
-                f"{pair['cosine']:.3f}, signs agree in {measured.percent(pair['signs_agree'])}"
+    where = BaseWeights(base) if base is not None else None
+    with progress_bar("combining", show=outputs.show_progress, unit=" modules") as progress:
+        if plan:
+            shared = sharing(checkpoints, weights, None if keep is ALL else keep, progress=progress)
+            measured.show(outputs, _document(names, weights, shared), _text(names, shared), list)
+            return 0
+        if combined is not None:
+            made = measured.open_adapter(combined)
+            certificate, problems = audit_combination(made, checkpoints, where, progress=progress)
+            verdict = "fail" if problems else "pass"
+            surgical.show(
+                made, certificate, None, outputs, verdict=verdict, problems=list(map(output.record, problems))
             )
+            for line in output.problem_lines(problems) if outputs.show_progress else ():
+                output.emit(line)
+            return int(bool(problems))
+        made, certificate = combine(checkpoints, weights, Recipe(keep=keep, **how), where, progress=progress)
+    assert out is not None
+    surgical.write(made, out)
+    surgical.show(made, certificate, out, outputs)
     return 0
 
 
-def _weighted(text: str) -> tuple[str, float]:
-    """ADAPTER or ADAPTER:WEIGHT; a colon that is part of a path stays one."""
-    name, colon, weight = text.rpartition(":")
-    try:
-        return (name, float(weight)) if colon and name and not Path(text).exists() else (text, 1.0)
-    except ValueError:
-        return text, 1.0
+# A plan ---------------------------------------------------------------------------------------------------------------
 
 
-def _pairs(names: tuple[str, ...], checkpoints: list[Checkpoint]) -> list[dict[str, Any]]:
-    """What each two have in common, over the modules that both adapt: before weights, of their updates."""
-    found: list[dict[str, Any]] = []
-    for i, j in combinations(range(len(names)), 2):
-        modules = [each for _, each in differences(checkpoints[i], checkpoints[j])]
-        if not modules:
-            continue
-        inner = sum(each.cosine.value * each.norms[0] * each.norms[1] for each in modules)
-        sizes = [sum(each.norms[k] ** 2 for each in modules) ** 0.5 for k in (0, 1)]
-        agree = sum(each.signs.share * each.shape[0] * each.shape[1] for each in modules)
-        entries = sum(each.shape[0] * each.shape[1] for each in modules)
-        found.append({
-            "first": names[i],
-            "second": names[j],
-            "modules": len(modules),
-            "cosine": inner / (sizes[0] * sizes[1]) if all(sizes) else 0.0,
-            "signs_agree": agree / entries,
-        })  # fmt: skip
-    return found
+def _document(names: Sequence[str], weights: Sequence[float], shared: Sharing) -> dict[str, Any]:
+    pairs = [{"first": names[i], "second": names[j]} | each._asdict() for (i, j), each in shared.pairs.items()]
+    return {
+        "adapters": list(names),
+        "weights": list(weights),
+        "pairs": pairs,
+        "kept": list(shared.kept),
+        "energy": shared.energy,
+        "error": shared.error,
+        "in_words": shared.in_words(),
+    }
+
+
+def _text(names: Sequence[str], shared: Sharing) -> Iterator[str]:
+    yield from measured.prose(f"{output.count(len(names), 'adapter')}: {shared.in_words()}.")
+    rows = [
+        ["", "left in the sum"],
+        *([name, measured.percent(kept)] for name, kept in zip(names, shared.kept, strict=True)),
+    ]
+    yield from output.table(rows)
+    rows = [["", "", "cosine", "by chance", "φ in", "φ out", "signs disagree"]]
+    for (i, j), each in shared.pairs.items():
+        numbers = (
+            f"{each.cosine:z.3f}",
+            f"±{each.cosine_null:.1g}",
+            f"{each.in_features:.3f}",
+            f"{each.out_features:.3f}",
+        )
+        rows.append([names[i], names[j], *numbers, measured.percent(1 - each.signs)])
+    yield from output.table(rows) if shared.pairs else ()
+    yield f"  the sum has {measured.percent(shared.energy)} of the energy that they have apart"
+    if shared.error is not None:
+        yield f"  cut to the ranks asked for it would lose {measured.percent(shared.error)}"
+    yield from measured.prose(
+        "left in the sum: of each, what the weighted sum has along it. φ in, φ out: share of one's input or output "
+        "directions that the other uses too. ties drops the lighter side where signs disagree."
+    )

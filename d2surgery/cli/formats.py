@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from d2surgery.checkpoint import Checkpoint, differences, load, save
 from d2surgery.cli import measured, output
 from d2surgery.cli.surgical import copy_tokenizer
-from d2surgery.files.plain import plain
 from d2surgery.formats import FORMATS
 from d2surgery.kinds import TABLE
 
@@ -28,7 +27,7 @@ class _Module(NamedTuple):
         return " and ".join(changed) or ("the same bits" if self.difference == 0 else "rounded")
 
 
-def rewrite(checkpoint: Checkpoint, out: Path, form: str, *, per_layer: bool, as_json: bool, quiet: bool) -> None:
+def rewrite(checkpoint: Checkpoint, out: Path, form: str, outputs: measured.Outputs) -> None:
     """Write, read back, and say by module what became of it."""
     written = save(checkpoint, out, format=form)
     beside = copy_tokenizer(checkpoint, out)
@@ -41,11 +40,9 @@ def rewrite(checkpoint: Checkpoint, out: Path, form: str, *, per_layer: bool, as
         )
         for module, entry in before.items()
     }  # fmt: skip
-    if as_json:
-        output.emit_json(plain(_document(modules, form, out) | {"tokenizer": beside}))
-    elif not quiet:
-        for line in _text(modules, measured.kinds(checkpoint), form, out, per_layer):
-            output.emit(line)
+    told = _document(modules, form, out) | {"tokenizer": beside}
+    lines = _text(modules, measured.kinds(checkpoint), form, out, outputs.per_layer)
+    measured.show(outputs, told, lines, lambda: told["modules"])
 
 
 def _document(modules: dict[str, _Module], form: str, out: Path) -> dict[str, Any]:

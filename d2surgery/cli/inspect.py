@@ -13,6 +13,7 @@ from d2surgery.cli import output
 from d2surgery.cli.options import Base, expert_layout_option, scaling_options
 from d2surgery.errors import Problem
 from d2surgery.formats import open_layout, with_base
+from d2surgery.formats.engines import ENGINES, lands
 from d2surgery.formats.layout import AdapterLayout, Layout, Packing
 from d2surgery.kinds import TABLE
 
@@ -29,6 +30,7 @@ Numbers = Mapping[str, Mapping[str, float | int | None]]  # module -> name -> va
 @expert_layout_option
 @scaling_options
 @click.option("--base", type=Base(), help="Also check that it fits this model directory.")
+@click.option("--for", "engine", type=click.Choice(list(ENGINES)), help="Also say what this engine makes of it.")
 @click.option(
     "--fail-on",
     type=click.Choice([*SEVERITIES, "never"]),
@@ -46,6 +48,7 @@ def command(
     scale: float | None,
     alpha: float | None,
     base: Path | None,
+    engine: str | None,
     fail_on: str,
     as_json: bool,
     quiet: bool,
@@ -66,14 +69,21 @@ def command(
     if base is not None:
         touched, found = _land(layout, base)
         problems += found
+    landing = lands(layout, engine) if engine is not None else None
+    problems += landing.problems if landing else ()
     layout = replace(layout, problems=tuple(problems))
     if as_json:
-        output.emit_json(_document(layout, values) | {"base_tensors_touched": touched})
+        told = {"base_tensors_touched": touched, "engine": engine, "fates": landing.fates if landing else None}
+        output.emit_json(_document(layout, values) | told)
     else:
         for line in _problems(layout) if quiet else describe(layout, per_layer, values):
             output.emit(line)
         if touched is not None and not quiet:
             output.emit(f"{output.count(touched, 'tensor')} of {output.printable(str(base))} would change.")
+        if landing is not None and not quiet:
+            output.emit(
+                f"{ENGINES[landing.engine].title} applies {landing.applied} of {len(landing.fates)} as trained."
+            )
     return int(_worst(problems) >= [*SEVERITIES, "never"].index(fail_on))
 
 

@@ -47,6 +47,21 @@ class Number(click.ParamType[float]):
         return number
 
 
+class Weighted(click.ParamType[tuple[str, float]]):
+    """ADAPTER or ADAPTER:WEIGHT; a colon that is part of a path, or of no number, stays one."""
+
+    name = "adapter"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        name, colon, weight = str(value).rpartition(":")
+        looks = re.fullmatch(r"[-+]?([\d.]+(e[-+]?\d+)?|nan|inf(inity)?)", weight, re.IGNORECASE)
+        if not (colon and name and looks) or Path(value).exists():
+            return str(value), 1.0
+        return name, Number().convert(weight, param, ctx)
+
+
 class Dtype(click.Choice[str]):
     """The safetensors name of an output dtype, by the name people use."""
 

@@ -2,11 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 
 from d2surgery.cli import measured, surgical
-from d2surgery.cli.options import BASE_HELP, Base, progress_bar
+from d2surgery.cli.options import BASE_HELP, Base, Number, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.surgery.algebra import choose, scale
@@ -14,13 +15,13 @@ from d2surgery.surgery.algebra import choose, scale
 
 @click.command(name="scale", context_settings={"ignore_unknown_options": True})
 @click.argument("adapter")
-@click.argument("factor", type=float)
+@click.argument("factor", type=Number())
 @click.option("--out", type=surgical.DIRECTORY, required=True, help="Directory to be made.")
 @click.option("--base", type=Base(), help=f"{BASE_HELP}; DoRA and D2-LoRA need it.")
 @click.option("--modules", help="Only modules in whose name this regular expression is found.")
 @click.option("--layers", help="Only these layers, such as 0-11.")
 @click.option("--only", is_flag=True, help="Leave the other modules out; else they stay as they are.")
-@surgical.result_options
+@measured.output_options
 def command(
     adapter: str,
     factor: float,
@@ -29,24 +30,24 @@ def command(
     modules: str | None,
     layers: str | None,
     only: bool,
-    per_layer: bool,
-    as_json: bool,
-    quiet: bool,
+    **options: Any,
 ) -> int:
     """ADAPTER with its delta times FACTOR: -1 takes back what it does, 1 with --only is a part of it.
 
-    LoRA and Dual LoRA by their scaling. DoRA and D2-LoRA become the DoRA whose delta this is; they need --base.
+    LoRA and Dual LoRA by their scaling. DoRA and D2-LoRA become the DoRA whose delta this is; they need --base. What
+    the file replaces whole goes the same way from the base's values to its own, and needs --base too.
     """
     surgical.require_new(out)
+    outputs = measured.checked_outputs(**options)
     checkpoint = measured.open_adapter(adapter)
     chosen = choose(checkpoint, modules, _layers(layers)) if modules is not None or layers is not None else None
-    with progress_bar("scaling", show=not (as_json or quiet), unit=" modules") as progress:
+    with progress_bar("scaling", show=outputs.show_progress, unit=" modules") as progress:
         made, certificate = scale(
             checkpoint, factor, BaseWeights(base) if base is not None else None, chosen=chosen, only=only,
             progress=progress,
         )  # fmt: skip
     beside = surgical.write(made, out, checkpoint)
-    surgical.show(made, certificate, out, per_layer=per_layer, as_json=as_json, quiet=quiet, tokenizer=beside)
+    surgical.show(made, certificate, out, outputs, tokenizer=beside)
     return 0
 
 

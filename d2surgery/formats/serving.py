@@ -24,7 +24,7 @@ from d2surgery.formats.layout import Layout, Stored
 NAME = "peft-serving"
 TITLE, READS = "PEFT for every engine: vLLM, SGLang, TGI …", "as `peft`"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank
-_OUTPUTS = ("lm_head", "embed_out", "embed_tokens", "wte")  # what engines do not serve, or only some
+OUTPUTS = ("lm_head", "embed_out", "embed_tokens", "wte")  # what engines do not serve, or only some
 
 _NOTHING_MORE: dict[str, Any] = {
     "bias": "none", "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},
@@ -78,6 +78,6 @@ def write(checkpoint: Holding, directory: Path) -> None:
 
 def _cannot_hold(layout: Layout) -> Iterator[Problem]:
     for module in layout.adapters:
-        if module.rpartition(".")[2] in _OUTPUTS:
+        if module.rpartition(".")[2] in OUTPUTS:
             message = "engines serve no adapter on embeddings and heads"
             yield Problem(code="FORMAT_CANNOT_HOLD", message=message, module=module)

@@ -13,7 +13,7 @@ from d2surgery.placement.site import Patch
 
 # Models whose linear layers are transformers' Conv1D, stored (in, out).
 _CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
-_TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
+TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text")
 
 
 class Patches:
@@ -47,7 +47,7 @@ class Patches:
             return ()
         transposed = shape != want
         if want == swapped:
-            always = not adapter.as_declared and self.config.get("model_type") in _TRANSPOSED_EXPERTS
+            always = not adapter.as_declared and self.config.get("model_type") in TRANSPOSED_EXPERTS
             transposed = bool(place.turned) or always
         rows = shape[1]
         return tuple(

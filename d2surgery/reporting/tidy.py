@@ -7,7 +7,7 @@ and by which convention, since most of these names mean several things elsewhere
 import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import isfinite
+from math import exp, isfinite, log
 from typing import NamedTuple, TextIO
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from d2surgery.measures.drift import Drift
 from d2surgery.measures.likeness import SIDES, Difference, phi
 from d2surgery.measures.ranks import NUMBERS, Spectrum
+from d2surgery.surgery.certificate import Loss
 
 Row = dict[str, str | int | float | None]
 
@@ -44,6 +45,10 @@ CONVENTIONS = {
     "delta_direction": "ΔD: mean of 1 − cos(w′, w) over vectors (DoRA, arXiv:2402.09353)",
     "cosine": "<M, N>/(‖M‖‖N‖); null: one standard deviation of unrelated matrices, 1/√(mn)",
     "subspace_similarity": "φ(r, r) = ‖U₁ᵀU₂‖²F/r (LoRA, section 7.2); null: r/n",
+    "relative_error": "‖stored − wanted‖F/‖wanted‖F of the delta",
+    "spectral_error": "‖stored − wanted‖₂/‖wanted‖₂ of the delta",
+    "weighted_error": "the relative error of the delta times diag(√ second moments of the inputs)",
+    "least_error": "√Σ_{i>k} σᵢ²/√Σσ²: the least relative error of any matrix of rank k",
     "sign_agreement": "share of entries with equal sign; null: 1 − arccos(cosine)/π",
     "intruder_cosine": "largest abs cosine with any left singular vector of W0 (arXiv:2410.21228)",
 }
@@ -195,6 +200,28 @@ def quantiles(values: Tensor, shares: Sequence[float] = tuple(QUANTILES.values()
     low, high = known[at.floor().long()], known[at.ceil().long()]
     between: list[float | None] = (low + (at - at.floor()) * (high - low)).tolist()
     return between
+
+
+def loss_rows(losses: Mapping[str, Loss], points: int | None = None) -> list[Row]:
+    """Per module what surgery lost, and the least error at each rank; of at most about so many ranks."""
+    rows = []
+    for module, type_ in types(losses).items():
+        record = losses[module]
+        common: Row = {"module": module, "layer": address(module).layer, "type": type_, "of": "delta",
+                       "quality": "exact", "dtype": "float64"}  # fmt: skip
+        for name in ("relative_error", "spectral_error", "weighted_error"):
+            if (value := getattr(record, name)) is not None:
+                rows.append(row(**common, metric=name, index=record.rank, value=value))
+        for k in log_spaced(len(record.curve), points or len(record.curve)):
+            rows.append(row(**common, metric="least_error", index=k, value=record.curve[k]))
+    return rows
+
+
+def log_spaced(count: int, most: int) -> list[int]:
+    """At most about so many indices below count, dense at the start."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(exp(i * log(count) / (most - 1))) - 1 for i in range(most)})
 
 
 def row(**cells: str | int | float | None) -> Row:

@@ -1,7 +1,7 @@
 """Checkpoints added, scaled, and cut to a part: what `combining` does with one module, over all."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -13,23 +13,29 @@ from d2surgery.adapters import Adapter, DoRA, LoRA
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.adapters.thin import Thin
 from d2surgery.adapters.vectors import Weight, squared_norms
-from d2surgery.checkpoint import Checkpoint, from_adapters
+from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
+from d2surgery.placement.parameters import parameters
 from d2surgery.surgery.certificate import Certificate, Form, Loss, dense, form, loss
 from d2surgery.surgery.combining import ENTRYWISE, Recipe, combined
-from d2surgery.surgery.converting import rank_of
+from d2surgery.surgery.converting import bound_of, rank_of
 from d2surgery.surgery.rebuilding import (
-    about_of,
-    alike,
+    by_place,
     history,
+    inputs_of,
     no_progress,
     over_modules,
+    rebuilt,
+    threads,
+    with_tensors,
 )
 from d2surgery.surgery.truncation import ALL, Keep
-from d2surgery.surveying.modules import BaseMatrices, Place, Progress, naming, places
+from d2surgery.surveying.modules import BaseMatrices, Place, Progress, places
 
 _DIFFER = "trained in several, differently"
+AUDITED = 1e-5
+"""What two roundings to float32 may add to a relative error."""
 
 # Combine --------------------------------------------------------------------------------------------------------------
 
@@ -57,21 +63,63 @@ def combine(
         raise refuse("USAGE", "the delta depends on the base weights", module=names[0], wanted="a base", got="none")
     raise_errors(_misfits(checkpoints))
     where = [BaseMatrices(each, base) if base is not None else None for each in checkpoints]
-    union = dict.fromkeys(place for each in checkpoints for place in places(each))
-    made: dict[str, list[Adapter]] = {}
-    losses: dict[str, Loss] = {}
-    for done, place in enumerate(union, 1):
+
+    def one(place: Place) -> tuple[Adapter, Loss]:
         having = [i for i, each in enumerate(checkpoints) if place.module in each.layout.adapters]
-        with naming(place.name):
-            adapters = [checkpoints[i].adapter(place.module, place.expert or 0) for i in having]
-            deltas = [form(a, _weight(where[i], place, a)) for i, a in zip(having, adapters, strict=True)]
-            whole = recipe if recipe.keep is not ALL else replace(recipe, keep=_room(recipe, adapters))
-            adapter, losses[place.name] = combined(deltas, [weights[i] for i in having], whole, place.name)
-        made.setdefault(place.module, []).append(adapter)
-        progress(done, len(union))
+        adapters = [checkpoints[i].adapter(place.module, place.expert or 0) for i in having]
+        deltas = [form(a, _weight(where[i], place, a)) for i, a in zip(having, adapters, strict=True)]
+        whole = recipe if recipe.keep is not ALL else replace(recipe, keep=_room(recipe, adapters))
+        return combined(deltas, [weights[i] for i in having], whole, place.name)
+
+    union = list(dict.fromkeys(place for each in checkpoints for place in places(each)))
+    made, losses = by_place(one, union, threads(checkpoints, base), progress)
     settings = {"weights": list(weights), "recipe": recipe.method, "meaning": "sum of true deltas"} | _chosen(recipe)
     certificate = Certificate(method="combine", settings=settings, losses=losses)
-    return _together(checkpoints, weights, made, certificate), certificate
+    steps = history(checkpoints[0], certificate, checkpoints[1:])
+    return rebuilt(checkpoints, made, steps, lambda number, module: weights[number]), certificate
+
+
+def audit_combination(
+    made: Checkpoint,
+    parts: Sequence[Checkpoint],
+    base: BaseWeights | None = None,
+    *,
+    progress: Progress = no_progress,
+) -> tuple[Certificate, list[Problem]]:
+    """How far a combination is from what its parts give by the weights and the recipe in its own header.
+
+    Problems: OTHER_PARTS by sha256, and OTHER_COMBINATION for every module whose error is above the one that the header
+    states for the worst. Raises USAGE where the header tells of no combination.
+    """
+    step = made.layout.about.history[-1] if made.layout.about.history else {}
+    settings = step.get("settings")
+    weights = settings.get("weights") if isinstance(settings, dict) else None
+    if step.get("method") != "combine" or not isinstance(settings, dict) or not isinstance(weights, list):
+        raise refuse("USAGE", "its header tells of no combination", file=str(made.layout.path))
+    stated, inputs = step.get("max_relative_error"), step.get("inputs")
+    files = [entry for part in parts for entry in inputs_of(part)]
+    problems: list[Problem] = []
+    if inputs != files:
+        got = ", ".join(f"{entry['file']} {entry['sha256'][:8]}" for entry in files)
+        problems.append(Problem(code="OTHER_PARTS", message="by their sha256", file=str(made.layout.path), got=got))
+    choices = {name: settings[name] for name in ("density", "space", "seed") if name in settings}
+    recipe = Recipe(method=settings.get("recipe", ""), keep=Keep(by="energy", value=1.0), **choices)
+    whole, _ = combine(parts, [float(weight) for weight in weights], recipe, base, progress=progress)
+    losses: dict[str, Loss] = {}
+    for place in places(whole):
+        if place.module not in made.layout.adapters:
+            problems.append(Problem(code="OTHER_COMBINATION", message="missing", module=place.name))
+            continue
+        wanted, got_ = (each.adapter(place.module, place.expert or 0).update() for each in (whole, made))
+        assert wanted is not None
+        assert got_ is not None
+        losses[place.name] = lost = loss(wanted, got_, got_.rank)
+        most = stated if isinstance(stated, float) else 0.0
+        if lost.relative_error > most * (1 + 1e-3) + AUDITED:
+            wanted_, measured = f"at most {most:.3g}", f"{lost.relative_error:.3g}"
+            problems.append(Problem(code="OTHER_COMBINATION", message="an error above the stated one",
+                                    module=place.name, wanted=wanted_, got=measured))  # fmt: skip
+    return Certificate(method="audit of a combination", settings=dict(settings), losses=losses), problems
 
 
 def _chosen(recipe: Recipe) -> dict[str, Any]:
@@ -84,7 +132,13 @@ def _weight(where: BaseMatrices | None, place: Place, adapter: Adapter) -> Tenso
 
 
 def _room(recipe: Recipe, adapters: Sequence[Adapter]) -> Keep:
-    return ALL if recipe.method == "exact" else Keep(rank=sum(rank_of(adapter) for adapter in adapters))
+    """Where nothing is said: all that an exact sum of factors has, else the sum of what the updates may have."""
+    if recipe.method != "exact":
+        return Keep(rank=sum(map(bound_of, adapters)))
+    if any(each.normalises or each.update() is None for each in adapters):
+        raise refuse("USAGE", "an exact sum of deltas that are no factors is of full rank",
+                     wanted="a rank or a criterion, or svd, which keeps the sum of ranks", got="neither")  # fmt: skip
+    return ALL
 
 
 def _misfits(checkpoints: Sequence[Checkpoint]) -> Iterator[Problem]:
@@ -115,31 +169,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
-def _together(
-    checkpoints: Sequence[Checkpoint],
-    weights: Sequence[float],
-    made: Mapping[str, list[Adapter]],
-    certificate: Certificate,
-) -> Checkpoint:
-    entries = {module: entry for each in checkpoints for module, entry in each.layout.adapters.items()}
-    biases: dict[str, Tensor] = {}
-    for checkpoint, weight in zip(checkpoints, weights, strict=True):
-        for module, entry in checkpoint.layout.adapters.items():
-            if "bias" in entry.slots:
-                own = weight * float(entry.scaling or 0.0) * checkpoint.bias(module).float()
-                biases[module] = biases[module] + own if module in biases else own
-    steps = history(checkpoints[0], certificate, checkpoints[1:])
-    return from_adapters(
-        {m: each[0] if entries[m].stored != "experts" else alike(each) for m, each in made.items()},
-        replace(about_of(checkpoints), history=steps),
-        embeddings=[module for module in made if entries[module].stored == "embedding"],
-        kernels={module: entries[module].kernel for module in made if entries[module].kernel},
-        biases=biases,
-        replacements={t: c.tensor(key) for c in checkpoints for t, key in c.layout.replacements.items()},
-        rows={t: (rows.indices, c.tensor(rows.key)) for c in checkpoints for t, rows in c.layout.rows.items()},
-    )
-
-
 # Scale ----------------------------------------------------------------------------------------------------------------
 
 
@@ -154,26 +183,63 @@ def scale(
 ) -> tuple[Checkpoint, Certificate]:
     """Every chosen delta times a factor; negative ones too. `only`: the others are left out, else they stay.
 
-    LoRA and Dual LoRA by their scaling, exactly. What normalises becomes the DoRA on its axis whose delta this is,
-    exactly: it needs the base. Times 0 everything is a LoRA of zeros. Raises D2SurgeryError USAGE.
+    What replaces the base's tensors or rows is W0 + factor·(W − W0), which needs the base. LoRA and Dual LoRA by their
+    scaling, exactly. What normalises becomes the DoRA on its axis whose delta this is, exactly: it needs the base.
+    Times 0 everything is a LoRA of zeros, and nothing is replaced. Raises D2SurgeryError USAGE.
     """
-    picked = dict.fromkeys(checkpoint.layout.adapters, True) if chosen is None else dict(chosen)
+    layout = checkpoint.layout
+    picked = dict.fromkeys((*layout.adapters, *layout.replacements, *layout.rows), True) if chosen is None else chosen
     if not any(picked.values()):
         raise refuse("USAGE", "no module is chosen", got=f"{len(picked)} modules")
     if not isfinite(factor):
         raise refuse("USAGE", "a factor", wanted="a number", got=str(factor))
     if factor == 0 and not (only or all(picked.values())):
         raise refuse("USAGE", "times 0 on a part", wanted="leave the part out, or all modules", got="0")
+    part = _part(checkpoint, [name for name, wanted in picked.items() if wanted]) if only else checkpoint
+    part = _without_replacements(part) if factor == 0 else part
+    values = dict(_replaced(part, factor, base, picked)) if factor not in (0, 1) else {}
 
     def operate(place: Place, adapter: Adapter, weight: Tensor | None) -> tuple[Adapter, Loss]:
+        own = factor if picked[place.module] else 1.0
         wanted = form(adapter, weight if adapter.normalises else None)
-        made = scaled(adapter, factor if picked[place.module] else 1.0, weight)
+        made = adapter if factor == 1 else scaled(adapter, own, weight)
         got = form(made, weight if made.normalises else None)
-        return made, loss(_times(wanted, factor if picked[place.module] else 1.0), got, rank_of(made))
+        return made, loss(_times(wanted, own), got, rank_of(made))
 
-    needs = base if any(entry.axis for entry in checkpoint.layout.adapters.values()) else None
-    part = _part(checkpoint, [m for m, wanted in picked.items() if wanted]) if only else checkpoint
-    return over_modules(part, needs, operate, "scale", {"factor": factor, "only": only or None}, progress)
+    needs = base if any(entry.axis for entry in layout.adapters.values()) else None
+    settings = {"factor": factor, "only": only or None}
+    made, certificate = over_modules(
+        part, needs, operate, "scale", settings, progress, lambda number, module: factor if picked[module] else 1.0
+    )
+    return with_tensors(made, values) if values else made, certificate
+
+
+def _without_replacements(checkpoint: Checkpoint) -> Checkpoint:
+    """Times 0 what stands in the base's place is the base's again."""
+    return Checkpoint(replace(checkpoint.layout, replacements={}, rows={}))
+
+
+def _replaced(
+    checkpoint: Checkpoint, factor: float, base: BaseWeights | None, picked: Mapping[str, bool]
+) -> Iterator[tuple[str, Tensor]]:
+    """W0 + factor·(W − W0) of every chosen tensor and row that replaces the base's, by its key in memory."""
+    layout = checkpoint.layout
+    named = [target for target in (*layout.replacements, *layout.rows) if picked[target]]
+    if named and base is None:
+        raise refuse("USAGE", "what the file replaces whole is scaled from the base's values", module=named[0],
+                     wanted="a base, or other modules", got="none")  # fmt: skip
+    stored = parameters(base) if named and base is not None else {}
+    for target in named:
+        old = stored[target].tensor() if target in stored else None
+        found = layout.rows.get(target)
+        new = checkpoint.tensor(layout.replacements[target] if found is None else found.key)
+        if old is not None and found is not None:
+            old = old[list(found.indices)]
+        if old is None or old.shape != new.shape:
+            raise refuse("USAGE", "the base has nothing from which it could be scaled", module=target,
+                         wanted="other modules (--modules)", got=str(tuple(new.shape)))  # fmt: skip
+        value = old.double() + factor * (new.double() - old.double())
+        yield f"{'replacement' if found is None else 'rows of'} {target}", value.to(new.dtype)
 
 
 def _times(wanted: Form, factor: float) -> LowRank | Tensor:
@@ -183,8 +249,9 @@ def _times(wanted: Form, factor: float) -> LowRank | Tensor:
 
 @torch.no_grad()
 def scaled(adapter: Adapter, factor: float, base_weight: Weight | None) -> Adapter:
-    """An adapter whose delta is factor · the delta."""
-    if factor == 1:
+    """An adapter whose delta is factor · the delta; what normalises becomes a DoRA whatever the factor, so that the
+    modules of a file stay of one kind."""
+    if factor == 1 and (adapter.kind == "dora" or not adapter.normalises):
         return adapter
     if factor == 0:
         zeros = {"A": torch.zeros(1, adapter.in_features), "B": torch.zeros(adapter.out_features, 1)}
@@ -204,7 +271,8 @@ def scaled(adapter: Adapter, factor: float, base_weight: Weight | None) -> Adapt
 
 
 def choose(checkpoint: Checkpoint, modules: str | None, layers: range | None) -> dict[str, bool]:
-    """Which modules a regular expression (anywhere in the name) and layer numbers choose."""
+    """Which modules, and tensors and rows that replace the base's, a regular expression (anywhere in the name) and
+    layer numbers choose."""
     try:
         pattern = re.compile(modules or "")
     except re.error as error:
@@ -215,10 +283,15 @@ def choose(checkpoint: Checkpoint, modules: str | None, layers: range | None) ->
         inside = layers is None or (number is not None and int(number[1]) in layers)
         return inside and pattern.search(module) is not None
 
-    return {module: wanted(module) for module in checkpoint.layout.adapters}
-
-
-def _part(checkpoint: Checkpoint, modules: Sequence[str]) -> Checkpoint:
-    """The checkpoint with some of its modules; all else stays."""
     layout = checkpoint.layout
-    return Checkpoint(replace(layout, adapters={module: layout.adapters[module] for module in modules}))
+    return {name: wanted(name) for name in (*layout.adapters, *layout.replacements, *layout.rows)}
+
+
+def _part(checkpoint: Checkpoint, chosen: Collection[str]) -> Checkpoint:
+    """The checkpoint with some of its modules, replaced tensors and rows."""
+    layout = checkpoint.layout
+    parts: dict[str, Any] = {
+        name: {key: value for key, value in getattr(layout, name).items() if key in chosen}
+        for name in ("adapters", "replacements", "rows")
+    }
+    return Checkpoint(replace(layout, **parts))

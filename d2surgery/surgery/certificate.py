@@ -3,21 +3,22 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import hypot, inf, sqrt
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter
+from d2surgery.adapters import Adapter, LoRA
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.measures.delta import Delta, cuts
 from d2surgery.measures.dense import lower_gram
+from d2surgery.surgery.truncation import Triplets
 
 EXACT = 1e-6
 """A relative error that float32 factors may leave of what is exact in real arithmetic."""
 EPS32 = 2.0**-23
-_GRAM_UP_TO = 768  # the smaller side up to which ‖·‖₂ comes from a Gram matrix
-_STEPS = 40
+_GRAM_UP_TO = 128  # the smaller side up to which ‖·‖₂ comes from a Gram matrix
+_STEPS, _BLOCK = 12, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class Loss:
     `norm` is ‖wanted‖_F. Both errors are relative, to ‖wanted‖_F and ‖wanted‖₂; infinite where something came of
     nothing. `curve[k]` is the least Frobenius error of any matrix of rank k, where it is known (Eckart and Young 1936).
     exact: what float32 leaves of it, in the factors, or in magnitudes, which hold all of a vector's length.
+    weighted_error: where inputs were weighted, the relative Frobenius error of the delta times diag(weights), that of
+    the module's outputs on the text; `curve` is of it then.
     """
 
     rank: int
@@ -35,6 +38,7 @@ class Loss:
     spectral_error: float
     exact: bool
     curve: tuple[float, ...] = field(default=(), repr=False)
+    weighted_error: float | None = None
 
     @property
     def energy_kept(self) -> float:
@@ -69,8 +73,24 @@ class Certificate:
         wrong = hypot(*(loss.relative_error * loss.norm for loss in self.losses.values() if loss.norm))
         return wrong / whole if whole else self.max_relative_error
 
+    @property
+    def weighted_error(self) -> float | None:
+        """The mean over the modules whose inputs were weighted; None where none was."""
+        known = [loss.weighted_error for loss in self.losses.values() if loss.weighted_error is not None]
+        return sum(known) / len(known) if known else None
 
-Form = LowRank | Delta
+
+class Tiled(Protocol):
+    """A matrix that is had tile by tile, in float64."""
+
+    shape: tuple[int, int]
+
+    def tile(self, *, out: slice) -> Tensor: ...
+
+    def dense(self, dtype: torch.dtype) -> Tensor: ...
+
+
+Form = LowRank | Tiled
 """A delta as it can be had: from factors where it is an update, else tile by tile."""
 
 
@@ -86,38 +106,101 @@ def dense(matrix: Form, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @torch.no_grad()
-def loss(wanted: Form | Tensor, got: Form | Tensor, rank: int, curve: Sequence[float] = ()) -> Loss:
+def loss(
+    wanted: Form | Tensor,
+    got: Form | Tensor,
+    rank: int,
+    *,
+    curve: Sequence[float] = (),
+    largest: float | None = None,
+    weights: Tensor | None = None,
+) -> Loss:
     """Of one delta against another. Of factors to eps64 of the larger; else Frobenius norms are sums in float64, and
-    ‖·‖₂ comes from a Gram matrix or from 40 steps of the power method, which errs to the low side, by 1 % seldom."""
+    ‖·‖₂ comes from a Gram matrix or from a block Krylov space, which errs to the low side, by 1 % seldom.
+
+    largest: ‖wanted‖₂ where it is known. weights: by column, for `weighted_error`.
+    """
     if got is wanted:
         return Loss(rank=rank, norm=_norm(wanted), relative_error=0.0, spectral_error=0.0, exact=True)
+    weighted = None
     if isinstance(wanted, LowRank) and isinstance(got, LowRank):
-        ours, theirs = wanted.singular_values(), (wanted + -1.0 * got).singular_values()
+        wrong = wanted + -1.0 * got
+        ours, theirs = wanted.singular_values(), wrong.singular_values()
         norms = [float(each.norm()) for each in (ours, theirs)]
-        largest = [float(each[0]) if len(each) else 0.0 for each in (ours, theirs)]
+        sizes = [float(each[0]) if len(each) else 0.0 for each in (ours, theirs)]
+        if weights is not None:
+            weighted = _share(*(float(_times(each, weights).frobenius_norm()) for each in (wrong, wanted)))
     else:
-        norms, largest = _dense_norms(wanted, got)
+        norms, weighted, size = _dense_norms(wanted, got, weights)
+        sizes = [_largest(_whole(wanted)) if largest is None else largest, size]
     rounding = EPS32 * float(got.base.norm()) if isinstance(got, Delta) and got.triple is not None else 0.0
     return Loss(
         rank=rank,
         norm=norms[0],
         relative_error=_share(norms[1], norms[0]),
-        spectral_error=_share(largest[1], largest[0]),
+        spectral_error=_share(sizes[1], sizes[0]),
         exact=norms[1] <= max(EXACT * norms[0], rounding),
         curve=tuple(curve),
+        weighted_error=weighted,
     )
 
 
-def _dense_norms(wanted: Form | Tensor, got: Form | Tensor) -> tuple[list[float], list[float]]:
-    shape = (wanted.shape[0], wanted.shape[1])
-    W, D = torch.empty(shape), torch.empty(shape)
-    squares = [0.0, 0.0]
-    for part in cuts(*shape):
+@torch.no_grad()
+def truncation_loss(found: Triplets, stored: LoRA) -> Loss:
+    """Of the leading triplets as they are stored, against a matrix of which all singular values are known.
+
+    The error is Σ_{i>k} σᵢuᵢvᵢᵀ and what rounding the factors to float32 adds, (B + E)(A + F) − B·A. These two are
+    orthogonal but for E·F, so that ‖error‖_F is that of the two, and ‖error‖₂ the larger of the two to 1e-7·σ₁.
+    """
+    rank, scaling = stored.A.shape[0], float(stored.scaling)
+    A, B = found.factors(min(rank, found.U.shape[1]))
+    F, E = stored.A.double() - A, scaling * stored.B.double() - B
+    wide, high = torch.cat([F, A + F]), torch.cat([B, E], 1)
+    rounding = _root(high.T @ high).T @ _root(wide @ wide.T)
+    kept = min(rank, len(found.sigma)) if found.U.shape[1] else 0
+    tail = found.sigma[kept:]
+    norm, error = sqrt(found.energy), hypot(float(tail.norm()), float(rounding.norm()))
+    largest = max(float(tail[0]) if len(tail) else 0.0, float(torch.linalg.matrix_norm(rounding, 2)))
+    return Loss(
+        rank=rank,
+        norm=norm,
+        relative_error=_share(error, norm),
+        spectral_error=_share(largest, found.largest),
+        exact=error <= EXACT * norm,
+        curve=tuple(found.curve()),
+    )
+
+
+def _root(gram: Tensor) -> Tensor:
+    """X with X Xᵀ = gram."""
+    values, vectors = torch.linalg.eigh(gram)
+    root: Tensor = vectors * values.clamp(min=0).sqrt()
+    return root
+
+
+def _times(matrix: LowRank, weights: Tensor) -> LowRank:
+    return LowRank(matrix.P, matrix.Q.double() * weights.double())
+
+
+def _dense_norms(
+    wanted: Form | Tensor, got: Form | Tensor, weights: Tensor | None
+) -> tuple[list[float], float | None, float]:
+    """‖wanted‖_F and ‖wrong‖_F, the relative weighted error, and ‖wrong‖₂; one matrix is in memory, in float32."""
+    wrong = torch.empty(wanted.shape[0], wanted.shape[1])
+    squares = torch.zeros(4, dtype=torch.float64)
+    for part in cuts(*wrong.shape):
         ours = _tile(wanted, part)
         theirs = ours - _tile(got, part)
-        W[part], D[part] = ours, theirs
-        squares = [s + float(tile.square().sum()) for s, tile in zip(squares, (ours, theirs), strict=True)]
-    return [sqrt(s) for s in squares], [_largest(W), _largest(D)]
+        wrong[part] = theirs
+        squares[:2] += torch.stack([ours.square().sum(), theirs.square().sum()])
+        if weights is not None:
+            squares[2:] += torch.stack([(tile * weights).square().sum() for tile in (ours, theirs)])
+    whole, error, weighted_whole, weighted_error = squares.sqrt().tolist()
+    return [whole, error], None if weights is None else _share(weighted_error, weighted_whole), _largest(wrong)
+
+
+def _whole(matrix: Form | Tensor) -> Tensor:
+    return matrix.float() if isinstance(matrix, Tensor) else dense(matrix)
 
 
 def _norm(matrix: Form | Tensor) -> float:
@@ -133,19 +216,22 @@ def _tile(matrix: Form | Tensor, part: slice) -> Tensor:
 
 
 def _largest(matrix: Tensor) -> float:
-    """‖·‖₂."""
+    """‖·‖₂ of a float32 matrix."""
     out, in_ = matrix.shape
-    scale = float(matrix.abs().max()) if matrix.numel() else 0.0
+    scale = float(torch.linalg.vector_norm(matrix, float("inf"))) if matrix.numel() else 0.0
     if scale == 0:
         return 0.0
-    unit = matrix / scale
     if min(out, in_) <= _GRAM_UP_TO:
-        gram = lower_gram(_long_tiles(unit), (out, in_))
+        gram = lower_gram(_long_tiles(matrix / scale), (out, in_))
         return scale * sqrt(float(torch.linalg.eigvalsh(gram, UPLO="L")[-1].clamp(min=0)))
-    basis = torch.randn(in_, 4, generator=torch.Generator().manual_seed(0)).to(unit)
+    basis = torch.linalg.qr(torch.randn(in_, _BLOCK, generator=torch.Generator().manual_seed(0))).Q.to(matrix)
+    images = matrix @ (basis / scale)
     for _ in range(_STEPS):
-        basis = torch.linalg.qr(unit.T @ (unit @ basis)).Q
-    return scale * float(torch.linalg.matrix_norm(unit @ basis, 2))
+        new = matrix.T @ (images[:, -_BLOCK:] / scale)
+        for _ in range(2):  # once leaves of a small remainder what is not orthogonal
+            new = torch.linalg.qr(new - basis @ (basis.T @ new)).Q
+        basis, images = torch.cat([basis, new], 1), torch.cat([images, matrix @ (new / scale)], 1)
+    return scale * float(torch.linalg.matrix_norm(images.double(), 2))
 
 
 def _long_tiles(matrix: Tensor) -> Iterator[Tensor]:

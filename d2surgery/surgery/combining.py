@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from d2surgery.adapters import LoRA
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.errors import refuse
-from d2surgery.surgery.certificate import Form, Loss, dense, loss
+from d2surgery.surgery.certificate import Form, Loss, dense, loss, truncation_loss
 from d2surgery.surgery.truncation import ALL, Keep, triplets
 
 Method = Literal["exact", "svd", "slerp", "ties", "dare", "della", "magnitude", "tsv", "iso-c"]
@@ -68,7 +68,9 @@ def combined(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, m
     count = recipe.keep.count(found)
     A, B = found.factors(len(found.sigma) if count is None else count)
     made = LoRA(A=A.float(), B=B.float(), scaling=1.0)
-    return made, loss(whole, made.update(), len(A), found.curve())
+    if isinstance(whole, LowRank):
+        return made, truncation_loss(found, made)
+    return made, loss(whole, made.update(), len(A), curve=found.curve(), largest=found.largest)
 
 
 def weighted_sum(deltas: Sequence[Form], weights: Sequence[float]) -> LowRank | Tensor:

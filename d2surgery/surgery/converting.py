@@ -13,7 +13,7 @@ from d2surgery.adapters.thin import Thin
 from d2surgery.adapters.vectors import Weight, squared_norms
 from d2surgery.errors import refuse
 from d2surgery.kinds import TABLE
-from d2surgery.surgery.certificate import Form, Loss, dense, form, loss
+from d2surgery.surgery.certificate import Form, Loss, dense, form, loss, truncation_loss
 from d2surgery.surgery.fitting import dora_of, without_rounding
 from d2surgery.surgery.truncation import ALL, Keep, Triplets, triplets
 
@@ -23,7 +23,7 @@ class Wish:
     """What to make of an adapter. along, tau: of the kinds that have them; None for the source's, else the kind's.
 
     weights: √ of the second moments of the module's inputs (in_features,); what is cut off is then least in the
-    outputs, not in the weights.
+    outputs, not in the weights. slack: of DoRA, by entry, how far rounding may have moved W': see `dora_of`.
     """
 
     kind: str
@@ -31,6 +31,7 @@ class Wish:
     along: Axis | None = None
     tau: float | None = None
     weights: Tensor | None = None
+    slack: Tensor | None = None
 
 
 @torch.no_grad()
@@ -48,9 +49,27 @@ def as_kind(adapter: Adapter, base_weight: Weight | None, wish: Wish) -> tuple[A
     wish, wanted = _completed(wish, adapter), form(adapter, base_weight)
     if _stays(adapter, wish):
         return adapter, loss(wanted, wanted, rank_of(adapter))
-    made, curve = _MAKE[wish.kind](adapter, base_weight, wanted, wish)
-    made = made.to(dtype=torch.float32)
-    return made, loss(wanted, form(made, base_weight), rank_of(made), curve)
+    made: Adapter
+    found: Triplets | None
+    if _is_exact_dora(adapter, wish):
+        assert isinstance(adapter, Thin)
+        assert base_weight is not None
+        assert wish.along is not None
+        made, found = _thin_as_dora(adapter, base_weight, wish.along), None
+    else:
+        made, found = nearest(wanted, base_weight, wish, adapter)
+    if isinstance(made, LoRA) and isinstance(wanted, LowRank) and found is not None and wish.weights is None:
+        return made, truncation_loss(found, made)
+    curve = [] if found is None else found.curve()
+    largest = None if found is None or wish.weights is not None else found.largest
+    got = form(made, base_weight)
+    return made, loss(wanted, got, rank_of(made), curve=curve, largest=largest, weights=wish.weights)
+
+
+def nearest(wanted: Form, base_weight: Weight | None, wish: Wish, source: Adapter | None = None) -> "Made":
+    """The adapter of a kind that is nearest to a delta, as `wish` has it, slots in float32."""
+    made, found = _MAKE[wish.kind](source, base_weight, wanted, wish)
+    return made.to(dtype=torch.float32), found
 
 
 def needs_base(adapter: Adapter, kind: str) -> bool:
@@ -62,7 +81,7 @@ def rank_of(adapter: Adapter) -> int:
     return max(int(getattr(adapter, group.down).shape[0]) for group in TABLE[adapter.kind].groups.values())
 
 
-def _bound(adapter: Adapter) -> int:
+def bound_of(adapter: Adapter) -> int:
     """Of the rank of its update; of Dual LoRA, which has none, its two ranks together."""
     return sum(getattr(adapter, group.down).shape[0] for group in TABLE[adapter.kind].groups.values())
 
@@ -71,7 +90,7 @@ def _completed(wish: Wish, adapter: Adapter) -> Wish:
     """With what it leaves open."""
     keep, settings = wish.keep, TABLE[wish.kind].settings
     if keep.rank is None and keep.by is None:
-        keep = Keep(rank=_bound(adapter) if len(TABLE[wish.kind].groups) == 1 else rank_of(adapter))
+        keep = Keep(rank=bound_of(adapter) if len(TABLE[wish.kind].groups) == 1 else rank_of(adapter))
     along = wish.along or adapter.along or settings.get("along")
     tau = adapter.settings.get("tau", settings.get("tau")) if wish.tau is None else wish.tau
     return replace(wish, keep=keep, along=along, tau=tau)
@@ -85,14 +104,15 @@ def _stays(adapter: Adapter, wish: Wish) -> bool:
     return adapter.kind == wish.kind and same and small
 
 
-Made = tuple[Adapter, list[float]]
+Made = tuple[Adapter, Triplets | None]
+"""The adapter, and the triplets of the delta (times the weights) where they were found."""
 
 
-def _lora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
+def _lora(source: Adapter | None, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
     """The leading triplets of the delta."""
     found = _weighted(wanted, wish)
     A, B = found.factors(wish.keep.count(found) or 0)
-    return LoRA(A=A, B=B, scaling=1.0), found.curve()
+    return LoRA(A=A, B=B, scaling=1.0), found
 
 
 def _weighted(wanted: Form, wish: Wish) -> Triplets:
@@ -104,16 +124,19 @@ def _weighted(wanted: Form, wish: Wish) -> Triplets:
     return triplets((dense(wanted) * weights).float(), wish.keep).reweighted(weights)
 
 
-def _dora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
-    """Exact from what is thin along the same axis; else the DoRA that is nearest to W'."""
+def _dora(source: Adapter | None, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
+    """The DoRA that is nearest to W'."""
     assert base_weight is not None
     assert wish.along is not None
-    along, keep = wish.along, wish.keep
-    whole = keep.by is None and keep.rank is not None and _bound(adapter) <= keep.rank
-    if whole and isinstance(adapter, Thin) and (not adapter.normalises or adapter.along == along):
-        return _thin_as_dora(adapter, base_weight, along), []
     target = base_weight.double() + dense(wanted, torch.float64)
-    return dora_of(base_weight, target, wish.keep, along), []
+    return dora_of(base_weight, target, wish.keep, wish.along, wish.slack), None
+
+
+def _is_exact_dora(adapter: Adapter, wish: Wish) -> bool:
+    """Whether it is thin along the same axis, and of no more ranks than asked for."""
+    whole = wish.keep.by is None and wish.keep.rank is not None and bound_of(adapter) <= wish.keep.rank
+    thin = isinstance(adapter, Thin) and (not adapter.normalises or adapter.along == wish.along)
+    return wish.kind == "dora" and whole and thin
 
 
 def _thin_as_dora(adapter: Thin, base_weight: Weight, along: Axis) -> DoRA:
@@ -129,7 +152,8 @@ def _thin_as_dora(adapter: Thin, base_weight: Weight, along: Axis) -> DoRA:
         A, B, scaling = adapter.A, adapter.B, float(adapter.scaling)
     else:
         A, B, scaling = Q, P, 1.0
-    return DoRA(A=A, B=B, magnitude=_lengths(adapter, base_weight, along), scaling=scaling, along=along)
+    magnitude = _lengths(adapter, base_weight, along)
+    return DoRA(A=A, B=B, magnitude=magnitude, scaling=scaling, along=along).to(dtype=torch.float32)
 
 
 def _lengths(adapter: Adapter, base_weight: Weight, along: Axis) -> Tensor:
@@ -138,7 +162,7 @@ def _lengths(adapter: Adapter, base_weight: Weight, along: Axis) -> Tensor:
     return squared_norms(W + adapter.delta(W), along).sqrt()
 
 
-def _d2lora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
+def _d2lora(source: Adapter | None, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
     """ΔW = W0 + L − proj(W0 + L/2) gives W* + ΔW = W0 + L; cut to rank 2r, the larger half is the plus branch."""
     assert base_weight is not None
     assert wish.tau is not None
@@ -150,7 +174,7 @@ def _d2lora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wi
     update = W + L - middle * (ratio[:, None] if along == "out_features" else ratio)
     keep = replace(wish.keep, rank=None if wish.keep.rank is None else 2 * wish.keep.rank)
     found = triplets(without_rounding(update, W), keep)
-    return d2_of(found, keep.count(found) or 0, wish.tau, along=along), []
+    return d2_of(found, keep.count(found) or 0, wish.tau, along=along), None
 
 
 def d2_of(found: Triplets, count: int, tau: float, **settings: Any) -> D2LoRA:
@@ -166,16 +190,16 @@ def d2_of(found: Triplets, count: int, tau: float, **settings: Any) -> D2LoRA:
     )
 
 
-def _duallora(adapter: Adapter, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
+def _duallora(source: Adapter | None, base_weight: Weight | None, wanted: Form, wish: Wish) -> Made:
     """D·C = L of rank r gives the signs of the delta where that has this rank; B·A is the best of rank r of abs(L)."""
     sizes: LowRank | Tensor
     signs: LowRank | Tensor
-    if isinstance(adapter, DualLoRA):
-        sizes, signs = LowRank(float(adapter.scaling) * adapter.B.double(), adapter.A), LowRank(adapter.D, adapter.C)
+    if isinstance(source, DualLoRA):
+        sizes, signs = LowRank(float(source.scaling) * source.B.double(), source.A), LowRank(source.D, source.C)
     else:
         sizes, signs = dense(wanted).abs(), wanted if isinstance(wanted, LowRank) else dense(wanted)
     (A, B), (C, D) = (_factors(matrix, wish.keep) for matrix in (sizes, signs))
-    return DualLoRA(A=A, B=B, C=C, D=D, scaling=1.0), []
+    return DualLoRA(A=A, B=B, C=C, D=D, scaling=1.0), None
 
 
 def _factors(matrix: LowRank | Tensor, keep: Keep) -> tuple[Tensor, Tensor]:

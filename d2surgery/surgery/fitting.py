@@ -1,52 +1,86 @@
 """An adapter from two weights, a base and what came of it."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import DoRA, LoRA
+from d2surgery.adapters import DoRA
 from d2surgery.adapters.forwards import Axis
 from d2surgery.adapters.vectors import Weight
 from d2surgery.surgery.truncation import Keep, Triplets, improved, triplets
 
 SETTLED = 1e-4
 """The step of the alternation that ends it, relative to what the fit still misses."""
-_MOST_STEPS = 200
+SETTLED_IN_ROUNDING = 0.03
+_MOST_STEPS, _MOST_IN_ROUNDING = 200, 40
+_OVER = 1.8  # of the way to what rounds to the target; below 2, beyond which it would not settle
 
 
 @torch.no_grad()
-def lora_of(base_weight: Weight, target: Weight, keep: Keep) -> tuple[LoRA, list[float]]:
-    """The nearest LoRA to W' − W0, and the least error at each rank."""
-    found = triplets(target.double() - base_weight.double(), keep)
-    A, B = found.factors(keep.count(found) or 0)
-    return LoRA(A=A, B=B, scaling=1.0), found.curve()
-
-
-@torch.no_grad()
-def dora_of(base_weight: Weight, target: Weight, keep: Keep, along: Axis) -> DoRA:
+def dora_of(base_weight: Weight, target: Weight, keep: Keep, along: Axis, slack: Tensor | None = None) -> DoRA:
     """The DoRA whose W' is nearest to `target`, by turns: with U the target's vectors at length 1 and n their lengths
     before m, L = the leading part of n ⊙ U − W0, then n = <W0 + L, U>. From n = ‖W0‖ it comes closer at each turn; at
     the rank of the true update it ends at rounding, at a smaller one at the best that this path finds.
+
+    slack: by entry, how far rounding may have moved the target, half a unit in its last place. Any W' within it is as
+    good, so that at each turn the target moves to the nearest such matrix (projection onto convex sets, relaxed): what
+    a merge was made of is found through the rounding that hides most of it.
     """
     rows = along == "out_features"
     W, T = (base_weight.double(), target.double()) if rows else (base_weight.double().T, target.double().T)
-    lengths = T.norm(dim=1)
-    U = T / torch.where(lengths == 0, 1.0, lengths)[:, None]
-    n = W.norm(dim=1)
-    missed = float("inf")
-    found: Triplets | None = None
-    for _ in range(_MOST_STEPS):
-        left = without_rounding(n[:, None] * U - W, W)
-        fixed = found is not None and keep.by is None and found.U.shape[1] == keep.rank
-        found = improved(left, found) if found is not None and fixed else triplets(left, keep)
-        A, B = found.factors(keep.count(found) or 0)
-        V = torch.addmm(W, B, A)
-        n = (V * U).sum(1)
-        before, missed = missed, float((V / _lengths(V)[:, None] * lengths[:, None] - T).norm())
-        if before - missed <= SETTLED * missed or missed <= 1e-12 * float(lengths.norm()):
-            break
-    magnitude = (T * V).sum(1) / _lengths(V)
+    fit = _settled(W, T, keep)
+    if slack is not None:
+        fit = _within(W, T, slack.double() if rows else slack.double().T, fit)
+    A, B = fit.found.factors(fit.rank)
     A, B = (A, B) if rows else (B.T, A.T)
-    return DoRA(A=A, B=B, magnitude=magnitude, scaling=1.0, along=along)
+    return DoRA(A=A, B=B, magnitude=fit.magnitude, scaling=1.0, along=along)
+
+
+class _Fit(NamedTuple):
+    """A turn: the update's triplets, the lengths before m, m, and W'."""
+
+    found: Triplets
+    rank: int
+    lengths: Tensor
+    magnitude: Tensor
+    fitted: Tensor
+
+
+def _settled(W: Tensor, T: Tensor, keep: Keep) -> _Fit:
+    fit, missed = None, float("inf")
+    for _ in range(_MOST_STEPS):
+        fit = _turn(W, T, keep, fit)
+        before, missed = missed, float((fit.fitted - T).norm())
+        if before - missed <= SETTLED * missed or missed <= 1e-12 * float(T.norm()):
+            break
+    assert fit is not None
+    return fit
+
+
+def _within(W: Tensor, T: Tensor, slack: Tensor, fit: _Fit) -> _Fit:
+    """The fit that comes nearest to lying within the slack, from one that lies near the middle."""
+    keep, best, least = Keep(rank=fit.rank or 1), fit, float("inf")
+    for _ in range(_MOST_IN_ROUNDING):
+        wrong = torch.clamp(fit.fitted, T - slack, T + slack) - fit.fitted
+        missed = float(wrong.norm())
+        if least - missed <= SETTLED_IN_ROUNDING * missed:
+            break
+        best, least = fit, missed
+        fit = _turn(W, fit.fitted + _OVER * wrong, keep, fit)
+    return best
+
+
+def _turn(W: Tensor, aim: Tensor, keep: Keep, before: _Fit | None) -> _Fit:
+    U = aim / _lengths(aim)[:, None]
+    left = without_rounding((W.norm(dim=1) if before is None else before.lengths)[:, None] * U - W, W)
+    fixed = before is not None and keep.by is None and before.found.U.shape[1] == keep.rank
+    found = improved(left, before.found) if before is not None and fixed else triplets(left, keep)
+    rank = keep.count(found) or 0
+    A, B = found.factors(rank)
+    V = torch.addmm(W, B, A)
+    magnitude = (aim * V).sum(1) / _lengths(V)
+    return _Fit(found, rank, (V * U).sum(1), magnitude, V * (magnitude / _lengths(V))[:, None])
 
 
 def without_rounding(difference: Tensor, of: Tensor) -> Tensor:

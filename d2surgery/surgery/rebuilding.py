@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,15 +14,23 @@ from d2surgery.adapters import Adapter
 from d2surgery.checkpoint import Checkpoint, from_adapters
 from d2surgery.errors import raise_errors
 from d2surgery.files.base import BaseWeights
+from d2surgery.files.tensors import header_of
 from d2surgery.formats.layout import About
 from d2surgery.kinds import TABLE
+from d2surgery.machine import ahead, one_thread, workers
 from d2surgery.surgery.certificate import Certificate, Loss
 from d2surgery.surveying.modules import BaseMatrices, Place, Progress, naming, places
 
 Operation = Callable[[Place, Adapter, Tensor | None], tuple[Adapter, Loss]]
+LARGE = 1 << 23
+"""Entries of a dense matrix above which one is worked on at a time, so that memory stays bounded."""
 
 
 def no_progress(done: int, total: int) -> None: ...
+
+
+def unchanged(number: int, module: str) -> float:
+    return 1.0
 
 
 def over_modules(
@@ -31,46 +40,86 @@ def over_modules(
     method: str,
     settings: Mapping[str, Any],
     progress: Progress = no_progress,
+    bias: Callable[[int, str], float] = unchanged,
 ) -> tuple[Checkpoint, Certificate]:
-    """`operate` on every adapter, with the base weight that it lands on; one module in memory at a time.
+    """`operate` on every adapter, with the base weight that it lands on; a core does a module from end to end. `bias`
+    as `weight` of `rebuilt`.
 
     Raises D2SurgeryError with the problems of the layout and of its place in the base; `operate`'s name the module.
     """
     raise_errors(checkpoint.layout.problems)
     where = BaseMatrices(checkpoint, base) if base is not None else None
+
+    def one(place: Place) -> tuple[Adapter, Loss]:
+        weight = where[place] if where is not None else None
+        return operate(place, checkpoint.adapter(place.module, place.expert or 0), weight)
+
+    made, losses = by_place(one, places(checkpoint), threads([checkpoint], base), progress)
+    certificate = Certificate(method=method, settings=settings, losses=losses)
+    return rebuilt([checkpoint], made, history(checkpoint, certificate), bias), certificate
+
+
+def threads(checkpoints: Sequence[Checkpoint], base: BaseWeights | None) -> int:
+    """How many modules are worked on at a time: one for each core, but one alone where dense matrices are large."""
+    entries = (entry for checkpoint in checkpoints for entry in checkpoint.layout.adapters.values())
+    dense = [e.out_features * e.in_features for e in entries if base is not None or e.rank is None]
+    return workers() if max(dense, default=0) <= LARGE else 1
+
+
+def by_place(
+    one: Callable[[Place], tuple[Adapter, Loss]], every: Sequence[Place], threads: int, progress: Progress
+) -> tuple[dict[str, list[Adapter]], dict[str, Loss]]:
+    """Adapters by module, and what each lost; each thread does a module from end to end."""
     made: dict[str, list[Adapter]] = {}
     losses: dict[str, Loss] = {}
-    every = places(checkpoint)
-    for done, place in enumerate(every, 1):
+
+    def named(place: Place) -> tuple[Adapter, Loss]:
         with naming(place.name):
-            weight = where[place] if where is not None else None
-            adapter, losses[place.name] = operate(place, checkpoint.adapter(place.module, place.expert or 0), weight)
-        made.setdefault(place.module, []).append(adapter)
-        progress(done, len(every))
-    certificate = Certificate(method=method, settings=settings, losses=losses)
-    return rebuilt(checkpoint, made, history(checkpoint, certificate)), certificate
+            return one(place)
+
+    with one_thread():
+        for done, (place, found) in enumerate(zip(every, ahead(named, every, threads), strict=True), 1):
+            made.setdefault(place.module, []).append(found[0])
+            losses[place.name] = found[1]
+            progress(done, len(every))
+    return made, losses
 
 
 def rebuilt(
-    checkpoint: Checkpoint, adapters: Mapping[str, Sequence[Adapter]], steps: tuple[Mapping[str, Any], ...]
+    checkpoints: Sequence[Checkpoint],
+    adapters: Mapping[str, Sequence[Adapter]],
+    steps: tuple[Mapping[str, Any], ...],
+    weight: Callable[[int, str], float] = unchanged,
 ) -> Checkpoint:
-    """The checkpoint with these adapters by module, an adapter for each expert, and its replacements, rows, biases."""
-    layout = checkpoint.layout
-    entries = layout.adapters
-    biases = {
-        module: checkpoint.bias(module) * (float(entries[module].scaling or 0.0) / float(each[0].scaling))
-        for module, each in adapters.items()
-        if "bias" in entries[module].slots
-    }
+    """These adapters by module, an adapter for each expert, with the replacements, rows and biases of the checkpoints.
+
+    weight: by checkpoint and module, what its bias is multiplied with before they are summed.
+    """
+    entries = {module: entry for each in checkpoints for module, entry in each.layout.adapters.items()}
+    biases: dict[str, Tensor] = {}
+    for number, checkpoint in enumerate(checkpoints):
+        for module, each in adapters.items():
+            entry = checkpoint.layout.adapters.get(module)
+            if entry is not None and "bias" in entry.slots:
+                share = weight(number, module) * float(entry.scaling or 0.0) / float(each[0].scaling)
+                own = share * checkpoint.bias(module).float()
+                biases[module] = biases[module] + own if module in biases else own
     return from_adapters(
         {m: each[0] if entries[m].stored != "experts" else alike(each) for m, each in adapters.items()},
-        replace(layout.about, history=steps),
+        replace(about_of(checkpoints), history=steps),
         embeddings=[module for module in adapters if entries[module].stored == "embedding"],
         kernels={module: entries[module].kernel for module in adapters if entries[module].kernel},
         biases=biases,
-        replacements={target: checkpoint.tensor(key) for target, key in layout.replacements.items()},
-        rows={target: (rows.indices, checkpoint.tensor(rows.key)) for target, rows in layout.rows.items()},
+        replacements={t: c.tensor(key) for c in checkpoints for t, key in c.layout.replacements.items()},
+        rows={t: (rows.indices, c.tensor(rows.key)) for c in checkpoints for t, rows in c.layout.rows.items()},
     )
+
+
+def with_tensors(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Checkpoint:
+    """A checkpoint in memory with other tensors under some of its keys."""
+    loaded = checkpoint.layout.header.loaded
+    assert loaded is not None
+    return Checkpoint(replace(checkpoint.layout, header=header_of({**loaded, **tensors})))
 
 
 def alike(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -113,14 +162,21 @@ def step_of(certificate: Certificate, inputs: Sequence[Mapping[str, str]]) -> di
 
 def inputs_of(checkpoint: Checkpoint) -> Iterator[dict[str, str]]:
     """The files of an adapter that came from files."""
-    for file in checkpoint.layout.header.files if checkpoint.layout.format else ():
+    if checkpoint.layout.format:
+        yield from files_of(checkpoint.layout.header.files, "adapter")
+
+
+def files_of(files: Sequence[Path], what: str) -> Iterator[dict[str, str]]:
+    for file in files:
         with file.open("rb") as stream:
-            yield {"file": file.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+            yield {"what": what, "file": file.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def about_of(checkpoints: Sequence[Checkpoint]) -> About:
     """What several say alike; of the rest nothing."""
     first, *others = (checkpoint.layout.about for checkpoint in checkpoints)
+    if not others:
+        return first
 
     def common(name: str) -> Any:
         value = getattr(first, name)

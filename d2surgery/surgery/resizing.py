@@ -21,6 +21,11 @@ from d2surgery.surgery.truncation import ALL, Keep
 from d2surgery.surveying.modules import BaseMatrices, Place, Progress, places
 
 
+def resize(checkpoint: Checkpoint, base: BaseWeights | None = None, **wishes: Any) -> tuple[Checkpoint, Certificate]:
+    """Every adapter of its own kind, of fewer ranks: `convert` to no other kind."""
+    return convert(checkpoint, None, base, **wishes)
+
+
 def convert(
     checkpoint: Checkpoint,
     kind: str | None = None,
@@ -38,7 +43,7 @@ def convert(
     keep: for all, or by module. max_error: the largest relative Frobenius error of a module that may come of it; where
     `keep` says nothing, as few ranks as it takes.
     along, tau: of DoRA and D2-LoRA; None is the source's own, else the kind's. weights: by module, √ of the second
-    moments of its inputs (in_features,): the error in the outputs is then made least.
+    moments of its inputs (in_features,): the error in the outputs is then made least, and `max_error` is of it.
 
     Replacements, token rows and biases are taken over. Raises D2SurgeryError: USAGE for a base that is needed and not
     given, ERROR_TOO_LARGE with every module above `max_error`, ZERO_NORM, NOT_FINITE, what `load` and `sites` found.
@@ -77,16 +82,26 @@ def _settings(kind: str | None, keep: Keep | Mapping[str, Keep], along: Any, tau
 
 def _too_large(certificate: Certificate, most: float) -> Iterator[Problem]:
     for module, loss in certificate.losses.items():
-        if loss.relative_error > most:
+        error = loss.relative_error if loss.weighted_error is None else loss.weighted_error
+        if error > most:
             enough = next((k for k, error in enumerate(loss.curve) if error <= most), None)
             message = f"rank {enough} would do" if enough else "no rank of this kind is known to do"
-            got = f"{loss.relative_error:.3g} at rank {loss.rank}"
+            got = f"{error:.3g} at rank {loss.rank}"
             yield Problem(
                 code="ERROR_TOO_LARGE", message=message, module=module, wanted=f"a relative error ≤ {most:g}", got=got
             )
 
 
-# A budget -------------------------------------------------------------------------------------------------------------
+# Ranks against the base -----------------------------------------------------------------------------------------------
+
+
+def against_base(checkpoint: Checkpoint, share: float, base: BaseWeights) -> dict[str, Keep]:
+    """By module, the directions whose σ is above a share of ‖W0‖_F."""
+    where = BaseMatrices(checkpoint, base)
+    return {
+        place.name: Keep(by="above", value=share * float(torch.linalg.vector_norm(where[place].double())))
+        for place in places(checkpoint)
+    }
 
 
 @torch.no_grad()

@@ -94,6 +94,11 @@ class Triplets(NamedTuple):
     def side(self) -> int:
         return min(self.U.shape[0], self.Vh.shape[1])
 
+    @property
+    def largest(self) -> float:
+        """σ₁."""
+        return float(self.sigma[0]) if len(self.sigma) else 0.0
+
     def left(self) -> Float64[Tensor, " k_plus_1"]:
         """The energy left out where 0, 1, … k triplets are kept; summed from the small end where all are known."""
         squares = self.sigma.square()
@@ -124,8 +129,7 @@ def triplets(matrix: LowRank | Tensor, keep: Keep, generator: Generator | None =
     (Halko, Martinsson, Tropp 2011) until another step finds less than 1e-9 of the energy. Raises NOT_FINITE.
     """
     if isinstance(matrix, LowRank):
-        U, sigma, Vh = matrix.svd()
-        return Triplets(U, sigma, Vh, float(sigma.square().sum()), True)
+        return _thin(matrix, keep)
     side = min(matrix.shape)
     if side <= EXACT_UP_TO:
         return _all(matrix, keep)
@@ -139,13 +143,26 @@ def triplets(matrix: LowRank | Tensor, keep: Keep, generator: Generator | None =
 
 
 def improved(matrix: Tensor, found: Triplets) -> Triplets:
-    """The triplets of a matrix that differs little from the one whose triplets were found: two more iterations."""
+    """The triplets of a matrix that differs little from the one whose triplets were found: one more iteration."""
     tall = matrix.shape[0] >= matrix.shape[1]
     rows = matrix.T if tall else matrix
     basis = found.Vh.T if tall else found.U
-    for _ in range(2):
-        basis = rows @ torch.linalg.qr(rows.T @ basis).Q
+    basis = rows @ torch.linalg.qr(rows.T @ basis).Q
     return _projected(matrix, torch.linalg.qr(basis).Q, complete=False)
+
+
+def _thin(matrix: LowRank, keep: Keep) -> Triplets:
+    def count(sigma: Tensor) -> int:
+        return keep.count(_values(sigma, matrix.shape)) or 0
+
+    U, sigma, Vh = matrix.svd(count)
+    return Triplets(U, sigma, Vh, float(sigma.square().sum()), True)
+
+
+def _values(sigma: Tensor, shape: tuple[int, int]) -> Triplets:
+    """All singular values, and no vectors."""
+    nothing = sigma.new_empty(shape[0], 0), sigma.new_empty(0, shape[1])
+    return Triplets(nothing[0], sigma, nothing[1], float(sigma.square().sum()), True)
 
 
 def _all(matrix: Tensor, keep: Keep) -> Triplets:
@@ -156,8 +173,7 @@ def _all(matrix: Tensor, keep: Keep) -> Triplets:
     values, vectors = torch.linalg.eigh(gram, UPLO="L")
     known = int((values > values[-1:].clamp(min=0) * torch.finfo(torch.float64).eps * len(values)).sum())
     sigma = values[len(values) - known :].sqrt().flip(0)
-    shapes = matrix.new_empty(matrix.shape[0], 0), matrix.new_empty(0, matrix.shape[1])
-    count = keep.count(Triplets(shapes[0], sigma, shapes[1], float(sigma.square().sum()), True)) or 0
+    count = keep.count(_values(sigma, (matrix.shape[0], matrix.shape[1]))) or 0
     found = _projected(matrix, vectors[:, len(values) - count :].flip(1), complete=True)
     return found._replace(sigma=torch.cat([found.sigma, sigma[count:]]))
 

@@ -19,6 +19,7 @@ from d2surgery.adapters import Adapter, D2LoRA, LoRA
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError
 from d2surgery.surgery.algebra import choose, combine, scale
+from d2surgery.surgery.combining import Recipe
 from d2surgery.surgery.extracting import extract
 from d2surgery.surgery.rescaling import rescale
 from d2surgery.surgery.resizing import budget, convert
@@ -149,7 +150,7 @@ def test_the_mean_of_adapters_is_their_mean(world: Path, tmp_path: Path) -> None
 def test_kinds_that_normalise_are_summed_as_deltas(world: Path) -> None:
     base = BaseWeights(world / "base")
     parts = [load(world / name) for name in ("lora", "dora")]
-    made, certificate = combine(parts, [1.0, -0.5], base=base)
+    made, certificate = combine(parts, [1.0, -0.5], Recipe(keep=Keep(by="energy", value=1.0)), base)
     one, other, both = (deltas(each, base) for each in (*parts, made))
     assert certificate.max_relative_error < 1e-6
     for module in both:
@@ -157,6 +158,11 @@ def test_kinds_that_normalise_are_summed_as_deltas(world: Path) -> None:
         assert np.linalg.norm(both[module] - wanted) <= 1e-5 * np.linalg.norm(wanted)
     with pytest.raises(D2SurgeryError, match="a base"):
         combine(parts, [1.0, 1.0])
+    with pytest.raises(D2SurgeryError, match="of full rank"):
+        combine(parts, [1.0, 1.0], base=base)
+    made, certificate = combine(parts, [1.0, 1.0], Recipe(method="svd"), base)
+    assert {entry.rank for entry in made.layout.adapters.values()} == {4 + 4}
+    assert not certificate.exact
 
 
 def normal(*shape: int, seed: int) -> Tensor:

@@ -141,6 +141,17 @@ def depth_bar(figure: go.Figure, deepest: int) -> None:
         figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False))
 
 
+def depth_line(module: str, deepest: int, *, x: Sequence[Any], **shown: Any) -> go.Scatter:
+    """A thin line coloured by depth, which says the module's name."""
+    line = {"width": 1.3, "color": depth_colour(address(module).layer, deepest)}
+    named = [plain_name(module)] * len(x)
+    return go.Scatter(x=x, line=line, marker={"size": 3}, showlegend=False, customdata=named, **shown)
+
+
+def hover(text: str) -> str:
+    return f"%{{customdata}}<br>{text}<extra></extra>"
+
+
 def depth_colour(layer: int | None, deepest: int) -> str:
     if layer is None or layer < 0:
         return NULL

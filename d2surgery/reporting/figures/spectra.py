@@ -1,8 +1,6 @@
 """Figures of spectra: how much of its rank each module uses, how large it is, and what is new in it."""
 
 from collections.abc import Mapping, Sequence
-from math import exp, log
-from typing import Any
 
 import plotly.graph_objects as go
 
@@ -13,16 +11,16 @@ from d2surgery.reporting.figures.parts import (
     Plot,
     deepest_layer,
     depth_bar,
-    depth_colour,
+    depth_line,
     heat_map,
+    hover,
     lines_by_layer,
     log_axis,
     panel_grid,
-    plain_name,
     thinned,
     value_of,
 )
-from d2surgery.reporting.tidy import CONVENTIONS, Row, address, by_type, picked, row, spectrum_rows, types
+from d2surgery.reporting.tidy import CONVENTIONS, Row, address, by_type, log_spaced, picked, row, spectrum_rows, types
 
 FAN_LAYERS, FAN_POINTS = 32, 48  # a fan of more is no clearer, only heavier
 METRICS = {
@@ -146,7 +144,7 @@ def _fan_rows(module: str, type_: str, record: Spectrum) -> list[Row]:
             module=module, layer=address(module).layer, type=type_, metric="relative_singular_value", index=i + 1,
             value=sigma[i] / sigma[0], quality="exact", method=record.method, of=record.of, dtype="float64",
         )
-        for i in _log_spaced(len(sigma), FAN_POINTS)
+        for i in log_spaced(len(sigma), FAN_POINTS)
         if sigma[i] / sigma[0] > record.error_bound
     ]  # fmt: skip
 
@@ -154,31 +152,13 @@ def _fan_rows(module: str, type_: str, record: Spectrum) -> list[Row]:
 def _fan_line(module: str, rows: list[Row], deepest: int) -> go.Scatter:
     x, y = [r["index"] for r in rows], [r["value"] for r in rows]
     mode = "lines+markers" if len(rows) < 12 else "lines"
-    return _depth_line(module, deepest, x=x, y=y, mode=mode, hovertemplate=_hover("σ%{x} / σ1 = %{y:.3g}"))
+    return depth_line(module, deepest, x=x, y=y, mode=mode, hovertemplate=hover("σ%{x} / σ1 = %{y:.3g}"))
 
 
 def _profile_line(module: str, record: Intruders, deepest: int) -> go.Scatter:
     y = record.cosines.tolist()
     x = list(range(1, len(y) + 1))
-    return _depth_line(module, deepest, x=x, y=y, mode="lines+markers", hovertemplate=_hover("vector %{x}: %{y:.3f}"))
-
-
-def _depth_line(module: str, deepest: int, *, x: Sequence[Any], **shown: Any) -> go.Scatter:
-    """A thin line coloured by depth, which says the module's name."""
-    line = {"width": 1.3, "color": depth_colour(address(module).layer, deepest)}
-    named = [plain_name(module)] * len(x)
-    return go.Scatter(x=x, line=line, marker={"size": 3}, showlegend=False, customdata=named, **shown)
-
-
-def _hover(text: str) -> str:
-    return f"%{{customdata}}<br>{text}<extra></extra>"
-
-
-def _log_spaced(count: int, most: int) -> list[int]:
-    """At most about so many indices below count, dense at the start."""
-    if count <= most:
-        return list(range(count))
-    return sorted({round(exp(i * log(count) / (most - 1))) - 1 for i in range(most)})
+    return depth_line(module, deepest, x=x, y=y, mode="lines+markers", hovertemplate=hover("vector %{x}: %{y:.3f}"))
 
 
 def _of(spectra: Mapping[str, Spectrum]) -> str:

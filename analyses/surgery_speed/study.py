@@ -1,0 +1,283 @@
+"""How long, how much memory and how exact are resizing and extracting, against the dense SVD, PEFT and mergekit?
+
+Every run is one process from start to exit, imports included: wall clock, CPU seconds and the kernel's peak resident
+memory. Errors of all are measured by one program. This process imports neither torch nor d2surgery.
+
+    python analyses/surgery_speed/study.py --work DIR [--mergekit PYTHON] [--rounds N] [--tiny]
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SEED, ROUNDS, RANK, KEPT = 0, 3, 64, 16
+LARGE = {"hidden": 4096, "inner": 14336, "key": 1024, "layers": 32}  # an 8B model's adapter; there is no base
+SMALL = {"hidden": 576, "inner": 1536, "key": 192, "layers": 2}  # SmolLM2's shape, two layers: for what is dense
+MODEL = {"hidden": 2048, "inner": 8192, "key": 512, "layers": 16, "vocabulary": 128256}  # 1.24 billion parameters
+PART = MODEL | {"layers": 1, "vocabulary": 1024}  # what mergekit is run on, and ours beside it
+SAMPLES = ((1024, 4096),)  # shapes on which one dense SVD of the large adapter is timed
+TINY = {"hidden": 64, "inner": 128, "key": 32, "layers": 1, "vocabulary": 128}
+
+OURS = str(Path(sys.executable).with_name("d2surgery"))
+WRITE = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+out, shape, rank, seed = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+numbers = torch.Generator().manual_seed(seed)
+h, i, k = shape["hidden"], shape["inner"], shape["key"]
+linear = {"self_attn.q_proj": (h, h), "self_attn.k_proj": (k, h), "self_attn.v_proj": (k, h),
+          "self_attn.o_proj": (h, h), "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i)}
+def normal(*size): return torch.randn(size, generator=numbers)
+decay = 0.9 ** torch.arange(float(rank))
+adapter, base = {}, {}
+for layer in range(shape["layers"]):
+    for name, (rows, columns) in linear.items():
+        key = f"model.layers.{layer}.{name}"
+        adapter[f"base_model.model.{key}.lora_A.weight"] = (normal(rank, columns) * decay[:, None]).bfloat16()
+        adapter[f"base_model.model.{key}.lora_B.weight"] = (0.01 * normal(rows, rank)).bfloat16()
+        if "vocabulary" in shape:
+            base[f"{key}.weight"] = (0.02 * normal(rows, columns)).bfloat16()
+    if "vocabulary" in shape:
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            base[f"model.layers.{layer}.{norm}.weight"] = torch.ones(h, dtype=torch.bfloat16)
+folder = out / "adapter"
+folder.mkdir(parents=True)
+save_file(adapter, folder / "adapter_model.safetensors", {"format": "pt"})
+config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "task_type": "CAUSAL_LM",
+          "target_modules": [n.split(".")[1] for n in linear], "base_model_name_or_path": "synthetic"}
+(folder / "adapter_config.json").write_text(json.dumps(config))
+if base:
+    base["model.embed_tokens.weight"] = (0.02 * normal(shape["vocabulary"], h)).bfloat16()
+    base["model.norm.weight"] = torch.ones(h, dtype=torch.bfloat16)
+    (out / "base").mkdir()
+    save_file(base, out / "base" / "model.safetensors", {"format": "pt"})
+    heads = h // 64 if h > 64 else 4
+    (out / "base" / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": h, "intermediate_size": i,
+        "num_hidden_layers": shape["layers"], "num_attention_heads": heads, "head_dim": h // heads,
+        "num_key_value_heads": k * heads // h, "vocab_size": shape["vocabulary"], "tie_word_embeddings": True,
+        "dtype": "bfloat16", "torch_dtype": "bfloat16", "_name_or_path": "synthetic"}))
+"""
+# The steps of sd-scripts' networks/resize_lora.py: B·A in full, torch.linalg.svd with its full matrices, one cut.
+DENSE = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from pathlib import Path
+tensors, rank, out = load_file(sys.argv[1] + "/adapter_model.safetensors"), int(sys.argv[2]), Path(sys.argv[3])
+made = {}
+for key in [k for k in tensors if "lora_A" in k]:
+    A, B = tensors[key].float(), tensors[key.replace("lora_A", "lora_B")].float()
+    U, S, Vh = torch.linalg.svd(B @ A)
+    made[key] = Vh[:rank].contiguous()
+    made[key.replace("lora_A", "lora_B")] = (U[:, :rank] * S[:rank]).contiguous()
+out.mkdir()
+save_file(made, out / "adapter_model.safetensors", {"format": "pt"})
+config = (Path(sys.argv[1]) / "adapter_config.json").read_text()
+r = __import__("json").loads(config)
+(out / "adapter_config.json").write_text(__import__("json").dumps(r | {"r": rank, "lora_alpha": rank}))
+"""
+ONE = """
+import sys, time, torch
+rows, columns = int(sys.argv[1]), int(sys.argv[2])
+numbers = torch.Generator().manual_seed(0)
+B, A = torch.randn(rows, 64, generator=numbers), torch.randn(64, columns, generator=numbers)
+began = time.monotonic()
+torch.linalg.svd(B @ A)
+print(time.monotonic() - began)
+"""
+PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2], adapter_name="old")
+model.add_weighted_adapter(["old"], [1.0], "new", combination_type="svd", svd_rank=int(sys.argv[3]))
+model.delete_adapter("old")
+model.save_pretrained(sys.argv[4], selected_adapters=["new"])
+"""
+ERRORS = """
+import json, sys
+from d2surgery import BaseWeights, LowRank, load
+made, whole, wrong = load(sys.argv[1]), 0.0, 0.0
+if len(sys.argv) == 3:
+    wanted = load(sys.argv[2])
+    for module, adapter in wanted.items():
+        update, got = adapter.update(), made[module].update()
+        whole += float(update.frobenius_norm()) ** 2
+        wrong += float((update + -1.0 * got).frobenius_norm()) ** 2
+else:
+    base, tuned = map(BaseWeights, sys.argv[2:])
+    for module in list(made)[:7] + list(made)[-7:]:
+        change = tuned[f"{module}.weight"].double() - base[f"{module}.weight"].double()
+        whole += float(change.square().sum())
+        wrong += float((change - made[module].update().dense()).square().sum())
+print((wrong / whole) ** 0.5)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--work", type=Path, help="where the inputs and outputs lie (8 GB); default: a temporary one")
+    parser.add_argument("--results", type=Path, default=HERE, help="where results.json goes")
+    parser.add_argument("--mergekit", help="the Python of an environment that has mergekit 0.1.4")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--tiny", action="store_true", help="a few seconds; the numbers mean nothing")
+    options = parser.parse_args()
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.work, prefix="surgery_speed_") as name:
+        results = study(Path(name).resolve(), options.rounds, options.mergekit, tiny=options.tiny)
+    options.results.mkdir(parents=True, exist_ok=True)
+    (options.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+def study(work: Path, rounds: int, mergekit: str | None, *, tiny: bool) -> dict[str, Any]:
+    """The whole of results.json."""
+    small, model, part = (TINY, TINY, TINY) if tiny else (SMALL | {"vocabulary": 1024}, MODEL, PART)
+    large = {name: size for name, size in TINY.items() if name != "vocabulary"} if tiny else LARGE
+    samples, kept, rank = ((32, 64),) if tiny else SAMPLES, 4 if tiny else KEPT, 8 if tiny else RANK
+    runs: list[dict[str, Any]] = []
+    hashes = {}
+    for name, shape, of in (
+        ("large", large, rank),
+        ("small", small, rank),
+        ("model", model, kept),
+        ("part", part, kept),
+    ):
+        python("-c", WRITE, work / name, json.dumps(shape), of, SEED)
+        if name in ("model", "part"):
+            merge = [
+                "--base",
+                work / name / "base",
+                "--adapter",
+                work / name / "adapter",
+                "--out",
+                work / name / "tuned",
+            ]
+            subprocess.run([OURS, "merge", "--quiet", *map(str, merge)], check=True)
+        for file in sorted((work / name).glob("*/*.safetensors")):
+            hashes[f"{name}/{file.parent.name}"] = sha256(file)
+    for number in range(rounds):
+        for name, command in commands(work, kept, mergekit).items():
+            if name.startswith("once: ") and number:
+                continue
+            runs.append({"round": number, "run": name.removeprefix("once: ")} | measure(work, command))
+            print(f"{runs[-1]}", file=sys.stderr)
+    dense = [{"shape": list(s), "seconds": round(float(python("-c", ONE, *s)), 3)} for s in samples]
+    modules = sum(1 for line in python("-c", COUNT, work / "large" / "adapter").split())
+    return {
+        "question": "How long, how much memory and how exact are resizing and extracting, against the dense SVD, PEFT "
+        "and mergekit?",
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("d2surgery", "torch", "transformers", "peft", "safetensors")},
+        "seed": SEED,
+        "inputs_sha256": hashes,
+        "shapes": {"large": large, "small": small, "model": model, "part": part},
+        "rank": rank,
+        "kept": kept,
+        "rounds": rounds,
+        "runs": runs,
+        "dense_svd_of_one_module": dense,
+        "modules_of_the_large_adapter": modules,
+    }
+
+
+COUNT = """
+import sys
+from d2surgery import open_layout
+print(*open_layout(sys.argv[1]).adapters)
+"""
+
+
+def commands(work: Path, kept: int, mergekit: str | None) -> dict[str, tuple[list[str], tuple[Path, ...]]]:
+    """Name -> command but for the output, its last word, and what its error is measured against."""
+    large, small, model, part = (work / name for name in ("large", "small", "model", "part"))
+    resize = [OURS, "resize", "--quiet", "--rank", str(kept)]
+    extract = [OURS, "extract", "--quiet", "--rank", str(kept)]
+
+    def between(folder: Path) -> list[str]:
+        return ["--base", str(folder / "base"), "--tuned", str(folder / "tuned"), "--out"]
+
+    found: dict[str, tuple[list[str], tuple[Path, ...]]] = {
+        "resize, large: d2surgery": ([*resize, str(large / "adapter")], (large / "adapter",)),
+        "resize, small: d2surgery": ([*resize, str(small / "adapter")], (small / "adapter",)),
+        "resize, small: dense SVD as kohya's": (
+            [sys.executable, "-c", DENSE, str(small / "adapter"), str(kept)], (small / "adapter",)),
+        "once: extract, model: d2surgery": ([*extract, *between(model)], (model / "base", model / "tuned")),
+        "extract, part: d2surgery": ([*extract, *between(part)], (part / "base", part / "tuned")),
+        "resize, small: PEFT svd": (
+            [sys.executable, "-c", PEFT, str(small / "base"), str(small / "adapter"), str(kept)], (small / "adapter",)),
+    }  # fmt: skip
+    if mergekit:
+        tool = str(Path(mergekit).with_name("mergekit-extract-lora"))
+        words = ["--model", str(part / "tuned"), "--base-model", str(part / "base"), "--max-rank", str(kept)]
+        found["extract, part: mergekit"] = ([tool, *words, "--out-path"], (part / "base", part / "tuned"))
+    return found
+
+
+def measure(work: Path, asked: tuple[list[str], tuple[Path, ...]]) -> dict[str, float]:
+    """Seconds, CPU seconds and peak resident bytes of one whole process, and the relative error of what it wrote."""
+    command, against = asked
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    began = time.monotonic()
+    child = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    said = child.stderr.read() if child.stderr else b""
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.monotonic() - began
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise RuntimeError(f"{command} failed:\n{said.decode()}")
+    made = out / "new" if (out / "new").exists() else out
+    error = float(python("-c", ERRORS, made, *against))
+    cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return {"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3), "peak_bytes": peak, "error": error}
+
+
+def python(*arguments: object) -> str:
+    return subprocess.run([sys.executable, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def machine() -> dict[str, Any]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"cpu": model, "cores": os.cpu_count(), "memory_gb": round(memory / 1e9), "load": os.getloadavg()[0]}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The README's table."""
+    lines = ["| run | seconds: median (min to max) | CPU seconds | peak memory, MB | error |", "|---|---|---|---|---|"]
+    for name in dict.fromkeys(run["run"] for run in results["runs"]):
+        mine = [run for run in results["runs"] if run["run"] == name]
+        times = [run["seconds"] for run in mine]
+        wall = f"{median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
+        cpu, peak = median(run["cpu_seconds"] for run in mine), max(run["peak_bytes"] for run in mine) / 1e6
+        lines.append(f"| {name} | {wall} | {cpu:.1f} | {peak:.0f} | {mine[0]['error']:.6f} |")
+    lines += ["", "| one dense SVD of the large adapter | seconds |", "|---|---|"]
+    for one in results["dense_svd_of_one_module"]:
+        lines.append(f"| {one['shape'][0]} × {one['shape'][1]} | {one['seconds']:.1f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
