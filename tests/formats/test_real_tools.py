@@ -188,6 +188,9 @@ def test_an_adapter_of_mlx_merges_as_mlx_fuses_it_and_passes_the_audit(
 @pytest.mark.parametrize("leaves", [["gate_proj", "up_proj", "down_proj"], ["up_proj"]])
 @pytest.mark.parametrize("mixture", [qwen3_moe, mixtral])
 def test_experts_of_mlx_merge_as_mlx_fuses_them(tmp_path: Path, mixture: Any, leaves: list[str]) -> None:
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import load_model
+
     base, block = tmp_path / "base", "mlp" if mixture is qwen3_moe else "block_sparse_moe"
     mixture().save_pretrained(base)
     config = json.loads((base / "config.json").read_text())
@@ -205,6 +208,9 @@ def test_experts_of_mlx_merge_as_mlx_fuses_them(tmp_path: Path, mixture: Any, le
             np.testing.assert_allclose(merged.numpy(), value, atol=2e-7)
             compared += 1
     assert compared == 2 * 3 * 4
+    d2surgery.save(opened(tmp_path / "adapter", base), tmp_path / "again", format="mlx")
+    again = fused(load_adapters(load_model(base)[0], str(tmp_path / "again")))
+    assert all(np.allclose(value, theirs[name], atol=2e-7) for name, value in again.items())
 
 
 @needs("mlx")
