@@ -163,7 +163,7 @@ def as_stored(entry: AdapterLayout, shape: tuple[int, ...]) -> AdapterLayout:
     LyCORIS's products of a convolution do not say its kernel."""
     if entry.stored == "conv" and prod(entry.kernel[1:]) == 1 and shape == (entry.out_features, entry.in_features):
         return replace(entry, stored="linear", kernel=())
-    flat = entry.stored == "linear" and entry.slots["B"].made is not None and len(shape) > 2
+    flat = entry.stored == "linear" and len(shape) > 2 and any(slot.made for slot in entry.slots.values())
     if flat and (shape[0], prod(shape[1:])) == (entry.out_features, entry.in_features):
         return replace(entry, stored="conv", kernel=shape[1:])
     return entry
