@@ -14,6 +14,7 @@ from d2surgery import formats
 from d2surgery.adapters import KINDS, Adapter
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.errors import D2SurgeryError, refuse
+from d2surgery.files.base import BaseWeights
 from d2surgery.files.locate import WEIGHTS
 from d2surgery.files.tensors import NAMES, header_of, read_tensor
 from d2surgery.formats.layout import About, AdapterLayout, Layout, Packing, Rows, Slot, Stored
@@ -96,15 +97,18 @@ def load(
     expert_layout: Packing | None = None,
     scale: float | None = None,
     alpha: float | None = None,
+    base: BaseWeights | None = None,
 ) -> Checkpoint:
     """Open an adapter: a file, a directory or a hub id. Nothing but the header is read until it is asked for.
 
     expert_layout: how experts share the columns of lora_B, "interleaved" or "grouped"; None: as the file says. scale,
-    or alpha over the rank: what multiplies B·A, of a file that does not say it.
+    or alpha over the rank: what multiplies B·A, of a file that does not say it. base: where flattened names are looked
+    up, and how many heads share the rows of a GGUF's q and k.
 
     Misfits are in `.layout.problems`. Raises D2SurgeryError when the file cannot be read at all.
     """
-    return Checkpoint(formats.open_layout(adapter, expert_layout=expert_layout, scale=scale, alpha=alpha))
+    layout = formats.open_layout(adapter, expert_layout=expert_layout, scale=scale, alpha=alpha)
+    return Checkpoint(layout if base is None else formats.with_base(layout, base.header.tensors, base.config))
 
 
 def save(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, format: str = "peft") -> dict[str, float]:
@@ -126,7 +130,7 @@ def save(checkpoint: Checkpoint, directory: str | os.PathLike[str], *, format: s
     try:
         return _same(checkpoint, load(out), format)
     except D2SurgeryError:
-        for name in WEIGHTS:
+        for name in (*WEIGHTS, "adapter_config.json"):
             (out / name).unlink(missing_ok=True)
         raise
 

@@ -95,11 +95,8 @@ def audit(
     hashes = prepared.check_adapter(hashes=has_receipt(found.directory)).hashes
     pairing = pair_up(prepared, found)
     modules, tensors, also = _compared(prepared, pairing, thresholds, found.header.usual_dtype or "", progress)
-    reasons += (
-        *directory_problems(found, prepared.fit.base),
-        *pairing.problems,
-        *reasons_of(modules, tensors.values()),
-    )
+    reasons += [*directory_problems(found, prepared.fit.base), *pairing.problems]
+    reasons += reasons_of(modules, tensors.values())
     reasons += compare_settings(found, *_expected_files(prepared.fit, found), tied=pairing.tied) if files else ()
     failing = verdict_of(tuple(reasons)) == "fail"
     reasons += other_receipt(found.directory, prepared.fit.base, hashes, strength, thorough=failing)

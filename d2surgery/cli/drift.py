@@ -34,9 +34,10 @@ def command(adapter: str, base: Path, along: Axis | None, device: str, **options
     use the axis they normalise along, the others out_features.
     """
     outputs = measured.checked_outputs(**options)
-    checkpoint = measured.open_adapter(adapter)
+    weights = BaseWeights(base)
+    checkpoint = measured.open_adapter(adapter, weights)
     with progress_bar("measuring", show=outputs.show_progress, unit=" modules") as progress:
-        found = dict(drifts(checkpoint, BaseWeights(base), along=along, device=device, progress=progress))
+        found = dict(drifts(checkpoint, weights, along=along, device=device, progress=progress))
     related = correlation(list(found.values()))
 
     measured.show(

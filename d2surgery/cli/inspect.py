@@ -12,7 +12,7 @@ import click
 from d2surgery.cli import output
 from d2surgery.cli.options import Base, expert_layout_option, scaling_options
 from d2surgery.errors import Problem
-from d2surgery.formats import open_layout
+from d2surgery.formats import open_layout, with_base
 from d2surgery.formats.engines import ENGINES, lands
 from d2surgery.formats.layout import AdapterLayout, Layout, Packing
 from d2surgery.kinds import TABLE
@@ -58,6 +58,8 @@ def command(
     Reads names and shapes only, so it takes a moment and cannot see NaN; --numbers reads the values too.
     """
     layout = open_layout(adapter, expert_layout=expert_layout, scale=scale, alpha=alpha)
+    if base is not None:
+        layout = _on(layout, base)
     problems = list(layout.problems)
     values: Numbers | None = None
     if numbers:
@@ -94,6 +96,14 @@ def _read_numbers(layout: Layout) -> tuple[Numbers, list[Problem]]:
     from d2surgery.surveying.numbers import read_numbers  # torch, and only here
 
     return read_numbers(layout)
+
+
+def _on(layout: Layout, base: Path) -> Layout:
+    """With what the base says beside the file: the paths of flattened names, how many heads share rows."""
+    from d2surgery.files.base import read_model_config
+    from d2surgery.files.checkpoints import read_checkpoint_header
+
+    return with_base(layout, read_checkpoint_header(base).tensors, read_model_config(base))
 
 
 def _land(layout: Layout, base: Path) -> tuple[int, list[Problem]]:

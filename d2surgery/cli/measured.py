@@ -16,7 +16,6 @@ from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.plain import plain
 from d2surgery.files.whole import write_whole
-from d2surgery.formats import with_base
 from d2surgery.formats.layout import Layout, with_scaling
 from d2surgery.kinds import TABLE
 from d2surgery.reporting.tidy import Row, by_type, write_rows
@@ -92,11 +91,9 @@ def open_adapter(
 
     up_to_scale: with an unknown scaling taken for 1, of LoRA only.
     """
-    checkpoint = load(adapter, scale=scale, alpha=alpha)
+    checkpoint = load(adapter, scale=scale, alpha=alpha, base=base)
     if up_to_scale and checkpoint.layout.kinds == ["lora"] and scale is alpha is None:
         checkpoint = Checkpoint(_up_to_scale(checkpoint.layout))
-    if base is not None:
-        checkpoint = Checkpoint(with_base(checkpoint.layout, base.header.tensors, base.config))
     raise_errors(checkpoint.layout.problems)
     if not len(checkpoint):
         raise refuse("UNKNOWN_FORMAT", "there is no adapted module in it", file=str(checkpoint.layout.path))

@@ -1,20 +1,21 @@
 """The formats: how adapters lie on disk, a module each. See `Format` for what such a module has."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.gguf import is_gguf, read_gguf
-from d2surgery.files.header import Header, is_pickle, read_header, small_values
+from d2surgery.files.header import Header, TensorInfo, is_pickle, read_header, small_values
 from d2surgery.files.held import Seen
 from d2surgery.files.locate import PICKLES, left_out, locate
 from d2surgery.files.reading import read_json
 from d2surgery.formats import diffusers, flat, foreign, gguf, kohya, lycoris, mlx, peft, serving, torchtune
 from d2surgery.formats.format import Format, Holding
 from d2surgery.formats.layout import Layout, Packing, with_expert_layout, with_scaling
+from d2surgery.formats.pairs import as_stored
 
 FORMATS: tuple[Format, ...] = (gguf, diffusers, peft, lycoris, kohya, mlx, torchtune, serving, foreign)
 """In the order of detection; the last recognises every file."""
@@ -62,17 +63,23 @@ def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
     return replace(found, problems=(*found.problems, nothing))
 
 
-def with_base(layout_: Layout, names: Iterable[str], model: Mapping[str, Any]) -> Layout:
-    """What the base's tensors and config say beside the file: flattened names, and rows that heads share."""
-    found = layout_
+def with_base(found: Layout, tensors: Mapping[str, TensorInfo], model: Mapping[str, Any]) -> Layout:
+    """A layout with what its base's tensors and config say: paths of flattened names, how many heads share rows, and
+    the kernel of a convolution whose file does not say it."""
     if found.format == gguf.NAME and (heads := gguf.heads_of(model)):
         again = layout(replace(found.header, metadata={**heads, **found.header.metadata}), None)
         others = [problem for problem in found.problems if problem.code == "LEFT_OUT"]
         found = replace(again, problems=(*again.problems, *others))
     if found.format == torchtune.NAME:
         found = torchtune.with_model(found, model)
-    paths = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-    return flat.with_paths(replace(found, about=replace(found.about, model=model)), paths)
+    paths = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+    named = flat.with_paths(replace(found, about=replace(found.about, model=model)), paths)
+    adapters = {}
+    for module, entry in named.adapters.items():
+        inside = module.partition(".")[2]  # of a component, such as unet
+        info = tensors.get(f"{module}.weight") or tensors.get(f"{inside}.weight")
+        adapters[module] = as_stored(entry, info.shape if info else ())
+    return replace(named, adapters=adapters)
 
 
 def _mixed(found: Layout, format: Format) -> Iterator[Problem]:

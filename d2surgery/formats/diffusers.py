@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from d2surgery.errors import Problem, raise_errors
+from d2surgery.errors import Problem, brief, raise_errors
 from d2surgery.files.header import Header
 from d2surgery.files.reading import parse_json
 from d2surgery.formats.flat import flattened
@@ -68,13 +68,21 @@ def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
 
 
 def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> Layout:
-    pairs = Pairs(header, values)
-    configs, about = _Configs(_metadata(pairs)), About()
+    pairs, about = Pairs(header, values), About()
+    try:
+        found = parse_json(header.metadata.get(METADATA, "{}").encode())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+    except ValueError as error:
+        pairs.skip(header.tensors, "BAD_CONFIG", f"{METADATA} is no JSON object", got=brief(error))
+        return pairs.layout(NAME, about)
+    configs = _Configs(found)
     for module, group in pairs.groups(_LEAVES, _spelled).items():
         _add(pairs, module, group, configs)
     for each in configs.used.values():
         pairs.say.all += each.problems(pairs.say.file)
-        about = replace(each.about(), settings={})
+        said = each.about()
+        about = About(alpha=said.alpha, dropout=said.dropout, transposed=said.transposed, base_model=said.base_model)
     return pairs.layout(NAME, about)
 
 
@@ -86,20 +94,6 @@ def _spelled(key: str) -> str:
         return key
     names = _IN_TEXT if key.startswith("text_encoder") else {"to_out": "to_out.0"}
     return f"{old[1] or ''}{names.get(old[2], old[2])}.lora.{old[3]}.weight"
-
-
-def _metadata(pairs: Pairs) -> Mapping[str, Any]:
-    text = pairs.header.metadata.get(METADATA)
-    if text is None:
-        return {}
-    try:
-        found = parse_json(text.encode())
-    except ValueError as error:
-        found = str(error)
-    if isinstance(found, dict):
-        return found
-    pairs.say("BAD_CONFIG", f"{METADATA} is no JSON object", got=str(found)[:80])
-    return {"r": None}  # a config that cannot be used: the scaling is unknown, not 1
 
 
 class _Configs:

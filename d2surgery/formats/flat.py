@@ -99,17 +99,13 @@ def flat_name(path: str, components: Iterable[str], *, otherwise: str = "lora_te
     """
     if parts(path) is not None:
         return path
-    several = "text_encoder_2" in components
     component, _, rest = path.partition(".")
-    if component == "text_encoder":
-        return f"lora_te{'1' * several}_{flatten(rest)}"
-    if component in ("text_encoder_2", "text_encoder_3"):
-        return f"lora_te{component[-1]}_{flatten(rest)}"
-    if component in ("unet", "diffusion_model") or (
-        component == "transformer" and not rest.startswith("h.")
-    ):  # transformer.h. is GPT-2's
-        return f"lora_unet_{flatten(rest)}"
-    return f"{otherwise}{flatten(path)}"
+    several = "1" if "text_encoder_2" in components else ""
+    prefixes = {"text_encoder": f"lora_te{several}_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
+    prefixes |= dict.fromkeys(("unet", "diffusion_model"), "lora_unet_")
+    if not rest.startswith("h."):  # transformer.h. is GPT-2's
+        prefixes["transformer"] = "lora_unet_"
+    return prefixes[component] + flatten(rest) if component in prefixes else otherwise + flatten(path)
 
 
 def collisions(names: Mapping[str, str]) -> dict[str, list[str]]:

@@ -48,6 +48,7 @@ _PARTS = {
 _MODULES = {path: part for part, path in _PARTS.items()}
 _LEAVES = {"weight.lora_a": "lora_a", "weight.lora_b": "lora_b"}
 _PERMUTED = {("llama", "attn_q"): "head_count", ("llama", "attn_k"): "head_count_kv"}
+_ALORA = "adapter.alora.invocation_tokens"
 _ARCHITECTURE, _ALPHA, _BASE = "general.architecture", "adapter.lora.alpha", "general.base_model.0.name"
 
 
@@ -68,6 +69,9 @@ def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> 
     about = About(base_model=said.get(_BASE) or None)
     if said["general.type"] != "adapter" or said.get("adapter.type") != "lora":
         pairs.skip(header.tensors, "NOT_AN_ADAPTER", "no adapter of llama.cpp's", got=said["general.type"])
+        return pairs.layout(NAME, about)
+    if _ALORA in said:
+        pairs.skip(header.tensors, "UNSUPPORTED_VARIANT", "aLoRA (applies to some tokens only)")
         return pairs.layout(NAME, about)
     if architecture not in ARCHITECTURES.values():
         wanted = ", ".join(sorted(set(ARCHITECTURES.values())))

@@ -15,8 +15,8 @@ beside it, and scale·alpha/rank multiplied.  A file has one rank and one scale:
 scaled in its lora_b.  `keys` are whole names here, which MLX-LM takes as it takes names within a block.
 
 Experts lie in `switch_mlp`, not transposed: lora_a (E, r, in), lora_b (E, out, r).  They are read as adapters of the
-parameters that transformers has for them, gate and up in one, and not written.  Other layers of three dimensions and
-fine_tune_type "full" are refused by name.
+parameters that transformers has for them, gate and up in one; to write them the base must be known.  Other layers of
+three dimensions and fine_tune_type "full" are refused by name.
 Source: mlx-lm 0.32 as it reads and writes.
 """
 
@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2surgery.errors import Problem, raise_errors
+from d2surgery.errors import Problem, brief, raise_errors
 from d2surgery.files.header import FLOATS, Header
 from d2surgery.files.whole import write_whole
 from d2surgery.formats.flat import flattened
@@ -46,6 +46,8 @@ WEIGHTS = "adapters.safetensors"
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embedding", "embeddings")
 _SWITCH = ".switch_mlp."
 _EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # transformers' parameter -> parts
+_SPARSE = ("mixtral", "minimax", "phimoe")  # whose block MLX-LM calls block_sparse_moe
+_NAMES = {"A": "lora_a", "B": "lora_b", "magnitude": "m"}
 _STACKED = [leaf for leaves in _EXPERTS.values() for leaf in leaves]
 _LEAVES = {leaf: leaf for leaf in ("lora_a", "lora_b", "m")}
 _CONFIG = ("fine_tune_type", "lora_parameters", "lora_layers")
@@ -62,6 +64,8 @@ def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> 
     if found.get("fine_tune_type") == "full":
         pairs.skip(header.tensors, "UNSUPPORTED_VARIANT", "fine_tune_type is full: trained weights, not factors")
         return pairs.layout(NAME, _about(found))
+    if (kind := found.get("fine_tune_type", "lora")) not in ("lora", "dora"):
+        pairs.say("BAD_CONFIG", "fine_tune_type", wanted="lora, dora or full", got=brief(kind))
     switches: dict[str, dict[str, Group]] = {}
     for module, group in pairs.groups(_LEAVES).items():
         block, _, leaf = module.partition(_SWITCH)
@@ -189,31 +193,56 @@ def _about(config: Mapping[str, Any]) -> About:
 
 
 def holds(kind: str) -> frozenset[Stored]:
-    return frozenset(("linear", "embedding")) if kind in ("lora", "dora") else frozenset()
+    experts: frozenset[Stored] = frozenset(("experts",)) if kind == "lora" else frozenset()
+    return experts | frozenset(("linear", "embedding")) if kind in ("lora", "dora") else frozenset()
 
 
 def write(checkpoint: Holding, directory: Path) -> None:
     """adapters.safetensors and adapter_config.json. Raises FORMAT_CANNOT_HOLD before anything is written."""
     from d2surgery.formats.saving import brought_to, common, held_whole, saving  # torch
 
-    entries = checkpoint.layout.adapters
-    raise_errors(
-        [*held_whole(checkpoint.layout, NAME), *flattened(checkpoint.layout), *_cannot_hold(checkpoint.layout)]
-    )
-    rank, scaling = common(checkpoint.layout)
-    tensors, names = {}, {"A": "lora_a", "B": "lora_b", "magnitude": "m"}
-    for module in entries:
-        for slot, tensor in brought_to(checkpoint.adapter(module), rank, scaling).items():
-            tensors[f"{module}.{names[slot]}"] = tensor.T if tensor.dim() == 2 else tensor
+    layout, entries = checkpoint.layout, checkpoint.layout.adapters
+    raise_errors([*held_whole(layout, NAME), *flattened(layout), *_cannot_hold(layout)])
+    rank, scaling = common(layout)
+    tensors: dict[str, Tensor] = {}
+    for module, entry in entries.items():
+        each = [brought_to(checkpoint.adapter(module, e), rank, scaling) for e in range(entry.experts)]
+        if entry.stored == "experts":
+            tensors |= _switch(_switch_of(module, layout.about.model), each)
+        else:
+            for slot, tensor in each[0].items():
+                tensors[f"{module}.{_NAMES[slot]}"] = tensor.T if tensor.dim() == 2 else tensor
     config = {
         "fine_tune_type": next(iter(entries.values())).kind,
         "num_layers": -1,
-        "lora_parameters": {"rank": rank, "scale": scaling, "dropout": checkpoint.layout.about.dropout or 0.0,
-                            "keys": sorted(entries)},
-        "model": checkpoint.layout.base_model,
+        "lora_parameters": {"rank": rank, "scale": scaling, "dropout": layout.about.dropout or 0.0,
+                            "keys": sorted({name.rpartition(".")[0] for name in tensors})},
+        "model": layout.base_model,
     }  # fmt: skip
     with saving(directory / WEIGHTS, tensors, {"format": "mlx"}):
         write_whole(directory / "adapter_config.json", json.dumps(config, indent=4))
+
+
+def _switch(names: list[str], each: "list[dict[str, Tensor]]") -> "dict[str, Tensor]":
+    """The experts of one parameter as switch layers: every part has A, and its own rows of B."""
+    import torch
+
+    A, B = (torch.stack([slots[slot] for slots in each]) for slot in "AB")
+    found: dict[str, Tensor] = {}
+    for name, rows in zip(names, B.chunk(len(names), 1), strict=True):
+        found |= {f"{name}.lora_a": A.clone(), f"{name}.lora_b": rows}
+    return found
+
+
+def _switch_of(module: str, model: Mapping[str, Any]) -> list[str]:
+    """The switch layers of a parameter of experts; none where the model has them otherwise, or is not known."""
+    block, _, parameter = module.rpartition(".experts.")
+    kind = model.get("model_type")
+    if not block or parameter not in _EXPERTS or kind in (None, "gpt_oss", "llama4", "llama4_text"):
+        return []
+    if kind in _SPARSE:
+        block = re.sub(r"(^|\.)mlp$", r"\1block_sparse_moe", block)
+    return [f"{block}{_SWITCH}{leaf}" for leaf in _EXPERTS[parameter]]
 
 
 def _cannot_hold(layout: Layout) -> Iterator[Problem]:
@@ -224,6 +253,10 @@ def _cannot_hold(layout: Layout) -> Iterator[Problem]:
             code="FORMAT_CANNOT_HOLD", message="one file of MLX-LM's holds one kind", got=", ".join(sorted(kinds))
         )
     for module, entry in layout.adapters.items():
+        if entry.stored == "experts" and (entry.as_declared or not _switch_of(module, layout.about.model)):
+            message = "which rows of experts are gate and up depends on the model"
+            got = str(layout.about.model.get("model_type", "no base"))
+            yield Problem(code="FORMAT_CANNOT_HOLD", message=message, module=module, wanted="--base", got=got)
         is_embedding = entry.stored == "embedding"
         if entry.kind == "dora" and (entry.settings["along"] == "in_features") != is_embedding:
             message = "MLX-LM's magnitude is per row of the stored weight"

@@ -1,7 +1,7 @@
 """What formats with two factors a module have in common: keys by module, and a pair, checked, as an adapter."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite, prod
 from typing import NamedTuple
 
@@ -156,3 +156,14 @@ class Pairs:
             unread=tuple(self.unread),
             problems=tuple(self.say.all),
         )
+
+
+def as_stored(entry: AdapterLayout, shape: tuple[int, ...]) -> AdapterLayout:
+    """A module's adapter by the shape of its base weight: kohya may store a linear module's with a kernel of ones, and
+    LyCORIS's products of a convolution do not say its kernel."""
+    if entry.stored == "conv" and prod(entry.kernel[1:]) == 1 and shape == (entry.out_features, entry.in_features):
+        return replace(entry, stored="linear", kernel=())
+    flat = entry.stored == "linear" and len(shape) > 2 and any(slot.made for slot in entry.slots.values())
+    if flat and (shape[0], prod(shape[1:])) == (entry.out_features, entry.in_features):
+        return replace(entry, stored="conv", kernel=shape[1:])
+    return entry

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from d2surgery.errors import Problems
 from d2surgery.files.header import Header
-from d2surgery.formats import flat
 from d2surgery.placement.renaming import CUT, FIT_EXPERTS, JOIN, JOIN_EXPERTS, MERGE, TURN, TURN_EXPERTS, Part, Renaming
 from d2surgery.placement.ties import Tie
 
@@ -67,8 +66,6 @@ class Names:
         """The places of a tensor known by its name in the model; [] when there is none."""
         if places := self._spelled(name):
             return places
-        if places := self._unflattened(name):
-            return places
         candidates = [p for n in self._with_or_without_prefix(name) if (p := self._spelled(n))]
         candidates = list({p[0].tensor: p for p in candidates}.values())
         if len(candidates) > 1:
@@ -80,7 +77,7 @@ class Names:
 
     def settle(self, wanted: Mapping[str, int]) -> None:
         """Find the prefix that names without a place lack or have too much: name in the model -> its elements."""
-        lost = [name for name in wanted if not (self._spelled(name) or self._unflattened(name) or self._near(name))]
+        lost = [name for name in wanted if not self._spelled(name) and not self._near(name)]
         while lost:
             moves = {tuple(self._at(move, lost)): move for move in self._moves(lost[0], wanted) if self._at(move, lost)}
             fitting = {
@@ -137,23 +134,6 @@ class Names:
 
     def _shape(self, tensor: str) -> tuple[int, ...]:
         return self.base.tensors[tensor if tensor in self.base.tensors else self.tie.aliases[tensor]].shape
-
-    # Flattened names ---------------------------------------------------------------------------------------------
-
-    def _unflattened(self, name: str) -> list[Place]:
-        """The places of a module whose name has _ for every dot, and a prefix of kohya's or LyCORIS's before it."""
-        module = name.removesuffix(".weight").removesuffix(".bias")
-        if (found := flat.parts(module)) is None:
-            return []
-        fitting = self._paths.fitting(found[1])
-        if len(fitting) > 1:
-            self.ambiguous[module] = fitting
-        return self._spelled(fitting[0] + name.removeprefix(module)) if len(fitting) == 1 else []
-
-    @cached_property
-    def _paths(self) -> flat.Paths:
-        return flat.Paths(dict.fromkeys(n.removesuffix(".weight") for n in (*self.parts, *self.base.tensors)
-                                        if n.endswith(".weight")))  # fmt: skip
 
     # One spelling ----------------------------------------------------------------------------------------------------
 

@@ -58,22 +58,16 @@ class Patches:
     def _transposed(self, adapter: AdapterLayout, out: int, shape: tuple[int, ...], turned: bool | None) -> bool | None:
         """Whether the base stores this module's weight (in, out). None, and a problem, when it does not fit."""
         inside = adapter.in_features
-        flat = len(shape) > 2 and (shape[0], prod(shape[1:])) == (
-            out,
-            inside,
-        )  # LyCORIS's products do not say their kernel
         if adapter.stored == "embedding":
             if shape == (inside, out):
                 return True
         elif adapter.stored == "conv":
-            if flat:
+            if len(shape) > 2 and (shape[0], prod(shape[1:])) == (out, inside):
                 return False
             if len(shape) > 2 and shape[0] == out and inside > prod(shape[1:]) and inside % prod(shape[1:]) == 0:
                 self.say("GROUPED_CONV", "the base convolution is grouped", module=adapter.module, got=str(shape))
                 return None
-            if prod(adapter.kernel[1:]) == 1 and shape == (out, inside):  # kohya may store a linear module's so
-                return False
-        elif (flat and adapter.slots["A"].made) or (shape == (out, inside) and out != inside):
+        elif shape == (out, inside) and out != inside:
             return False
         elif shape == (inside, out) and out != inside:
             return True

@@ -85,7 +85,7 @@ def survey(
     the adapters and the base are refused for.
     """
     weights = BaseWeights(base) if base is not None else None
-    checkpoints = [load(adapter) for adapter in adapters]
+    checkpoints = [load(adapter, base=weights) for adapter in adapters]
     raise_errors(problem for checkpoint in checkpoints for problem in checkpoint.layout.problems)
     if not all(map(len, checkpoints)):
         raise refuse("UNKNOWN_FORMAT", "an adapter without adapted modules", got=", ".join(adapters))

@@ -1,11 +1,14 @@
 """Other formats on the command line: `convert --to`, `inspect`, `--scale` and `--alpha`."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toy_llama
+from safetensors.torch import load_file
 from toy_llama import save_base, toy
 
 import d2surgery
@@ -60,6 +63,9 @@ def test_convert_looks_names_and_heads_up_in_the_base(tmp_path: Path, capsys: py
         assert f"error {code}" in capsys.readouterr().err
         assert main(["convert", str(path), out, "--to", "peft", "--base", base, "--json"]) == 0
         assert {m["module"] for m in document(capsys)["modules"]} == set(adapter.A)
+        for verb in ("inspect", "drift", "spectrum"):
+            assert main([verb, str(path), "--base", base, "--json"]) == 0
+            assert {m["module"] for m in document(capsys)["modules"]} == set(adapter.A)
 
 
 def test_convert_writes_over_no_adapter_of_any_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,8 +126,6 @@ def test_spectra_of_an_unknown_scaling_are_up_to_scale(tmp_path: Path, capsys: p
 
 
 def test_two_formats_in_one_file_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from safetensors.torch import load_file
-
     tensors = {
         **load_file(toy_llama.kohya(toy(), tmp_path / "k")),
         **load_file(toy_llama.mlx(toy(), tmp_path / "m") / "adapters.safetensors"),
@@ -133,3 +137,16 @@ def test_two_formats_in_one_file_are_named(tmp_path: Path, capsys: pytest.Captur
         "the keys of kohya, and 6 of another: keys end in .lora_a and .lora_b, which is mlx"
         in problems["MIXED_FORMATS"]
     )
+
+
+def test_no_format_needs_torch_or_numpy_to_be_described(tmp_path: Path) -> None:
+    paths = [str(write(toy(), tmp_path / name)) for name, write in toy_llama.LORA.items()]
+    lycoris = {f"lycoris_fc.hada_{leaf}": toy_llama.numbers(4, 4, seed=1) for leaf in ("w1_a", "w1_b", "w2_a", "w2_b")}
+    paths.append(str(toy_llama.save(lycoris, tmp_path / "loha.safetensors")))
+    code = """
+import sys
+from d2surgery import open_layout
+print(*(open_layout(path).format for path in sys.argv[1:]), *sorted({"torch", "numpy", "gguf"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["kohya", "diffusers", "mlx", "mlx", "gguf", "lycoris"]

@@ -110,7 +110,7 @@ def check(directory: Path, name: str, seed: int) -> None:
     change, key = rng.choice(CHANGES), rng.choice(sorted(tensors))
     refused = change(tensors, key, rng)
     save(tensors, file, metadata)
-    layout = with_base(open_layout(directory), PATHS, toy_llama.CONFIG)
+    layout = with_base(open_layout(directory), BASE, toy_llama.CONFIG)
     what = f"{name} {seed}: {change.__name__} {key}"
     assert sorted([*layout.accounted(), *layout.unread]) == sorted(layout.header.tensors), what
     landing = sites(layout, Header((Path("base"),), BASE, {}), toy_llama.CONFIG)
@@ -161,7 +161,7 @@ def check_bytes(directory: Path, name: str, seed: int) -> None:
     file = next(path.glob("adapter*.[gn]*"))
     file.write_bytes(mutate_bytes(rng, file.read_bytes()))
     try:
-        layout = with_base(open_layout(path), PATHS, toy_llama.CONFIG)
+        layout = with_base(open_layout(path), BASE, toy_llama.CONFIG)
     except D2SurgeryError:
         return
     assert sorted([*layout.accounted(), *layout.unread]) == sorted(layout.header.tensors), seed

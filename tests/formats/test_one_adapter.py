@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from toy_llama import DORA, LORA, Toy, per_input, save_base, toy
 
 import d2surgery
-from d2surgery.checkpoint import Checkpoint, differences
+from d2surgery.checkpoint import Checkpoint, differences, load
 from d2surgery.files.base import BaseWeights
 from d2surgery.formats import FORMATS, with_base
 
@@ -22,8 +22,7 @@ WRITERS = {
 
 def opened(adapter: Path, base: Path) -> Checkpoint:
     """With the names and heads that the base has."""
-    weights = BaseWeights(base)
-    return Checkpoint(with_base(d2surgery.load(adapter).layout, weights.header.tensors, weights.config))
+    return load(adapter, base=BaseWeights(base))
 
 
 def assert_effective(checkpoint: Checkpoint, of: Toy, along: str = "out") -> None:
@@ -135,3 +134,19 @@ def test_every_kind_that_a_format_says_it_holds_is_written_and_read_and_others_a
                     word for word in ("--kind lora --max-error", "merge") if word in error.value.problems[0].remedy
                 }
                 assert not out.exists()
+
+
+def test_what_does_not_read_back_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = d2surgery.load(toy_llama.diffusers(toy(), tmp_path / "a"))
+    wrong = lambda adapter, rank, scaling: {name: 2 * slot for name, slot in adapter.slots().items()}  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr("d2surgery.formats.saving.brought_to", wrong)
+        with pytest.raises(d2surgery.D2SurgeryError, match="READ_BACK_DIFFERS"):
+            d2surgery.save(checkpoint, tmp_path / "out", format="mlx")
+    q = "model.layers.0.self_attn.q_proj"
+    numbers = {m: a.slots() for m, a in checkpoint.items()}
+    numbers[q]["B"] = numbers[q]["B"] * float("nan")
+    broken = {m: d2surgery.LoRA(A=s["A"], B=s["B"], scaling=0.5) for m, s in numbers.items()}
+    with pytest.raises(d2surgery.D2SurgeryError, match="NOT_FINITE"):
+        d2surgery.save(d2surgery.from_adapters(broken), tmp_path / "out", format="kohya")
+    assert list((tmp_path / "out").iterdir()) == []

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import d2surgery
-from d2surgery.checkpoint import Checkpoint, differences
+from d2surgery.checkpoint import Checkpoint, differences, load
 from d2surgery.files.base import BaseWeights
 from d2surgery.formats import with_base
 
@@ -26,8 +26,7 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 
 
 def opened(adapter: Path, base: Path) -> Checkpoint:
-    weights = BaseWeights(base)
-    return Checkpoint(with_base(d2surgery.load(adapter).layout, weights.header.tensors, weights.config))
+    return load(adapter, base=BaseWeights(base))
 
 
 # LyCORIS ---------------------------------------------------------------------------------------------------------
@@ -189,6 +188,9 @@ def test_an_adapter_of_mlx_merges_as_mlx_fuses_it_and_passes_the_audit(
 @pytest.mark.parametrize("leaves", [["gate_proj", "up_proj", "down_proj"], ["up_proj"]])
 @pytest.mark.parametrize("mixture", [qwen3_moe, mixtral])
 def test_experts_of_mlx_merge_as_mlx_fuses_them(tmp_path: Path, mixture: Any, leaves: list[str]) -> None:
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import load_model
+
     base, block = tmp_path / "base", "mlp" if mixture is qwen3_moe else "block_sparse_moe"
     mixture().save_pretrained(base)
     config = json.loads((base / "config.json").read_text())
@@ -206,6 +208,9 @@ def test_experts_of_mlx_merge_as_mlx_fuses_them(tmp_path: Path, mixture: Any, le
             np.testing.assert_allclose(merged.numpy(), value, atol=2e-7)
             compared += 1
     assert compared == 2 * 3 * 4
+    d2surgery.save(opened(tmp_path / "adapter", base), tmp_path / "again", format="mlx")
+    again = fused(load_adapters(load_model(base)[0], str(tmp_path / "again")))
+    assert all(np.allclose(value, theirs[name], atol=2e-7) for name, value in again.items())
 
 
 @needs("mlx")
@@ -300,6 +305,64 @@ def test_diffusers_loads_what_is_written_here(tmp_path: Path, dora: bool) -> Non
         np.testing.assert_allclose(found[name].numpy(), value.numpy(), atol=1e-6, err_msg=name)
 
 
+@needs("diffusers")
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_unets_adapter_merges_as_diffusers_fuses_it_and_passes_the_audit(tmp_path: Path, dora: bool) -> None:
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+    from peft.utils import get_peft_model_state_dict
+
+    unet().save_pretrained(tmp_path / "unet")
+    model, config = adapted(dora)
+    said = {"unet_lora_layers": get_peft_model_state_dict(model), "unet_lora_adapter_metadata": config.to_dict()}
+    StableDiffusionLoraLoaderMixin.save_lora_weights(tmp_path / "adapter", **said)
+    fused = unet()
+    fused.load_lora_adapter(tmp_path / "adapter", weight_name="pytorch_lora_weights.safetensors", prefix="unet")
+    fused.fuse_lora()
+    theirs = {name.replace(".base_layer", ""): tensor.contiguous() for name, tensor in fused.state_dict().items()
+              if "lora_" not in name}  # fmt: skip
+    d2surgery.merge(tmp_path / "unet", tmp_path / "adapter", tmp_path / "ours")
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name].numpy(), value.numpy(), atol=1e-6, err_msg=name)
+    (tmp_path / "fused").mkdir()
+    save_file(theirs, tmp_path / "fused" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "fused" / "config.json").write_text((tmp_path / "unet" / "config.json").read_text())
+    assert d2surgery.audit(tmp_path / "unet", tmp_path / "adapter", tmp_path / "fused", files=False).verdict == "pass"
+
+
+@needs("diffusers", "lycoris")
+@pytest.mark.parametrize("algo", ["lora", "loha", "lokr"])
+def test_lycoris_on_a_unet_merges_and_is_convolutions_where_the_base_has_them(tmp_path: Path, algo: str) -> None:
+    from lycoris import LycorisNetwork, create_lycoris
+
+    net = unet()
+    net.save_pretrained(tmp_path / "unet")
+    LycorisNetwork.apply_preset({"target_module": ["Transformer2DModel", "ResnetBlock2D"], "target_name": []})
+    sizes = {"linear_dim": 2, "linear_alpha": 1.0, "conv_dim": 2, "conv_alpha": 1.0}
+    wrapper = create_lycoris(net, 1.0, algo=algo, **sizes)
+    wrapper.apply_to()
+    for parameter in wrapper.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    tensors = {key: value.detach().clone() for key, value in wrapper.state_dict().items()}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"ss_network_module": "lycoris.kohya"})
+    d2surgery.merge(tmp_path / "unet", tmp_path / "x.safetensors", tmp_path / "ours")
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    names = {name.replace(".", "_"): name for name, _ in net.named_modules()}
+    for module in wrapper.loras:
+        W0 = module.org_module[0].weight.detach()
+        delta = module.get_diff_weight()[0] if algo == "lora" else module.get_weight(W0.shape)  # which scales once
+        found = ours[f"{names[module.lora_name.removeprefix('lycoris_')]}.weight"]
+        np.testing.assert_allclose(found.numpy(), (W0 + delta.detach()).numpy(), atol=1e-6)
+    checkpoint = opened(tmp_path / "x.safetensors", tmp_path / "unet")
+    convolutions = {name for name, entry in checkpoint.layout.adapters.items() if entry.stored == "conv"}
+    assert convolutions == {name for name in checkpoint.layout.adapters if ours[f"{name}.weight"].dim() == 4}
+    d2surgery.save(checkpoint, tmp_path / "kohya", format="kohya")
+    d2surgery.merge(tmp_path / "unet", tmp_path / "kohya", tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.allclose(value, ours[name], atol=1e-6) for name, value in again.items())
+
+
 # gguf ------------------------------------------------------------------------------------------------------------
 
 
@@ -375,7 +438,7 @@ def test_a_real_adapter_goes_through_every_format(published: Path, tmp_path: Pat
     checkpoint = first = d2surgery.load(published / "gemma270m-aowei")
     model = {"model_type": "gemma3_text"}
     for form in ("kohya", "diffusers", "mlx", "gguf", "peft"):
-        checkpoint = Checkpoint(with_base(checkpoint.layout, [], model))
+        checkpoint = Checkpoint(with_base(checkpoint.layout, {}, model))
         d2surgery.save(checkpoint, tmp_path / form, format=form)
         checkpoint = d2surgery.load(tmp_path / form)
     assert set(differences(first, checkpoint).values()) == {0.0}

@@ -15,6 +15,7 @@ from toy_llama import numbers, save, save_base, toy
 import d2surgery
 from d2surgery.checkpoint import Checkpoint, differences
 from d2surgery.files.base import BaseWeights
+from d2surgery.files.header import TensorInfo
 from d2surgery.formats import open_layout, with_base
 from d2surgery.formats.layout import Layout
 
@@ -30,6 +31,11 @@ def pair(name: str = KOHYA, *, rank: int = 4, inside: int = 32, out: int = 32, *
 
 def read(tmp_path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> Layout:
     return open_layout(save(tensors, tmp_path / "x.safetensors", metadata))
+
+
+def of(*names: str) -> dict[str, TensorInfo]:
+    """A base's tensors by their names."""
+    return {name: TensorInfo(Path(), "F32", (32, 32), 0, 0) for name in names}
 
 
 def codes(layout: Layout, *severities: str) -> list[str]:
@@ -257,6 +263,28 @@ def test_trap_34_an_alpha_of_0_or_none_is_scale_1_in_gguf(tmp_path: Path, alpha:
     assert {entry.scaling for entry in layout.adapters.values()} == {1.0}
 
 
+def test_an_alora_in_gguf_and_an_unknown_way_of_tuning_in_mlx_are_refused_by_name(tmp_path: Path) -> None:
+    path = toy_llama.gguf(toy(), tmp_path / "gguf")
+    fields = {"general.architecture": "qwen2", "general.type": "adapter", "adapter.type": "lora"}
+    fields["adapter.alora.invocation_tokens"] = "1"
+    data = toy_llama.gguf_bytes(fields, {"blk.0.attn_q.weight.lora_a": numbers(4, 32, seed=1)})
+    (path / "adapter.gguf").write_bytes(data)
+    assert codes(open_layout(path)) == ["UNSUPPORTED_VARIANT"]
+    path = toy_llama.mlx(toy(), tmp_path / "mlx")
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"fine_tune_type": "vera"}))
+    assert codes(open_layout(path)) == ["BAD_CONFIG"]
+
+
+def test_trap_54_a_pickled_file_is_read_as_another_is(tmp_path: Path) -> None:
+    adapter = toy()
+    stored = load_file(toy_llama.kohya(adapter, tmp_path / "a"))
+    torch.save(stored, tmp_path / "x.pt")
+    layout = with_base(open_layout(tmp_path / "x.pt"), of(*(f"{module}.weight" for module in adapter.A)), {})
+    assert {entry.scaling for entry in layout.adapters.values()} == {0.5}
+    assert (set(layout.adapters), layout.problems) == (set(adapter.A), ())
+
+
 # Names and rows --------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +296,7 @@ def test_trap_22_two_paths_with_one_flattening_are_an_error(tmp_path: Path) -> N
         (["model.layers.0.q_proj.weight", "model.layers_0.q_proj.weight"], []),
         (["model.layers.0.k_proj.weight"], []),
     ):
-        named = with_base(layout, names, {})
+        named = with_base(layout, of(*names), {})
         assert [module for module in named.adapters if "." in module] == found
         assert codes(named) == ([] if found else ["AMBIGUOUS_NAME"])
     with pytest.raises(d2surgery.D2SurgeryError, match="AMBIGUOUS_NAME"):
@@ -335,8 +363,10 @@ def test_trap_26_experts_of_mlx_are_not_transposed_and_each_part_has_rows_of_its
             np.testing.assert_allclose(found.dense().numpy(), delta, rtol=1e-6, atol=1e-12)
     d2surgery.save(checkpoint, tmp_path / "peft")
     assert set(differences(checkpoint, d2surgery.load(tmp_path / "peft")).values()) == {0.0}
-    with pytest.raises(d2surgery.D2SurgeryError, match="mlx has no place for lora on experts modules"):
+    with pytest.raises(d2surgery.D2SurgeryError, match="which rows of experts are gate and up"):
         d2surgery.save(checkpoint, tmp_path / "mlx", format="mlx")
+    known = Checkpoint(with_base(checkpoint.layout, {}, {"model_type": "qwen3_moe"}))
+    assert max(d2surgery.save(known, tmp_path / "mlx", format="mlx").values()) < 1e-12
     tensors[f"{block}.switch_mlp.up_proj.lora_a"] = numbers(E, 3, 32, seed=1)
     assert codes(read(tmp_path / "broken", tensors)) == ["RANK_MISMATCH", "SCALING_UNKNOWN"]
 
@@ -401,3 +431,33 @@ def test_old_spellings_of_diffusers(tmp_path: Path) -> None:
     layout = read(tmp_path, {f"{name}.{side}.weight": t for name in old for side, t in (("down", A), ("up", B))})
     assert set(layout.adapters) == set(old.values())
     assert (layout.problems, {entry.scaling for entry in layout.adapters.values()}) == ((), {1.0})
+
+
+def test_the_base_and_the_scaling_that_stand_in_the_file_are_read(tmp_path: Path) -> None:
+    """Each where its tool keeps them: kohya's header, MLX-LM's config, diffusers' metadata, with components or none."""
+    said = {"ss_network_dim": "4", "ss_network_alpha": "2", "ss_base_model_version": "sd_v1"}
+    kohya = read(tmp_path / "kohya", pair(alpha=torch.tensor(2.0)), said)
+    assert (kohya.base_model, scaling(kohya)) == ("sd_v1", 0.5)
+    mlx = open_layout(toy_llama.mlx(toy(), tmp_path / "mlx", scale=20.0))
+    assert (mlx.base_model, {entry.scaling for entry in mlx.adapters.values()}) == ("org/base", {20.0})
+    A, B = numbers(4, 32, seed=1), numbers(32, 4, seed=2)
+    for before in ("unet.", ""):
+        config = {f"{before}r": 4, f"{before}lora_alpha": 16, f"{before}target_modules": ["to_q"]}
+        name = f"{before}down_blocks.0.attn1.to_q"
+        tensors = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        found = read(tmp_path / f"diffusers{before}", tensors, {"lora_adapter_metadata": json.dumps(config)})
+        assert (found.format, scaling(found, name), found.problems) == ("diffusers", 4.0, ())
+
+
+def test_metadata_that_contradicts_the_file_is_refused(tmp_path: Path) -> None:
+    tensors = {"unet.q.lora_A.weight": numbers(4, 32, seed=1), "unet.q.lora_B.weight": numbers(8, 4, seed=2)}
+    for config, code in (
+        ('{"unet.r": 8, "unet.lora_alpha": 8}', "RANK_DISAGREES"),
+        ('{"unet.r": 4, "unet.lora_alpha": 8, "unet.use_dora": true}', "MISSING_MAGNITUDE"),
+        ('{"unet.r": 4, "unet.lora_alpha": 8, "unet.init_lora_weights": "pissa"}', "MUTATED_BASE"),  # trap 52
+        ('{"unet.r": 4, "unet.lora_alpha": "eight"}', "BAD_CONFIG"),
+        ("no JSON", "BAD_CONFIG"),
+    ):
+        layout = read(tmp_path, tensors, {"lora_adapter_metadata": config})
+        assert codes(layout) == [code]
+        assert code == "MUTATED_BASE" or not layout.adapters or scaling(layout, "unet.q") is None
