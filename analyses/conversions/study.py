@@ -103,7 +103,7 @@ def ours(to: str, times: int) -> Make:
 
 
 def rank_of(checkpoint: Checkpoint) -> int:
-    return max(max(entry.ranks.values()) for entry in checkpoint.layout.adapters.values())
+    return max(rank for entry in checkpoint.layout.adapters.values() for rank in entry.ranks.values())
 
 
 def theirs(checkpoint: Checkpoint, weights: BaseWeights, base: Path, source: Path) -> tuple[Checkpoint, float]:
