@@ -172,7 +172,6 @@ def study(work: Path, rounds: int, mergekit: str | None, *, tiny: bool) -> dict[
             runs.append({"round": number, "run": name} | measure(work, command))
             print(f"{runs[-1]}", file=sys.stderr)
     dense = [{"shape": list(s), "seconds": round(float(python("-c", ONE, *s)), 3)} for s in samples]
-    modules = sum(1 for line in python("-c", COUNT, work / "large" / "adapter").split())
     return {
         "question": "How long, how much memory and how exact are resizing and extracting, against the dense SVD, PEFT "
         "and mergekit?",
@@ -186,15 +185,7 @@ def study(work: Path, rounds: int, mergekit: str | None, *, tiny: bool) -> dict[
         "rounds": rounds,
         "runs": runs,
         "dense_svd_of_one_module": dense,
-        "modules_of_the_large_adapter": modules,
     }
-
-
-COUNT = """
-import sys
-from d2surgery import open_layout
-print(*open_layout(sys.argv[1]).adapters)
-"""
 
 
 def commands(work: Path, kept: int, mergekit: str | None) -> dict[str, tuple[list[str], tuple[Path, ...]]]:

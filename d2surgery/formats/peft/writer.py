@@ -11,12 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from d2surgery.errors import Problem, raise_errors
 from d2surgery.files.header import Header, TensorInfo
-from d2surgery.files.tensors import NAMES
+from d2surgery.files.tensors import NAMES, as_bytes
 from d2surgery.files.whole import PARTIAL, write_whole
 from d2surgery.formats.format import Holding
 from d2surgery.formats.layout import AdapterLayout, Layout, Slot, alpha_divisor, with_expert_layout
@@ -46,8 +45,7 @@ def write_files(checkpoint: Holding, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=UNFINISHED, suffix=PARTIAL, dir=directory) as beside:  # where nobody lays links
         weights = Path(beside) / WEIGHTS
-        save_file(tensors, weights, metadata={"format": "pt", METADATA: ours})
-        _sort_metadata(weights)
+        _write(weights, tensors, {"format": "pt", METADATA: ours})
         write_whole(directory / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))
         weights.replace(directory / WEIGHTS)
 
@@ -227,16 +225,22 @@ def _alpha(entry: AdapterLayout, root: bool) -> float | int:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _sort_metadata(file: Path) -> None:
-    """safetensors writes metadata in an order of chance: sorted, the same adapter is the same file, hash and all. On
-    disk, before it takes its name."""
-    with file.open("r+b") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length  # the same entries in another order, padded with spaces
-        stream.seek(8)
-        stream.write(text.ljust(length))
+def _write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file as safetensors itself lays it out, wider dtypes first, then by name; its save_file holds all
+    of it twice, and writes metadata in an order of chance. On disk, before it takes its name."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    end = 0
+    for name in ordered:
+        start, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little"))
+        stream.write(text)
+        for name in ordered:
+            stream.write(as_bytes(tensors[name].cpu()))
         stream.flush()
         os.fsync(stream.fileno())
