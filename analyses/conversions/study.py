@@ -103,7 +103,8 @@ def ours(to: str, times: int) -> Make:
 
 
 def rank_of(checkpoint: Checkpoint) -> int:
-    return int(max(max(entry.ranks.values()) for entry in checkpoint.layout.adapters.values()))
+    ranks: list[int] = [rank for entry in checkpoint.layout.adapters.values() for rank in entry.ranks.values()]
+    return max(ranks)
 
 
 def theirs(checkpoint: Checkpoint, weights: BaseWeights, base: Path, source: Path) -> tuple[Checkpoint, float]:

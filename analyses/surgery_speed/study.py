@@ -25,8 +25,8 @@ HERE = Path(__file__).resolve().parent
 SEED, ROUNDS, RANK, KEPT = 0, 3, 64, 16
 LARGE = {"hidden": 4096, "inner": 14336, "key": 1024, "layers": 32}  # an 8B model's adapter; there is no base
 SMALL = {"hidden": 576, "inner": 1536, "key": 192, "layers": 2}  # SmolLM2's shape, two layers: for what is dense
-MODEL = {"hidden": 2048, "inner": 8192, "key": 512, "layers": 16, "vocabulary": 128256}  # 1.24 billion parameters
-PART = MODEL | {"layers": 1, "vocabulary": 1024}  # what mergekit is run on, and ours beside it
+# Two of the 16 layers of a 1.24-billion-parameter model: its matrices, which decide time per layer and peak memory.
+MODEL = {"hidden": 2048, "inner": 8192, "key": 512, "layers": 2, "vocabulary": 1024}
 SAMPLES = ((1024, 4096),)  # shapes on which one dense SVD of the large adapter is timed
 TINY = {"hidden": 64, "inner": 128, "key": 32, "layers": 1, "vocabulary": 128}
 
@@ -108,22 +108,24 @@ model.delete_adapter("old")
 model.save_pretrained(sys.argv[4], selected_adapters=["new"])
 """
 ERRORS = """
-import json, sys
-from d2surgery import BaseWeights, LowRank, load
+import sys, torch
+from d2surgery import BaseWeights, load
+torch.set_num_threads(1)
 made, whole, wrong = load(sys.argv[1]), 0.0, 0.0
+some = list(made)[:7] + list(made)[-7:]
 if len(sys.argv) == 3:
     wanted = load(sys.argv[2])
-    for module, adapter in wanted.items():
-        update, got = adapter.update(), made[module].update()
+    for module in some:
+        update, got = wanted[module].update(), made[module].update()
         whole += float(update.frobenius_norm()) ** 2
         wrong += float((update + -1.0 * got).frobenius_norm()) ** 2
 else:
     base, tuned = map(BaseWeights, sys.argv[2:])
-    for module in list(made)[:7] + list(made)[-7:]:
+    for module in some:
         change = tuned[f"{module}.weight"].double() - base[f"{module}.weight"].double()
         whole += float(change.square().sum())
         wrong += float((change - made[module].update().dense()).square().sum())
-print((wrong / whole) ** 0.5)
+print((wrong / whole) ** 0.5)  # of the first and the last layer
 """
 
 
@@ -146,19 +148,14 @@ def main() -> None:
 
 def study(work: Path, rounds: int, mergekit: str | None, *, tiny: bool) -> dict[str, Any]:
     """The whole of results.json."""
-    small, model, part = (TINY, TINY, TINY) if tiny else (SMALL | {"vocabulary": 1024}, MODEL, PART)
+    small, model = (TINY, TINY) if tiny else (SMALL | {"vocabulary": 1024}, MODEL)
     large = {name: size for name, size in TINY.items() if name != "vocabulary"} if tiny else LARGE
     samples, kept, rank = ((32, 64),) if tiny else SAMPLES, 4 if tiny else KEPT, 8 if tiny else RANK
     runs: list[dict[str, Any]] = []
     hashes = {}
-    for name, shape, of in (
-        ("large", large, rank),
-        ("small", small, rank),
-        ("model", model, kept),
-        ("part", part, kept),
-    ):
+    for name, shape, of in (("large", large, rank), ("small", small, rank), ("model", model, kept)):
         python("-c", WRITE, work / name, json.dumps(shape), of, SEED)
-        if name in ("model", "part"):
+        if name == "model":
             merge = [
                 "--base",
                 work / name / "base",
@@ -172,12 +169,9 @@ def study(work: Path, rounds: int, mergekit: str | None, *, tiny: bool) -> dict[
             hashes[f"{name}/{file.parent.name}"] = sha256(file)
     for number in range(rounds):
         for name, command in commands(work, kept, mergekit).items():
-            if name.startswith("once: ") and number:
-                continue
-            runs.append({"round": number, "run": name.removeprefix("once: ")} | measure(work, command))
+            runs.append({"round": number, "run": name} | measure(work, command))
             print(f"{runs[-1]}", file=sys.stderr)
     dense = [{"shape": list(s), "seconds": round(float(python("-c", ONE, *s)), 3)} for s in samples]
-    modules = sum(1 for line in python("-c", COUNT, work / "large" / "adapter").split())
     return {
         "question": "How long, how much memory and how exact are resizing and extracting, against the dense SVD, PEFT "
         "and mergekit?",
@@ -185,26 +179,18 @@ def study(work: Path, rounds: int, mergekit: str | None, *, tiny: bool) -> dict[
         "versions": {name: version(name) for name in ("d2surgery", "torch", "transformers", "peft", "safetensors")},
         "seed": SEED,
         "inputs_sha256": hashes,
-        "shapes": {"large": large, "small": small, "model": model, "part": part},
+        "shapes": {"large": large, "small": small, "model": model},
         "rank": rank,
         "kept": kept,
         "rounds": rounds,
         "runs": runs,
         "dense_svd_of_one_module": dense,
-        "modules_of_the_large_adapter": modules,
     }
-
-
-COUNT = """
-import sys
-from d2surgery import open_layout
-print(*open_layout(sys.argv[1]).adapters)
-"""
 
 
 def commands(work: Path, kept: int, mergekit: str | None) -> dict[str, tuple[list[str], tuple[Path, ...]]]:
     """Name -> command but for the output, its last word, and what its error is measured against."""
-    large, small, model, part = (work / name for name in ("large", "small", "model", "part"))
+    large, small, model = (work / name for name in ("large", "small", "model"))
     resize = [OURS, "resize", "--quiet", "--rank", str(kept)]
     extract = [OURS, "extract", "--quiet", "--rank", str(kept)]
 
@@ -216,15 +202,14 @@ def commands(work: Path, kept: int, mergekit: str | None) -> dict[str, tuple[lis
         "resize, small: d2surgery": ([*resize, str(small / "adapter")], (small / "adapter",)),
         "resize, small: dense SVD as kohya's": (
             [sys.executable, "-c", DENSE, str(small / "adapter"), str(kept)], (small / "adapter",)),
-        "once: extract, model: d2surgery": ([*extract, *between(model)], (model / "base", model / "tuned")),
-        "extract, part: d2surgery": ([*extract, *between(part)], (part / "base", part / "tuned")),
+        "extract, model: d2surgery": ([*extract, *between(model)], (model / "base", model / "tuned")),
         "resize, small: PEFT svd": (
             [sys.executable, "-c", PEFT, str(small / "base"), str(small / "adapter"), str(kept)], (small / "adapter",)),
     }  # fmt: skip
     if mergekit:
         tool = str(Path(mergekit).with_name("mergekit-extract-lora"))
-        words = ["--model", str(part / "tuned"), "--base-model", str(part / "base"), "--max-rank", str(kept)]
-        found["extract, part: mergekit"] = ([tool, *words, "--out-path"], (part / "base", part / "tuned"))
+        words = ["--model", str(model / "tuned"), "--base-model", str(model / "base"), "--max-rank", str(kept)]
+        found["extract, model: mergekit"] = ([tool, *words, "--out-path"], (model / "base", model / "tuned"))
     return found
 
 

@@ -16,7 +16,7 @@ from d2surgery.surgery.sharing import Sharing, sharing
 from d2surgery.surgery.truncation import ALL
 
 
-@click.command(name="combine", context_settings={"ignore_unknown_options": False})
+@click.command(name="combine")
 @click.argument("adapters", nargs=-1, required=True, type=Weighted(), metavar="ADAPTER[:WEIGHT]...")
 @click.option("--out", type=surgical.DIRECTORY, help="Directory to be made.")
 @click.option("--method", type=click.Choice(METHODS), default="exact", show_default=True, help="How; see below.")

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from d2surgery.adapters import Adapter
 from d2surgery.errors import Problem
+from d2surgery.files.tensors import NAMES, as_bytes
 from d2surgery.files.whole import PARTIAL
 from d2surgery.formats.layout import Layout
 
@@ -26,8 +27,7 @@ def saving(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=UNFINISHED, suffix=PARTIAL, dir=path.parent) as beside:  # where nobody lays links
         weights = Path(beside) / path.name
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights, metadata=dict(metadata))
-        _sort_metadata(weights)
+        _write(weights, tensors, metadata)
         yield
         weights.replace(path)
 
@@ -67,16 +67,22 @@ def held_whole(layout: Layout, name: str) -> Iterator[Problem]:
         yield Problem(code="FORMAT_CANNOT_HOLD", message=f"{name} has no place for {what}", module=module)
 
 
-def _sort_metadata(file: Path) -> None:
-    """safetensors writes metadata in an order of chance: sorted, the same adapter is the same file, hash and all. On
-    disk, before it takes its name."""
-    with file.open("r+b") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length  # the same entries in another order, padded with spaces
-        stream.seek(8)
-        stream.write(text.ljust(length))
+def _write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file as safetensors itself lays it out, wider dtypes first, then by name; its save_file holds all
+    of it twice, and writes metadata in an order of chance. On disk, before it takes its name."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    end = 0
+    for name in ordered:
+        start, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little"))
+        stream.write(text)
+        for name in ordered:
+            stream.write(as_bytes(tensors[name].cpu().contiguous()))
         stream.flush()
         os.fsync(stream.fileno())

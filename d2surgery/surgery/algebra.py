@@ -20,16 +20,8 @@ from d2surgery.placement.parameters import parameters
 from d2surgery.surgery.certificate import Certificate, Form, Loss, dense, form, loss
 from d2surgery.surgery.combining import ENTRYWISE, Recipe, combined
 from d2surgery.surgery.converting import bound_of, rank_of
-from d2surgery.surgery.rebuilding import (
-    by_place,
-    history,
-    inputs_of,
-    no_progress,
-    over_modules,
-    rebuilt,
-    threads,
-    with_tensors,
-)
+from d2surgery.surgery.provenance import history, inputs_of
+from d2surgery.surgery.rebuilding import by_place, no_progress, over_modules, rebuilt, threads, with_tensors
 from d2surgery.surgery.truncation import ALL, Keep
 from d2surgery.surveying.modules import BaseMatrices, Place, Progress, places
 

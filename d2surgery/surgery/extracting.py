@@ -20,9 +20,11 @@ from d2surgery.machine import ahead, one_thread, workers
 from d2surgery.measures.delta import cuts
 from d2surgery.measures.ranks import NOISE_MARGIN
 from d2surgery.placement.parameters import Matrix, Parameter, parameters
+from d2surgery.placement.ties import find_tie
 from d2surgery.surgery.certificate import Certificate, Loss, form, loss
 from d2surgery.surgery.converting import Wish, nearest, rank_of
-from d2surgery.surgery.rebuilding import LARGE, alike, files_of, no_progress, step_of
+from d2surgery.surgery.provenance import files_of, step_of
+from d2surgery.surgery.rebuilding import LARGE, alike, no_progress
 from d2surgery.surgery.truncation import ALL, Keep, triplets
 from d2surgery.surveying.modules import Progress, naming
 
@@ -97,16 +99,23 @@ def extract(
         "rounding": sqrt(sum(found.rounding.values()) / changed) if changed else 0.0,
     }
     certificate = Certificate(method="extract", settings=settings, losses=found.losses)
-    return _checkpoint(found, base, tuned, certificate), certificate
+    turned = any(news[f"{m}.weight"].matrices[0].turned for m in found.adapters if f"{m}.weight" in news)
+    return _checkpoint(found, base, tuned, certificate, turned), certificate
 
 
-def _checkpoint(found: _Found, base: BaseWeights, tuned: BaseWeights, certificate: Certificate) -> Checkpoint:
-    whole = sorted({t.rpartition(".")[0] for t in found.replacements if t.rpartition(".")[0] not in found.adapters})
+def _checkpoint(
+    found: _Found, base: BaseWeights, tuned: BaseWeights, certificate: Certificate, turned: bool
+) -> Checkpoint:
+    tie = find_tie(tuned.header, tuned.config)
+    shared = tie.embedding if tie.aliases else None  # loaded into the parameter that the output shares, and no copy
+    replaced = (t.rpartition(".")[0] for t in found.replacements if t != shared)
+    whole = sorted({module for module in replaced if module not in found.adapters})
     name = base.config.get("_name_or_path")
     inputs = [*files_of(base.header.files, "base"), *files_of(tuned.header.files, "tuned")]
     about = About(
         base_model=name if isinstance(name, str) and name and not Path(name).is_absolute() else None,
         saved_modules=tuple(whole),
+        transposed=turned,
         history=(step_of(certificate, inputs),),
     )
     return from_adapters(found.adapters, about, kernels=found.kernels, replacements=found.replacements, rows=found.rows)

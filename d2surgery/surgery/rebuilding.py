@@ -1,10 +1,7 @@
 """A checkpoint with other adapters in it, and all else as it was."""
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from d2surgery.formats.layout import About
 from d2surgery.kinds import TABLE
 from d2surgery.machine import ahead, one_thread, workers
 from d2surgery.surgery.certificate import Certificate, Loss
+from d2surgery.surgery.provenance import history
 from d2surgery.surveying.modules import BaseMatrices, Place, Progress, naming, places
 
 Operation = Callable[[Place, Adapter, Tensor | None], tuple[Adapter, Loss]]
@@ -137,39 +135,6 @@ def _padded(factor: Tensor, count: int, dim: int) -> Tensor:
     missing = list(factor.shape)
     missing[dim] = count - factor.shape[dim]
     return torch.cat([factor, factor.new_zeros(missing)], dim)
-
-
-def history(
-    checkpoint: Checkpoint, certificate: Certificate, others: Sequence[Checkpoint] = ()
-) -> tuple[Mapping[str, Any], ...]:
-    """What the file was before, and this step."""
-    inputs = [entry for each in (checkpoint, *others) for entry in inputs_of(each)]
-    return (*checkpoint.layout.about.history, step_of(certificate, inputs))
-
-
-def step_of(certificate: Certificate, inputs: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """For the file's own header: inputs by sha256, version, method, error; no path and no time."""
-    return {
-        "method": certificate.method,
-        "settings": dict(certificate.settings),
-        "inputs": list(inputs),
-        "d2surgery": version("d2surgery"),
-        "exact": certificate.exact,
-        "relative_error": certificate.relative_error,
-        "max_relative_error": certificate.max_relative_error,
-    }
-
-
-def inputs_of(checkpoint: Checkpoint) -> Iterator[dict[str, str]]:
-    """The files of an adapter that came from files."""
-    if checkpoint.layout.format:
-        yield from files_of(checkpoint.layout.header.files, "adapter")
-
-
-def files_of(files: Sequence[Path], what: str) -> Iterator[dict[str, str]]:
-    for file in files:
-        with file.open("rb") as stream:
-            yield {"what": what, "file": file.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def about_of(checkpoints: Sequence[Checkpoint]) -> About:

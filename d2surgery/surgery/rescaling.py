@@ -15,7 +15,8 @@ from d2surgery.files.base import BaseWeights
 from d2surgery.merging import merge
 from d2surgery.surgery.certificate import Certificate, Loss, dense, form, loss
 from d2surgery.surgery.converting import rank_of
-from d2surgery.surgery.rebuilding import history, no_progress, rebuilt
+from d2surgery.surgery.provenance import history
+from d2surgery.surgery.rebuilding import no_progress, rebuilt
 from d2surgery.surveying.modules import BaseMatrices, Progress, naming, places
 
 

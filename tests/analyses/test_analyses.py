@@ -165,3 +165,36 @@ def test_audit_truth_runs_and_no_right_merge_failed(tmp_path: Path) -> None:
     assert "a column scaled" in (tmp_path / "figure.svg").read_text()
     committed = json.loads((ANALYSES / "audit_truth" / "results.json").read_text())
     assert {run["failed"] for results in (tiny, committed) for run in results["right_merges"]} == {0}
+
+
+# surgery_speed and conversions -----------------------------------------------------------------------------------
+
+
+def run_tiny(study: str, results: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, str(ANALYSES / study / "study.py"), "--tiny", "--results", str(results), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads((results / "results.json").read_text())
+    return found
+
+
+def test_surgery_speed_errs_as_the_dense_svd_does(tmp_path: Path) -> None:
+    results = run_tiny("surgery_speed", tmp_path, "--rounds", "1")
+    committed = json.loads((ANALYSES / "surgery_speed" / "results.json").read_text())
+    for found in (results, committed):
+        errors = {run["run"]: run["error"] for run in found["runs"]}
+        dense = errors["resize, small: dense SVD as kohya's"]
+        assert errors["resize, small: d2surgery"] == pytest.approx(dense, rel=1e-6)
+        assert all(run["peak_bytes"] > 0 for run in found["runs"])
+
+
+def test_conversions_lose_what_they_say(tmp_path: Path) -> None:
+    committed = json.loads((ANALYSES / "conversions" / "results.json").read_text())
+    for found in (run_tiny("conversions", tmp_path), committed):
+        rows = {(row["from"], row["to"]): row for row in found["rows"]}
+        ours, theirs = (
+            rows["dora", "LoRA of the same rank"],
+            rows["dora", "LoRA of the same rank, PEFT's convert_to_lora"],
+        )
+        assert ours["weights"] < theirs["weights"]
+        assert rows["d2lora", "DoRA of twice the rank, on its axis"]["weights"] < 1e-4

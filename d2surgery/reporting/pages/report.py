@@ -27,6 +27,7 @@ from d2surgery.reporting.pages.parts import (
     text_cell,
     whole_page,
 )
+from d2surgery.reporting.pages.surgery import surgery_section
 from d2surgery.reporting.tidy import address, types
 from d2surgery.surveying.adapter import Measured, Survey
 
@@ -49,6 +50,7 @@ def report_page(survey: Survey, found: Audit | None = None) -> str:
         *([_alike(measured, alike)] if alike else []),
         *(_standing_out(m, several=len(measured) > 1) for m in measured),
         *([audit_section(found, figures)] if found is not None else []),
+        *(part for m in measured for part in surgery_section(m.label, m.layout.about.history, figures)),
         *([_together(survey, alike, figures)] if alike else []),
         *_by_measure(measured, figures),
         "<h2>Every module</h2>",
