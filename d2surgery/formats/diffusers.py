@@ -8,6 +8,7 @@
     lora_B.weight                    (out, r) | (out, r, 1…)       lora.up.weight, lora_linear_layer.up.weight
     lora_B.bias                      (out,)                        lora_bias
     lora_magnitude_vector[.weight]   (out,) | (1, out, 1…)         DoRA, always a number per output
+    magnitude                        (out,)                        DoRA, as ai-toolkit writes it
     alpha                            ()                            beside converted files
 
 Older still are `….processor.to_q_lora.down.weight`, and in text encoders `….to_q_lora.…` for q_proj.  ComfyUI's
@@ -46,7 +47,7 @@ _LEAVES = {
     "lora_B.weight": B, "lora.up.weight": B, "lora_linear_layer.up.weight": B, "lora_B.default.weight": B,
     "lora_B.bias": BIAS, "alpha": ALPHA,
     **dict.fromkeys(("lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default",
-                     "lora_magnitude_vector.default.weight"), MAGNITUDE),
+                     "lora_magnitude_vector.default.weight", "magnitude"), MAGNITUDE),
 }  # fmt: skip
 _OLD = (".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight",
         ".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight")  # fmt: skip

@@ -119,9 +119,9 @@ def test_trap_8_strength_0_is_the_base_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "leaf", ["lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default"]
+    "leaf", ["lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_magnitude_vector.default", "magnitude"]
 )
-def test_trap_42_three_spellings_of_one_magnitude(tmp_path: Path, leaf: str) -> None:
+def test_trap_42_spellings_of_one_magnitude(tmp_path: Path, leaf: str) -> None:
     tensors = {"unet.x.lora_A.weight": numbers(4, 32, seed=1), "unet.x.lora_B.weight": numbers(16, 4, seed=2)}
     layout = read(tmp_path, tensors | {f"unet.x.{leaf}": numbers(16, seed=3)})
     assert (layout.kinds, layout.problems) == (["dora"], ())
