@@ -5,7 +5,7 @@ import os
 import resource
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -61,6 +61,18 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def give_back(mapped_above: int | None = None) -> None:
+    """Where it is glibc: one heap for all threads, since each thread's own keeps what others could use; and larger
+    blocks than this back to the system when they are freed, which costs time and saves what else is kept."""
+    import ctypes
+
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(-8, 1)  # M_ARENA_MAX
+        if mapped_above is not None:
+            library.mallopt(-3, mapped_above)  # M_MMAP_THRESHOLD, which otherwise grows to 32 MB
 
 
 @contextmanager

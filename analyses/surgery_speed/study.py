@@ -103,7 +103,7 @@ import sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2], adapter_name="old")
-model.add_weighted_adapter(["old"], [1.0], "new", combination_type="svd", svd_rank=int(sys.argv[3]))
+model.add_weighted_adapter(["old", "old"], [0.5, 0.5], "new", combination_type="svd", svd_rank=int(sys.argv[3]))
 model.delete_adapter("old")
 model.save_pretrained(sys.argv[4], selected_adapters=["new"])
 """

@@ -11,6 +11,7 @@ from d2surgery.cli import measured, output, surgical
 from d2surgery.cli.options import BASE_HELP, Base, progress_bar
 from d2surgery.files.base import BaseWeights
 from d2surgery.kinds import TABLE
+from d2surgery.machine import give_back
 from d2surgery.surgery.certificate import Certificate
 from d2surgery.surgery.extracting import extract
 
@@ -30,6 +31,7 @@ def command(base: Path, tuned: Path, out: Path, kind: str, **options: Any) -> in
     form of a DoRA also un-merges one.
     """
     keep, outputs = surgical.chosen(out, options)
+    give_back(1 << 20)
     with progress_bar("extracting", show=outputs.show_progress, unit=" tensors") as progress:
         made, certificate = extract(BaseWeights(base), BaseWeights(tuned), kind, keep=keep, progress=progress)
     surgical.write(made, out)

@@ -15,6 +15,7 @@ from d2surgery.cli.options import Number, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.files.tokenizers import is_of_tokenizer
 from d2surgery.kinds import TABLE
+from d2surgery.machine import give_back
 from d2surgery.reporting.tidy import loss_rows
 from d2surgery.surgery.certificate import Certificate, Loss
 from d2surgery.surgery.truncation import ALL, By, Keep
@@ -42,6 +43,7 @@ def keep_options(command: Command) -> Command:
 
 def chosen(out: Path | None, options: dict[str, Any]) -> tuple[Keep, measured.Outputs]:
     """How much to keep and what to print, out of the options of these; refuses before any work what is written over."""
+    give_back()
     if out is not None:
         require_new(out)
     given = {name: options.pop(name) for name, _, _ in _CRITERIA}

@@ -17,8 +17,8 @@ from d2surgery.surgery.truncation import Triplets
 EXACT = 1e-6
 """A relative error that float32 factors may leave of what is exact in real arithmetic."""
 EPS32 = 2.0**-23
-_GRAM_UP_TO = 128  # the smaller side up to which ‖·‖₂ comes from a Gram matrix
-_STEPS, _BLOCK = 12, 4
+_GRAM_UP_TO = 256  # the smaller side up to which ‖·‖₂ comes from a Gram matrix
+_STEPS, _BLOCK = 8, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ def _dense_norms(
         ours = _tile(wanted, part)
         theirs = ours - _tile(got, part)
         wrong[part] = theirs
-        squares[:2] += torch.stack([ours.square().sum(), theirs.square().sum()])
+        squares[:2] += torch.stack([torch.linalg.vector_norm(each) for each in (ours, theirs)]).square()
         if weights is not None:
             squares[2:] += torch.stack([(tile * weights).square().sum() for tile in (ours, theirs)])
     whole, error, weighted_whole, weighted_error = squares.sqrt().tolist()
