@@ -30,6 +30,7 @@ SLOPPY = 1 / 256  # of delta, which products in 16 bits lose
 FLOAT32 = 1e-6  # of the weight, which sums and gains in float32 lose
 LOCAL = 1 / 64  # of delta's strength in a row: factors in 16 bits make it as uneven
 _FEW = 1 / 64  # of the rows
+_NEARLY = 0.95  # of the strays
 _CLASSES = 24  # of the ratio of delta to the spacing
 _SIZES = 256  # of an element, eight equal ones to an octave
 _BLOCKS = (8, 16, 32, 64, 128, 256)  # neighbouring rows or columns: heads
@@ -362,7 +363,8 @@ def _by_size(marks: Marks, limit: float) -> tuple[Structure, float] | None:
 
 
 def _spread(everything: _Parts, rows: _Parts, columns: _Parts, gross: bool) -> Structure | None:
-    """What is everywhere. gross: by far more than rounding, so that it must explain most of what differs."""
+    """What is everywhere. gross: by far more than rounding, so that it must explain most of what differs, or nearly all
+    that differs lies that way: of a small constant 16 bits make few and large steps."""
     n = max(float(everything["strays"]), 1)
     whole = everything.explained
     least = 0.7 * float(everything["dd"]) if gross else 0.0
@@ -372,11 +374,11 @@ def _spread(everything: _Parts, rows: _Parts, columns: _Parts, gross: bool) -> S
             factors = tuple(float(f) for f in parts.factor[parts.scaled])
             return Structure(code, f"{_where(axis, parts.scaled)} {_times(factors)}")  # type: ignore[arg-type]
     one_way = {name: float(everything[name].abs()) / n for name in ("base", "up")}
-    if bool(everything.scaled) and one_way["base"] >= one_way["up"] and whole >= least:
+    if bool(everything.scaled) and one_way["base"] >= one_way["up"] and (whole >= least or one_way["base"] > _NEARLY):
         what = f"all of the weight is multiplied by {float(everything.factor):.5g}"
         return Structure("WEIGHT_DECAYED", what, factors=(float(everything.factor),))
     lifted = float(everything["d"].square() / everything["count"].clamp(min=1))
-    if bool(everything.shifted) and lifted >= least:
+    if bool(everything.shifted) and (lifted >= least or one_way["up"] > _NEARLY):
         each = float(everything["d"] / everything["count"])
         return Structure("VALUES_SHIFTED", f"all of the weight is shifted, by {each:.2g} on average")
     return None

@@ -19,7 +19,6 @@ ALL = cases()
 CASES = ALL if os.environ.get("D2SURGERY_MUTATIONS") == "all" else part(ALL)
 MISNAMED = {  # (group, name, kind) whose verdict is right and whose cause is not always: known, and to be mended
     ("magnitude", "untrained", "dora"): "ROW_SCALED beside MAGNITUDE_DROPPED",
-    ("shape", "a constant added, 0.2 % of the size", "duallora"): "DELTA_UNEXPLAINED for VALUES_SHIFTED",
     ("another adapter", "another seed", "duallora"): "DELTA_UNEXPLAINED for ANOTHER_ADAPTER",
 }
 NAMED = ("axis", "magnitude", "branch", "projection", "direction", "heads", "transposed", "twice")
