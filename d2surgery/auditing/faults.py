@@ -151,7 +151,16 @@ def _magnitude(case: Case) -> Iterator[Named]:
         norms: Tensor = case.base.norm(dim=dim, keepdim=True)
         return case.with_(plain) * here.magnitude.to(case.base.dtype).view(shape) / norms
 
+    def untrained() -> Tensor:
+        here, sums = case.part(dora), case.triple(dora)
+        assert isinstance(here, DoRA)
+        norms = sums.base.sqrt() if sums else case.base.norm(dim=1 if dora.along == "out_features" else 0)
+        return (
+            case.base + replace(here, magnitude=norms.to(here.magnitude.dtype)).delta(case.base, sums) * case.strength
+        )
+
     yield Named("MAGNITUDE_DROPPED", "divided by the norm of the base, not of base plus update", by_base_norm)
+    yield Named("MAGNITUDE_DROPPED", "its magnitudes are the norms of the base, as before training", untrained)
 
 
 def _dora_twice(case: Case) -> Iterator[Named]:
