@@ -105,8 +105,9 @@ CODES: dict[str, Code] = {
     "MUTATED_BASE": Code(
         "The initialisation changed the base weights, so base + scaling·B·A is not the trained model.",
         "If the changed base was saved (PEFT calls it the residual model), give it as the base and set "
-        "init_lora_weights to true in adapter_config.json: residual + scaling·B·A is the trained model. Otherwise save "
-        "with path_initial_model_for_weight_conversion, which makes a plain LoRA of the original base.",
+        "init_lora_weights to true in adapter_config.json: residual + scaling·B·A is the trained model. If the first "
+        "factors were saved, set it to true in both configs: `d2surgery combine TRAINED FIRST:-1 --out PLAIN` is the "
+        "plain LoRA of the original base. Else save with path_initial_model_for_weight_conversion, which makes one.",
     ),
     "MERGED_LINEAR": Code(
         "The factors are those of MergedLinear in PEFT 0.1 and 0.2 (enable_lora): several products of one module, "
