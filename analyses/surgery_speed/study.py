@@ -169,6 +169,8 @@ def study(work: Path, rounds: int, mergekit: str | None, *, tiny: bool) -> dict[
             hashes[f"{name}/{file.parent.name}"] = sha256(file)
     for number in range(rounds):
         for name, command in commands(work, kept, mergekit).items():
+            if tiny and ("large" in name or "PEFT" in name):  # imports alone, which the others have too
+                continue
             runs.append({"round": number, "run": name} | measure(work, command))
             print(f"{runs[-1]}", file=sys.stderr)
     dense = [{"shape": list(s), "seconds": round(float(python("-c", ONE, *s)), 3)} for s in samples]
