@@ -22,7 +22,7 @@ _MOST = 0.5  # of the modules
 _UNLIKE = 0.03  # of delta's norm, which is left beside any strength and rounding
 _SOME = 0.2  # of them, where more than a factor is seen
 _SCATTER = 9.0  # of strengths, which is 1 by chance
-_FAR, _MUCH = 0.1, 0.2  # from strength one; of delta's norm
+_FAR, _UNALIKE = 0.1, 0.95  # from strength one; cosine of what was merged and the given delta
 _LOW = 16  # singular values above rounding, or a quarter of the block's: of low rank
 
 
@@ -48,8 +48,9 @@ def another_adapter(
         or not _base_is_right(pairs, replay)
     ):
         return dict(modules)
-    likes = [*vague.values()]
-    if _scatter(likes) < _SCATTER and len(low) < _MOST * len(vague) and not _leans(likes):
+    unexplained = [like for name, like in vague.items() if modules[name].code == "DELTA_UNEXPLAINED"]
+    leaning = sum(map(_leans, unexplained)) > _MOST * len(vague)
+    if _scatter([*vague.values()]) < _SCATTER and len(low) < _MOST * len(vague) and not leaning:
         return dict(modules)
     nearly = {name for name, m in modules.items() if m.verdict == "fail" and "; strength" in m.message}
     said = _said([like.cosine for like in vague.values()])
@@ -81,10 +82,9 @@ def _scatter(likes: list[_Likeness]) -> float:
     return sum(w * (like.strength - mean) ** 2 for w, like in zip(weights, likes, strict=True)) / len(likes)
 
 
-def _leans(likes: list[_Likeness]) -> bool:
-    """Whether most have another strength than one, and much beside it: noise would leave the strength."""
-    far = [like for like in likes if abs(like.strength - 1) > max(_FAR, 5 * like.error) and like.rest > _MUCH]
-    return len(far) > _MOST * len(likes)
+def _leans(like: _Likeness) -> bool:
+    """Whether it has another strength than one, and much beside it: noise would leave the strength."""
+    return abs(like.strength - 1) > max(_FAR, 5 * like.error) and like.cosine < _UNALIKE
 
 
 def _base_is_right(pairs: Iterable[TensorPair], replay: Replay) -> bool:

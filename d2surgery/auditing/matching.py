@@ -78,6 +78,8 @@ class Matcher:
         ours = everything[0]
         size = torch.finfo(tally.grid or made.merged.dtype).eps * float(made.base_weight.norm(dim=1).median())
         size = 1.5 * size + float(made.delta.norm(dim=1).median()) / 16
+        if "magnitude" in self.merger.checkpoint.layout.adapters[made.tile.patch.module].slots:
+            size += float(made.base_weight.norm(dim=1).median()) / 256  # magnitudes in 16 bits
         if ours.name == OURS and not made.tile.patch.transposed and _distance(*sample(ours)) > size:
             return (ours,)
         return everything
