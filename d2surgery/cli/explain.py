@@ -41,7 +41,7 @@ def _explain_engine(name: str, as_json: bool) -> None:
 
 def _words(value: object) -> str:
     if isinstance(value, tuple):
-        return ", ".join(map(_words, value))
+        return ", ".join(words for words in map(_words, value) if words)
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 

@@ -58,17 +58,16 @@ def command(
     Reads names and shapes only, so it takes a moment and cannot see NaN; --numbers reads the values too.
     """
     layout = open_layout(adapter, expert_layout=expert_layout, scale=scale, alpha=alpha)
+    touched: int | None = None
+    misfits: list[Problem] = []
     if base is not None:
-        layout = _on(layout, base)
+        layout, touched, misfits = _land(layout, base)
     problems = list(layout.problems)
     values: Numbers | None = None
     if numbers:
         values, found = _read_numbers(layout)
         problems += found
-    touched: int | None = None
-    if base is not None:
-        touched, found = _land(layout, base)
-        problems += found
+    problems += misfits
     landing = lands(layout, engine) if engine is not None else None
     problems += landing.problems if landing else ()
     layout = replace(layout, problems=tuple(problems))
@@ -98,16 +97,8 @@ def _read_numbers(layout: Layout) -> tuple[Numbers, list[Problem]]:
     return read_numbers(layout)
 
 
-def _on(layout: Layout, base: Path) -> Layout:
-    """With what the base says beside the file: the paths of flattened names, how many heads share rows."""
-    from d2surgery.files.base import read_model_config
-    from d2surgery.files.checkpoints import read_checkpoint_header
-
-    return with_base(layout, read_checkpoint_header(base).tensors, read_model_config(base))
-
-
-def _land(layout: Layout, base: Path) -> tuple[int, list[Problem]]:
-    """How many of the base's tensors the adapter touches, and what does not fit."""
+def _land(layout: Layout, base: Path) -> tuple[Layout, int, list[Problem]]:
+    """The layout with what the base says beside the file, how many of its tensors change, and what does not fit."""
     from d2surgery.files.base import read_model_config
     from d2surgery.files.checkpoints import read_checkpoint_header
     from d2surgery.placement.bases import other_base
@@ -115,9 +106,11 @@ def _land(layout: Layout, base: Path) -> tuple[int, list[Problem]]:
     from d2surgery.placement.sites import sites
 
     header, config = read_checkpoint_header(base), read_model_config(base)
+    layout = with_base(layout, header.tensors, config)
     landing = sites(layout, header, config)
     promises = broken_promises(layout, header, landing)
-    return len(landing.sites), [*landing.problems, *promises, *other_base(layout.base_model, base, config)]
+    problems = [*landing.problems, *promises, *other_base(layout.base_model, base, config)]
+    return layout, len(landing.sites), problems
 
 
 # As JSON --------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import refuse
+from d2surgery.evaluating.traces import run
 from d2surgery.live.attaching import name_in
 from d2surgery.live.loading import load_model, tokenizer_of
 from d2surgery.surveying.modules import Progress
@@ -58,7 +59,7 @@ def input_moments(
     for piece in chain([first], pieces):
         ids = tokenizer(piece, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         for start in range(0, len(ids), step):
-            _run(model, ids[None, start : start + step])
+            run(model, ids[None, start : start + step])
         done += len(piece.encode())
         progress(min(done, whole), whole)
     if not sums:
@@ -80,12 +81,3 @@ def _pieces(path: Path) -> Iterator[str]:
                 piece = file.read(_LETTERS)
     except UnicodeDecodeError:
         raise refuse("USAGE", "no text in UTF-8", file=str(path)) from None
-
-
-def _run(model: Any, ids: Tensor) -> None:
-    arguments = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
-    try:
-        model(**arguments)
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise refuse("NOT_RUNNABLE", f"{type(model).__name__} does not run: {reason}") from None

@@ -83,13 +83,8 @@ def trace(model: nn.Module, ids: Tensor, reference: Trace | None = None) -> Trac
         return hook
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in _watched(model)]
-    living: Any = model
-    arguments = {"input_ids": ids} | ({"decoder_input_ids": ids} if living.config.is_encoder_decoder else {})
     try:
-        output = living(**arguments)
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise refuse("NOT_RUNNABLE", f"{type(model).__name__} does not run: {reason}") from None
+        output = run(model, ids)
     finally:
         for handle in hooks:
             handle.remove()
@@ -194,3 +189,13 @@ def _watched(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if module not in inner and (isinstance(module, AdaptedLinear) or module._parameters):
             yield name, module
+
+
+def run(model: Any, ids: Tensor) -> Any:
+    """What a model makes of token ids. Raises D2SurgeryError NOT_RUNNABLE."""
+    arguments = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    try:
+        return model(**arguments)
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise refuse("NOT_RUNNABLE", f"{type(model).__name__} does not run: {reason}") from None

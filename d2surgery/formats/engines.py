@@ -20,6 +20,15 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LINEAR = (*_ATTENTION, "up_proj", "down_proj", "gate_proj", "w1", "w2", "w3", "gate")
 
 
+class Sloppy(NamedTuple):
+    """What an engine makes of a kind without a word: of files of these formats, along this axis (none: of any)."""
+
+    kind: str
+    words: str
+    formats: tuple[str, ...] = ()
+    axis: str = ""
+
+
 class Engine(NamedTuple):
     """How an engine reads an adapter; the defaults are those of an engine that serves plain LoRA of linear layers."""
 
@@ -28,7 +37,8 @@ class Engine(NamedTuple):
     takes: str  # the format to write for it
     source: str  # where that was read, and when
     kinds: tuple[str, ...] = ("lora",)
-    sloppy: tuple[tuple[str, str], ...] = ()  # kind -> what is made of it without a word
+    sloppy: tuple[Sloppy, ...] = ()
+    products: bool = False  # LyCORIS's LoHa, LoKr and the like
     stored: tuple[Stored, ...] = ("linear",)
     outputs: bool = False  # also on embeddings and heads
     whole: bool = False  # tensors that replace the base's, token rows
@@ -65,7 +75,7 @@ ENGINES: dict[str, Engine] = {
     ),
     "fireworks": Engine(
         "Fireworks", ("peft", "peft-serving"), "peft-serving", "a copy of its documentation, read in November 2026",
-        ignores=(PATTERNS, RSLORA), sloppy=(("dora", "merged as LoRA: its config's use_dora is ignored"),),
+        ignores=(PATTERNS, RSLORA), sloppy=(Sloppy("dora", "applied as LoRA: its config's use_dora is ignored"),),
         modules=_LINEAR, ranks=(4, 8, 16, 32, 64),
     ),
     "llama.cpp": Engine("llama.cpp", ("gguf",), "gguf", _GGUF),
@@ -77,13 +87,16 @@ ENGINES: dict[str, Engine] = {
         kinds=("lora", "dora"), stored=("linear", "embedding", "experts"), outputs=True,
     ),
     "diffusers": Engine(
-        "diffusers", ("diffusers", "kohya", "peft"), "diffusers", "diffusers 58eb52c, loaders; read in November 2026",
+        "diffusers", ("diffusers", "kohya", "lycoris", "peft"), "diffusers",
+        "diffusers 58eb52c, loaders; read in November 2026",
+        sloppy=(Sloppy("dora", "applied as LoRA: dora_scale is left out", formats=("lycoris",)),),
         kinds=("lora", "dora"), stored=("linear", "conv"),
     ),
     "comfyui": Engine(
         "ComfyUI", ("kohya", "lycoris", "diffusers"), "lycoris",
         "comfy/weight_adapter at 9c0cf36, ComfyUI#15458 (open in August 2026)",
-        kinds=("lora", "dora"), stored=("linear", "conv"), outputs=True, whole=True, biases=True,
+        sloppy=(Sloppy("dora", "divided by the norm of the base, not of base plus update", axis="out_features"),),
+        kinds=("lora", "dora"), products=True, stored=("linear", "conv"), outputs=True, whole=True, biases=True,
     ),
 }  # fmt: skip
 
@@ -134,14 +147,14 @@ class _Ruling(NamedTuple):
 def _of_adapter(layout: Layout, entry: AdapterLayout, engine: Engine) -> _Ruling:
     leaf, title = entry.module.rpartition(".")[2], TABLE[entry.kind].title
     rank = max(entry.ranks.values())
-    if sloppy := dict(engine.sloppy).get(entry.kind):
-        return _Ruling("misread", f"{title} is {sloppy}")
+    for sloppy in engine.sloppy:
+        of_it = sloppy.kind == entry.kind and sloppy.axis in ("", entry.axis)
+        if of_it and (not sloppy.formats or layout.format in sloppy.formats):
+            return _Ruling("misread", f"{title} is {sloppy.words}")
     if entry.kind not in engine.kinds:
         return _Ruling("refused", f"no {title}")
-    if entry.kind == "dora" and layout.format in ("kohya", "lycoris") and engine.takes == "diffusers":
-        return _Ruling("misread", "dora_scale is left out: DoRA is merged as LoRA")
-    if entry.axis == "out_features" and engine.takes == "lycoris":
-        return _Ruling("misread", "divides by the norm of the base, not of base plus update")
+    if layout.format == "lycoris" and entry.slots["A"].made and not engine.products:
+        return _Ruling("refused", "no products of LyCORIS's")
     if entry.stored not in engine.stored or (leaf in OUTPUTS and not engine.outputs):
         return _Ruling("refused", f"none on {'embeddings and heads' if leaf in OUTPUTS else f'{entry.stored} modules'}")
     if engine.modules and leaf not in engine.modules:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import d2surgery
 from d2surgery.cli import main
@@ -72,6 +73,17 @@ def test_dora_is_refused_served_as_lora_or_applied(tmp_path: Path) -> None:
     lycoris = written(tmp_path / "lycoris", {Q: dora()}, "lycoris")
     assert codes(lycoris, "comfyui") == ["ENGINE_MISREADS"]
     assert "norm of the base" in lands(lycoris, "comfyui").problems[0].message
+    assert codes(lycoris, "diffusers") == ["ENGINE_MISREADS"]
+    assert "dora_scale is left out" in lands(lycoris, "diffusers").problems[0].message
+
+
+def test_lycoris_products_are_applied_by_comfyui_alone(tmp_path: Path) -> None:
+    shapes = {"w1_a": (16, 2), "w1_b": (2, 16), "w2_a": (16, 2), "w2_b": (2, 16)}
+    save_file(
+        {f"lycoris_x.hada_{leaf}": torch.randn(shape) for leaf, shape in shapes.items()}, tmp_path / "x.safetensors"
+    )
+    layout = d2surgery.open_layout(tmp_path / "x.safetensors")
+    assert (codes(layout, "comfyui"), codes(layout, "diffusers")) == ([], ["ENGINE_REFUSES"])
 
 
 def test_heads_other_modules_and_whole_tensors(tmp_path: Path) -> None:
