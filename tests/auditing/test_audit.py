@@ -203,7 +203,7 @@ def test_a_strength_is_right_where_rounding_keeps_a_share_of_the_delta(
 def test_another_adapter_altogether_is_not_called_a_strength(inputs: Path) -> None:
     """Its absence fits better than a right merge does, and yet it is not what happened."""
     found = audit(inputs / "base", inputs / "d2lora", inputs / "merged-dora")
-    assert (found.verdict, codes(found)) == ("fail", {"DELTA_UNEXPLAINED"})
+    assert (found.verdict, codes(found)) == ("fail", {"ANOTHER_ADAPTER"})
 
 
 def test_a_small_delta_in_bfloat16_passes_with_a_warning(inputs: Path, tmp_path: Path) -> None:
