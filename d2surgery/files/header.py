@@ -125,12 +125,20 @@ def small_values(header: Header, key: str) -> tuple[float, ...]:
 
 def is_pickle(path: Path) -> bool:
     """Does the file begin like one that torch.save wrote: a zip archive, or before PyTorch 1.6 a bare pickle?"""
+    head = _head(path)
+    return head.startswith((b"PK\x03\x04", b"\x80\x02")) and not (_begins_a_header(head) or _is_npz(head))
+
+
+def is_gguf(path: Path) -> bool:
+    return _head(path).startswith(b"GGUF")
+
+
+def _head(path: Path) -> bytes:
     try:
         with open_file(path) as file:
-            head = file.read(64)
-            return head.startswith((b"PK\x03\x04", b"\x80\x02")) and not (_begins_a_header(head) or _is_npz(head))
+            return file.read(64)
     except (OSError, D2SurgeryError):
-        return False  # read_header says why
+        return b""  # whoever reads the file says why
 
 
 def _check_magic(path: Path, head: bytes, size: int) -> None:

@@ -1,23 +1,36 @@
 """The formats: how adapters lie on disk, a module each. See `Format` for what such a module has."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from d2surgery.errors import Problem, raise_errors, refuse
-from d2surgery.files.gguf import is_gguf, read_gguf
-from d2surgery.files.header import Header, TensorInfo, is_pickle, read_header, small_values
+from d2surgery.files.header import Header, TensorInfo, is_gguf, is_pickle, read_header, small_values
 from d2surgery.files.held import Seen
 from d2surgery.files.locate import PICKLES, left_out, locate
 from d2surgery.files.reading import read_json
-from d2surgery.formats import diffusers, flat, foreign, gguf, kohya, lycoris, mlx, peft, serving, torchtune
 from d2surgery.formats.format import Format, Holding
 from d2surgery.formats.layout import Layout, Packing, with_expert_layout, with_scaling
-from d2surgery.formats.pairs import as_stored
 
-FORMATS: tuple[Format, ...] = (gguf, diffusers, peft, lycoris, kohya, mlx, torchtune, serving, foreign)
+_NAMES = ("gguf", "diffusers", "peft", "lycoris", "kohya", "mlx", "torchtune", "serving", "foreign")
+
+
+class _Modules(Sequence[Format]):
+    """The formats, each imported when its turn comes: a PEFT file needs three of them."""
+
+    def __len__(self) -> int:
+        return len(_NAMES)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self[i] for i in range(len(self))[at]]
+        return cast(Format, import_module(f"{__name__}.{_NAMES[at]}"))
+
+
+FORMATS: Sequence[Format] = _Modules()
 """In the order of detection; the last recognises every file."""
 
 
@@ -66,6 +79,9 @@ def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
 def with_base(found: Layout, tensors: Mapping[str, TensorInfo], model: Mapping[str, Any]) -> Layout:
     """A layout with what its base's tensors and config say: paths of flattened names, how many heads share rows, and
     the kernel of a convolution whose file does not say it."""
+    from d2surgery.formats import flat, gguf, torchtune
+    from d2surgery.formats.pairs import as_stored  # what a lone file needs none of
+
     if found.format == gguf.NAME and (heads := gguf.heads_of(model)):
         again = layout(replace(found.header, metadata={**heads, **found.header.metadata}), None)
         others = [problem for problem in found.problems if problem.code == "LEFT_OUT"]
@@ -142,6 +158,8 @@ def _header(weights: Path) -> Header:
         seen = Seen(weights)
         return replace(read_pickled_header(weights), seen=(seen,))
     if is_gguf(weights):
+        from d2surgery.files.gguf import read_gguf  # its types, which few need
+
         return read_gguf(weights)
     if weights.suffix == ".npz":
         from d2surgery.files.npz import read_npz  # zipfile, which few need
