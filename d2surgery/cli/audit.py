@@ -26,6 +26,7 @@ from d2surgery.evaluating.items import read_prompts
 from d2surgery.evaluating.tasks import Progress, read_task
 from d2surgery.files.whole import write_whole
 from d2surgery.formats.layout import Packing
+from d2surgery.machine import give_back
 from d2surgery.reporting import audit_files
 
 Given = TypeVar("Given")
@@ -147,6 +148,7 @@ def command(
 
 
 def _by_weights(asked: Asked, progress: Progress) -> Audit:
+    give_back()
     base, adapter = _required("base", asked.base), _required("adapter", asked.adapter or None)
     right, wrong = asked.strength_pass, asked.strength_fail
     if not 0 <= right <= wrong:
