@@ -66,12 +66,8 @@ def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
 def with_base(found: Layout, tensors: Mapping[str, TensorInfo], model: Mapping[str, Any]) -> Layout:
     """A layout with what its base's tensors and config say: paths of flattened names, how many heads share rows, and
     the kernel of a convolution whose file does not say it."""
-    if found.format == gguf.NAME and (heads := gguf.heads_of(model)):
-        again = layout(replace(found.header, metadata={**heads, **found.header.metadata}), None)
-        others = [problem for problem in found.problems if problem.code == "LEFT_OUT"]
-        found = replace(again, problems=(*again.problems, *others))
-    if found.format == torchtune.NAME:
-        found = torchtune.with_model(found, model)
+    if (format := next((each for each in FORMATS if found.format == each.NAME), None)) is not None:
+        found = format.with_base(found, tensors, model)
     paths = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
     named = flat.with_paths(replace(found, about=replace(found.about, model=model)), paths)
     adapters = {}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from d2surgery.errors import Problem, refuse
 from d2surgery.files.header import Header
-from d2surgery.formats.format import Holding, Values
+from d2surgery.formats.format import Holding, Values, as_read
 from d2surgery.formats.layout import About, AdapterLayout, Layout, Slot, Stored, lies_transposed
 
 
@@ -62,6 +62,9 @@ TITLE, READS = "OFT, VeRA, IA³ …", "recognised, not read"
 def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
     """Every file: one that fits no table is of the format "unknown"."""
     return "no other format's keys"
+
+
+with_base = as_read
 
 
 def holds(kind: str) -> frozenset[Stored]:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from d2surgery.errors import Problem, raise_errors
 from d2surgery.files.header import Header
 from d2surgery.formats.flat import collisions, flat_name, known, parts
-from d2surgery.formats.format import Holding, Values
+from d2surgery.formats.format import Holding, Values, as_read
 from d2surgery.formats.layout import About, AdapterLayout, Layout, Stored, lies_transposed
 from d2surgery.formats.pairs import Group, Pairs
 
@@ -124,6 +124,9 @@ def _listed(header: Header) -> dict[str, str]:
 def _named_as(name: str, path: str, components: Iterable[str]) -> str:
     otherwise = "lycoris_" if name.startswith("lycoris_") else "lora_te_"
     return flat_name(path, components, otherwise=otherwise)
+
+
+with_base = as_read
 
 
 def holds(kind: str) -> frozenset[Stored]:

@@ -32,7 +32,7 @@ from d2surgery.errors import Problem, brief, raise_errors
 from d2surgery.files.header import FLOATS, Header
 from d2surgery.files.whole import write_whole
 from d2surgery.formats.flat import flattened
-from d2surgery.formats.format import Holding, Values
+from d2surgery.formats.format import Holding, Values, as_read
 from d2surgery.formats.layout import About, AdapterLayout, Layout, Slot, Stored
 from d2surgery.formats.pairs import Group, Pairs
 from d2surgery.formats.peft.fields import is_number
@@ -190,6 +190,9 @@ def _about(config: Mapping[str, Any]) -> About:
         base_model=base if isinstance(base, str) and base else None,
         dropout=dropout if is_number(dropout) else None,
     )
+
+
+with_base = as_read
 
 
 def holds(kind: str) -> frozenset[Stored]:

@@ -21,20 +21,18 @@ Source: torchtune bd2a0fc7, models/convert_weights.py and modules/peft.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from d2surgery.errors import Problem, refuse
-from d2surgery.files.header import Header
+from d2surgery.files.header import Header, TensorInfo
 from d2surgery.formats.format import Holding, Values
-from d2surgery.formats.layout import AdapterLayout, Layout, Stored
+from d2surgery.formats.layout import Layout, Stored
 from d2surgery.formats.pairs import Group, Pairs
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from d2surgery.formats.rows import halves, reordered
 
 NAME = "torchtune"
 TITLE, READS = "torchtune (`.pt`)", "LoRA, DoRA; Llama, Mistral, Gemma, Qwen"
@@ -84,7 +82,7 @@ def _module(name: str) -> str | None:
     return f"model.layers.{found[1]}.{part}" if found and part else None
 
 
-def with_model(layout: Layout, model: Mapping[str, Any]) -> Layout:
+def with_base(layout: Layout, tensors: Mapping[str, TensorInfo], model: Mapping[str, Any]) -> Layout:
     """The layout with its rows as the base of this config has them."""
     kind, adapters = model.get("model_type"), dict(layout.adapters)
     others = [problem for problem in layout.problems if problem.code != "HEADS_UNKNOWN"]
@@ -94,7 +92,7 @@ def with_model(layout: Layout, model: Mapping[str, Any]) -> Layout:
             continue
         entry, heads = layout.adapters[module], _heads(model, found[1])
         if kind in INTERLEAVED and heads and entry.out_features % (2 * heads) == 0:
-            adapters[module] = replace(entry, slots=dict(_in_halves(entry, heads)))
+            adapters[module] = reordered(entry, partial(halves, heads))
         else:
             got = f"{kind}, {heads} heads of {entry.out_features} rows"
             wanted = ", ".join((*INTERLEAVED, *AS_THERE))
@@ -108,16 +106,6 @@ def _heads(model: Mapping[str, Any], which: str) -> int:
     kv = model.get("num_key_value_heads")
     found = kv if which == "k" and kv is not None else heads
     return found if isinstance(found, int) else 0
-
-
-def _in_halves(entry: AdapterLayout, heads: int) -> Iterator[tuple[str, Any]]:
-    for name, slot in entry.slots.items():
-        yield name, slot if name == "A" else slot._replace(made=partial(_halves, heads))
-
-
-def _halves(heads: int, rows: "Tensor") -> "Tensor":
-    """Row (head, i, half) at (head, half, i)."""
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def holds(kind: str) -> frozenset[Stored]:
