@@ -12,12 +12,24 @@ from d2surgery.files.header import Header, TensorInfo, is_pickle, read_header, s
 from d2surgery.files.held import Seen
 from d2surgery.files.locate import PICKLES, left_out, locate
 from d2surgery.files.reading import read_json
-from d2surgery.formats import diffusers, flat, foreign, gguf, kohya, lycoris, mlx, peft, serving, torchtune
+from d2surgery.formats import (
+    diffusers,
+    flat,
+    foreign,
+    gguf,
+    kohya,
+    lycoris,
+    mlx,
+    peft,
+    peft_methods,
+    serving,
+    torchtune,
+)
 from d2surgery.formats.format import Format, Holding
 from d2surgery.formats.layout import Layout, Packing, with_expert_layout, with_scaling
 from d2surgery.formats.pairs import as_stored
 
-FORMATS: tuple[Format, ...] = (gguf, diffusers, peft, lycoris, kohya, mlx, torchtune, serving, foreign)
+FORMATS: tuple[Format, ...] = (gguf, diffusers, peft_methods, peft, lycoris, kohya, mlx, torchtune, serving, foreign)
 """In the order of detection; the last recognises every file."""
 
 

@@ -150,13 +150,13 @@ def fit(right: bool, shapes: list[tuple[int, ...]]) -> None:
 # Factors made of stored tensors, in float32 or more --------------------------------------------------------------
 
 
-def _wide(tensor: "Tensor") -> "Tensor":
+def wide(tensor: "Tensor") -> "Tensor":
     return tensor if tensor.itemsize > 4 else tensor.float()
 
 
 def _tucker(down: "Tensor", mid: "Tensor") -> "Tensor":
     """Σ_j mid[i, j, …] down[j, in]: (i, in, …)."""
-    product = _wide(mid).flatten(2).transpose(1, 2) @ _wide(down).flatten(1)
+    product = wide(mid).flatten(2).transpose(1, 2) @ wide(down).flatten(1)
     return product.transpose(1, 2).reshape(mid.shape[0], -1, *mid.shape[2:])
 
 
@@ -165,12 +165,12 @@ def _rows_multiplied(first: "Tensor", second: "Tensor", *cores: "Tensor") -> "Te
     a, b = (
         (_tucker(each, core) for each, core in zip((first, second), cores, strict=True)) if cores else (first, second)
     )
-    return (_wide(a)[:, None] * _wide(b)[None]).flatten(0, 1)
+    return (wide(a)[:, None] * wide(b)[None]).flatten(0, 1)
 
 
 def _columns_multiplied(turned: bool, first: "Tensor", second: "Tensor") -> "Tensor":
     """(out, r1·r2), of (out, r) or, `turned`, (r, out)."""
-    a, b = (_wide(each.T if turned else each) for each in (first, second))
+    a, b = (wide(each.T if turned else each) for each in (first, second))
     return (a[:, :, None] * b[:, None]).flatten(1)
 
 
@@ -182,11 +182,11 @@ def _kronecker(count: int, side: int, *tensors: "Tensor") -> "Tensor":
 
 def _side(side: int, *tensors: "Tensor") -> "Tensor":
     """The down (0) or up (1) factor of a full matrix, of a product a·b, or of a Tucker product of a, b and a core."""
-    first = _wide(tensors[0])
+    first = wide(tensors[0])
     if len(tensors) == 3:
         return _tucker(tensors[1], tensors[2]) if side == 0 else first.T
     if len(tensors) == 2:
-        return first if side else _wide(tensors[1])
+        return first if side else wide(tensors[1])
     rows, columns = first.shape[0], first[0].numel()
     if (rows <= columns) == (side == 0):
         return first
