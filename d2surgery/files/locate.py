@@ -11,11 +11,12 @@ from d2surgery.files.tokenizers import BEGINNINGS
 _HUB_ID = re.compile(  # not a mistyped path, nor one that leads out of the cache
     r"(?!.*\.\.)\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.bin)(@\w[\w./-]*)?", re.ASCII
 )
-WEIGHTS = (  # PEFT's; MLX-LM's; diffusers'; kohya's as it is written here; llama.cpp's as it is written here
+WEIGHTS = (  # PEFT's; MLX-LM's; diffusers'; kohya's and llama.cpp's as written here; AdapterHub's; litgpt's
     "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapters.npz",
     "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "lora.safetensors", "adapter.gguf",
+    "adapter.safetensors", "pytorch_adapter.bin", "lit_model.pth.lora",
 )  # fmt: skip
-PICKLES = (".bin", ".pt", ".pth")
+PICKLES = (".bin", ".pt", ".pth", ".lora")
 TRAINED_WHOLE = ("non_lora_trainables.bin", "non_lora_state_dict.bin")  # LLaVA's and its followers' second file
 OTHERS = ("new_embeddings.safetensors", "new_embeddings.bin")  # vLLM's: rows of added tokens, without their numbers
 _OF_AN_ADAPTER = [

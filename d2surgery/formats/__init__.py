@@ -1,10 +1,11 @@
 """The formats: how adapters lie on disk, a module each. See `Format` for what such a module has."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.gguf import is_gguf, read_gguf
@@ -12,24 +13,31 @@ from d2surgery.files.header import Header, TensorInfo, is_pickle, read_header, s
 from d2surgery.files.held import Seen
 from d2surgery.files.locate import PICKLES, left_out, locate
 from d2surgery.files.reading import read_json
-from d2surgery.formats import (
-    diffusers,
-    flat,
-    foreign,
-    gguf,
-    kohya,
-    lycoris,
-    mlx,
-    peft,
-    peft_methods,
-    serving,
-    torchtune,
-)
 from d2surgery.formats.format import Format, Holding
 from d2surgery.formats.layout import Layout, Packing, with_expert_layout, with_scaling
-from d2surgery.formats.pairs import as_stored
 
-FORMATS: tuple[Format, ...] = (gguf, diffusers, peft_methods, peft, lycoris, kohya, mlx, torchtune, serving, foreign)
+_MARKS: dict[str, tuple[str, ...]] = {  # format -> what some key must have in it before the format is asked
+    "gguf": (), "nvlabs": (".weight_m_wdecomp.",), "fsdp_qlora": (".dora_layer.", ".magnitude_layer.", ".lora_AB."),
+    "megatron": (".adapter.",), "adapterhub": (".loras.",), "tinker": ("unembed_tokens.", ".experts.w"),
+    "litgpt": ("transformer.h.",), "loralib": (".lora_A\n",), "diffusers": (),
+    "peft_methods": (".hada_", ".lokr_", ".delora_", ".vera_"),
+    "peft": (), "lycoris": (), "kohya": (), "mlx": (), "torchtune": (), "serving": (), "foreign": (),
+}  # fmt: skip
+
+
+class _Modules(Sequence[Format]):
+    """The formats, each imported when its turn comes: a PEFT file needs three of them."""
+
+    def __len__(self) -> int:
+        return len(_MARKS)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self[i] for i in range(len(self))[at]]
+        return cast(Format, import_module(f"{__name__}.{[*_MARKS][at]}"))
+
+
+FORMATS: Sequence[Format] = _Modules()
 """In the order of detection; the last recognises every file."""
 
 
@@ -64,7 +72,7 @@ def open_layout(
 
 def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
     """The layout by the first format that recognises the file."""
-    format, rule = next((each, rule) for each in FORMATS if (rule := each.recognise(header, config)))
+    format, rule = next((each, rule) for each in _asked(header) if (rule := each.recognise(header, config)))
     found = format.layout(header, config, lambda key: small_values(header, key))
     found = replace(found, rule=rule, problems=(*found.problems, *_mixed(found, format)))
     broken = any(problem.severity == "error" for problem in found.problems)
@@ -75,9 +83,20 @@ def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
     return replace(found, problems=(*found.problems, nothing))
 
 
+def _asked(header: Header) -> Iterator[Format]:
+    """The formats that a file may be of."""
+    keys = "\n".join((*header.tensors, ""))
+    for at, marks in enumerate(_MARKS.values()):
+        if not marks or any(mark in keys for mark in marks):
+            yield FORMATS[at]
+
+
 def with_base(found: Layout, tensors: Mapping[str, TensorInfo], model: Mapping[str, Any]) -> Layout:
     """A layout with what its base's tensors and config say: paths of flattened names, how many heads share rows, and
     the kernel of a convolution whose file does not say it."""
+    from d2surgery.formats import flat
+    from d2surgery.formats.pairs import as_stored  # what a lone file needs none of
+
     if (format := next((each for each in FORMATS if found.format == each.NAME), None)) is not None:
         found = format.with_base(found, tensors, model)
     paths = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
@@ -94,8 +113,9 @@ def _mixed(found: Layout, format: Format) -> Iterator[Problem]:
     """The other format of which what was not understood is, where it is of one."""
     unknown = {problem.module for problem in found.problems if problem.code == "UNKNOWN_TENSOR"}
     left = {key: found.header.tensors[key] for key in found.unread if key in unknown}
-    for other in FORMATS[:-1] if left and format is not FORMATS[-1] else ():
-        if other is not format and (rule := other.recognise(replace(found.header, tensors=left, metadata={}), None)):
+    header = replace(found.header, tensors=left, metadata={})
+    for other in _asked(header) if left and format is not FORMATS[-1] else ():
+        if other not in (format, FORMATS[-1]) and (rule := other.recognise(header, None)):
             message = f"the keys of {format.NAME}, and {len(left)} of another: {rule}, which is {other.NAME}"
             yield Problem(code="MIXED_FORMATS", message=message, file=str(found.path))
             return

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from d2surgery.errors import refuse
 from d2surgery.files.header import Header, TensorInfo
 from d2surgery.formats.layout import Layout, Stored
 
@@ -56,3 +57,12 @@ class Format(Protocol):
 def as_read(layout: Layout, tensors: Mapping[str, TensorInfo], model: Mapping[str, Any]) -> Layout:
     """The layout: its file says all that its base could."""
     return layout
+
+
+def holds_nothing(kind: str) -> frozenset[Stored]:
+    """Of a format that is only read."""
+    return frozenset()
+
+
+def not_written(checkpoint: Holding, directory: Path) -> None:
+    raise refuse("USAGE", "the format is read only: not one that can be written")

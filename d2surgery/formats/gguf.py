@@ -100,9 +100,7 @@ def with_base(found: Layout, tensors: Mapping[str, TensorInfo], model: Mapping[s
 
 def _add(pairs: Pairs, name: str, group: Group, architecture: str, alpha: float) -> None:
     block, _, part = name.rpartition(".")
-    if missing := {"lora_a", "lora_b"} - group.keys():
-        message = f"has {', '.join(sorted(group))} but no {', '.join(sorted(missing))}"
-        pairs.skip(group.values(), "MISSING_HALF", message, module=name)
+    if pairs.lacks(name, group, "lora_a", "lora_b"):
         return
     number = block.removeprefix("blk.")
     if part not in _PARTS or not number.isdecimal() or block == number:

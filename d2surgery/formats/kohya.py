@@ -94,8 +94,7 @@ def add(pairs: Pairs, module: str, group: Group, name: str) -> None:
 
 
 def lacks(pairs: Pairs, group: Group, missing: Iterable[str], name: str) -> None:
-    message = f"has {', '.join(sorted(group))} but no {', '.join(sorted(missing))}"
-    pairs.skip(group.values(), "MISSING_HALF", message, module=name)
+    pairs.lacks(name, group, *missing)
 
 
 def scaling_of(pairs: Pairs, group: Group, name: str, rank: Iterable[int]) -> float | None:

@@ -62,6 +62,13 @@ class Pairs:
         self.unread += keys
         self.say(code, message, "error", **details)
 
+    def lacks(self, module: str, group: Group, *wanted: str) -> bool:
+        """Whether a module has not all that is wanted; then it is unread, and what is missing said."""
+        if missing := sorted(set(wanted) - group.keys()):
+            message = f"has {', '.join(sorted(group))} but no {', '.join(missing)}"
+            self.skip(group.values(), "MISSING_HALF", message, module=module)
+        return bool(missing)
+
     def shape(self, key: str) -> tuple[int, ...]:
         return self.header.tensors[key].shape
 

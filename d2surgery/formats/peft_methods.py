@@ -22,13 +22,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2surgery.errors import refuse
 from d2surgery.files.header import Header, TensorInfo
-from d2surgery.formats.format import Holding, Values
-from d2surgery.formats.layout import Layout, Slot, Stored
+from d2surgery.formats.format import Values, holds_nothing, not_written
+from d2surgery.formats.layout import Layout, Slot
 from d2surgery.formats.pairs import Factor, Group, Pairs
 from d2surgery.formats.peft.config import Config
 from d2surgery.formats.peft.keys import bare, target_of
@@ -45,6 +43,8 @@ _LEAVES = {"LOHA": HADA, "LOKR": LOKR, "DELORA": _DELORA, "VERA": _VERA}
 _SHARED = re.compile(r"(?:.*\.)?(vera_[AB])(?:\.[^.]+)?")  # of the whole file
 _Shape = tuple[int, ...]
 _SMALLEST = 1e-4  # norm that DeLoRA divides by
+
+holds, write = holds_nothing, not_written
 
 
 def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
@@ -63,8 +63,7 @@ def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> 
     apart = {*shared.values(), *whole.values()}
     rest = {key: info for key, info in header.tensors.items() if key not in apart}
     pairs = Pairs(replace(header, tensors=rest), values)
-    for _, problem in said.misfits:
-        pairs.say("BAD_CONFIG", **problem)
+    pairs.say.all += (problem for problem in said.problems(pairs.say.file) if problem.code == "BAD_CONFIG")
     projections = [(key, header.tensors[key].shape) for name in ("vera_A", "vera_B") if (key := shared.get(name))]
     for module, group in pairs.groups({leaf: leaf for leaf in _LEAVES[method]}, bare).items():
         try:
@@ -149,17 +148,10 @@ def _delora_down(A: "Tensor", norm: "Tensor") -> "Tensor":
 
 def _delora_up(B: "Tensor", A: "Tensor", size: "Tensor") -> "Tensor":
     norms = wide(A).norm(dim=1).clamp(min=_SMALLEST) * wide(B).norm(dim=0).clamp(min=_SMALLEST)
-    return wide(B) * (wide(size) / A.shape[0] / norms)
+    scales: Tensor = wide(size) / A.shape[0] / norms
+    return wide(B) * scales
 
 
 def _vera(columns: int, scales: "Tensor", projection: "Tensor") -> "Tensor":
     """The part of a projection that a module takes, each row times its own number."""
     return wide(projection[: len(scales), :columns]) * wide(scales)[:, None]
-
-
-def holds(kind: str) -> frozenset[Stored]:
-    return frozenset()
-
-
-def write(checkpoint: Holding, directory: Path) -> None:
-    raise refuse("USAGE", "not a format that can be written", got=NAME)

@@ -24,13 +24,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from d2surgery.errors import Problem, refuse
+from d2surgery.errors import Problem
 from d2surgery.files.header import Header, TensorInfo
-from d2surgery.formats.format import Holding, Values
-from d2surgery.formats.layout import Layout, Stored
+from d2surgery.formats.format import Values, holds_nothing, not_written
+from d2surgery.formats.layout import Layout
 from d2surgery.formats.pairs import Group, Pairs
 from d2surgery.formats.rows import halves, reordered
 
@@ -45,6 +44,8 @@ _PARTS = {
     "mlp.w3": "mlp.up_proj",
 }  # fmt: skip
 _ROTATED = re.compile(r"\.self_attn\.([qk])_proj$")
+
+holds, write = holds_nothing, not_written
 
 
 def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
@@ -63,11 +64,9 @@ def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> 
 
 
 def _add(pairs: Pairs, name: str, group: Group) -> None:
-    missing = {"lora_a.weight", "lora_b.weight"} - group.keys()
-    if missing:
-        message = f"has {', '.join(sorted(group))} but no {', '.join(sorted(missing))}"
-        pairs.skip(group.values(), "MISSING_HALF", message, module=name)
-    elif (module := _module(name)) is None:
+    if pairs.lacks(name, group, "lora_a.weight", "lora_b.weight"):
+        return
+    if (module := _module(name)) is None:
         pairs.skip(group.values(), "UNSUPPORTED_VARIANT", "no module of the decoders that are read", module=name)
     else:
         down, up = (pairs.factor(group[leaf]) for leaf in ("lora_a.weight", "lora_b.weight"))
@@ -106,11 +105,3 @@ def _heads(model: Mapping[str, Any], which: str) -> int:
     kv = model.get("num_key_value_heads")
     found = kv if which == "k" and kv is not None else heads
     return found if isinstance(found, int) else 0
-
-
-def holds(kind: str) -> frozenset[Stored]:
-    return frozenset()
-
-
-def write(checkpoint: Holding, directory: Path) -> None:
-    raise refuse("USAGE", "not a format that can be written", got=NAME)

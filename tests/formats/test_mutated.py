@@ -96,7 +96,8 @@ def twice(tensors: Tensors, key: str, rng: random.Random) -> bool:
 
 CHANGES: list[Change] = [dropped, emptied, flattened, turned, whole_numbers, renamed, shortened, not_a_number,
                          another_formats, twice]  # fmt: skip
-FORMATS = {**{f"lora {name}": (write, False) for name, write in LORA.items() if name not in ("gguf", "mlx_old")},
+ARCHIVES = ("gguf", "mlx_old", "litgpt")
+FORMATS = {**{f"lora {name}": (write, False) for name, write in LORA.items() if name not in ARCHIVES},
            **{f"dora {name}": (write, True) for name, write in DORA.items()}}  # fmt: skip
 
 
