@@ -22,8 +22,8 @@ LAYER = "model.layers.0"
 Q, K, V = (f"{LAYER}.self_attn.{which}_proj" for which in "qkv")
 
 
-def opened(adapter: Path, base: Path, **options: float) -> Checkpoint:
-    return load(adapter, base=BaseWeights(base), **options)
+def opened(adapter: Path, base: Path, alpha: float | None = None) -> Checkpoint:
+    return load(adapter, base=BaseWeights(base), alpha=alpha)
 
 
 def codes(checkpoint: Checkpoint) -> set[str]:

@@ -13,7 +13,7 @@ from models import llama
 from safetensors.torch import load_file, save_file
 
 import d2surgery
-from d2surgery.checkpoint import Checkpoint
+from d2surgery.checkpoint import Checkpoint, differences, load
 from d2surgery.cli import main
 from d2surgery.files.base import BaseWeights
 
@@ -44,7 +44,7 @@ def trained(config: Any, directory: Path) -> tuple[Path, Path, dict[str, torch.T
 
 
 def opened(adapter: Path, base: Path) -> Checkpoint:
-    return d2surgery.load(adapter, base=BaseWeights(base))
+    return load(adapter, base=BaseWeights(base))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -63,7 +63,7 @@ def test_it_is_a_lora_with_the_weights_that_peft_merges(tmp_path: Path, name: st
         theirs = merged[f"{module}.weight"]
         torch.testing.assert_close(ours[f"{module}.weight"], theirs, atol=2e-6, rtol=2e-6)
     d2surgery.save(checkpoint, tmp_path / "plain")
-    assert max(d2surgery.checkpoint.differences(checkpoint, d2surgery.load(tmp_path / "plain")).values()) < 1e-7
+    assert max(differences(checkpoint, d2surgery.load(tmp_path / "plain")).values()) < 1e-7
 
 
 def test_a_head_saved_beside_it_replaces_the_bases(tmp_path: Path) -> None:

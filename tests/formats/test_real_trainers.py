@@ -1,11 +1,12 @@
-"""litgpt's and AdapterHub's own files, against the weights that litgpt and the adapters library themselves make of them.
+"""litgpt's and AdapterHub's own files, against the weights that litgpt and the adapters library make of them.
 
 Neither is in the extra formats-tests: adapters needs transformers 4, litgpt much else. Where they are not installed the
 tests are skipped.
 """
 
 import json
-from importlib.util import find_spec
+from importlib import import_module
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import d2surgery
 
 
 def needs(package: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(find_spec(package) is None, reason=f"not installed: {package}")
+    absent = not any(each.name == package for each in distributions())
+    return pytest.mark.skipif(absent, reason=f"not installed: {package}")
 
 
 def randomise(module: torch.nn.Module, seed: int) -> None:
@@ -54,7 +56,6 @@ TRAINED: list[dict[str, bool]] = [
 @pytest.mark.parametrize("trained", TRAINED, ids=str)
 def test_litgpt_makes_the_same_weights_of_its_file(tmp_path: Path, trained: dict[str, bool], groups: int) -> None:
     import lightning
-    import yaml
     from litgpt.finetune.lora import save_lora_checkpoint
     from litgpt.lora import GPT, Config, merge_lora_weights
     from litgpt.scripts.convert_lit_checkpoint import copy_weights_llama
@@ -66,11 +67,11 @@ def test_litgpt_makes_the_same_weights_of_its_file(tmp_path: Path, trained: dict
                     **sizes, **kind, **trained)  # fmt: skip
     model = GPT(config)
     randomise(model, 1)
-    save_lora_checkpoint(
-        lightning.Fabric(accelerator="cpu", devices=1), model, _made(tmp_path / "a") / "lit_model.pth.lora"
-    )
-    (tmp_path / "a" / "hyperparameters.yaml").write_text(yaml.safe_dump({"lora_alpha": 6, "lora_r": 4} | {
-        f"lora_{name}": trained.get(f"lora_{name}", False) for name in ("query", "key", "value")}))  # fmt: skip
+    directory, fabric = _made(tmp_path / "a"), lightning.Fabric(accelerator="cpu", devices=1)
+    save_lora_checkpoint(fabric, model, directory / "lit_model.pth.lora")
+    parts = {name: trained.get(name, False) for name in ("lora_query", "lora_key", "lora_value")}
+    said = {"lora_alpha": 6, "lora_r": 4} | {name: str(value).lower() for name, value in parts.items()}
+    (directory / "hyperparameters.yaml").write_text("".join(f"{name}: {value}\n" for name, value in said.items()))
     save_config(config, tmp_path / "a")
 
     def as_transformers() -> dict[str, Tensor]:
@@ -82,8 +83,8 @@ def test_litgpt_makes_the_same_weights_of_its_file(tmp_path: Path, trained: dict
 
     base = _made(tmp_path / "base")
     save_file(as_transformers(), base / "model.safetensors", metadata={"format": "pt"})
-    said = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": groups}
-    (base / "config.json").write_text(json.dumps(said))
+    of_base = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": groups}
+    (base / "config.json").write_text(json.dumps(of_base))
     merge_lora_weights(model)
     assert_merges_to(base, tmp_path / "a", as_transformers(), tmp_path)
     (tmp_path / "a" / "model_config.yaml").unlink()  # then the base says it
@@ -129,15 +130,14 @@ def _llama() -> Any:
 def test_the_adapters_library_makes_the_same_weights_of_its_file(
     tmp_path: Path, build: Any, options: dict[str, Any]
 ) -> None:
-    import adapters
-    from adapters import LoRAConfig
+    adapters = import_module("adapters")  # tests/adapters has its name
 
     if build is _gpt2 and options.get("use_dora"):
         pytest.skip("its fused layer has no DoRA")
     model = build()
     model.save_pretrained(tmp_path / "base")
     adapters.init(model)
-    model.add_adapter("toy", config=LoRAConfig(r=4, **options))
+    model.add_adapter("toy", config=adapters.LoRAConfig(r=4, **options))
     randomise(model, 1)
     model.save_adapter(str(tmp_path / "a"), "toy")
     model.merge_adapter("toy")
