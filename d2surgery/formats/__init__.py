@@ -94,11 +94,12 @@ def _asked(header: Header) -> Iterator[Format]:
 def with_base(found: Layout, tensors: Mapping[str, TensorInfo], model: Mapping[str, Any]) -> Layout:
     """A layout with what its base's tensors and config say: paths of flattened names, how many heads share rows, and
     the kernel of a convolution whose file does not say it."""
-    from d2surgery.formats import flat
+    from d2surgery.formats import families, flat
     from d2surgery.formats.pairs import as_stored  # what a lone file needs none of
 
     if (format := next((each for each in FORMATS if found.format == each.NAME), None)) is not None:
         found = format.with_base(found, tensors, model)
+    found = families.apart(found, tensors)
     paths = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
     named = flat.with_paths(replace(found, about=replace(found.about, model=model)), paths)
     adapters = {}

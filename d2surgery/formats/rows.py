@@ -71,8 +71,21 @@ def reordered(entry: AdapterLayout, made: Any) -> AdapterLayout:
     """The entry with the rows of its output through `made`; A has none of them."""
     per_input = entry.settings.get("along") == "in_features"
     kept = ("A", "magnitude") if per_input else ("A",)
-    slots = {name: slot if name in kept else slot._replace(made=made) for name, slot in entry.slots.items()}
-    return replace(entry, slots=slots)
+    return replace(entry, slots={n: slot if n in kept else _through(slot, made) for n, slot in entry.slots.items()})
+
+
+def _through(slot: Slot, made: Any) -> Slot:
+    return slot._replace(made=made if slot.made is None else partial(_then, slot.made, made))
+
+
+def _then(first: Any, then: Any, *tensors: "Tensor") -> "Tensor":
+    made: Tensor = then(first(*tensors))
+    return made
+
+
+def other_half_first(rows: "Tensor") -> "Tensor":
+    """scale | shift of shift | scale."""
+    return rows.roll(rows.shape[0] // 2, 0)
 
 
 def cut(entry: AdapterLayout, parts: Sequence[tuple[str, int]]) -> Iterator[AdapterLayout]:
