@@ -58,6 +58,7 @@ class TensorInfo(NamedTuple):
     start: int
     stop: int
     held: Held | None = None  # the file, where it has been kept open
+    heads: int = 0  # that share its rows, each with its two halves interleaved: they are read one after the other
 
     @property
     def nbytes(self) -> int:

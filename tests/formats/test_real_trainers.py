@@ -1,4 +1,5 @@
-"""litgpt's and AdapterHub's own files, against the weights that litgpt and the adapters library make of them.
+"""litgpt's and AdapterHub's own files, against the weights that litgpt and the adapters library make of them; and
+models in GGUF against those that transformers makes of them.
 
 Neither is in the extra formats-tests: adapters needs transformers 4, litgpt much else. Where they are not installed the
 tests are skipped.
@@ -144,3 +145,60 @@ def test_the_adapters_library_makes_the_same_weights_of_its_file(
     held = load_file(tmp_path / "base" / "model.safetensors")
     merged = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in held}
     assert_merges_to(tmp_path / "base", tmp_path / "a", merged, tmp_path)
+
+
+# llama.cpp's models, through transformers ------------------------------------------------------------------------
+
+
+@needs("gguf")
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_transformers_makes_the_same_weights_of_a_model_in_gguf(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    import gguf
+    import transformers
+
+    from d2surgery.files.base import BaseWeights
+
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", kind)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    head = 128 if kind == "qwen3" else 8  # transformers takes its own default for Qwen3's
+    q, kv = 4 * head, 2 * head
+    writer.add_key_length(head)
+    writer.add_context_length(64)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{n}" for n in range(20)])
+    writer.add_token_merges(["t 1"])
+    writer.add_vocab_size(20)
+    shapes = {"token_embd": (20, 32), "output": (20, 32), "output_norm": (32,), "blk.0.attn_norm": (32,),
+              "blk.0.ffn_norm": (32,), "blk.0.attn_q": (q, 32), "blk.0.attn_k": (kv, 32), "blk.0.attn_v": (kv, 32),
+              "blk.0.attn_output": (32, q), "blk.0.ffn_gate": (48, 32), "blk.0.ffn_up": (48, 32),
+              "blk.0.ffn_down": (32, 48)}  # fmt: skip
+    norms = {"blk.0.attn_q_norm": (head,), "blk.0.attn_k_norm": (head,)}
+    torch.manual_seed(0)
+    for name, shape in (shapes | (norms if kind == "qwen3" else {})).items():
+        made = torch.randn(shape).to(dtype if len(shape) > 1 else torch.float32)
+        raw = {torch.bfloat16: gguf.GGMLQuantizationType.BF16}.get(made.dtype)
+        array = made.view(torch.uint8).numpy() if raw is not None else made.numpy()
+        writer.add_tensor(f"{name}.weight", array, raw_dtype=raw)
+    if kind == "qwen2":
+        for name, size in (("q", 32), ("k", 16), ("v", 16)):
+            writer.add_tensor(f"blk.0.attn_{name}.bias", torch.randn(size).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    ours, theirs = BaseWeights(tmp_path), model.state_dict()
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor.float(), theirs[name]), name
+    config = transformers.AutoConfig.for_model(**ours.config)
+    for field in ("hidden_size", "intermediate_size", "num_key_value_heads", "rms_norm_eps", "rope_parameters",
+                  "vocab_size", "tie_word_embeddings"):  # fmt: skip
+        assert getattr(config, field) == pytest.approx(getattr(model.config, field)), field
