@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from math import inf
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from d2surgery.errors import D2SurgeryError, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.locate import WEIGHTS
 from d2surgery.files.tensors import NAMES, header_of, read_tensor
-from d2surgery.formats.layout import About, AdapterLayout, Layout, Packing, Rows, Slot, Stored
+from d2surgery.formats.layout import About, AdapterLayout, Layout, Reading, Rows, Slot, Stored
 from d2surgery.kinds import TABLE, Group
 
 _SAME = 1e-6  # how far a delta may be from what was meant, relative: a scaling folded in float32 is 6e-8 off
@@ -94,20 +95,17 @@ class Checkpoint(Mapping[str, Adapter]):
 def load(
     adapter: str | os.PathLike[str],
     *,
-    expert_layout: Packing | None = None,
-    scale: float | None = None,
-    alpha: float | None = None,
     base: BaseWeights | None = None,
+    **reading: Unpack[Reading],
 ) -> Checkpoint:
     """Open an adapter: a file, a directory or a hub id. Nothing but the header is read until it is asked for.
 
-    expert_layout: how experts share the columns of lora_B, "interleaved" or "grouped"; None: as the file says. scale,
-    or alpha over the rank: what multiplies B·A, of a file that does not say it. base: where flattened names are looked
-    up, and how many heads share the rows of a GGUF's q and k.
+    base: where flattened names are looked up, and how many heads share the rows of a GGUF's q and k. reading:
+    expert_layout, scale or alpha of a file that does not say it, see `Reading`.
 
     Misfits are in `.layout.problems`. Raises D2SurgeryError when the file cannot be read at all.
     """
-    layout = formats.open_layout(adapter, expert_layout=expert_layout, scale=scale, alpha=alpha)
+    layout = formats.open_layout(adapter, **reading)
     return Checkpoint(layout if base is None else formats.with_base(layout, base.header.tensors, base.config))
 
 

@@ -4,7 +4,7 @@ import gc
 import os
 import resource
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,9 @@ def ahead(
     """
     from concurrent.futures import ThreadPoolExecutor  # a tenth of what it takes to describe an adapter
 
+    if isinstance(items, Sized) and len(items) < 2:  # nothing to be ahead of
+        yield from map(work, items)
+        return
     with ThreadPoolExecutor(threads) as pool:
         todo = iter(items)
         running = deque(pool.submit(work, item) for item in islice(todo, in_hand or threads + 1))

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 
@@ -50,7 +50,7 @@ from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.evaluating.tasks import Task
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.tensors import DTYPES, read_tensor
-from d2surgery.formats.layout import Packing
+from d2surgery.formats.layout import Reading
 from d2surgery.machine import one_thread, peak_memory
 from d2surgery.merging.companions import companions
 from d2surgery.merging.prepared import Prepared, prepare
@@ -70,28 +70,25 @@ def audit(
     levels: tuple[str, ...] = ("weights",),
     thresholds: Thresholds = Thresholds(),  # noqa: B008
     strength: float = 1.0,
-    expert_layout: Packing | None = None,
-    scale: float | None = None,
-    alpha: float | None = None,
     files: bool = True,
     prompts: Sequence[str] | None = None,
     tasks: Sequence[Task] = (),
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **reading: Unpack[Reading],
 ) -> Audit:
     """Compare every tensor of `merged` with `base` + `strength`·`adapter`, and the files beside the weights.
 
     Of several adapters the one is audited that the merged weights are nearest to, and the first of the reasons says so.
-    expert_layout: how experts share the columns of lora_B, None as the file says. scale or alpha: of a file that says
-    neither. levels: "weights", always looked at; "outputs" or "logits" run the models on `prompts` (None: bundled
-    ones), "task" on `tasks`, on `device`. files=False leaves config and tokenizer alone. progress(done, total): bytes.
+    levels: "weights", always looked at; "outputs" or "logits" run the models on `prompts` (None: bundled ones), "task"
+    on `tasks`, on `device`. files=False leaves config and tokenizer alone. progress(done, total): bytes. reading:
+    expert_layout, scale or alpha of an adapter whose file does not say it, see `Reading`.
 
     Raises D2SurgeryError for what cannot be audited: unreadable, unfit, or changing meanwhile (BASE_CHANGED and like).
     """
     began, found = time.monotonic(), open_merged(merged)
-    how: Mapping[str, Any] = {"strength": strength, "expert_layout": expert_layout, "scale": scale, "alpha": alpha}
-    adapter, reasons = nearest(base, adapter, found, **how)
-    prepared = prepare(fit(base, adapter, **how), None, "cpu")
+    adapter, reasons = nearest(base, adapter, found, strength, reading)
+    prepared = prepare(fit(base, adapter, strength, **reading), None, "cpu")
     hashes = prepared.check_adapter(hashes=has_receipt(found.directory)).hashes
     pairing = pair_up(prepared, found)
     modules, tensors, also = _compared(prepared, pairing, thresholds, found.header.usual_dtype or "", progress)

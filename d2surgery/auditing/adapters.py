@@ -1,16 +1,16 @@
 """Which of several adapters was merged: the one whose merge the weights of one module are nearest to."""
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from d2surgery.auditing.pairing import pair_up
 from d2surgery.auditing.replay import Replay
 from d2surgery.errors import D2SurgeryError, Problem
 from d2surgery.files.base import BaseWeights
+from d2surgery.formats.layout import Reading
 from d2surgery.machine import one_thread
 from d2surgery.merging.prepared import prepare
-from d2surgery.placement.fit import fit
+from d2surgery.placement.fit import Fit, fit
 
 Directory = str | os.PathLike[str]
 
@@ -19,9 +19,10 @@ def nearest(
     base: Directory,
     adapters: Directory | Sequence[Directory],
     merged: BaseWeights,
-    **how: Any,
+    strength: float,
+    reading: Reading,
 ) -> tuple[Directory, list[Problem]]:
-    """The adapter to audit, and a note where it is one of several. `how`: see `fit`.
+    """The adapter to audit, and a note where it is one of several.
 
     Raises D2SurgeryError: what every one of them is refused for, or USAGE for none at all.
     """
@@ -33,7 +34,7 @@ def nearest(
     distances: dict[Directory, float] = {}
     for adapter in adapters:
         try:
-            distances[adapter] = _distance(base, adapter, merged, how)
+            distances[adapter] = _distance(fit(base, adapter, strength, **reading), merged)
         except D2SurgeryError as error:
             refused += error.problems
     if not distances:
@@ -43,9 +44,9 @@ def nearest(
     return found, [Problem(code="NEAREST_ADAPTER", severity="info", message=message, got=str(found))]
 
 
-def _distance(base: Directory, adapter: Directory, merged: BaseWeights, how: Mapping[str, Any]) -> float:
+def _distance(fitted: Fit, merged: BaseWeights) -> float:
     """The share of elements that no recipe gives, in the smallest adapted tensor of the merged file."""
-    prepared = prepare(fit(base, adapter, **how), None, "cpu")
+    prepared = prepare(fitted, None, "cpu")
     patched = [pair for pair in pair_up(prepared, merged).pairs if pair.output.site and pair.output.site.patches]
     if not patched:
         return 1.0

@@ -17,7 +17,7 @@ from d2surgery.auditing.pefts import Operands
 from d2surgery.auditing.recipes import OURS, Recipe, bank
 from d2surgery.auditing.tally import Made, Tally
 from d2surgery.files.tensors import read_rows
-from d2surgery.measures.fidelity import bits
+from d2surgery.measures.fidelity import bits, ulps
 from d2surgery.merging.tiles import AdaptedTile, TileMerger, row_ranges, row_tile
 from d2surgery.placement.site import Patch
 
@@ -103,9 +103,17 @@ class Matcher:
         known = self.favourite
         if known is not None and (known.name == OURS or _differing(*sample(known)) <= share):
             yield known
-        off = {recipe: _differing(*sample(recipe)) for recipe in self._near(made, tally, sample)}
+        nearest = self._near(made, tally, sample)
+        if len(nearest) == 1 and self._off_by_units(nearest[0], made, tally.grid):
+            nearest = self._bank(made.tile.patch, tally.grid)
+        off = {recipe: _differing(*sample(recipe)) for recipe in nearest}
         near = sorted((recipe for recipe in off if off[recipe] <= share and recipe is not known), key=off.__getitem__)
         yield from near[:_TRIED]
+
+    def _off_by_units(self, recipe: Recipe, made: Made, grid: torch.dtype | None) -> bool:
+        """Whether it misses a tile by units in the last place only, as a recipe that sums in another order does."""
+        again = self._by(recipe, made, grid)
+        return again is not None and int(ulps(again, made.merged).max()) <= 1
 
     def _bank(self, patch: Patch, grid: torch.dtype | None) -> tuple[Recipe, ...]:
         """The recipes of this kind."""

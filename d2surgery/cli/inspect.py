@@ -178,8 +178,7 @@ def _dtypes(layout: Layout, adapter: AdapterLayout) -> list[str]:
 def _parameters(layout: Layout) -> int:
     """How many numbers were trained in factors, magnitudes and biases."""
     keys = {key for adapter in layout.adapters.values() for key in (*adapter.keys.values(), *adapter.numbers)}
-    keys -= {key for key in keys if not layout.header.tensors[key].shape}  # an alpha
-    return sum(prod(layout.header.tensors[key].shape) for key in keys)
+    return sum(prod(shape) for key in keys if (shape := layout.header.tensors[key].shape))  # an alpha has none
 
 
 def _replaced_parameters(layout: Layout) -> int:
@@ -277,6 +276,8 @@ def _leaf(module: str) -> str:
     """The part of a name that layers share: `q_proj`, `to_out.0`, `unet_down_blocks_*_proj_in`."""
     if "." not in module:
         return re.sub(r"(?<=_)\d+(?=_|$)", "*", module)
+    if (last := module.rpartition(".")[2]).isidentifier():
+        return last
     return re.split(r"\.(?=[^.]*[^\d.][^.]*(?:\.\d+)*$)", module)[-1]
 
 

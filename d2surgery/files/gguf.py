@@ -14,10 +14,9 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from d2surgery.errors import D2SurgeryError, refuse
+from d2surgery.errors import refuse
 from d2surgery.files.header import MAX_TENSORS, Header, TensorInfo
 from d2surgery.files.held import Held
-from d2surgery.files.reading import open_file
 
 TYPES = {0: ("F32", 4), 1: ("F16", 2), 28: ("F64", 8), 30: ("BF16", 2)}  # ggml's number -> dtype, bytes
 Q8_0, BLOCK, BLOCK_BYTES = 8, 32, 34  # a float16 scale, then 32 signed bytes
@@ -36,14 +35,6 @@ class Part(NamedTuple):
     type: int
     shape: tuple[int, ...]
     data: bytes
-
-
-def is_gguf(path: Path) -> bool:
-    try:
-        with open_file(path) as file:
-            return file.read(4) == b"GGUF"
-    except (OSError, D2SurgeryError):
-        return False  # whoever reads it says why
 
 
 def read_gguf(path: Path) -> Header:

@@ -11,6 +11,7 @@ import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -79,6 +80,11 @@ class Header:
     seen: tuple[Seen, ...] = field(default=(), compare=False, repr=False)
     """What it was read from, as it was then: the files of tensors held open, and an index beside them."""
 
+    @cached_property
+    def names(self) -> str:
+        """The tensors' names, a line each."""
+        return "\n".join((*self.tensors, ""))
+
     @property
     def usual_dtype(self) -> str | None:
         """The dtype of most floating-point tensors; None where there are none."""
@@ -126,12 +132,20 @@ def small_values(header: Header, key: str) -> tuple[float, ...]:
 
 def is_pickle(path: Path) -> bool:
     """Does the file begin like one that torch.save wrote: a zip archive, or before PyTorch 1.6 a bare pickle?"""
+    head = _head(path)
+    return head.startswith((b"PK\x03\x04", b"\x80\x02")) and not (_begins_a_header(head) or _is_npz(head))
+
+
+def is_gguf(path: Path) -> bool:
+    return _head(path).startswith(b"GGUF")
+
+
+def _head(path: Path) -> bytes:
     try:
         with open_file(path) as file:
-            head = file.read(64)
-            return head.startswith((b"PK\x03\x04", b"\x80\x02")) and not (_begins_a_header(head) or _is_npz(head))
+            return file.read(64)
     except (OSError, D2SurgeryError):
-        return False  # read_header says why
+        return b""  # whoever reads the file says why
 
 
 def _check_magic(path: Path, head: bytes, size: int) -> None:

@@ -1,43 +1,58 @@
 """The formats: how adapters lie on disk, a module each. See `Format` for what such a module has."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from d2surgery.errors import Problem, raise_errors, refuse
-from d2surgery.files.gguf import is_gguf, read_gguf
-from d2surgery.files.header import Header, TensorInfo, is_pickle, read_header, small_values
+from d2surgery.files.header import Header, TensorInfo, is_gguf, is_pickle, read_header, small_values
 from d2surgery.files.held import Seen
 from d2surgery.files.locate import PICKLES, left_out, locate
 from d2surgery.files.reading import read_json
 from d2surgery.formats.format import Format, Holding
 from d2surgery.formats.layout import Layout, Packing, with_expert_layout, with_scaling
 
-_MARKS: dict[str, tuple[str, ...]] = {  # format -> what some key must have in it before the format is asked
-    "gguf": (), "nvlabs": (".weight_m_wdecomp.",), "fsdp_qlora": (".dora_layer.", ".magnitude_layer.", ".lora_AB."),
-    "megatron": (".adapter.",), "adapterhub": (".loras.",), "tinker": ("unembed_tokens.", ".experts.w"),
-    "litgpt": ("transformer.h.",), "loralib": (".lora_A\n",), "diffusers": (),
-    "peft_methods": (".hada_", ".lokr_", ".delora_", ".vera_"),
-    "peft": (), "lycoris": (), "kohya": (), "mlx": (), "torchtune": (), "serving": (), "foreign": (),
-}  # fmt: skip
+
+class _Lazy:
+    """A format whose module is imported when more is asked than its name: describing a PEFT file needs three of them.
+
+    marks: what some key has in it in every file of the format; none: any file may be of it.
+    """
+
+    def __init__(self, module: str, *marks: str, name: str = "") -> None:
+        self.module, self.marks, self.NAME = module, marks, name or module
+
+    def recognise(self, header: Header, config: Mapping[str, Any] | None) -> str:
+        may_be = not self.marks or any(mark in header.names for mark in self.marks)
+        found: str = self.__getattr__("recognise")(header, config) if may_be else ""
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(f"{__name__}.{self.module}"), name)
 
 
-class _Modules(Sequence[Format]):
-    """The formats, each imported when its turn comes: a PEFT file needs three of them."""
-
-    def __len__(self) -> int:
-        return len(_MARKS)
-
-    def __getitem__(self, at: Any) -> Any:
-        if isinstance(at, slice):
-            return [self[i] for i in range(len(self))[at]]
-        return cast(Format, import_module(f"{__name__}.{[*_MARKS][at]}"))
-
-
-FORMATS: Sequence[Format] = _Modules()
+FORMATS: tuple[Format, ...] = (
+    _Lazy("gguf"),
+    _Lazy("nvlabs", ".weight_m_wdecomp."),
+    _Lazy("fsdp_qlora", ".dora_layer.", ".magnitude_layer.", ".lora_AB."),
+    _Lazy("megatron", ".adapter."),
+    _Lazy("adapterhub", ".loras."),
+    _Lazy("tinker", "unembed_tokens.", ".experts.w"),
+    _Lazy("litgpt", "transformer.h."),
+    _Lazy("loralib", ".lora_A\n"),
+    _Lazy("diffusers"),
+    _Lazy("peft_methods", ".hada_", ".lokr_", ".delora_", ".vera_", name="peft-methods"),
+    _Lazy("peft"),
+    _Lazy("lycoris"),
+    _Lazy("kohya"),
+    _Lazy("mlx"),
+    _Lazy("torchtune"),
+    _Lazy("serving", name="peft-serving"),
+    _Lazy("foreign"),
+)
 """In the order of detection; the last recognises every file."""
 
 
@@ -72,7 +87,7 @@ def open_layout(
 
 def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
     """The layout by the first format that recognises the file."""
-    format, rule = next((each, rule) for each in _asked(header) if (rule := each.recognise(header, config)))
+    format, rule = next((each, rule) for each in FORMATS if (rule := each.recognise(header, config)))
     found = format.layout(header, config, lambda key: small_values(header, key))
     found = replace(found, rule=rule, problems=(*found.problems, *_mixed(found, format)))
     broken = any(problem.severity == "error" for problem in found.problems)
@@ -81,14 +96,6 @@ def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
     got = "no tensor" if not header.tensors else f"{len(header.tensors)} tensors that change nothing"
     nothing = Problem(code="NOTHING_TO_APPLY", message="the adapter is empty", file=str(header.files[0]), got=got)
     return replace(found, problems=(*found.problems, nothing))
-
-
-def _asked(header: Header) -> Iterator[Format]:
-    """The formats that a file may be of."""
-    keys = "\n".join((*header.tensors, ""))
-    for at, marks in enumerate(_MARKS.values()):
-        if not marks or any(mark in keys for mark in marks):
-            yield FORMATS[at]
 
 
 def with_base(found: Layout, tensors: Mapping[str, TensorInfo], model: Mapping[str, Any]) -> Layout:
@@ -115,8 +122,8 @@ def _mixed(found: Layout, format: Format) -> Iterator[Problem]:
     unknown = {problem.module for problem in found.problems if problem.code == "UNKNOWN_TENSOR"}
     left = {key: found.header.tensors[key] for key in found.unread if key in unknown}
     header = replace(found.header, tensors=left, metadata={})
-    for other in _asked(header) if left and format is not FORMATS[-1] else ():
-        if other not in (format, FORMATS[-1]) and (rule := other.recognise(header, None)):
+    for other in FORMATS[:-1] if left and format is not FORMATS[-1] else ():
+        if other is not format and (rule := other.recognise(header, None)):
             message = f"the keys of {format.NAME}, and {len(left)} of another: {rule}, which is {other.NAME}"
             yield Problem(code="MIXED_FORMATS", message=message, file=str(found.path))
             return
@@ -171,6 +178,8 @@ def _header(weights: Path) -> Header:
         seen = Seen(weights)
         return replace(read_pickled_header(weights), seen=(seen,))
     if is_gguf(weights):
+        from d2surgery.files.gguf import read_gguf  # its types, which few need
+
         return read_gguf(weights)
     if weights.suffix == ".npz":
         from d2surgery.files.npz import read_npz  # zipfile, which few need

@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple
 
 from d2surgery.errors import Problem
 from d2surgery.formats.layout import AdapterLayout, Layout, Stored, alpha_divisor
-from d2surgery.formats.serving import OUTPUTS, RANKS
 from d2surgery.kinds import TABLE
 
 Fate = Literal["applied", "misread", "dropped", "refused"]
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank
+OUTPUTS = ("lm_head", "embed_out", "embed_tokens", "wte")  # what engines do not serve, or only some
 PATTERNS, RSLORA = "rank_pattern and alpha_pattern", "use_rslora"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LINEAR = (*_ATTENTION, "up_proj", "down_proj", "gate_proj", "w1", "w2", "w3", "gate")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 from d2surgery.errors import Problem, refuse
 from d2surgery.files.header import Header
@@ -21,6 +21,14 @@ if TYPE_CHECKING:  # describing a file needs none
 Stored = Literal["linear", "embedding", "conv", "experts"]
 Packing = Literal["interleaved", "grouped"]
 """Where column j of expert e's B lies in lora_B (out, r·E): column j·E + e, as in PEFT, or e·r + j."""
+
+
+class Reading(TypedDict, total=False):
+    """What is said from outside of an adapter's file that does not say it itself: keywords of all that opens one."""
+
+    expert_layout: Packing | None  # how experts share the columns of lora_B; None: as the file says, or as PEFT does
+    scale: float | None  # what multiplies B·A
+    alpha: float | None  # the same, times the rank
 
 
 class Slot(NamedTuple):

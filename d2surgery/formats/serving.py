@@ -17,14 +17,13 @@ from d2surgery.errors import Problem, raise_errors
 from d2surgery.files.header import Header
 from d2surgery.files.whole import write_whole
 from d2surgery.formats import peft
+from d2surgery.formats.engines import OUTPUTS, RANKS
 from d2surgery.formats.flat import flattened
 from d2surgery.formats.format import Holding, Values, as_read
 from d2surgery.formats.layout import Layout, Stored
 
 NAME = "peft-serving"
 TITLE, READS = "PEFT for every engine: vLLM, SGLang, TGI …", "as `peft`"
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's max_lora_rank
-OUTPUTS = ("lm_head", "embed_out", "embed_tokens", "wte")  # what engines do not serve, or only some
 
 _NOTHING_MORE: dict[str, Any] = {
     "bias": "none", "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {},

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from d2surgery.errors import Problem
 from d2surgery.files.partial import Partial, Sources
-from d2surgery.formats.layout import Packing
+from d2surgery.formats.layout import Reading
 from d2surgery.machine import one_thread, peak_memory, resident_memory, uncollected
 from d2surgery.merging.ahead import HashAhead
 from d2surgery.merging.companions import Companions, Tokenizer, find_companions
@@ -76,23 +76,21 @@ def merge(
     max_memory: int | None = None,
     shard_size: int = SHARD_SIZE,
     device: str = "cpu",
-    expert_layout: Packing | None = None,
-    scale: float | None = None,
-    alpha: float | None = None,
     tokenizer: Tokenizer = "adapter",
     resume: bool = False,
     verify: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **reading: Unpack[Reading],
 ) -> MergeReport:
     """Write `base` with `adapter` merged into it to the directory `out`, which transformers then loads.
 
     merged = round(W0 + strength·delta), computed one precision above the output and rounded once to `dtype`
     ("F32", "BF16", "F16", "F64"; None: each tensor keeps the base's). Nothing stands at `out` until all is written.
 
-    max_memory: bytes of resident memory that may be used. shard_size: bytes per output file. expert_layout: how experts
-    share the columns of lora_B, None as the file says. scale or alpha: of a file that says neither. tokenizer: whose
-    stands beside the weights, "adapter"'s where it brings one or "base"'s. resume: continue an interrupted merge with
-    the same arguments. verify=False writes no hashes and does not fsync. progress(done, total) is called with bytes.
+    max_memory: bytes of resident memory that may be used. shard_size: bytes per output file. tokenizer: whose stands
+    beside the weights, "adapter"'s where it brings one or "base"'s. resume: continue an interrupted merge with the same
+    arguments. verify=False writes no hashes and does not fsync. progress(done, total) is called with bytes. reading:
+    expert_layout, scale or alpha of an adapter whose file does not say it, see `Reading`.
 
     One process writes to an output (`files.lock` says where that is seen). What is read is what was hashed, or the
     merge ends. The output is no more open to other users than the base and the adapter are.
@@ -102,7 +100,7 @@ def merge(
     NOT_FINITE, BASE_CHANGED, ADAPTER_CHANGED and COMPANION_CHANGED.
     """
     began = time.monotonic()
-    fitted, companions = _fitted(base, adapter, tokenizer, strength, expert_layout, scale=scale, alpha=alpha)
+    fitted, companions = _fitted(base, adapter, tokenizer, strength, reading)
     with Partial(Path(out), sync=verify, sources=_sources(fitted, companions)) as partial:
         partial.claim(resume=resume)
         with HashAhead(fitted.computed if verify and "torch" not in sys.modules else {}) as ahead:
@@ -138,18 +136,16 @@ def plan(
     max_memory: int | None = None,
     shard_size: int = SHARD_SIZE,
     device: str = "cpu",
-    expert_layout: Packing | None = None,
-    scale: float | None = None,
-    alpha: float | None = None,
     tokenizer: Tokenizer = "adapter",
     dtypes: tuple[str, ...] = ("BF16", "F16"),
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **reading: Unpack[Reading],
 ) -> PlanReport:
     """What `merge` with the same arguments would do, and how much of each module's delta would survive in `dtypes`.
 
     Reads the adapted tensors once or twice, writes nothing. Raises what merge raises before it writes.
     """
-    fitted, companions = _fitted(base, adapter, tokenizer, strength, expert_layout, scale=scale, alpha=alpha)
+    fitted, companions = _fitted(base, adapter, tokenizer, strength, reading)
     from d2surgery.files.writer import free_space, shards
     from d2surgery.merging.forecast import forecast, low_survival, zero_updates
     from d2surgery.merging.prepared import prepare
@@ -181,11 +177,11 @@ def _fitted(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
     tokenizer: Tokenizer,
-    *how: Any,
-    **scaling: Any,
+    strength: float,
+    reading: Reading,
 ) -> tuple[Fit, Companions]:
-    """The fit, with what is said of the files beside the weights, and these. The rest are `fit`'s."""
-    found = fit(base, adapter, *how, **scaling)
+    """The fit, with what is said of the files beside the weights, and these."""
+    found = fit(base, adapter, strength, **reading)
     companions = find_companions(found, tokenizer)
     said = (*companions.problems, *other_base(found.layout.base_model, found.base.directory, found.base.config))
     return replace(found, problems=(*found.problems, *said)), companions

@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
+from typing import Unpack
 
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import TensorInfo
 from d2surgery.formats import open_layout, with_base
-from d2surgery.formats.layout import Layout, Packing
+from d2surgery.formats.layout import Layout, Reading
 from d2surgery.placement.promises import broken_promises
 from d2surgery.placement.site import is_head
 from d2surgery.placement.sites import Landing, sites
@@ -37,15 +38,12 @@ def fit(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
     strength: float = 1.0,
-    expert_layout: Packing | None = None,
-    *,
-    scale: float | None = None,
-    alpha: float | None = None,
+    **reading: Unpack[Reading],
 ) -> Fit:
     """Where every tensor of the adapter lands. Raises D2SurgeryError with every misfit at once."""
     if not isfinite(strength):
         raise refuse("STRENGTH", "not a number to multiply with", wanted="finite", got=str(strength))
-    layout = open_layout(adapter, expert_layout=expert_layout, scale=scale, alpha=alpha)
+    layout = open_layout(adapter, **reading)
     weights = BaseWeights(base)
     layout = with_base(layout, weights.header.tensors, weights.config)
     landing = sites(layout, weights.header, weights.config)

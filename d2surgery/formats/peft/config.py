@@ -75,7 +75,7 @@ class Patterns:
         return self._found[module]
 
     def value(self, module: str, default: Any) -> Any:
-        found = self.matching(module)
+        found = self.matching(module) if self.patterns else []
         return self.patterns[found[0]] if found else default
 
     def _matches(self, pattern: str, plain: bool, module: str) -> bool:
@@ -188,7 +188,7 @@ class Config:
             return self.matcher.fits(targets, module)
         if field not in self._lists:
             self._lists[field] = frozenset(targets or ())
-        return any(end in self._lists[field] for end in ends(module))
+        return bool(self._lists[field]) and not self._lists[field].isdisjoint(ends(module))
 
     @cached_property
     def _lists(self) -> dict[str, frozenset[str]]:

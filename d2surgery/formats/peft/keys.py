@@ -60,6 +60,8 @@ def looks_like_peft(header: Header) -> bool:
 
 def bare(key: str) -> str:
     """The key without the prefixes of PEFT and of training wrappers."""
+    if key.startswith(PREFIX) and key.count("base_model") == 1 and "._" not in key:  # as nearly every key is
+        return key[len(PREFIX) :]
     name = _WRAPPERS.sub("", key)
     before = _ROOT.match(name) or _AROUND.match(name)
     return name[before.end() :] if before else name
@@ -71,11 +73,11 @@ def copies(names: Collection[str]) -> dict[str, str]:
     Beside `lm_head.weight` PEFT saves with the embeddings what its wrapper holds, the untrained original and the
     trained weight once more; loading, it takes `lm_head.weight` alone. A raw state dict has the wrapper's two only.
     """
-    saved = {name for name in names if _SAVED.search(name)}
+    saved = {name for name in names if "modules_to_save." in name and _SAVED.search(name)}
     found = {name: plain for name in saved if (plain := _SAVED.sub("", name)) in names}
     trained = {target_of(name): name for name in saved - found.keys()}
     for name in names:
-        if _ORIGINAL.search(name):
+        if "original_module." in name and _ORIGINAL.search(name):
             plain = _ORIGINAL.sub("", name)
             found[name] = plain if plain in names else trained.get(plain, "")
     return found
@@ -88,16 +90,20 @@ def target_of(name: str) -> str:
 
 def unwrapped(name: str) -> str:
     """A module without the wrappers around it: PEFT puts one around a module for each of its adapted parameters."""
-    return re.sub(r"(\.base_layer)+$", "", name)
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return name
 
 
 def split(name: str, known: dict[str, tuple[str, Stored]]) -> tuple[str, Leaf | None]:
     """A bare name as module and leaf: `module.leaf[.adapter][.weight|.bias]`; `known` are the `leaves`."""
     parts = name.split(".")
-    at = next((i for i in reversed(range(len(parts))) if parts[i] in known), 0)
-    rest = parts[at + 1 :]
-    if not at or len(rest) > 2:
+    for at in range(len(parts) - 1, max(len(parts) - 4, 0), -1):
+        if parts[at] in known:
+            break
+    else:
         return name, None
+    rest = parts[at + 1 :]
     ending = rest.pop() if rest and rest[-1] in ("weight", "bias") else "weight"
     if len(rest) > 1:
         return name, None

@@ -334,7 +334,6 @@ class _Modules:
     def _experts(self, name: str, group: _Group) -> tuple[str, int]:
         """The parameter's full name and the number of experts, for a module adapted through target_parameters."""
         module = unwrapped(name)
-        depth = name.count(".base_layer") - module.count(".base_layer")
         parameters = self._parameters(module)
         if not parameters:
             if ".base_layer" in name:
@@ -345,6 +344,7 @@ class _Modules:
         if len(parameters) > 1 and not parameters <= set(PARAMETER_ORDER):
             self.say("AMBIGUOUS_PARAMETER", "cannot tell the parameters apart", module=name, got=", ".join(ordered))
             return name, 1
+        depth = name.count(".base_layer") - module.count(".base_layer")
         if depth >= len(ordered):
             self.say("AMBIGUOUS_PARAMETER", "nested deeper than target_parameters has names", module=name)
             return name, 1
@@ -394,10 +394,11 @@ class _Modules:
         return replace(adapter, scaling=None, misread={})
 
     def _are_matrices(self, module: str, row: Kind, group: _Group) -> bool:
-        shapes = {
-            slot: info.shape for slot, info in group.infos.items() if slot in row.slots and slot not in row.vectors
+        flat = {
+            slot: info.shape
+            for slot, info in group.infos.items()
+            if len(info.shape) < 2 and slot in row.slots and slot not in row.vectors
         }
-        flat = {slot: shape for slot, shape in shapes.items() if len(shape) < 2}
         for slot, shape in flat.items():
             self.say("SHAPE_UNEXPECTED", f"{slot} is not a matrix", module=module, got=str(shape))
         return not flat
