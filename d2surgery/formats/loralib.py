@@ -45,7 +45,7 @@ def _parts(header: Header, down: str) -> int:
     """How many products a pair of factors holds: 2 or 3 where their sizes fit no other way, else 1."""
     up = header.tensors.get(f"{down[:-1]}B")
     a, b = header.tensors[down].shape, up.shape if up else ()
-    if len(a) != 2 or len(b) != 2 or not b[1]:
+    if len(a) != 2 or len(b) != 2 or not b[1] or a[1] == b[0]:  # the last may be one product that lies transposed
         return 1
     count, rest = divmod(a[0], b[1])
     return count if count in (2, 3) and not rest and b[0] % count == 0 else 1

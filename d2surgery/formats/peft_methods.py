@@ -70,6 +70,9 @@ def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> 
             _add(pairs, module, group, said, projections)
         except Misfit as misfit:
             pairs.skip(group.values(), *misfit.args, module=module)
+    for module in pairs.adapters:
+        if not said.targeted(module):
+            pairs.say("NOT_TARGETED", "has factors but is not in target_modules", module=module)
     if not pairs.adapters or method != "VERA":
         for key in shared.values():
             pairs.skip([key], "UNKNOWN_TENSOR", "projections that no module takes", module=key)

@@ -127,7 +127,8 @@ def _same_elsewhere(layout: Layout, adapter: toy_llama.Toy, key: str, what: str)
     """What the change did not touch is read as before."""
     checkpoint = Checkpoint(layout)
     for module in adapter.A:
-        if module in key or toy_llama.flat(module) in key or module not in layout.adapters:
+        names = (module, module.removeprefix("model."), toy_llama.flat(module))
+        if any(name in key for name in names) or module not in layout.adapters:
             continue
         if (layout.adapters[module].kind == "dora") != bool(adapter.m) or layout.adapters[module].scaling is None:
             continue

@@ -196,6 +196,12 @@ def test_loralibs_parts_that_nobody_names_are_refused(tmp_path: Path) -> None:
         d2surgery.merge(base, file, tmp_path / "out", alpha=8)
 
 
+def test_one_product_that_lies_transposed_is_not_taken_for_two(tmp_path: Path) -> None:
+    torch.save({"h.0.q.lora_A": torch.ones(96, 8), "h.0.q.lora_B": torch.ones(8, 48)}, tmp_path / "x.pt")
+    (entry,) = load(tmp_path / "x.pt").layout.adapters.values()
+    assert (entry.rank, entry.in_features, entry.out_features) == (8, 96, 48)
+
+
 def test_trap_37_factors_of_a_convolution_of_loralibs_are_never_read_as_kohyas(tmp_path: Path) -> None:
     save({"conv.weight": torch.ones(8, 6, 3, 3)}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     (tmp_path / "base" / "config.json").write_text("{}")

@@ -138,3 +138,10 @@ def test_a_rank_that_the_config_has_otherwise_is_an_error(tmp_path: Path) -> Non
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
     assert {problem.code for problem in d2surgery.open_layout(adapter).problems} == {"RANK_DISAGREES"}
+
+
+def test_a_module_that_the_config_does_not_target_is_an_error(tmp_path: Path) -> None:
+    _, adapter, _ = trained(METHODS["lokr"](), tmp_path)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    assert {problem.code for problem in d2surgery.open_layout(adapter).problems} == {"NOT_TARGETED"}
