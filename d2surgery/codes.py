@@ -286,7 +286,10 @@ CODES: dict[str, Code] = {
         "Trained token rows and the config's trainable_token_indices do not fit.", "Correct the config."
     ),
     # Where an adapter lands in a base.
-    "BAD_BASE": Code("The base is not a directory of safetensors weights.", "Give a Hugging Face model directory."),
+    "BAD_BASE": Code(
+        "The base is not a directory of weights that are read: safetensors, PyTorch's, or one GGUF model.",
+        "Give a Hugging Face model directory, or a GGUF model in F32, F16 or BF16 that is alone in its own.",
+    ),
     "MISSING_SHARD": Code("The index names a weight file or tensor that is not there.", "Complete the download."),
     "TWO_SETS_OF_WEIGHTS": Code(
         "More weights lie in the directory than are loaded. transformers takes model.safetensors, then its index, then "

@@ -72,12 +72,27 @@ def left_out(weights: Path) -> list[str]:
 
 
 def locate_base(base: str | os.PathLike[str]) -> Path:
-    """The directory of a model; a hub id is downloaded as an adapter's is. Raises D2SurgeryError HUB_UNREACHABLE."""
+    """The directory of a model, also of a GGUF file that is alone in it; a hub id is downloaded as an adapter's is.
+
+    Raises D2SurgeryError HUB_UNREACHABLE; BAD_BASE for a GGUF file among other weights.
+    """
     path = Path(base)
+    if path.suffix == ".gguf" and path.is_file():
+        return _alone(path)
     if path.exists() or not _HUB_ID.fullmatch(str(base)):
         return path
     path = _download(str(base), _OF_A_MODEL)
     return path if any(path.glob("*.safetensors")) else _download(str(base), [*_OF_A_MODEL, "*.bin"])
+
+
+def _alone(path: Path) -> Path:
+    others = [p.name for p in path.parent.iterdir() if p.suffix in (".gguf", ".safetensors", ".bin") and p != path]
+    if others:
+        got = ", ".join(sorted(others)[:8])
+        raise refuse(
+            "BAD_BASE", "it lies among other weights", file=str(path), wanted="a directory of its own", got=got
+        )
+    return path.parent
 
 
 def _weights_in(directory: Path) -> Path:

@@ -71,7 +71,9 @@ def _add(pairs: Pairs, module: str, group: Group, said: Mapping[str, Any]) -> No
     if others:
         message = f"{' and '.join(sorted(others))} of AdapterHub"
         pairs.skip(group.values(), "UNSUPPORTED_VARIANT", message, module=module)
-    elif not pairs.lacks(module, group, "A", "B", *("m" if said.get("use_dora") else "")):
+    elif pairs.lacks(module, group, "A", "B", *("m" if said.get("use_dora") else "")):
+        return
+    elif "m" not in group or not pairs.no_column(module, group, "m"):
         _add_pair(pairs, module, group, said)
 
 

@@ -58,7 +58,7 @@ def _add(pairs: Pairs, module: str, group: Group, said: Config) -> None:
     if group.keys() == {"m"}:
         message = "a magnitude and no factors: how wide the module is"
         pairs.skip(group.values(), "BASE_NEEDED", message, module=module)
-    elif not pairs.lacks(module, group, "A", "B", "m"):
+    elif not pairs.lacks(module, group, "A", "B", "m") and not pairs.no_column(module, group, "m"):
         down, up = (pairs.factor(group[which]) for which in "AB")
         ranks = {"update": down.shape[0] if down.shape else 0}
         wanted, scaling = said.ranks(module, "dora"), None

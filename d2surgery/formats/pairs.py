@@ -69,6 +69,14 @@ class Pairs:
             self.skip(group.values(), "MISSING_HALF", message, module=module)
         return bool(missing)
 
+    def no_column(self, module: str, group: Group, what: str) -> bool:
+        """Whether what should be (out, 1) is something else; then the module is unread, and that is said."""
+        shape = self.shape(group[what])
+        if wrong := len(shape) != 2 or shape[1] != 1:
+            got = str(shape)
+            self.skip(group.values(), "SHAPE_UNEXPECTED", "magnitude", module=module, wanted="(out, 1)", got=got)
+        return wrong
+
     def shape(self, key: str) -> tuple[int, ...]:
         return self.header.tensors[key].shape
 

@@ -129,3 +129,12 @@ def test_no_config_is_made_where_the_file_has_what_none_of_it_can_say(tmp_path: 
     assert BaseWeights(tmp_path).config == {}
     (tmp_path / "config.json").write_text(json.dumps(toy_llama.CONFIG))
     assert BaseWeights(tmp_path).config["model_type"] == "llama"
+
+
+def test_the_file_itself_is_taken_where_it_is_alone(pair: tuple[Path, Path, Path]) -> None:
+    _, gguf, adapter = pair
+    assert set(BaseWeights(gguf / "model.gguf")) == set(BaseWeights(gguf))
+    assert main(["inspect", str(adapter), "--base", str(gguf / "model.gguf")]) == 0
+    (gguf / "other.gguf").write_bytes(b"")
+    with pytest.raises(D2SurgeryError, match="among other weights"):
+        BaseWeights(gguf / "model.gguf")
