@@ -15,7 +15,7 @@ Source: diffusers 0.42, loaders/lora_conversion_utils.py.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -139,7 +139,7 @@ class _Index:
 
     def __init__(self, paths: Iterable[str]) -> None:
         self.by_name: dict[str, list[Targets]] = {}
-        held = set(paths)
+        held = dict.fromkeys(paths)  # in the base's order
         rules = _rules()
         is_flux_2 = any(path.endswith(".to_qkv_mlp_proj") for path in held)  # of whose halves nothing was read
         for path in held:
@@ -152,7 +152,7 @@ class _Index:
         for name, ways in list(self.by_name.items()):
             self.by_name.setdefault(flatten(name), []).extend(way for way in ways if "." in name)
 
-    def _add(self, original: str, targets: Targets, number: str, held: set[str], *, turned: bool) -> None:
+    def _add(self, original: str, targets: Targets, number: str, held: Collection[str], *, turned: bool) -> None:
         filled = tuple(target.replace("#", number) for target in targets)
         if all(target.removeprefix(_TURNED) in held for target in filled) and (turned or _TURNED not in filled[0]):
             self.by_name.setdefault(original.replace("#", number), []).append(filled)
@@ -170,20 +170,25 @@ def _placed(
     entry: AdapterLayout, index: _Index, tensors: Mapping[str, TensorInfo], problems: list[Problem]
 ) -> list[AdapterLayout]:
     """The entry under the names that the base has; [] where that is not clear."""
-    if f"{entry.module}.weight" in tensors:
+    if f"{entry.module}.weight" in tensors or any(slot.transposed for slot in entry.slots.values()):
         return []
-    for targets in index.ways(entry.module):
-        names = [target.removeprefix(_TURNED) for target in targets]
-        sizes = [tensors[f"{name}.weight"].shape[0] for name in names]
-        if sum(sizes) != entry.out_features:
-            continue
-        if targets[0].startswith(_TURNED):
-            return [replace(reordered(entry, other_half_first), module=names[0])]
-        if len(names) == 1:
-            return [replace(entry, module=names[0])]
-        if entry.settings.get("along") == "in_features":
-            message = "a magnitude per input of a module that is several in the base"
-            problems.append(Problem(code="UNSUPPORTED_VARIANT", message=message, module=entry.module))
-            return []
-        return list(cut(entry, list(zip(names, sizes, strict=True))))
-    return []
+    fitting = [parts for way in index.ways(entry.module) if (parts := _parts(way, entry, tensors))]
+    if len(fitting) != 1:
+        return []
+    (sizes,) = fitting
+    first, *others = sizes
+    if first.startswith(_TURNED):
+        return [replace(reordered(entry, other_half_first), module=first.removeprefix(_TURNED))]
+    if not others:
+        return [replace(entry, module=first)]
+    if entry.settings.get("along") == "in_features":
+        message = "a magnitude per input of a module that is several in the base"
+        problems.append(Problem(code="UNSUPPORTED_VARIANT", message=message, module=entry.module))
+        return []
+    return list(cut(entry, list(sizes.items())))
+
+
+def _parts(way: Targets, entry: AdapterLayout, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Target -> its rows, where they are those of the entry together."""
+    sizes = {target: tensors[f"{target.removeprefix(_TURNED)}.weight"].shape[0] for target in way}
+    return sizes if sum(sizes.values()) == entry.out_features else {}
