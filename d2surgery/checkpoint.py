@@ -78,7 +78,7 @@ class Checkpoint(Mapping[str, Adapter]):
 
     def bias(self, module: str) -> Tensor:
         """lora_bias's vector (out,), which is added to the base's bias times the scaling."""
-        return self.tensor(self.layout.adapters[module].slots["bias"].key)
+        return self._matrix(self.layout.adapters[module].slots["bias"], flat=True)
 
     def _matrix(self, slot: Slot, *, flat: bool) -> Tensor:
         tensor = self.tensor(slot.key)

@@ -96,7 +96,8 @@ CODES: dict[str, Code] = {
     ),
     "UNSUPPORTED_METHOD": Code(
         "The file holds another method than LoRA, DoRA, Dual LoRA or D2-LoRA.",
-        "Use the tool that trained it to merge or convert it.",
+        "Merge it with the tool that trained it (PEFT's merge_and_unload); where a LoRA will do, `d2surgery extract "
+        "--base BASE --tuned MERGED --out OUT` makes one of the difference, with its error.",
     ),
     "UNSUPPORTED_VARIANT": Code(
         "A variant of LoRA, or a part of an adapter, whose change of the weights is not scaling times B times A.",
@@ -190,9 +191,13 @@ CODES: dict[str, Code] = {
         "Give the base (--base), whose modules are looked up.",
     ),
     "HEADS_UNKNOWN": Code(
-        "llama.cpp and torchtune keep the rows of a Llama's q and k in another order within each head, and nothing "
-        "here says how many heads there are.",
+        "llama.cpp and torchtune keep the rows of a Llama's q and k in another order within each head, litgpt and "
+        "Megatron those of q, k and v in one matrix, and nothing here says how many heads there are.",
         "Give the base (--base), whose config says it.",
+    ),
+    "BASE_NEEDED": Code(
+        "The file does not say a module's size, or which base weights it rescales; the base does.",
+        "Give the base (--base), or the whole model that the adapter belongs to.",
     ),
     "READ_BACK_DIFFERS": Code(
         "What was written does not read back as what was meant: a fault of d2surgery's. The files are removed.",
@@ -281,7 +286,10 @@ CODES: dict[str, Code] = {
         "Trained token rows and the config's trainable_token_indices do not fit.", "Correct the config."
     ),
     # Where an adapter lands in a base.
-    "BAD_BASE": Code("The base is not a directory of safetensors weights.", "Give a Hugging Face model directory."),
+    "BAD_BASE": Code(
+        "The base is not a directory of weights that are read: safetensors, PyTorch's, or one GGUF model.",
+        "Give a Hugging Face model directory, or a GGUF model in F32, F16 or BF16 that is alone in its own.",
+    ),
     "MISSING_SHARD": Code("The index names a weight file or tensor that is not there.", "Complete the download."),
     "TWO_SETS_OF_WEIGHTS": Code(
         "More weights lie in the directory than are loaded. transformers takes model.safetensors, then its index, then "

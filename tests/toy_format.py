@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 
 from d2surgery import formats
 from d2surgery.files.header import Header
-from d2surgery.formats.format import Holding, Values
+from d2surgery.formats.format import Holding, Values, as_read
 from d2surgery.formats.layout import AdapterLayout, Layout, Slot, Stored
 
 NAME = "toy"
 TITLE, READS = "a toy", "LoRA"
+with_base = as_read
 
 
 def recognise(header: Header, config: Mapping[str, Any] | None) -> str:

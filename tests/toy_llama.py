@@ -215,7 +215,75 @@ def torchtune(t: Toy, directory: Path) -> Path:
     return directory / "adapter_model.pt"
 
 
+def litgpt(t: Toy, directory: Path, **said: Any) -> Path:
+    """Its pickle: q and k, the parts of qkv that are trained, below each other; hyperparameters and heads beside it."""
+    q, k, down = t.A
+    tensors = {"transformer.h.0.attn.qkv.lora_A": np.concatenate([t.A[q], t.A[k]]),
+               "transformer.h.0.attn.qkv.lora_B": np.concatenate([t.B[q], t.B[k]]),
+               "transformer.h.0.mlp.proj.lora_A": t.A[down], "transformer.h.0.mlp.proj.lora_B": t.B[down]}  # fmt: skip
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": {key: torch.from_numpy(array) for key, array in tensors.items()}},
+               directory / "lit_model.pth.lora")  # fmt: skip
+    found = {"lora_r": RANK, "lora_alpha": t.scaling * RANK, "lora_query": "true", "lora_key": "true",
+             "lora_value": "false", "data": "\n  class_path: x"} | said  # fmt: skip
+    (directory / "hyperparameters.yaml").write_text("".join(f"{name}: {value}\n" for name, value in found.items()))
+    return directory
+
+
+def adapterhub(t: Toy, directory: Path) -> Path:
+    tensors: dict[str, Any] = {}
+    for module in t.A:  # as trained in a model without a head; its DoRA knows no scaling
+        name, B = module.removeprefix("model."), t.B[module] * (t.scaling if t.m else 1)
+        tensors |= {f"{name}.loras.toy.lora_A": t.A[module], f"{name}.loras.toy.lora_B": B}
+        tensors |= {f"{name}.loras.toy.m.weight": t.m[module].reshape(-1, 1)} if t.m else {}
+    save(tensors, directory / "adapter.safetensors")
+    alpha = RANK if t.m else t.scaling * RANK
+    config = {"architecture": "lora", "r": RANK, "alpha": alpha, "composition_mode": "add", "use_dora": bool(t.m)}
+    (directory / "adapter_config.json").write_text(json.dumps({"config": config, "model_type": "llama", "name": "toy"}))
+    return directory
+
+
+def nvlabs(t: Toy, directory: Path) -> Path:
+    tensors: dict[str, Any] = {}
+    for module in t.A:
+        tensors |= {f"base_model.model.{module}.lora_A.weight": t.A[module],
+                    f"base_model.model.{module}.lora_B.weight": t.B[module],
+                    f"base_model.model.{module}.weight_m_wdecomp.weight": t.m[module].reshape(-1, 1)}  # fmt: skip
+    save(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "DORA", "r": RANK, "lora_alpha": t.scaling * RANK, "target_modules": ["q_proj"],
+              "Wdecompose_target_modules": None, "dora_simple": True}  # fmt: skip
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def fsdp_qlora(t: Toy, directory: Path) -> Path:
+    """Which knows no alpha."""
+    tensors: dict[str, Any] = {}
+    for module in t.A:
+        tensors |= {f"{module}.dora_layer.lora_A.weight": t.A[module],
+                    f"{module}.dora_layer.lora_B.weight": t.B[module] * np.float32(t.scaling),
+                    f"{module}.magnitude_layer.magnitude": t.m[module]}  # fmt: skip
+    return save(tensors, directory / "model_state_dict.safetensors")
+
+
+def megatron(t: Toy, directory: Path) -> Path:
+    """Canonical, no alpha in it: q and k have factors of their own."""
+    names = {"q_proj": "self_attention.linear_qkv.adapter.adapter_q",
+             "k_proj": "self_attention.linear_qkv.adapter.adapter_k",
+             "down_proj": "mlp.linear_fc2.adapter"}  # fmt: skip
+    tensors: dict[str, Any] = {}
+    for module in t.A:
+        name = f"module.decoder.layers.0.{names[module.rpartition('.')[2]]}"
+        tensors |= {f"{name}.linear_in.weight": t.A[module], f"{name}.linear_out.weight": t.B[module]}
+        tensors |= {f"{name}.weight_magnitude": t.m[module]} if t.m else {}
+    return save(tensors, directory / "adapter.safetensors")
+
+
 LORA: dict[str, Callable[[Toy, Path], Path]] = {
-    "kohya": kohya, "diffusers": diffusers, "mlx": mlx, "mlx_old": mlx_old, "gguf": gguf
+    "kohya": kohya, "diffusers": diffusers, "mlx": mlx, "mlx_old": mlx_old, "gguf": gguf,
+    "litgpt": litgpt, "adapterhub": adapterhub,
 }  # fmt: skip
-DORA: dict[str, Callable[[Toy, Path], Path]] = {"lycoris": kohya, "diffusers": diffusers, "mlx": mlx}
+DORA: dict[str, Callable[[Toy, Path], Path]] = {
+    "lycoris": kohya, "diffusers": diffusers, "mlx": mlx, "adapterhub": adapterhub, "nvlabs": nvlabs,
+    "fsdp_qlora": fsdp_qlora,
+}  # fmt: skip

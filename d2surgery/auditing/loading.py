@@ -77,7 +77,7 @@ def _loadable(merged: BaseWeights, base: BaseWeights | None) -> Iterator[Problem
     assert found is not None  # its header was read
     if (merged.directory / ".metadata").is_file():
         yield _not_loaded("transformers takes the distributed checkpoint of .metadata instead of these weights", found)
-    if found.name not in (*USUAL, merged.config.get("transformers_weights")):
+    if found.suffix != ".gguf" and found.name not in (*USUAL, merged.config.get("transformers_weights")):
         severity: Severity = "warning" if of_base is not None and of_base.name == found.name else "error"
         message = "transformers looks for no file of this name"
         yield _not_loaded(message, found, severity=severity, wanted=" or ".join(USUAL))

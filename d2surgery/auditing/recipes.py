@@ -6,7 +6,7 @@ Each is read in the merger's own code, named beside it. All of them are right me
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -78,14 +78,27 @@ def _scaled_first(it: Operands) -> Tensor:
     return (it.adapter.scaling * it.adapter.B.float()) @ it.adapter.A.float()
 
 
-def _mlx(it: Operands) -> Tensor:
-    return it.base.to(it.dtype) + _scaled_first(it).to(it.dtype)
+def _term_by_term(it: Operands) -> Tensor:
+    """(s·B)·A in float32 as mlx has it on a CPU: every product rounded before it is added, where others fuse both."""
+    assert isinstance(it.adapter, LoRA | DoRA)
+    up, down = it.adapter.scaling * it.adapter.B.float(), it.adapter.A.float()
+    total = up.new_zeros(up.shape[0], down.shape[1])
+    for k in range(down.shape[0]):
+        total += up[:, k : k + 1] * down[k]
+    return total
 
 
-def _mlx_dora(it: Operands) -> Tensor:
+Product = Callable[[Operands], Tensor]
+
+
+def _mlx(product: Product, it: Operands) -> Tensor:
+    return it.base.to(it.dtype) + product(it).to(it.dtype)
+
+
+def _mlx_dora(product: Product, it: Operands) -> Tensor:
     """The norm as mlx has it: squares rounded, summed in float32, the sum and its root rounded."""
     assert isinstance(it.adapter, DoRA)
-    weight = it.base + _scaled_first(it).to(it.base.dtype)
+    weight = it.base + product(it).to(it.base.dtype)
     norm = weight.square().float().sum(1).to(weight.dtype).sqrt()
     return ((it.adapter.magnitude / norm)[:, None] * weight).to(it.dtype)
 
@@ -137,8 +150,20 @@ RECIPES = (
     ),
     *(Recipe(mode.name, mode.words, (), mode.merge, mode.seen, mode) for mode in plugin_modes()),
     Recipe("axolotl", "axolotl merge-lora: DoRA's delta taken off the base and added again", DORA, _axolotl),
-    Recipe("mlx", "mlx-lm fuse: (s·B)·A in float32, rounded to the file's dtype, then added", LORA, _mlx, _cast_first),
-    Recipe("mlx-dora", "mlx-lm fuse of DoRA: the sum and its norms in the base's dtype", DORA, _mlx_dora),
+    *(
+        Recipe(f"mlx{name}", f"mlx-lm fuse{where}: {words}, then added", LORA, partial(_mlx, product), _cast_first)
+        for name, where, words, product in (
+            ("", "", "(s·B)·A in float32, rounded to the file's dtype", _scaled_first),
+            ("-cpu", " on a CPU", "(s·B)·A term by term, rounded to the file's dtype", _term_by_term),
+        )
+    ),
+    *(
+        Recipe(f"mlx{name}-dora", f"mlx-lm fuse of DoRA{where}: {words}", DORA, partial(_mlx_dora, product))
+        for name, where, words, product in (
+            ("", "", "the sum and its norms in the base's dtype", _scaled_first),
+            ("-cpu", " on a CPU", "as mlx-dora, (s·B)·A term by term", _term_by_term),
+        )
+    ),
     Recipe("scaled-first", "(s·B)·A in float32, added, rounded once", LORA, _scaled_once),
     Recipe("torchtune", "torchtune: all in the file's dtype, (s·B)·A first", LORA + DORA, _torchtune, _in_files_dtype),
     Recipe("addmm", "unsloth: addmm(W0, B, A, alpha=s) in float32, rounded once", LORA, _addmm),

@@ -70,7 +70,7 @@ def _config(
         return
     with as_directory({CONFIG: expected[CONFIG]}) as directory:
         wanted = config_in(directory)
-    found = config_in(merged.directory)
+    found = _config_in(merged)
     if isinstance(wanted, str):
         yield from compare_config(want, got, effective=False)
         yield from _tie(want, got, tied)
@@ -79,6 +79,14 @@ def _config(
     else:
         yield from compare_config(_with_classes(wanted, want), _with_classes(found, got), effective=True)
         yield from _tie(wanted, found, tied)
+
+
+def _config_in(merged: BaseWeights) -> dict[str, Any] | str:
+    """As `config_in`; of what a GGUF file says where there is no config.json."""
+    if (merged.directory / CONFIG).exists():
+        return config_in(merged.directory)
+    with as_directory({CONFIG: json.dumps(merged.config).encode()}) as directory:
+        return config_in(directory)
 
 
 def _code(expected: Mapping[str, bytes], got: Mapping[str, Any], directory: Path) -> Iterator[Problem]:

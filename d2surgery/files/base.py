@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2surgery.errors import Problem, brief, raise_errors, refuse
-from d2surgery.files.checkpoints import read_checkpoint_header
+from d2surgery.files.checkpoints import find_weights, read_checkpoint_header
 from d2surgery.files.header import Header
 from d2surgery.files.held import Seen, changes
 from d2surgery.files.locate import locate_base
@@ -35,13 +35,13 @@ _READ: dict[str, tuple[str, Callable[[Any], bool]]] = {  # field of config.json 
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model's directory, {} when there is none.
+    """config.json of a model's directory; where there is none what its GGUF file says, or {}.
 
     Raises D2SurgeryError: what read_json raises, BAD_CONFIG with every field that is read and cannot be what it is.
     """
     path = directory / "config.json"
     if not path.exists():
-        return {}
+        return _of_gguf(directory)
     config = read_json(path)
     text = config.get("text_config")
     parts = {"": config, "text_config.": text if isinstance(text, dict) else {}}
@@ -53,6 +53,15 @@ def read_model_config(directory: Path) -> dict[str, Any]:
         if name in part and not fits(part[name])
     )  # fmt: skip
     return config
+
+
+def _of_gguf(directory: Path) -> dict[str, Any]:
+    found = find_weights(directory)
+    if found is None or found.suffix != ".gguf":
+        return {}
+    from d2surgery.files.gguf_base import config_of, read_gguf_base
+
+    return config_of(read_gguf_base(found))
 
 
 class BaseWeights(Mapping[str, "Tensor"]):
@@ -77,7 +86,7 @@ class BaseWeights(Mapping[str, "Tensor"]):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json; {} when there is none."""
+        """config.json, or what a GGUF file says; {} when there is neither."""
         return read_model_config(self.directory)
 
     def refuse_changes(self) -> None:

@@ -46,12 +46,12 @@ def read_checkpoint_header(directory: Path, *, as_loaded: bool = False) -> Heade
 def find_weights(directory: Path) -> Path | None:
     """The file or the index that transformers takes: what `transformers_weights` in the config names, then `USUAL`.
 
-    Where there is none of these, a file that is alone with its ending; of several that differ in a variant
+    Where there is none of these, a file that is alone with its ending, GGUF last; of several that differ in a variant
     (weights.fp16.safetensors beside weights.safetensors) the one without.
     """
     usual = (directory / name for name in (*_named(directory), *USUAL))
     return next((path for path in usual if path.is_file()), None) or next(
-        filter(None, (_by_another_name(directory, ending) for ending in (".safetensors", ".bin"))), None
+        filter(None, (_by_another_name(directory, ending) for ending in (".safetensors", ".bin", ".gguf"))), None
     )
 
 
@@ -71,7 +71,7 @@ def _by_another_name(directory: Path, ending: str) -> Path | None:
             if path.is_file():
                 return path
     plain = [file for file in files if not any(_is_variant(file, other) for other in files)]
-    return plain[0] if len(plain) == 1 and (ending == ".safetensors" or is_pickle(plain[0])) else None
+    return plain[0] if len(plain) == 1 and (ending != ".bin" or is_pickle(plain[0])) else None
 
 
 def _other_set(found: Path) -> Iterator[Problem]:
@@ -114,6 +114,10 @@ def _is_variant(file: Path, other: Path) -> bool:
 
 
 def _read_weights(path: Path) -> Header:
+    if path.suffix == ".gguf":
+        from d2surgery.files.gguf_base import read_gguf_base  # its names, which few need
+
+        return read_gguf_base(path)
     if path.suffix != ".bin":
         return read_header(path)
     from d2surgery.files.pickled import locate_pickled  # torch, and only here

@@ -11,6 +11,7 @@ import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,6 +59,7 @@ class TensorInfo(NamedTuple):
     start: int
     stop: int
     held: Held | None = None  # the file, where it has been kept open
+    heads: int = 0  # that share its rows, each with its two halves interleaved: they are read one after the other
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +79,11 @@ class Header:
     """Warnings of the directory: which of its files these are."""
     seen: tuple[Seen, ...] = field(default=(), compare=False, repr=False)
     """What it was read from, as it was then: the files of tensors held open, and an index beside them."""
+
+    @cached_property
+    def names(self) -> str:
+        """The tensors' names, a line each."""
+        return "\n".join((*self.tensors, ""))
 
     @property
     def usual_dtype(self) -> str | None:

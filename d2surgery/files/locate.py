@@ -11,11 +11,12 @@ from d2surgery.files.tokenizers import BEGINNINGS
 _HUB_ID = re.compile(  # not a mistyped path, nor one that leads out of the cache
     r"(?!.*\.\.)\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.bin)(@\w[\w./-]*)?", re.ASCII
 )
-WEIGHTS = (  # PEFT's; MLX-LM's; diffusers'; kohya's as it is written here; llama.cpp's as it is written here
+WEIGHTS = (  # PEFT's; MLX-LM's; diffusers'; kohya's and llama.cpp's as written here; AdapterHub's; litgpt's
     "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapters.npz",
     "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "lora.safetensors", "adapter.gguf",
+    "adapter.safetensors", "pytorch_adapter.bin", "lit_model.pth.lora",
 )  # fmt: skip
-PICKLES = (".bin", ".pt", ".pth")
+PICKLES = (".bin", ".pt", ".pth", ".lora")
 TRAINED_WHOLE = ("non_lora_trainables.bin", "non_lora_state_dict.bin")  # LLaVA's and its followers' second file
 OTHERS = ("new_embeddings.safetensors", "new_embeddings.bin")  # vLLM's: rows of added tokens, without their numbers
 _OF_AN_ADAPTER = [
@@ -71,12 +72,27 @@ def left_out(weights: Path) -> list[str]:
 
 
 def locate_base(base: str | os.PathLike[str]) -> Path:
-    """The directory of a model; a hub id is downloaded as an adapter's is. Raises D2SurgeryError HUB_UNREACHABLE."""
+    """The directory of a model, also of a GGUF file that is alone in it; a hub id is downloaded as an adapter's is.
+
+    Raises D2SurgeryError HUB_UNREACHABLE; BAD_BASE for a GGUF file among other weights.
+    """
     path = Path(base)
+    if path.suffix == ".gguf" and path.is_file():
+        return _alone(path)
     if path.exists() or not _HUB_ID.fullmatch(str(base)):
         return path
     path = _download(str(base), _OF_A_MODEL)
     return path if any(path.glob("*.safetensors")) else _download(str(base), [*_OF_A_MODEL, "*.bin"])
+
+
+def _alone(path: Path) -> Path:
+    others = [p.name for p in path.parent.iterdir() if p.suffix in (".gguf", ".safetensors", ".bin") and p != path]
+    if others:
+        got = ", ".join(sorted(others)[:8])
+        raise refuse(
+            "BAD_BASE", "it lies among other weights", file=str(path), wanted="a directory of its own", got=got
+        )
+    return path.parent
 
 
 def _weights_in(directory: Path) -> Path:

@@ -109,6 +109,8 @@ def _contents(path: Path) -> _Contents:
 
 
 def _dense(path: Path, said: Any) -> dict[str, Stored]:
+    if isinstance(said, dict) and said.keys() == {"model"} and isinstance(said["model"], dict):
+        said = said["model"]  # as litgpt saves them
     if not isinstance(said, dict):
         got = type(said).__name__
         raise refuse("PICKLE", "not a table of tensors", file=str(path), wanted="names and tensors", got=got)

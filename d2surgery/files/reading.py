@@ -100,3 +100,15 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
         raise Twice(f"{twice[0]} stands twice" + (f", and {len(twice) - 1} more do" if len(twice) > 1 else ""))
     return found
+
+
+def read_plain_yaml(path: Path) -> dict[str, str]:
+    """The fields of a YAML file's top level that stand on one line, as text; {} where there is no such file.
+
+    Raises D2SurgeryError as `read_small` does.
+    """
+    if not path.exists():
+        return {}
+    lines = read_small(path, 1_000_000).decode("utf-8", "replace").splitlines()
+    pairs = (line.partition(":") for line in lines if line[:1].isalpha())
+    return {name.strip(): value.partition(" #")[0].strip() for name, _, value in pairs if value.strip()}

@@ -81,13 +81,28 @@ def read_part(info: TensorInfo, start: int, target: memoryview, *, once: bool = 
     """
     try:
         held = info.held or Held(info.file)
-        read_into(held.fd, target, info.start + start)
+        (_read_halves if info.heads else _read_plain)(info, held.fd, start, target)
     except OSError as error:
         raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(info.file)) from None
     except D2SurgeryError as error:
         raise D2SurgeryError(*(replace(problem, file=str(info.file)) for problem in error.problems)) from None
     if once:
         let_go(held.fd, info.start + start, len(target))
+
+
+def _read_plain(info: TensorInfo, fd: int, start: int, target: memoryview) -> None:
+    read_into(fd, target, info.start + start)
+
+
+def _read_halves(info: TensorInfo, fd: int, start: int, target: memoryview) -> None:
+    """As if row (head, i, half) of the file lay at (head, half, i): of every head that the bytes are of, all of it."""
+    size, rows, stop = info.nbytes // info.heads, info.shape[0] // info.heads, start + len(target)
+    for head in range(start // size, -(-stop // size)):
+        stored = torch.empty(size, dtype=torch.uint8)
+        read_into(fd, as_bytes(stored), info.start + head * size)
+        ordered = as_bytes(stored.reshape(rows // 2, 2, -1).transpose(0, 1).contiguous())
+        first, last = max(start, head * size), min(stop, (head + 1) * size)
+        target[first - start : last - start] = ordered[first - head * size : last - head * size]
 
 
 def read_rows(info: TensorInfo, start: int, stop: int, *, of: int) -> Tensor:

@@ -1,11 +1,11 @@
 """The formats: how adapters lie on disk, a module each. See `Format` for what such a module has."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.header import Header, TensorInfo, is_gguf, is_pickle, read_header, small_values
@@ -15,22 +15,44 @@ from d2surgery.files.reading import read_json
 from d2surgery.formats.format import Format, Holding
 from d2surgery.formats.layout import Layout, Packing, with_expert_layout, with_scaling
 
-_NAMES = ("gguf", "diffusers", "peft", "lycoris", "kohya", "mlx", "torchtune", "serving", "foreign")
+
+class _Lazy:
+    """A format whose module is imported when more is asked than its name: describing a PEFT file needs three of them.
+
+    marks: what some key has in it in every file of the format; none: any file may be of it.
+    """
+
+    def __init__(self, module: str, *marks: str, name: str = "") -> None:
+        self.module, self.marks, self.NAME = module, marks, name or module
+
+    def recognise(self, header: Header, config: Mapping[str, Any] | None) -> str:
+        may_be = not self.marks or any(mark in header.names for mark in self.marks)
+        found: str = self.__getattr__("recognise")(header, config) if may_be else ""
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(f"{__name__}.{self.module}"), name)
 
 
-class _Modules(Sequence[Format]):
-    """The formats, each imported when its turn comes: a PEFT file needs three of them."""
-
-    def __len__(self) -> int:
-        return len(_NAMES)
-
-    def __getitem__(self, at: Any) -> Any:
-        if isinstance(at, slice):
-            return [self[i] for i in range(len(self))[at]]
-        return cast(Format, import_module(f"{__name__}.{_NAMES[at]}"))
-
-
-FORMATS: Sequence[Format] = _Modules()
+FORMATS: tuple[Format, ...] = (
+    _Lazy("gguf"),
+    _Lazy("nvlabs", ".weight_m_wdecomp."),
+    _Lazy("fsdp_qlora", ".dora_layer.", ".magnitude_layer.", ".lora_AB."),
+    _Lazy("megatron", ".adapter."),
+    _Lazy("adapterhub", ".loras."),
+    _Lazy("tinker", "unembed_tokens.", ".experts.w"),
+    _Lazy("litgpt", "transformer.h."),
+    _Lazy("loralib", ".lora_A\n"),
+    _Lazy("diffusers"),
+    _Lazy("peft_methods", ".hada_", ".lokr_", ".delora_", ".vera_", name="peft-methods"),
+    _Lazy("peft"),
+    _Lazy("lycoris"),
+    _Lazy("kohya"),
+    _Lazy("mlx"),
+    _Lazy("torchtune"),
+    _Lazy("serving", name="peft-serving"),
+    _Lazy("foreign"),
+)
 """In the order of detection; the last recognises every file."""
 
 
@@ -79,15 +101,12 @@ def layout(header: Header, config: Mapping[str, Any] | None) -> Layout:
 def with_base(found: Layout, tensors: Mapping[str, TensorInfo], model: Mapping[str, Any]) -> Layout:
     """A layout with what its base's tensors and config say: paths of flattened names, how many heads share rows, and
     the kernel of a convolution whose file does not say it."""
-    from d2surgery.formats import flat, gguf, torchtune
+    from d2surgery.formats import families, flat
     from d2surgery.formats.pairs import as_stored  # what a lone file needs none of
 
-    if found.format == gguf.NAME and (heads := gguf.heads_of(model)):
-        again = layout(replace(found.header, metadata={**heads, **found.header.metadata}), None)
-        others = [problem for problem in found.problems if problem.code == "LEFT_OUT"]
-        found = replace(again, problems=(*again.problems, *others))
-    if found.format == torchtune.NAME:
-        found = torchtune.with_model(found, model)
+    if (format := next((each for each in FORMATS if found.format == each.NAME), None)) is not None:
+        found = format.with_base(found, tensors, model)
+    found = families.apart(found, tensors)
     paths = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
     named = flat.with_paths(replace(found, about=replace(found.about, model=model)), paths)
     adapters = {}
@@ -102,8 +121,9 @@ def _mixed(found: Layout, format: Format) -> Iterator[Problem]:
     """The other format of which what was not understood is, where it is of one."""
     unknown = {problem.module for problem in found.problems if problem.code == "UNKNOWN_TENSOR"}
     left = {key: found.header.tensors[key] for key in found.unread if key in unknown}
+    header = replace(found.header, tensors=left, metadata={})
     for other in FORMATS[:-1] if left and format is not FORMATS[-1] else ():
-        if other is not format and (rule := other.recognise(replace(found.header, tensors=left, metadata={}), None)):
+        if other is not format and (rule := other.recognise(header, None)):
             message = f"the keys of {format.NAME}, and {len(left)} of another: {rule}, which is {other.NAME}"
             yield Problem(code="MIXED_FORMATS", message=message, file=str(found.path))
             return

@@ -31,7 +31,7 @@ from d2surgery.errors import Problem, brief, raise_errors
 from d2surgery.files.header import Header
 from d2surgery.files.reading import parse_json
 from d2surgery.formats.flat import flattened
-from d2surgery.formats.format import Holding, Values
+from d2surgery.formats.format import Holding, Values, as_read
 from d2surgery.formats.kohya import scaling_of
 from d2surgery.formats.layout import About, Layout, Stored
 from d2surgery.formats.pairs import Group, Pairs
@@ -140,6 +140,9 @@ def _add(pairs: Pairs, module: str, group: Group, configs: _Configs) -> None:
             scaling = None
     pairs.add(module, group, down, pairs.factor(group[B]), scaling=scaling, magnitude=group.get(MAGNITUDE, ""),
               bias=group.get(BIAS, ""))  # fmt: skip
+
+
+with_base = as_read
 
 
 def holds(kind: str) -> frozenset[Stored]:

@@ -5,9 +5,11 @@
     lora_te_       text_encoder    lora_te1_, lora_te2_, lora_te3_: text_encoder, text_encoder_2, text_encoder_3
     lycoris_       the model that LyCORIS wrapped
 
-The paths of Stable Diffusion's UNets and of CLIP's text model are known here; those of any other model are its base's.
+The paths of Stable Diffusion's UNets, under diffusers' names and their own, and of CLIP's text model are known here;
+those of any other model are its base's.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -119,7 +121,52 @@ def collisions(names: Mapping[str, str]) -> dict[str, list[str]]:
 @cache
 def _known_paths(component: str) -> Paths:
     lists = {"unet": _unet, "text_encoder": _clip}
-    return Paths(lists[component]() if component in lists else ())
+    found = Paths(lists[component]() if component in lists else ())
+    if component == "unet":
+        for path in _unet():
+            for name in sgm(path):
+                found.by_flat.setdefault(flatten(name), []).append(path)
+    return found
+
+
+def sgm(path: str) -> Iterator[str]:
+    """What a module of a UNet is called in the original Stable Diffusion, as SDXL's adapters of sd-scripts have it: of
+    an upsampler both names that it may have; nothing for what is no such module."""
+    if path in _SGM_TOP:
+        yield _SGM_TOP[path]
+        return
+    found = _UNET_PART.fullmatch(path)
+    if found is None:
+        return
+    side, block, kind, layer, rest = found.groups()
+    number, first = int(layer), 3 * int(block or 0)
+    if kind == "resnets":
+        rest = _SGM_RESNET.get(rest, "")
+    if (side, kind, rest) == ("down_blocks", "downsamplers", "conv"):
+        yield f"input_blocks.{first + 3}.0.op"
+    elif (side, kind, rest) == ("up_blocks", "upsamplers", "conv"):
+        yield from (f"output_blocks.{first + 2}.{at}.conv" for at in (1, 2))
+    elif rest and kind in ("resnets", "attentions"):
+        inside = int(kind == "attentions")
+        if side == "mid_block" and number < 2 - inside:
+            yield f"middle_block.{1 if inside else 2 * number}.{rest}"
+        elif side == "down_blocks" and number < 2:
+            yield f"input_blocks.{first + number + 1}.{inside}.{rest}"
+        elif side == "up_blocks":
+            yield f"output_blocks.{first + number}.{inside}.{rest}"
+
+
+_SGM_TOP = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+_SGM_RESNET = {
+    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"
+}  # fmt: skip
+_UNET_PART = re.compile(
+    r"(down_blocks|up_blocks|mid_block)(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
 
 
 def _unet() -> Iterator[str]:

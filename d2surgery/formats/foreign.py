@@ -14,13 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from d2surgery.errors import Problem, refuse
+from d2surgery.errors import Problem
 from d2surgery.files.header import Header
-from d2surgery.formats.format import Holding, Values
-from d2surgery.formats.layout import About, AdapterLayout, Layout, Slot, Stored, lies_transposed
+from d2surgery.formats.format import Values, as_read, holds_nothing, not_written
+from d2surgery.formats.layout import About, AdapterLayout, Layout, Slot, lies_transposed
 
 
 class _Pairs(NamedTuple):
@@ -58,19 +57,12 @@ _LEAVES = {  # leaf -> format, where no pair is taken apart
 NAME = "foreign"
 TITLE, READS = "OFT, VeRA, IA³ …", "recognised, not read"
 
+with_base, holds, write = as_read, holds_nothing, not_written
+
 
 def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
     """Every file: one that fits no table is of the format "unknown"."""
     return "no other format's keys"
-
-
-def holds(kind: str) -> frozenset[Stored]:
-    """Nothing is written here."""
-    return frozenset()
-
-
-def write(checkpoint: Holding, directory: Path) -> None:
-    raise refuse("USAGE", "not a format that can be written", got=NAME)
 
 
 def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> Layout:

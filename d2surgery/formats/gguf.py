@@ -17,18 +17,20 @@ those of `ARCHITECTURES`.  Embeddings, heads and DoRA are not in the format.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2surgery.errors import Problem, raise_errors
 from d2surgery.files.gguf import BLOCK, QUANTIZED, TYPES, Part, gguf_bytes
-from d2surgery.files.header import Header
+from d2surgery.files.header import Header, TensorInfo, small_values
 from d2surgery.files.whole import write_whole_bytes
 from d2surgery.formats.flat import flattened
 from d2surgery.formats.format import Holding, Values
 from d2surgery.formats.layout import About, Layout, Slot, Stored
 from d2surgery.formats.pairs import Factor, Group, Pairs
+from d2surgery.formats.rows import halves, interleaved
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,11 +88,19 @@ def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> 
     return pairs.layout(NAME, about)
 
 
+def with_base(found: Layout, tensors: Mapping[str, TensorInfo], model: Mapping[str, Any]) -> Layout:
+    """Read again, with the heads that the base's config has."""
+    if not (heads := heads_of(model)):
+        return found
+    header = replace(found.header, metadata={**heads, **found.header.metadata})
+    again = layout(header, None, lambda key: small_values(header, key))
+    others = [problem for problem in found.problems if problem.code == "LEFT_OUT"]
+    return replace(again, rule=found.rule, problems=(*again.problems, *others))
+
+
 def _add(pairs: Pairs, name: str, group: Group, architecture: str, alpha: float) -> None:
     block, _, part = name.rpartition(".")
-    if missing := {"lora_a", "lora_b"} - group.keys():
-        message = f"has {', '.join(sorted(group))} but no {', '.join(sorted(missing))}"
-        pairs.skip(group.values(), "MISSING_HALF", message, module=name)
+    if pairs.lacks(name, group, "lora_a", "lora_b"):
         return
     number = block.removeprefix("blk.")
     if part not in _PARTS or not number.isdecimal() or block == number:
@@ -130,14 +140,7 @@ def _dequantized(shape: tuple[int, ...], data: "Tensor") -> "Tensor":
 
 
 def _unpermuted(heads: int, before: Any, tensor: "Tensor") -> "Tensor":
-    """Row (head, i, half) at (head, half, i): the inverse of `permuted`."""
-    rows = tensor if before is None else before(tensor)
-    return rows.reshape(heads, -1, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
-
-
-def permuted(heads: int, rows: "Tensor") -> "Tensor":
-    """Row (head, half, i) at (head, i, half), as llama.cpp has them."""
-    return rows.reshape(heads, 2, -1, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+    return halves(heads, tensor if before is None else before(tensor))
 
 
 def holds(kind: str) -> frozenset[Stored]:
@@ -162,7 +165,7 @@ def write(checkpoint: Holding, directory: Path) -> None:
         own, name = entry.ranks["update"], _key(module)
         slots = brought_to(checkpoint.adapter(module), own, alpha / own)
         if field := _PERMUTED.get((architecture, name.rpartition(".")[2])):
-            slots["B"] = permuted(int(heads[f"llama.attention.{field}"]), slots["B"])
+            slots["B"] = interleaved(int(heads[f"llama.attention.{field}"]), slots["B"])
         for slot, leaf in (("A", "lora_a"), ("B", "lora_b")):
             tensor = slots[slot].float() if slots[slot].dtype == torch.float64 else slots[slot]
             data = tensor.contiguous().view(torch.uint8).numpy().tobytes()

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from d2surgery.errors import Problem, raise_errors
 from d2surgery.files.header import Header
 from d2surgery.formats.flat import collisions, flat_name, known, parts
-from d2surgery.formats.format import Holding, Values
+from d2surgery.formats.format import Holding, Values, as_read
 from d2surgery.formats.layout import About, AdapterLayout, Layout, Stored, lies_transposed
 from d2surgery.formats.pairs import Group, Pairs
 
@@ -94,8 +94,7 @@ def add(pairs: Pairs, module: str, group: Group, name: str) -> None:
 
 
 def lacks(pairs: Pairs, group: Group, missing: Iterable[str], name: str) -> None:
-    message = f"has {', '.join(sorted(group))} but no {', '.join(sorted(missing))}"
-    pairs.skip(group.values(), "MISSING_HALF", message, module=name)
+    pairs.lacks(name, group, *missing)
 
 
 def scaling_of(pairs: Pairs, group: Group, name: str, rank: Iterable[int]) -> float | None:
@@ -124,6 +123,9 @@ def _listed(header: Header) -> dict[str, str]:
 def _named_as(name: str, path: str, components: Iterable[str]) -> str:
     otherwise = "lycoris_" if name.startswith("lycoris_") else "lora_te_"
     return flat_name(path, components, otherwise=otherwise)
+
+
+with_base = as_read
 
 
 def holds(kind: str) -> frozenset[Stored]:

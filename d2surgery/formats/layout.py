@@ -67,6 +67,7 @@ class AdapterLayout:
     experts: int = 1
     blocked: tuple[str, ...] = ("A",)  # slots whose ranks lie expert by expert; the others' lie rank by rank
     as_declared: bool = False  # of experts: out_features are the parameter's second axis, whatever the model
+    divisor: int | None = None  # what divides alpha, where it is not the rank: that of one of several products
     numbers: tuple[str, ...] = ()  # keys of what else decides the values: an alpha, further factors of a slot
     misread: Mapping[str, float] = field(default_factory=dict)  # in words -> what careless readers take for the scaling
 
@@ -204,7 +205,9 @@ def with_scaling(layout: Layout, scale: float | None, alpha: float | None) -> La
         got = "both" if unknown else "the file has its own scaling"
         raise refuse("USAGE", "a scale or an alpha is for a file that has none", file=str(layout.path), got=got)
     known = {
-        module: replace(entry, scaling=scale if alpha is None else alpha / alpha_divisor(entry.ranks))
+        module: replace(
+            entry, scaling=scale if alpha is None else alpha / (entry.divisor or alpha_divisor(entry.ranks))
+        )
         for module, entry in unknown.items()
     }
     problems = tuple(p for p in layout.problems if p.code not in ("MISSING_CONFIG", "SCALING_UNKNOWN"))

@@ -24,16 +24,16 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2surgery.errors import Problem, brief, raise_errors
-from d2surgery.files.header import FLOATS, Header
+from d2surgery.files.header import Header
 from d2surgery.files.whole import write_whole
+from d2surgery.formats.experts import PARTS, Part, add_experts, by_parameter
 from d2surgery.formats.flat import flattened
-from d2surgery.formats.format import Holding, Values
-from d2surgery.formats.layout import About, AdapterLayout, Layout, Slot, Stored
+from d2surgery.formats.format import Holding, Values, as_read
+from d2surgery.formats.layout import About, Layout, Stored
 from d2surgery.formats.pairs import Group, Pairs
 from d2surgery.formats.peft.fields import is_number
 
@@ -45,10 +45,9 @@ TITLE, READS = "MLX-LM", "LoRA, DoRA, experts; `.npz`, the scale of before June 
 WEIGHTS = "adapters.safetensors"
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embedding", "embeddings")
 _SWITCH = ".switch_mlp."
-_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # transformers' parameter -> parts
 _SPARSE = ("mixtral", "minimax", "phimoe")  # whose block MLX-LM calls block_sparse_moe
 _NAMES = {"A": "lora_a", "B": "lora_b", "magnitude": "m"}
-_STACKED = [leaf for leaves in _EXPERTS.values() for leaf in leaves]
+_STACKED = [leaf for leaves in PARTS.values() for leaf in leaves]
 _LEAVES = {leaf: leaf for leaf in ("lora_a", "lora_b", "m")}
 _CONFIG = ("fine_tune_type", "lora_parameters", "lora_layers")
 
@@ -66,80 +65,24 @@ def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> 
         return pairs.layout(NAME, _about(found))
     if (kind := found.get("fine_tune_type", "lora")) not in ("lora", "dora"):
         pairs.say("BAD_CONFIG", "fine_tune_type", wanted="lora, dora or full", got=brief(kind))
-    switches: dict[str, dict[str, Group]] = {}
+    switches: dict[str, dict[str, Part]] = {}
     for module, group in pairs.groups(_LEAVES).items():
         block, _, leaf = module.partition(_SWITCH)
         if leaf in _STACKED and {"lora_a", "lora_b"} == group.keys():
-            switches.setdefault(block, {})[leaf] = group
+            root = re.sub(r"(^|\.)block_sparse_moe$", r"\1mlp", block)  # Mixtral's, as transformers has it now
+            parts = switches.setdefault(f"{root}.experts", {})
+            if leaf in parts:
+                pairs.skip(group.values(), "TWO_ADAPTERS", "the experts have two pairs of factors", module=module)
+            else:
+                parts[leaf] = Part(0, group["lora_a"], group["lora_b"])
         else:
             _add(pairs, module, group, found)
-    for block, parts in switches.items():
-        root = re.sub(r"(^|\.)block_sparse_moe$", r"\1mlp", block)  # Mixtral's, as transformers has it now
-        for parameter, leaves in _EXPERTS.items():
-            _add_experts(pairs, f"{root}.experts.{parameter}", leaves, parts, found)
+    for parameter, count, those in by_parameter(switches):
+        add_experts(pairs, parameter, count, those, lambda rank: _scaling(found, rank))
     if any(entry.scaling is None for entry in pairs.adapters.values()):
         pairs.say("SCALING_UNKNOWN", "no scale in lora_parameters of an adapter_config.json")
     tied = any(entry.stored == "embedding" for entry in pairs.adapters.values())
     return pairs.layout(NAME, replace(_about(found), tied=tied))
-
-
-def _add_experts(
-    pairs: Pairs, module: str, leaves: tuple[str, ...], parts: Mapping[str, Group], config: Mapping[str, Any]
-) -> None:
-    """The experts of one parameter: their ranks are those of its parts together, each part with rows of its own."""
-    found = [(at, parts[leaf]) for at, leaf in enumerate(leaves) if leaf in parts]
-    keys = [key for _, group in found for key in group.values()]
-    if not found:
-        return
-    downs, ups = ([pairs.shape(group[leaf]) for _, group in found] for leaf in ("lora_a", "lora_b"))
-    fits = all(len(a) == len(b) == 3 and (a[0], a[1]) == (b[0], b[2]) for a, b in zip(downs, ups, strict=True))
-    if not fits or len({(a[0], a[2]) for a in downs}) > 1 or len({b[1] for b in ups}) > 1:
-        got = "; ".join(map(str, (*downs, *ups)))
-        pairs.skip(keys, "RANK_MISMATCH", "the experts' factors do not multiply", module=module, got=got)
-        return
-    if wrong := [key for key in keys if pairs.header.tensors[key].dtype not in FLOATS]:
-        got = pairs.header.tensors[wrong[0]].dtype
-        pairs.skip(keys, "DTYPE_UNEXPECTED", "a factor of experts", module=module, wanted=", ".join(FLOATS), got=got)
-        return
-    A, B = ([group[leaf] for _, group in found] for leaf in ("lora_a", "lora_b"))
-    scalings = {_scaling(config, a[1]) for a in downs}
-    made = partial(_experts_up, len(leaves), [at for at, _ in found])
-    pairs.adapters[module] = AdapterLayout(
-        module=module,
-        kind="lora",
-        stored="experts",
-        slots={"A": Slot(A[0], also=tuple(A[1:]), made=_experts_down), "B": Slot(B[0], also=tuple(B[1:]), made=made)},
-        ranks={"update": sum(a[1] for a in downs)},
-        out_features=len(leaves) * ups[0][1],
-        in_features=downs[0][2],
-        dtype=pairs.header.tensors[A[0]].dtype,
-        scaling=scalings.pop() if len(scalings) == 1 else None,
-        experts=downs[0][0],
-        blocked=("A", "B"),
-        numbers=(*A[1:], *B[1:]),
-    )
-
-
-def _experts_down(*each: "Tensor") -> "Tensor":
-    """(E·Σr, in) of (E, r, in)."""
-    return _together(each, 1).flatten(0, 1)
-
-
-def _experts_up(parts: int, where: list[int], *each: "Tensor") -> "Tensor":
-    """(parts·out, E·Σr) of (E, out, r): each in the rows of its own part, the others zero."""
-    experts, out, _ = each[0].shape
-    padded = []
-    for at, up in zip(where, each, strict=True):
-        whole = up.new_zeros(experts, parts, out, up.shape[2])
-        whole[:, at] = up
-        padded.append(whole.flatten(1, 2))
-    return _together(tuple(padded), 2).transpose(0, 1).flatten(1)
-
-
-def _together(each: "tuple[Tensor, ...]", along: int) -> "Tensor":
-    import torch
-
-    return torch.cat(each, along)
 
 
 def _add(pairs: Pairs, module: str, group: Group, config: Mapping[str, Any]) -> None:
@@ -192,6 +135,9 @@ def _about(config: Mapping[str, Any]) -> About:
     )
 
 
+with_base = as_read
+
+
 def holds(kind: str) -> frozenset[Stored]:
     experts: frozenset[Stored] = frozenset(("experts",)) if kind == "lora" else frozenset()
     return experts | frozenset(("linear", "embedding")) if kind in ("lora", "dora") else frozenset()
@@ -238,11 +184,11 @@ def _switch_of(module: str, model: Mapping[str, Any]) -> list[str]:
     """The switch layers of a parameter of experts; none where the model has them otherwise, or is not known."""
     block, _, parameter = module.rpartition(".experts.")
     kind = model.get("model_type")
-    if not block or parameter not in _EXPERTS or kind in (None, "gpt_oss", "llama4", "llama4_text"):
+    if not block or parameter not in PARTS or kind in (None, "gpt_oss", "llama4", "llama4_text"):
         return []
     if kind in _SPARSE:
         block = re.sub(r"(^|\.)mlp$", r"\1block_sparse_moe", block)
-    return [f"{block}{_SWITCH}{leaf}" for leaf in _EXPERTS[parameter]]
+    return [f"{block}{_SWITCH}{leaf}" for leaf in PARTS[parameter]]
 
 
 def _cannot_hold(layout: Layout) -> Iterator[Problem]:

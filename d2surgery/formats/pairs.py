@@ -62,6 +62,21 @@ class Pairs:
         self.unread += keys
         self.say(code, message, "error", **details)
 
+    def lacks(self, module: str, group: Group, *wanted: str) -> bool:
+        """Whether a module has not all that is wanted; then it is unread, and what is missing said."""
+        if missing := sorted(set(wanted) - group.keys()):
+            message = f"has {', '.join(sorted(group))} but no {', '.join(missing)}"
+            self.skip(group.values(), "MISSING_HALF", message, module=module)
+        return bool(missing)
+
+    def no_column(self, module: str, group: Group, what: str) -> bool:
+        """Whether what should be (out, 1) is something else; then the module is unread, and that is said."""
+        shape = self.shape(group[what])
+        if wrong := len(shape) != 2 or shape[1] != 1:
+            got = str(shape)
+            self.skip(group.values(), "SHAPE_UNEXPECTED", "magnitude", module=module, wanted="(out, 1)", got=got)
+        return wrong
+
     def shape(self, key: str) -> tuple[int, ...]:
         return self.header.tensors[key].shape
 

@@ -19,7 +19,7 @@ from d2surgery.files.whole import write_whole
 from d2surgery.formats import peft
 from d2surgery.formats.engines import OUTPUTS, RANKS
 from d2surgery.formats.flat import flattened
-from d2surgery.formats.format import Holding, Values
+from d2surgery.formats.format import Holding, Values, as_read
 from d2surgery.formats.layout import Layout, Stored
 
 NAME = "peft-serving"
@@ -37,6 +37,9 @@ def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
 
 def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> Layout:
     return peft.layout(header, config, values)
+
+
+with_base = as_read
 
 
 def holds(kind: str) -> frozenset[Stored]:

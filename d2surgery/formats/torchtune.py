@@ -21,20 +21,17 @@ Source: torchtune bd2a0fc7, models/convert_weights.py and modules/peft.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from d2surgery.errors import Problem, refuse
-from d2surgery.files.header import Header
-from d2surgery.formats.format import Holding, Values
-from d2surgery.formats.layout import AdapterLayout, Layout, Stored
+from d2surgery.errors import Problem
+from d2surgery.files.header import Header, TensorInfo
+from d2surgery.formats.format import Values, holds_nothing, not_written
+from d2surgery.formats.layout import Layout
 from d2surgery.formats.pairs import Group, Pairs
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from d2surgery.formats.rows import halves, reordered
 
 NAME = "torchtune"
 TITLE, READS = "torchtune (`.pt`)", "LoRA, DoRA; Llama, Mistral, Gemma, Qwen"
@@ -47,6 +44,8 @@ _PARTS = {
     "mlp.w3": "mlp.up_proj",
 }  # fmt: skip
 _ROTATED = re.compile(r"\.self_attn\.([qk])_proj$")
+
+holds, write = holds_nothing, not_written
 
 
 def recognise(header: Header, config: Mapping[str, Any] | None) -> str:
@@ -65,11 +64,9 @@ def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> 
 
 
 def _add(pairs: Pairs, name: str, group: Group) -> None:
-    missing = {"lora_a.weight", "lora_b.weight"} - group.keys()
-    if missing:
-        message = f"has {', '.join(sorted(group))} but no {', '.join(sorted(missing))}"
-        pairs.skip(group.values(), "MISSING_HALF", message, module=name)
-    elif (module := _module(name)) is None:
+    if pairs.lacks(name, group, "lora_a.weight", "lora_b.weight"):
+        return
+    if (module := _module(name)) is None:
         pairs.skip(group.values(), "UNSUPPORTED_VARIANT", "no module of the decoders that are read", module=name)
     else:
         down, up = (pairs.factor(group[leaf]) for leaf in ("lora_a.weight", "lora_b.weight"))
@@ -84,7 +81,7 @@ def _module(name: str) -> str | None:
     return f"model.layers.{found[1]}.{part}" if found and part else None
 
 
-def with_model(layout: Layout, model: Mapping[str, Any]) -> Layout:
+def with_base(layout: Layout, tensors: Mapping[str, TensorInfo], model: Mapping[str, Any]) -> Layout:
     """The layout with its rows as the base of this config has them."""
     kind, adapters = model.get("model_type"), dict(layout.adapters)
     others = [problem for problem in layout.problems if problem.code != "HEADS_UNKNOWN"]
@@ -94,7 +91,7 @@ def with_model(layout: Layout, model: Mapping[str, Any]) -> Layout:
             continue
         entry, heads = layout.adapters[module], _heads(model, found[1])
         if kind in INTERLEAVED and heads and entry.out_features % (2 * heads) == 0:
-            adapters[module] = replace(entry, slots=dict(_in_halves(entry, heads)))
+            adapters[module] = reordered(entry, partial(halves, heads))
         else:
             got = f"{kind}, {heads} heads of {entry.out_features} rows"
             wanted = ", ".join((*INTERLEAVED, *AS_THERE))
@@ -108,21 +105,3 @@ def _heads(model: Mapping[str, Any], which: str) -> int:
     kv = model.get("num_key_value_heads")
     found = kv if which == "k" and kv is not None else heads
     return found if isinstance(found, int) else 0
-
-
-def _in_halves(entry: AdapterLayout, heads: int) -> Iterator[tuple[str, Any]]:
-    for name, slot in entry.slots.items():
-        yield name, slot if name == "A" else slot._replace(made=partial(_halves, heads))
-
-
-def _halves(heads: int, rows: "Tensor") -> "Tensor":
-    """Row (head, i, half) at (head, half, i)."""
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def holds(kind: str) -> frozenset[Stored]:
-    return frozenset()
-
-
-def write(checkpoint: Holding, directory: Path) -> None:
-    raise refuse("USAGE", "not a format that can be written", got=NAME)

@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -189,3 +190,22 @@ def test_a_dora_that_mlx_fused_onto_a_bfloat16_base_is_replayed(tmp_path: Path) 
     save_file(fused, tmp_path / "fused" / "model.safetensors", metadata={"format": "pt"})
     found = d2surgery.audit(tmp_path / "base", tmp_path / "adapter", tmp_path / "fused", files=False)
     assert (found.verdict, found.modules[module].recipe) == ("pass", "mlx-dora")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_mlx_on_a_cpu_rounds_each_product_before_it_is_added(dora: bool) -> None:
+    """By the formula in NumPy, which fuses nothing; torch's product fuses both and has other bits."""
+    torch.manual_seed(0)
+    W, A, B = torch.randn(64, 96), torch.randn(8, 96), torch.randn(64, 8)
+    slots: dict[str, Any] = {"A": A, "B": B, "scaling": 3.0}
+    adapter = DoRA(magnitude=W.norm(dim=1), **slots) if dora else LoRA(**slots)
+    total = np.zeros((64, 96), np.float32)
+    for k in range(8):
+        total = total + (np.float32(3) * B.numpy()[:, k : k + 1]) * A.numpy()[k]
+    both = W + torch.from_numpy(total)
+    norm = both.square().sum(1).sqrt()
+    name, other = ("mlx-cpu-dora", "mlx-dora") if dora else ("mlx-cpu", "mlx")
+    wanted = (W.norm(dim=1) / norm)[:, None] * both if dora else both
+    operands = Operands(W, adapter, torch.float32)
+    assert torch.equal(BY_NAME[name].merge(operands), wanted)
+    assert not torch.equal(BY_NAME[other].merge(operands), wanted)

@@ -96,7 +96,8 @@ def twice(tensors: Tensors, key: str, rng: random.Random) -> bool:
 
 CHANGES: list[Change] = [dropped, emptied, flattened, turned, whole_numbers, renamed, shortened, not_a_number,
                          another_formats, twice]  # fmt: skip
-FORMATS = {**{f"lora {name}": (write, False) for name, write in LORA.items() if name not in ("gguf", "mlx_old")},
+ARCHIVES = ("gguf", "mlx_old", "litgpt")
+FORMATS = {**{f"lora {name}": (write, False) for name, write in LORA.items() if name not in ARCHIVES},
            **{f"dora {name}": (write, True) for name, write in DORA.items()}}  # fmt: skip
 
 
@@ -126,7 +127,8 @@ def _same_elsewhere(layout: Layout, adapter: toy_llama.Toy, key: str, what: str)
     """What the change did not touch is read as before."""
     checkpoint = Checkpoint(layout)
     for module in adapter.A:
-        if module in key or toy_llama.flat(module) in key or module not in layout.adapters:
+        names = (module, module.removeprefix("model."), toy_llama.flat(module))
+        if any(name in key for name in names) or module not in layout.adapters:
             continue
         if (layout.adapters[module].kind == "dora") != bool(adapter.m) or layout.adapters[module].scaling is None:
             continue

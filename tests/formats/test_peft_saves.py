@@ -327,10 +327,10 @@ def test_multihead_attention_is_refused_by_name(tmp_path: Path) -> None:
 
 METHODS = {
     "ADALORA": lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10),
-    "LOHA": lambda: peft.LoHaConfig(target_modules=["q_proj"]),
-    "LOKR": lambda: peft.LoKrConfig(target_modules=["q_proj"]),
+    "HIRA": lambda: peft.HiraConfig(target_modules=["q_proj"]),
+    "FOURIERFT": lambda: peft.FourierFTConfig(target_modules=["q_proj"], n_frequency=10),
+    "RANDLORA": lambda: peft.RandLoraConfig(target_modules=["q_proj"]),
     "IA3": lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
-    "VERA": lambda: peft.VeraConfig(target_modules=["q_proj"]),
     "OFT": lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8),
     "TRAINABLE_TOKENS": lambda: peft.TrainableTokensConfig(token_indices=[1]),
 }

@@ -1,8 +1,9 @@
 """The README's table of formats is what FORMATS say. `python tests/formats/test_table.py` prints it."""
 
+from importlib import import_module
 from pathlib import Path
 
-from d2surgery.formats import FORMATS
+from d2surgery.formats import FORMATS, _Lazy
 from d2surgery.formats.format import Format
 from d2surgery.kinds import TABLE
 
@@ -30,6 +31,12 @@ def table() -> list[str]:
 
 def test_the_readme_has_the_formats() -> None:
     assert "\n".join(table()) in README.read_text()
+
+
+def test_a_format_that_is_not_imported_yet_has_its_modules_name() -> None:
+    for format in FORMATS:
+        assert isinstance(format, _Lazy)
+        assert import_module(f"d2surgery.formats.{format.module}").NAME == format.NAME
 
 
 if __name__ == "__main__":

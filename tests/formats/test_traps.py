@@ -310,7 +310,7 @@ def test_trap_22_a_writer_refuses_two_modules_of_one_flattening(tmp_path: Path) 
         d2surgery.save(made, tmp_path / "kohya", format="kohya")
 
 
-def test_trap_23_sd1_names_are_looked_up_and_others_stand_as_they_are(tmp_path: Path) -> None:
+def test_trap_23_sd1_and_sdxl_names_are_looked_up_and_others_stand_as_they_are(tmp_path: Path) -> None:
     names = {
         "lora_unet_up_blocks_1_attentions_2_transformer_blocks_0_attn2_to_out_0":
             "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_out.0",
@@ -319,7 +319,8 @@ def test_trap_23_sd1_names_are_looked_up_and_others_stand_as_they_are(tmp_path: 
         "lora_te_text_model_encoder_layers_11_self_attn_q_proj":
             "text_encoder.text_model.encoder.layers.11.self_attn.q_proj",
         "lora_te2_text_model_encoder_layers_0_mlp_fc1": "text_encoder_2.text_model.encoder.layers.0.mlp.fc1",
-        "lora_unet_input_blocks_4_1_proj_in": "lora_unet_input_blocks_4_1_proj_in",
+        "lora_unet_input_blocks_4_1_proj_in": "unet.down_blocks.1.attentions.0.proj_in",
+        "lora_unet_joint_blocks_4_x_block_attn_qkv": "lora_unet_joint_blocks_4_x_block_attn_qkv",
     }  # fmt: skip
     tensors = {key: value for name in names for key, value in pair(name).items()}
     assert set(read(tmp_path, tensors).adapters) == set(names.values())

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from d2surgery.files.header import Header
-from d2surgery.formats.format import Holding, Values
+from d2surgery.formats.format import Holding, Values, as_read
 from d2surgery.formats.layout import Layout, Stored
 from d2surgery.formats.peft.fields import is_number
 from d2surgery.formats.peft.keys import METADATA, looks_like_peft
@@ -58,6 +58,9 @@ def layout(header: Header, config: Mapping[str, Any] | None, values: Values) -> 
     disagrees = inside is not None and found != inside
     said = read(header, found, exact={} if disagrees else scaling, disagrees=disagrees)
     return replace(said, about=replace(said.about, history=history(header))) if METADATA in header.metadata else said
+
+
+with_base = as_read
 
 
 def holds(kind: str) -> frozenset[Stored]:

@@ -28,6 +28,11 @@ from d2surgery.formats.peft.keys import (
 )
 from d2surgery.kinds import TABLE, Kind, kind_with
 
+_WHY = {  # why a method is refused -> PEFT's, of which that is known
+    "its update depends on the base's weights": ("IA3", "HIRA", "OFT", "BOFT", "HRA", "GLORA"),
+    "its update has no low rank": ("RANDLORA", "FOURIERFT", "WAVEFT", "C3A", "SHIRA"),
+}
+
 
 def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float], disagrees: bool) -> Layout:
     """The layout of a file. exact: scalings to the last bit; disagrees: the config inside the file is another."""
@@ -37,7 +42,8 @@ def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float]
         say("CONFIG_DISAGREES", "adapter_config.json is not the config inside the file", severity="warning")
     method = found.get("peft_type")
     if isinstance(method, str) and method not in methods():
-        say("UNSUPPORTED_METHOD", f"peft_type is {method}", wanted=", ".join(methods()), got=str(method))
+        why = next((f": {why}" for why, names in _WHY.items() if method in names), "")
+        say("UNSUPPORTED_METHOD", f"peft_type is {method}{why}", wanted=", ".join(methods()), got=str(method))
         return _layout(header, config, _Keys(header, config, say, unread=[*header.tensors]), {}, say)
     if not found:
         say("MISSING_CONFIG", "no adapter_config.json: ranks are known, scaling is not")

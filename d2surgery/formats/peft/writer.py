@@ -80,7 +80,7 @@ def tensors_of(checkpoint: Holding) -> Iterator[tuple[str, Tensor]]:
             stored = _packed([each[slot] for each in experts], slot, entry)
             yield key_of(name, entry.kind, slot, entry.stored), stored
         if "bias" in entry.slots:
-            yield key_of(name, entry.kind, "bias"), checkpoint.tensor(entry.slots["bias"].key)
+            yield key_of(name, entry.kind, "bias"), checkpoint.bias(name)
     for target, key in layout.replacements.items():
         module, _, leaf = target.rpartition(".")
         rows = "token_adapter." if target in layout.rows else ""

@@ -1,0 +1,140 @@
+"""A model in GGUF is a base: names, rows and config as transformers has them; merged and audited as any other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toy_llama
+from safetensors.torch import load_file
+from toy_llama import HEADS, HIDDEN, KV_HEADS, gguf_bytes, toy
+
+import d2surgery
+from d2surgery.cli import main
+from d2surgery.errors import D2SurgeryError
+from d2surgery.files.base import BaseWeights
+
+FIELDS: dict[str, Any] = {
+    "general.architecture": "llama", "llama.embedding_length": 32.0, "llama.feed_forward_length": 48.0,
+    "llama.block_count": 1.0, "llama.rope.freq_base": 10000.0,
+    "llama.attention.layer_norm_rms_epsilon": 1e-6,
+}  # fmt: skip
+NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def interleaved(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """llama.cpp's permute."""
+    return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def as_gguf(directory: Path, out: Path, fields: dict[str, Any] | None = None) -> Path:
+    """A safetensors base as llama.cpp's converter has it, by hand."""
+    arrays: dict[str, Any] = {}
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        module, rows = name.removesuffix(".weight"), tensor.numpy()
+        inside = module.removeprefix("model.layers.0.")
+        for end, heads in (("q_proj", HEADS), ("k_proj", KV_HEADS)):
+            rows = interleaved(rows, heads) if inside.endswith(end) else rows
+        arrays[f"{'blk.0.' * (inside != module)}{NAMES[inside]}.weight"] = rows
+    out.mkdir()
+    whole = {"llama.attention.head_count": "4", "llama.attention.head_count_kv": "2"}
+    (out / "model.gguf").write_bytes(gguf_bytes(FIELDS | whole | (fields or {}), arrays))
+    return out
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """The same base in both forms, and an adapter."""
+    adapter = toy()
+    base = toy_llama.save_base(adapter, tmp_path / "base")
+    return base, as_gguf(base, tmp_path / "gguf"), toy_llama.mlx(adapter, tmp_path / "adapter")
+
+
+def test_it_is_read_with_transformers_names_and_rows(pair: tuple[Path, Path, Path]) -> None:
+    base, gguf, _ = pair
+    one, other = BaseWeights(base), BaseWeights(gguf)
+    assert set(one) == set(other)
+    for name, tensor in one.items():
+        assert torch.equal(other[name], tensor), name
+        for start, stop in ((0, 1), (1, 4), (5, len(tensor)), (3, 3)):
+            if stop <= len(tensor):
+                assert torch.equal(other.rows(name, start, stop), one.rows(name, start, stop))
+
+
+def test_a_merge_onto_it_is_that_onto_safetensors(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, gguf, adapter = pair
+    for name, where in (("one", base), ("other", gguf)):
+        d2surgery.merge(where, adapter, tmp_path / name)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    said = ("hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "rms_norm_eps")
+    assert [config[name] for name in said] == pytest.approx([toy_llama.CONFIG[name] for name in said])
+    assert (config["model_type"], config["tie_word_embeddings"]) == ("llama", False)
+    assert d2surgery.audit(gguf, adapter, tmp_path / "other").verdict == "pass"
+    assert main(["inspect", str(adapter), "--base", str(gguf)]) == 0
+
+
+def test_a_merged_gguf_is_audited(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, gguf, adapter = pair
+    d2surgery.merge(base, adapter, tmp_path / "merged")
+    merged = as_gguf(tmp_path / "merged", tmp_path / "merged gguf")
+    for which in (base, gguf):
+        found = d2surgery.audit(which, adapter, merged)
+        assert found.verdict == "pass", found.reasons
+        assert d2surgery.audit(which, adapter, gguf, files=False).verdict == "fail"
+
+
+def test_rows_that_llama_cpp_did_not_permute_fail_the_audit(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, _, adapter = pair
+    d2surgery.merge(base, adapter, tmp_path / "merged")
+    qwens = {name.replace("llama.", "qwen2."): value for name, value in FIELDS.items()}
+    fields = qwens | {"general.architecture": "qwen2"}  # whose rows are read as they lie
+    merged = as_gguf(tmp_path / "merged", tmp_path / "gguf merged", fields)
+    assert d2surgery.audit(base, adapter, merged, files=False).verdict == "fail"
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [({"general.architecture": "gemma3"}, "not read as a base"), ({"general.type": "adapter"}, "not read as a base"),
+     ({"llama.attention.head_count": "many"}, "how many heads"),
+     ({"llama.attention.head_count": "5"}, "how many heads")],
+)  # fmt: skip
+def test_what_is_no_such_model_is_refused(
+    pair: tuple[Path, Path, Path], tmp_path: Path, fields: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(D2SurgeryError, match=part):
+        BaseWeights(as_gguf(pair[0], tmp_path / "other", fields))
+
+
+def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
+    arrays = {"blk.0.ffn_gate_exps.weight": np.ones((4, 8), np.float32), "rope_freqs.weight": np.ones(4, np.float32)}
+    (tmp_path / "model.gguf").write_bytes(gguf_bytes(FIELDS, arrays))
+    with pytest.raises(D2SurgeryError) as error:
+        BaseWeights(tmp_path)
+    assert [problem.module for problem in error.value.problems] == ["blk.0.ffn_gate_exps.weight"]
+
+
+def test_no_config_is_made_where_the_file_has_what_none_of_it_can_say(tmp_path: Path) -> None:
+    arrays = {"token_embd.weight": np.ones((20, HIDDEN), np.float32), "rope_freqs.weight": np.ones(4, np.float32)}
+    (tmp_path / "model.gguf").write_bytes(gguf_bytes(FIELDS, arrays))
+    assert BaseWeights(tmp_path).config == {}
+    (tmp_path / "config.json").write_text(json.dumps(toy_llama.CONFIG))
+    assert BaseWeights(tmp_path).config["model_type"] == "llama"
+
+
+def test_the_file_itself_is_taken_where_it_is_alone(pair: tuple[Path, Path, Path]) -> None:
+    _, gguf, adapter = pair
+    assert set(BaseWeights(gguf / "model.gguf")) == set(BaseWeights(gguf))
+    assert main(["inspect", str(adapter), "--base", str(gguf / "model.gguf")]) == 0
+    (gguf / "other.gguf").write_bytes(b"")
+    with pytest.raises(D2SurgeryError, match="among other weights"):
+        BaseWeights(gguf / "model.gguf")
