@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from d2surgery.reporting.figures.parts import Plot
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-IMAGES = (".png", ".svg")
+IMAGES = (".png", ".svg", ".pdf")
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _OPTIONS = (
     click.option("--per-layer", is_flag=True, help="One line per module instead of one per type of module."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else."),
     click.option("--csv", type=_FILE, help="Write every number as a tidy table: one number a row, with its meaning."),
-    click.option("--plot", type=_FILE, help="Write figures: one .html page, or .png or .svg images."),
+    click.option("--plot", type=_FILE, help="Write figures: one .html page, or .png, .svg or .pdf images."),
     click.option("--quiet", is_flag=True, help="Print nothing; for --csv and --plot."),
 )
 
@@ -74,7 +74,7 @@ def require_folder(path: Path) -> None:
 
 def _check_figures(path: Path) -> None:
     if path.suffix.lower() not in (".html", *IMAGES):
-        raise refuse("USAGE", "--plot", wanted="a file name that ends in .html, .png or .svg", got=path.name)
+        raise refuse("USAGE", "--plot", wanted="a file name that ends in .html, .png, .svg or .pdf", got=path.name)
     if path.suffix.lower() in IMAGES and importlib.util.find_spec("kaleido") is None:
         raise refuse("NO_IMAGES", "the Python package kaleido is not installed", file=str(path))
 

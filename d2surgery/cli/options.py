@@ -87,6 +87,9 @@ device_option = click.option("--device", default="cpu", show_default=True, help=
 cache_option = click.option(
     "--cache", type=_DIRECTORY, help="Keep finished dense spectra here: a second run takes up where one stopped."
 )
+exact_signs_option = click.option(
+    "--exact-signs", is_flag=True, help="Count the signs of every entry of large modules too: minutes for an 8B model."
+)
 expert_layout_option = click.option(
     "--expert-layout",
     type=click.Choice(["interleaved", "grouped"]),

@@ -11,7 +11,7 @@ from d2surgery.auditing import audit
 from d2surgery.auditing.findings import Audit
 from d2surgery.cli import measured, output
 from d2surgery.cli.audit import EXIT, verdict_line
-from d2surgery.cli.options import BASE_HELP, Base, cache_option, progress_bar
+from d2surgery.cli.options import BASE_HELP, Base, cache_option, exact_signs_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.files.whole import write_whole
 from d2surgery.measures.ranks import Method
@@ -24,9 +24,11 @@ from d2surgery.surveying.adapter import Named, survey
 @click.option("--base", type=Base(), help=f"{BASE_HELP}: adds drift and relative sizes.")
 @click.option("--merged", type=click.Path(path_type=Path), help="With --base and one adapter, adds the merge's audit.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .html file.")
+@click.option("--force", is_flag=True, help="Write over a page that is there.")
 @click.option("--method", type=click.Choice(get_args(Method)), help="Of dense spectra. Default: by kind and size.")
 @cache_option
 @click.option("--intruders", is_flag=True, help="With --base, also intruder dimensions: slow on large models.")
+@exact_signs_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print nothing.")
 def command(
@@ -37,6 +39,8 @@ def command(
     method: Method | None,
     cache: Path | None,
     intruders: bool,
+    exact_signs: bool,
+    force: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -47,6 +51,8 @@ def command(
     3 inconclusive.
     """
     measured.require_folder(out)
+    if out.exists() and not force:
+        raise refuse("OUTPUT_EXISTS", "something is there already; --force writes over it", file=str(out))
     with ExitStack() as stack:
 
         def progress(label: str) -> Callable[[int, int], None]:
@@ -54,8 +60,9 @@ def command(
             return stack.enter_context(bar)
 
         page, found = _with_audit(
-            adapters, base=base, merged=merged, method=method, with_intruders=intruders, cache=cache, progress=progress
-        )
+            adapters, base=base, merged=merged, method=method, with_intruders=intruders, exact_signs=exact_signs,
+            cache=cache, progress=progress,
+        )  # fmt: skip
     write_whole(out, page)
     if as_json:
         audited = {"verdict": found.verdict} if found else {}

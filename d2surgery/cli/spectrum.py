@@ -12,7 +12,7 @@ from d2surgery.cli.options import BASE_HELP, Base, cache_option, device_option, 
 from d2surgery.files.base import BaseWeights
 from d2surgery.measures.ranks import NUMBERS, Method, Of, Spectrum
 from d2surgery.reporting.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
-from d2surgery.surveying.adapter import nominal_ranks
+from d2surgery.surveying.adapter import labels, nominal_ranks
 from d2surgery.surveying.modules import places, spectra
 from d2surgery.surveying.zeros import zero_problems, zero_updates
 
@@ -57,20 +57,23 @@ def command(
     def rows() -> list[Any]:
         return [*spectrum_rows(found, nominal, adapter), *singular_value_rows(found, adapter)]
 
+    (label,) = labels([adapter])
     measured.show(outputs, _document(checkpoint, base, found), _text(checkpoint, found, outputs.per_layer), rows)
-    measured.draw(outputs, lambda: _figures(found, nominal), f"Spectra of {Path(adapter).name}")
+    measured.draw(outputs, lambda: _figures(found, nominal, label), f"Spectra of {label}")
     return 0
 
 
-def _figures(found: Found, nominal: Mapping[str, int | None]) -> list["Plot"]:
-    from d2surgery.reporting.figures import spectra as figures  # plotly, and only where figures are drawn
+def _figures(found: Found, nominal: Mapping[str, int | None], label: str) -> list["Plot"]:
+    from d2surgery.reporting.figures import parts  # plotly, and only where figures are drawn
+    from d2surgery.reporting.figures import spectra as figures
 
-    return [
+    plots = [
         figures.rank_map(found, nominal),
         figures.rank_lines(found, nominal),
         figures.spectrum_fan(found, nominal),
         figures.size_map(found),
     ]
+    return [parts.named(plot, label) for plot in plots]
 
 
 def _document(checkpoint: Checkpoint, base: Path | None, found: Found) -> dict[str, Any]:

@@ -178,10 +178,12 @@ def difference_rows(differences: Mapping[str, Difference], adapters: str = "") -
     for module, type_ in types(differences).items():
         record = differences[module]
         common: Row = {"adapter": adapters, "module": module, "layer": address(module).layer, "type": type_}
-        common |= {"quality": "exact", "method": "structural", "of": "update", "dtype": "float64"}
+        of = "update" if record.in_features is not None else "delta"
+        common |= {"quality": "exact", "method": "structural", "of": of, "dtype": "float64"}
         signs = record.signs
         rows.append(row(**common, metric="cosine", value=record.cosine.value, null=record.cosine.null_sd))
-        rows.append(row(**common, metric="sign_agreement", value=signs.share, null=signs.null))
+        estimate: Row = {"quality": "estimate", "standard_error": signs.standard_error} if signs.standard_error else {}
+        rows.append(row(**common | estimate, metric="sign_agreement", value=signs.share, null=signs.null))
         for side in SIDES:
             if (found := phi(getattr(record, side))) is not None:
                 rows.append(row(**common, metric="subspace_similarity", axis=side, value=found[0], null=found[1]))

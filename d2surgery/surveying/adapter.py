@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 
 from d2surgery.checkpoint import Checkpoint, load
@@ -14,7 +13,7 @@ from d2surgery.measures.drift import Drift
 from d2surgery.measures.likeness import Difference
 from d2surgery.measures.ranks import Method, Spectrum
 from d2surgery.measures.subspace import Intruders, intruders
-from d2surgery.surveying.modules import BaseMatrices, Progress, differences, drifts, places, spectra
+from d2surgery.surveying.modules import BaseMatrices, Progress, compare, drifts, places, spectra
 from d2surgery.surveying.zeros import zero_problems
 
 Named = Callable[[str], Progress]
@@ -76,13 +75,14 @@ def survey(
     base: str | Path | None = None,
     method: Method | None = None,
     with_intruders: bool = False,
+    exact_signs: bool = False,
     cache: str | Path | None = None,
     progress: Named = lambda label: lambda done, total: None,
 ) -> Survey:
     """Measure one or more adapters; with a base also how far each moves it.
 
-    with_intruders: all singular vectors of every base weight, slow on large models. cache: see `spectra`. Raises what
-    the adapters and the base are refused for.
+    with_intruders: all singular vectors of every base weight, slow on large models. exact_signs: see `differences`.
+    cache: see `spectra`. Raises what the adapters and the base are refused for.
     """
     weights = BaseWeights(base) if base is not None else None
     checkpoints = [load(adapter, base=weights) for adapter in adapters]
@@ -94,10 +94,7 @@ def survey(
                 cache=cache, progress=progress)
         for given, label, checkpoint in zip(adapters, labels(adapters), checkpoints, strict=True)
     ]  # fmt: skip
-    shared = {
-        (i, j): dict(differences(checkpoints[i], checkpoints[j], progress=progress(f"{i + 1} and {j + 1}")))
-        for i, j in combinations(range(len(adapters)), 2)
-    }
+    shared = compare(checkpoints, exact_signs=exact_signs, progress=progress("comparing"))
     return Survey(measured=measured, shared=shared, base=None if base is None else str(base))
 
 

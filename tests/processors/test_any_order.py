@@ -17,9 +17,10 @@ from d2surgery.checkpoint import from_adapters, save
 from d2surgery.formats.layout import About
 from d2surgery.measures.dense import head_tail
 from d2surgery.measures.drift import drift
+from d2surgery.measures.likeness import compared, profile
 from d2surgery.measures.ranks import NUMBERS
 from d2surgery.measures.spectrum import delta_spectrum, update_spectrum
-from d2surgery.measures.subspace import agreement, amplification, cosine, intruders, similarity
+from d2surgery.measures.subspace import agreement, amplification, cosine, directions, intruders, overlaps, similarity
 from d2surgery.merging import merge
 from d2surgery.merging.tiles import Tile, TileMerger
 
@@ -87,8 +88,9 @@ def test_every_measure_is_of_float64_products(kind: str, axis: Axis, dtype: torc
         if first is not None and second is not None:
             update_spectrum(adapter)
             amplification(first, W)
-            cosine(first, second)
-            similarity(first, second)
+            cosine(overlaps(directions(first), directions(second)))
+            similarity(overlaps(directions(first), directions(second)))
+            compared(profile(adapter), profile(other))
             agreement(first, second)
     assert fault.products == 0
 

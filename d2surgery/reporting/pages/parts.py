@@ -17,7 +17,7 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 
 from d2surgery.errors import refuse
-from d2surgery.reporting.figures.parts import Plot
+from d2surgery.reporting.figures.parts import Plot, plain_name
 from d2surgery.reporting.tidy import write_rows
 
 MOST_ROWS = 5000  # of a figure's table inside the page
@@ -59,24 +59,39 @@ def _download(plot: Plot) -> str:
     text = io.StringIO()
     write_rows(plot.rows, text)
     data = base64.b64encode(text.getvalue().encode(errors="backslashreplace")).decode()
-    return f'<a class="csv" download="{plot.name}.csv" href="data:text/csv;base64,{data}">Numbers as CSV</a>'
+    return f'<a class="csv" download="{_file_name(plot)}" href="data:text/csv;base64,{data}">Numbers as CSV</a>'
+
+
+def _file_name(plot: Plot) -> str:
+    """`rank_map-my-adapter.csv`: what is saved from one page for several adapters must not have one name."""
+    whose = re.sub(r"[^A-Za-z0-9.]+", "-", plot.adapter).strip("-.")[:80]
+    return f"{plot.name}{f'-{whose}' if whose else ''}.csv"
 
 
 def figures_page(shown: Sequence[Plot], title: str) -> str:
-    """A page of figures alone."""
+    """A page of figures alone, each with the name of its adapter."""
     figures = Figures()
-    return whole_page(title, [f"<h1>{safe(title)}</h1>", *(figures.add(plot, heading="h2") for plot in shown)])
+    drawn = (figures.add(plot, plot.adapter, heading="h2") for plot in shown)
+    return whole_page(title, [f"<h1>{safe(title)}</h1>", *drawn])
 
 
 def write_images(shown: Sequence[Plot], paths: Sequence[Path]) -> None:
-    """PNG or SVG, by the ending. Raises NO_IMAGES where kaleido or its browser is missing or fails."""
+    """PNG, SVG or PDF, by the ending; under the title the adapter's name. Raises NO_IMAGES where kaleido or its browser
+    is missing or fails."""
     pictures = []
     for plot in shown:
         picture = plot.figure.to_dict()
-        top = {"t": 90 if plot.figure.layout.legend.orientation else 70}
-        picture["layout"]["title"] = {"text": plot.title, "x": 0.02, "y": 0.98, "yanchor": "top", "font": {"size": 17}}
+        top = {"t": (90 if plot.figure.layout.legend.orientation else 70) + 20 * bool(plot.adapter)}
+        under = f"<br><span style='font-size:13px'>{plain_name(plot.adapter, 120)}</span>" if plot.adapter else ""
+        picture["layout"]["title"] = {
+            "text": plot.title + under,
+            "x": 0.02,
+            "y": 0.98,
+            "yanchor": "top",
+            "font": {"size": 17},
+        }
         picture["layout"]["margin"] = {**picture["layout"]["margin"], **top}
-        picture["layout"]["height"] += 40
+        picture["layout"]["height"] += 40 + 20 * bool(plot.adapter)
         pictures.append(picture)
     try:
         plotly.io.write_images(pictures, list(paths), width=1100, scale=1.5, validate=False)

@@ -14,7 +14,7 @@ from d2surgery.measures.drift import Drift
 from d2surgery.measures.likeness import Likeness, likeness
 from d2surgery.reporting.figures import drifts, spectra
 from d2surgery.reporting.figures.likeness import similarity_by_depth, similarity_matrix
-from d2surgery.reporting.figures.parts import Plot
+from d2surgery.reporting.figures.parts import Plot, named
 from d2surgery.reporting.pages.audit import audit_section
 from d2surgery.reporting.pages.parts import (
     Figures,
@@ -349,7 +349,7 @@ def _by_measure(measured: Sequence[Measured], figures: Figures) -> Iterator[str]
     if not moved:
         sections.insert(0, (measured, lambda m: spectra.size_map(m.spectra, top=largest)))
     for shown, draw in sections:
-        drawn = [(m, draw(m)) for m in shown]
+        drawn = [(m, named(draw(m), m.label)) for m in shown]
         if drawn:
             inside = "".join(figures.add(p, m.label if len(measured) > 1 else "", caption=False) for m, p in drawn)
             captions = "".join(f'<p class="soft">{safe(c)}</p>' for c in dict.fromkeys(p.caption for _, p in drawn))
