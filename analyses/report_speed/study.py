@@ -1,6 +1,6 @@
 """How long and how much memory do `diff` and `report` take on adapters of an 8-billion-parameter model?
 
-Every run is one process from start to exit, imports included: wall clock, CPU seconds of all its threads and the kernel's
+Every run is one process from start to exit, imports included: wall clock, CPU seconds of all threads and the kernel's
 peak resident memory. This process imports neither torch nor d2surgery.
 
     python analyses/report_speed/study.py --work DIR [--before CHECKOUT] [--rounds N] [--tiny]
