@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from d2surgery.errors import Problem
 from d2surgery.files.plain import plain
 from d2surgery.measures.fidelity import Survival
+from d2surgery.surveying.order import in_order
 
 if TYPE_CHECKING:
     from d2surgery.evaluating.behaviour import Behaviour, TaskGap
@@ -144,7 +145,7 @@ def document(audit: Audit) -> dict[str, Any]:
         "also": list(audit.also),
         "coverage": audit.coverage,
         "tensors": {status: audit.coverage[status] for status in STATUSES},
-        "modules": [_module(module) for module in audit.modules.values()],
+        "modules": [_module(module) for module in in_order(audit.modules).values()],
         "tensor_list": [asdict(tensor) for tensor in audit.tensors.values()],
         "not_checked": list(audit.not_checked),
         "receipt": asdict(audit.receipt) if audit.receipt else None,

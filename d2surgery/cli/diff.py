@@ -10,8 +10,7 @@ from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import exact_signs_option, progress_bar
 from d2surgery.errors import refuse
-from d2surgery.measures.likeness import SAMPLE, SIDES, Difference, Likeness, likeness, phi
-from d2surgery.measures.subspace import Similarity
+from d2surgery.measures.likeness import SAMPLE, SIDES, Difference, Likeness, Shared, closest, likeness, phi
 from d2surgery.reporting.tidy import Row, difference_rows
 from d2surgery.surveying.adapter import labels
 from d2surgery.surveying.modules import compare, places
@@ -74,7 +73,9 @@ def _figures(names: Sequence[str], found: Sequence[Compared]) -> list["Plot"]:
 
     wholes = dict(zip(combinations(range(len(names)), 2), (each.whole for each in found), strict=True))
     plots = [figures.similarity_matrix(names, wholes)]
-    for (i, j), each in zip(wholes, found, strict=True):
+    pairs = dict(zip(wholes, found, strict=True))
+    for i, j in closest(wholes, figures.MOST_PAIRS):
+        each = pairs[i, j]
         two = (names[i], names[j])
         plots += [figures.similarity_by_depth(each.modules, two), figures.subspaces_by_depth(each.modules, two)]
     return plots
@@ -100,7 +101,7 @@ def _module(record: Difference) -> dict[str, Any]:
     }
 
 
-def _side(found: Similarity | None) -> dict[str, Any] | None:
+def _side(found: Shared | None) -> dict[str, Any] | None:
     if found is None:
         return None
     similarity, null = phi(found) or (None, None)

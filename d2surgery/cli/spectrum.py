@@ -11,6 +11,7 @@ from d2surgery.cli import measured, output
 from d2surgery.cli.options import BASE_HELP, Base, cache_option, device_option, progress_bar, scaling_options
 from d2surgery.files.base import BaseWeights
 from d2surgery.measures.ranks import NUMBERS, Method, Of, Spectrum
+from d2surgery.measures.table import MEASURES
 from d2surgery.reporting.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
 from d2surgery.surveying.adapter import labels, nominal_ranks
 from d2surgery.surveying.modules import places, spectra
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from d2surgery.reporting.figures.parts import Plot
 
 Found = Mapping[str, Spectrum]
+SHOWN = ("energy_entropy_rank", "stable_rank", "energy_rank_90", "energy_rank_99", "frobenius_norm", "rms_entry")
 
 
 @click.command(name="spectrum")
@@ -92,7 +94,17 @@ def _document(checkpoint: Checkpoint, base: Path | None, found: Found) -> dict[s
 
 
 def _record(record: Spectrum) -> dict[str, Any]:
-    names = ("of", "method", "singular_values", "numerical_rank", *NUMBERS, "nuclear_norm_bound", "error_bound")
+    names = (
+        "of",
+        "method",
+        "singular_values",
+        "numerical_rank",
+        *NUMBERS,
+        "rms_entry",
+        "nuclear_norm_bound",
+        "error_bound",
+        "shape",
+    )
     told = {name: getattr(record, name) for name in (*names, "cancellation")}
     return told | {"standard_errors": dict(record.standard_errors), "quality": dict(record.quality)}
 
@@ -103,15 +115,16 @@ def _text(checkpoint: Checkpoint, found: Found, per_layer: bool) -> Iterator[str
     unknown = [problem for problem in checkpoint.layout.problems if problem.code == "SCALING_UNKNOWN"]
     yield from output.problem_lines([*unknown, *zero_problems(checkpoint)])
     yield ""
-    rows = [["", "rank", "used", "stable", "k90", "k99", "‖·‖F"]]
+    rows = [["", *(MEASURES[name].word for name in ("nominal_rank", *SHOWN))]]
     for name, modules in measured.groups(found, per_layer).items():
         rows.append([name, _span([nominal.get(module) for module in modules]), *_means([found[m] for m in modules])])
     yield from output.table(rows)
     yield ""
     note = "" if per_layer else " Means over a line."
     yield from measured.prose(
-        f"rank: {CONVENTIONS['nominal_rank']}. used: {CONVENTIONS['energy_entropy_rank']}. stable: σ-energy over "
-        f"that of the first, {CONVENTIONS['stable_rank']}. k90, k99: directions that hold 90, 99 % of Σσ².{note}"
+        f"rank: {CONVENTIONS['nominal_rank']}. rank used: {CONVENTIONS['energy_entropy_rank']}. stable: σ-energy over "
+        f"that of the first, {CONVENTIONS['stable_rank']}. k90, k99: directions that hold 90, 99 % of Σσ². RMS: "
+        f"{CONVENTIONS['rms_entry']}.{note}"
     )
     yield from measured.prose(_coverage(found))
 
@@ -137,8 +150,7 @@ def _span(ranks: list[int | None]) -> str:
 
 
 def _means(records: list[Spectrum]) -> list[str]:
-    names = ("energy_entropy_rank", "stable_rank", "energy_rank_90", "energy_rank_99", "frobenius_norm")
-    return [f"{measured.mean([getattr(r, name) for r in records]) or 0:.3g}" for name in names]
+    return [f"{measured.mean([getattr(r, name) for r in records]) or 0:.3g}" for name in SHOWN]
 
 
 def _coverage(found: Found) -> str:

@@ -49,10 +49,11 @@ class Measured:
 
     @property
     def sizes(self) -> dict[str, float]:
-        """Module -> ‖delta‖F/‖W0‖F where the base is given, else the Frobenius norm."""
+        """Module -> ‖delta‖F/‖W0‖F where the base is given, else the root mean square of the entries: either can be
+        compared between matrices of different shape."""
         if self.drifts:
             return {module: record.relative_update for module, record in self.drifts.items()}
-        return {module: record.frobenius_norm for module, record in self.spectra.items()}
+        return {module: record.rms_entry for module, record in self.spectra.items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

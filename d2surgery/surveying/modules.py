@@ -1,6 +1,6 @@
 """Survey: measure every module of an adapter, one at a time, over a base of any size.
 
-Each function yields (name, record) in the order of the file. A module with several experts is one name per expert:
+Each function yields (name, record), layer 2 before layer 10. A module with several experts is one name per expert:
 `module[3]`. Only one base weight is held at a time, read with pread.
 """
 
@@ -33,6 +33,7 @@ from d2surgery.measures.ranks import Method, Of, Spectrum
 from d2surgery.measures.spectrum import delta_spectrum, update_spectrum
 from d2surgery.placement.site import Patch, Site
 from d2surgery.placement.sites import sites
+from d2surgery.surveying.order import in_order
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
@@ -50,10 +51,10 @@ class Place(NamedTuple):
 
 
 def places(checkpoint: Checkpoint) -> list[Place]:
-    """Every adapter of a checkpoint, in the order of the file."""
+    """Every adapter of a checkpoint, layer 2 before layer 10."""
     return [
         Place(module, None if entry.experts == 1 else expert)
-        for module, entry in checkpoint.layout.adapters.items()
+        for module, entry in in_order(checkpoint.layout.adapters).items()
         for expert in range(entry.experts)
     ]
 
@@ -291,4 +292,4 @@ def _to_json(spectrum: Spectrum) -> dict[str, Any]:
 
 def _from_json(record: dict[str, Any]) -> Spectrum:
     values = torch.tensor(record["singular_values"], dtype=torch.float64)
-    return Spectrum(**(record | {"singular_values": values}))
+    return Spectrum(**(record | {"singular_values": values, "shape": tuple(record["shape"])}))

@@ -18,6 +18,9 @@ from d2surgery.reporting.figures.parts import (
 )
 from d2surgery.reporting.tidy import Row, address, difference_rows, picked, row
 
+MOST_PAIRS = 6
+"""Pairs that are drawn module by module; the matrix has all."""
+
 
 def similarity_matrix(names: Sequence[str], pairs: Mapping[tuple[int, int], Likeness]) -> Plot:
     """Cosines of the updates and φ of their subspaces, adapter by adapter, with what chance gives."""
