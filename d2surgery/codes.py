@@ -198,6 +198,14 @@ CODES: dict[str, Code] = {
         "What was written does not read back as what was meant: a fault of d2surgery's. The files are removed.",
         "Report it with the adapter; PEFT's form (--to peft) is not concerned.",
     ),
+    "UNKNOWN_NAME": Code(
+        "There is no module or tensor of this name.",
+        "Take one of the names that it has: `list(…)` gives them, `d2surgery inspect --per-layer` shows them.",
+    ),
+    "NO_PANDAS": Code(
+        "A data frame needs the Python package pandas.",
+        "`pip install pandas`, or take `rows()`, which is a list of plain mappings.",
+    ),
     "UNKNOWN_FORMAT": Code("No adapter format known here uses these keys.", "Check that this is an adapter file."),
     "UNKNOWN_TENSOR": Code(
         "A tensor that no known adapter form explains.",

@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 import click
 
+from d2surgery.errors import D2SurgeryError
+from d2surgery.files.dtypes import DTYPE_NAMES, dtype_name
 from d2surgery.files.locate import locate_base
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-DTYPE_NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64"}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -69,7 +70,10 @@ class Dtype(click.Choice[str]):
         super().__init__(sorted(DTYPE_NAMES))
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return DTYPE_NAMES[super().convert(value, param, ctx)]
+        try:
+            return str(dtype_name(value))
+        except D2SurgeryError:  # click says what there is to choose from
+            return DTYPE_NAMES[super().convert(value, param, ctx)]
 
 
 class Base(click.ParamType[Path]):

@@ -37,7 +37,8 @@ class Directions(NamedTuple):
 
     def side(self, along: Axis) -> Tensor:
         """The vectors of the input side ("in_features") or of the output side, leading first."""
-        return self.V if along == "in_features" else self.U
+        vectors: Tensor = self.V if along == "in_features" else self.U
+        return vectors
 
 
 def directions(update: LowRank) -> Directions:

@@ -27,7 +27,7 @@ from d2surgery.files.base import BaseWeights
 from d2surgery.files.tensors import as_bytes, find_device
 from d2surgery.files.whole import write_whole
 from d2surgery.machine import ahead, one_thread
-from d2surgery.measures.drift import Drift, drift
+from d2surgery.measures.drift import Drift, delta_drift
 from d2surgery.measures.likeness import Difference, compared, profile
 from d2surgery.measures.ranks import Method, Of, Spectrum
 from d2surgery.measures.spectrum import delta_spectrum, update_spectrum
@@ -149,7 +149,7 @@ def drifts(
 
     def measure(place: Place) -> Drift:
         adapter = checkpoint.adapter(place.module, place.expert or 0).to(target)
-        return drift(adapter, where[place].to(target), along)
+        return delta_drift(adapter, where[place].to(target), along)
 
     yield from _each(places(checkpoint), measure, progress)
 

@@ -5,7 +5,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import pytest
 from measuring import RANK, write_adapter, write_base
 
 from d2surgery import D2SurgeryError
-from d2surgery.cli.report import report
 from d2surgery.reporting.tidy import COLUMNS
+from d2surgery.verbs import reporting
 
 KINDS = ("lora", "dora", "duallora", "d2lora")
 HOSTILE = [
@@ -26,6 +26,10 @@ HOSTILE = [
     "layers.4.%{y}<a href='javascript:alert(5)'>x</a>",
     "layers.5.\u202eevil\x1b[31m",
 ]
+
+
+def report(adapters: Sequence[str], **choices: Any) -> str:
+    return reporting.report(*adapters, **choices).html
 
 
 @pytest.fixture(scope="module")

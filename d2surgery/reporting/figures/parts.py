@@ -41,6 +41,12 @@ class Plot:
     adapter: str = ""
     """Whose numbers they are."""
 
+    def _repr_html_(self) -> str:
+        """As a notebook shows it: the figure, its adapter and how to read it."""
+        whose = f" ({escape(self.adapter)})" if self.adapter else ""
+        drawn = self.figure.to_html(full_html=False, include_plotlyjs="require")
+        return f"<h4>{escape(self.title)}{whose}</h4>{drawn}<p>{escape(self.caption)}</p>"
+
     def __repr__(self) -> str:
         return f"Plot({self.name!r}: {self.title}, {len(self.rows)} numbers)"
 
