@@ -8,7 +8,7 @@ import click
 
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import exact_signs_option, progress_bar
+from d2surgery.cli.options import Adapter, exact_signs_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.measures.likeness import SAMPLE, SIDES, Difference, Likeness, Shared, closest, likeness, phi
 from d2surgery.reporting.tidy import Row, difference_rows
@@ -29,7 +29,7 @@ class Compared(NamedTuple):
 
 
 @click.command(name="diff")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER ADAPTER...")
+@click.argument("adapters", type=Adapter(), nargs=-1, required=True, metavar="ADAPTER ADAPTER...")
 @exact_signs_option
 @measured.output_options
 def command(adapters: tuple[str, ...], exact_signs: bool, **options: Any) -> int:

@@ -9,7 +9,7 @@ import click
 from d2surgery.adapters.forwards import Axis
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import BASE_HELP, Base, device_option, progress_bar
+from d2surgery.cli.options import BASE_HELP, Adapter, Base, device_option, progress_bar
 from d2surgery.files.base import BaseWeights
 from d2surgery.measures.drift import Correlation, Drift, correlation
 from d2surgery.reporting.tidy import QUANTILES, drift_rows, quantiles
@@ -23,7 +23,7 @@ Found = Mapping[str, Drift]
 
 
 @click.command(name="drift")
-@click.argument("adapter")
+@click.argument("adapter", type=Adapter())
 @click.option("--base", type=Base(), required=True, help=f"{BASE_HELP}.")
 @click.option("--along", type=click.Choice(get_args(Axis)), help="The axis that is kept. Default: the adapter's own.")
 @device_option

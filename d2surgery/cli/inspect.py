@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from d2surgery.cli import output
-from d2surgery.cli.options import Base, expert_layout_option, scaling_options
+from d2surgery.cli.options import Adapter, Base, expert_layout_option, scaling_options
 from d2surgery.errors import Problem
 from d2surgery.formats import open_layout, with_base
 from d2surgery.formats.engines import ENGINES, lands
@@ -26,7 +26,7 @@ Numbers = Mapping[str, Mapping[str, float | int | None]]  # module -> name -> va
 
 
 @click.command(name="inspect")
-@click.argument("adapter")
+@click.argument("adapter", type=Adapter())
 @click.option("--per-layer", is_flag=True, help="One line per module instead of one per kind of module.")
 @click.option("--numbers", is_flag=True, help="Also read the values: norms and ranks of each update, NaN, infinity.")
 @expert_layout_option

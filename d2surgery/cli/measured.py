@@ -1,6 +1,7 @@
 """What spectrum, drift and diff share: where their numbers go, and how a table of modules is put together."""
 
 import importlib.util
+import shlex
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -69,7 +70,8 @@ def checked_outputs(**options: Any) -> Outputs:
 def require_folder(path: Path) -> None:
     """The folder of an output file must exist."""
     if not path.parent.is_dir():
-        raise refuse("FILE_MISSING", "there is no such folder to write to", file=str(path.parent))
+        wanted = f"mkdir -p {shlex.quote(str(path.parent))}"
+        raise refuse("FILE_MISSING", "there is no such folder to write to", file=str(path.parent), wanted=wanted)
 
 
 def _check_figures(path: Path) -> None:

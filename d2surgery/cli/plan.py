@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from d2surgery.cli import output
-from d2surgery.cli.options import DTYPE_NAMES, job_options, progress_bar
+from d2surgery.cli.options import DTYPE_NAMES, planned_options, progress_bar
 from d2surgery.measures.fidelity import LOW_GAIN, Survival
 from d2surgery.merging import PlanReport, plan
 from d2surgery.surveying.order import in_order
@@ -17,18 +17,18 @@ _SHORT = {name: short for short, name in DTYPE_NAMES.items()}
 
 
 @click.command(name="plan")
-@job_options
+@planned_options
 @click.option("--per-layer", is_flag=True, help="Survival of every module, not of the weakest ones only.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print warnings only.")
-def command(out: Path, per_layer: bool, as_json: bool, quiet: bool, **job: Any) -> int:
-    """What merge with the same arguments would write, need and keep. Writes nothing.
+def command(out: Path | None, per_layer: bool, as_json: bool, quiet: bool, **job: Any) -> int:
+    """What merge with the same arguments would write, need and keep. Writes nothing; --out says on which disk.
 
     Survival is computed from the deltas themselves: gain 1 means that rounding to the output dtype loses nothing of
     the adapter, below 0.95 it loses part of it.
     """
     with progress_bar("reading", show=not (as_json or quiet)) as progress:
-        report = plan(out=out, progress=progress, **job)
+        report = plan(out=out or Path("merged"), progress=progress, **job)
     if as_json:
         output.emit_json(_document(report))
         return 0

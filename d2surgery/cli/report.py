@@ -9,14 +9,14 @@ import click
 
 from d2surgery.cli import measured, output
 from d2surgery.cli.audit import EXIT, verdict_line
-from d2surgery.cli.options import BASE_HELP, Base, cache_option, exact_signs_option, progress_bar
+from d2surgery.cli.options import BASE_HELP, Adapter, Base, cache_option, exact_signs_option, progress_bar
 from d2surgery.measures.ranks import Method
 from d2surgery.verbs.reporting import check_page
 from d2surgery.verbs.reporting import report as write
 
 
 @click.command(name="report")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("adapters", type=Adapter(), nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--base", type=Base(), help=f"{BASE_HELP}: adds drift and relative sizes.")
 @click.option("--merged", type=click.Path(path_type=Path), help="With --base and one adapter, adds the merge's audit.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .html file.")

@@ -8,7 +8,7 @@ import click
 
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import BASE_HELP, Base, cache_option, device_option, progress_bar, scaling_options
+from d2surgery.cli.options import BASE_HELP, Adapter, Base, cache_option, device_option, progress_bar, scaling_options
 from d2surgery.files.base import BaseWeights
 from d2surgery.measures.ranks import NUMBERS, Method, Of, Spectrum
 from d2surgery.measures.table import MEASURES
@@ -25,7 +25,7 @@ SHOWN = ("energy_entropy_rank", "stable_rank", "energy_rank_90", "energy_rank_99
 
 
 @click.command(name="spectrum")
-@click.argument("adapter")
+@click.argument("adapter", type=Adapter())
 @click.option("--base", type=Base(), help=f"{BASE_HELP}; DoRA's and D2-LoRA's delta needs it.")
 @click.option("--of", type=click.Choice(get_args(Of)), help="What to measure. Default: the delta where it is known.")
 @click.option("--method", type=click.Choice(get_args(Method)), help="Default: by kind and size.")

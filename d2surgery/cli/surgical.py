@@ -90,6 +90,9 @@ def require_new(out: Path) -> None:
         raise refuse("OUTPUT_EXISTS", "an adapter is there already", file=str(out))
     if out.exists() and not out.is_dir():
         raise refuse("OUTPUT_EXISTS", "a file is there", file=str(out), wanted="a directory")
+    if out.is_dir() and (there := sorted(path.name for path in out.iterdir())):
+        got = ", ".join(there[:4]) + (" …" if len(there) > 4 else "")
+        raise refuse("OUTPUT_EXISTS", "the directory is not empty", file=str(out), wanted="a new one", got=got)
 
 
 def write(made: Checkpoint, out: Path, source: Checkpoint | None = None, form: str = "peft") -> list[str]:
