@@ -1,5 +1,6 @@
 """Adapters as a whole: everything about one or several of them that a report shows, measured once."""
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ class Measured:
     layout: Layout
     nbytes: int
     """Of the adapter's file."""
+    sha256: str
+    """Of that file."""
     kinds: Mapping[str, str]
     nominal: Mapping[str, int | None]
     spectra: Mapping[str, Spectrum]
@@ -124,12 +127,18 @@ def measure(
             problems=(*checkpoint.layout.problems, *zero_problems(checkpoint)),
         ),
         nbytes=checkpoint.layout.path.stat().st_size,
+        sha256=_sha256(checkpoint.layout.path),
         kinds={at.name: checkpoint.layout.adapters[at.module].kind for at in places(checkpoint)},
         nominal=nominal_ranks(checkpoint),
         spectra=dict(spectra(checkpoint, base, method=method, cache=cache, progress=progress(f"spectra of {label}"))),
         drifts=dict(drifts(checkpoint, base, progress=progress(f"drift of {label}"))) if base is not None else {},
         intruders=found,
     )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def nominal_ranks(checkpoint: Checkpoint) -> dict[str, int | None]:

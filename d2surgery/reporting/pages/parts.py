@@ -6,9 +6,12 @@ forbids anything from outside.
 
 import base64
 import io
+import os
 import re
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from html import escape
+from importlib.metadata import version
 from importlib.resources import files
 from math import isfinite
 from pathlib import Path
@@ -25,9 +28,42 @@ MOST_ROWS = 5000  # of a figure's table inside the page
 
 def whole_page(title: str, parts: Iterable[str]) -> str:
     """The template, its marks replaced in one pass: what is filled in is not searched for marks."""
-    filling = {"title": safe(title), "body": "\n".join(parts), "plotly": get_plotlyjs()}
+    body = _unbroken(_with_contents("\n".join(parts)))
+    filling = {"title": safe(title), "body": f"{body}\n{_footer()}", "plotly": get_plotlyjs()}
     template = files("d2surgery").joinpath("report.html").read_text(encoding="utf-8")
     return re.sub("<!--(title|body|plotly)-->", lambda found: filling[found[1]], template)
+
+
+def _with_contents(body: str) -> str:
+    """Every section with an anchor, and where there are several, a list of the others after the first."""
+    titles: list[str] = []
+
+    def anchored(found: re.Match[str]) -> str:
+        titles.append(found[1])
+        return f'<h2 id="section{len(titles)}">{found[1]}</h2>'
+
+    body = re.sub(r"<h2>(.*?)</h2>", anchored, body)
+    if len(titles) < 3:
+        return body
+    items = "".join(f'<li><a href="#section{at}">{title}</a></li>' for at, title in enumerate(titles, 1))
+    contents = f'<nav aria-label="Contents"><ol>{items}</ol></nav>'
+    return re.sub(r'(?:<figure\b[^>]*>)?<h2 id="section2">', lambda found: contents + found[0], body, count=1)
+
+
+_PROSE = re.compile(r"<(p|li|figcaption)\b[^>]*>.*?</\1>", re.DOTALL)
+_IN_NUMBERS = re.compile(r"(?<=\d) (?=(?:%|±|×|MB\b|GB\b|KB\b|s\b))|(?<=±) (?=\d)")
+
+
+def _unbroken(body: str) -> str:
+    """A number and its unit stay on one line."""
+    return _PROSE.sub(lambda found: _IN_NUMBERS.sub("\u00a0", found[0]), body)
+
+
+def _footer() -> str:
+    """Who made the page, and when: of SOURCE_DATE_EPOCH where it is set, so that a page can be made again."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    day = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdigit() else datetime.now(UTC)
+    return f'<footer class="soft">Made by d2surgery {version("d2surgery")} on {day:%Y-%m-%d} (UTC).</footer>'
 
 
 class Figures:

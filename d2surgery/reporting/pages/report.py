@@ -68,6 +68,7 @@ def report_page(survey: Survey, found: Audit | None = None) -> str:
         _module_table(measured),
         "<h2>How this was measured</h2>",
         _method(measured),
+        _files(measured),
     ]
     return whole_page(f"Report: {title}", parts)
 
@@ -367,6 +368,16 @@ def _by_measure(measured: Sequence[Measured], figures: Figures) -> Iterator[str]
             inside = "".join(figures.add(p, m.label if len(measured) > 1 else "", caption=False) for m, p in drawn)
             captions = "".join(f'<p class="soft">{safe(c)}</p>' for c in dict.fromkeys(p.caption for _, p in drawn))
             yield f'<h2>{safe(drawn[0][1].title)}</h2>{captions}<div class="grid">{inside}</div>'
+
+
+def _files(measured: Sequence[Measured]) -> str:
+    """Which files the numbers are of, by content."""
+    lines = [
+        [text_cell(m.label, m.given), text_cell(m.layout.path.name), text_cell(f"{m.nbytes:,}"),
+         f'<td class="text"><code class="hash">{safe(m.sha256)}</code></td>']
+        for m in measured
+    ]  # fmt: skip
+    return f"<h3>The files</h3>{table(['adapter', 'file', 'bytes', 'sha256'], lines, words=4)}"
 
 
 def _method(measured: Sequence[Measured]) -> str:
