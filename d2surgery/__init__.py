@@ -48,6 +48,7 @@ _PUBLIC = {  # name -> the module that defines it
     **dict.fromkeys(("inspect", "Inspection"), "verbs.inspecting"),
     **dict.fromkeys(("spectrum", "drift", "diff", "Spectra", "Drifts", "Comparison"), "verbs.measuring"),
     **dict.fromkeys(("report", "Report"), "verbs.reporting"),
+    **dict.fromkeys(("card", "write_card"), "cards"),
     "audit": "auditing",
     "verify_receipt": "auditing.receipts",
     **dict.fromkeys(("Audit", "ModuleAudit", "TensorAudit", "Thresholds"), "auditing.findings"),

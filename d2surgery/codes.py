@@ -52,6 +52,10 @@ CODES: dict[str, Code] = {
     "NO_WEIGHTS": Code("The directory holds no adapter weights.", "Expected adapter_model.safetensors or .bin in it."),
     "SEVERAL_WEIGHTS": Code("The directory holds several weight files.", "Name the one you mean."),
     "HUB_UNREACHABLE": Code("The hub id could not be downloaded.", "Check the id, the network and your token."),
+    "PUSH_REFUSED": Code(
+        "The hub did not take the upload.",
+        "Log in with a token that may write (`hf auth login`, or HF_TOKEN), and check the repository's name.",
+    ),
     "LEFT_OUT": Code(
         "Another file of weights lies beside the adapter's. Only the adapter's is read: its safetensors where there is "
         "a .bin, too, as in PEFT; and non_lora_trainables.bin or non_lora_state_dict.bin, whose names say where each "
@@ -400,6 +404,10 @@ CODES: dict[str, Code] = {
         "Merge with --strength 1, or without what is replaced.",
     ),
     "OUTPUT_EXISTS": Code("There is something at the output path.", "Remove it or choose another path."),
+    "OTHER_SYSTEM": Code(
+        "This operating system lacks what the verb needs; reading, measuring, converting and reports need none of it.",
+        "Merge on Linux or macOS; on Windows in WSL.",
+    ),
     "OUTPUT_IN_USE": Code(
         "Another process writes to this output; one at a time does.",
         "Let it finish, or end it and continue with --resume.",

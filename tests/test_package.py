@@ -23,7 +23,7 @@ ROOT = PACKAGE.parent
 WINGS = (
     "codes", "errors", "kinds", "machine", "tables", "files", "adapters", "formats", "placement", "checkpoint",
     "measures", "surveying", "merging", "surgery", "live", "peft_plugin", "evaluating", "auditing", "training",
-    "reporting", "verbs", "cli", "__main__",
+    "reporting", "verbs", "cards", "cli", "__main__",
 )  # fmt: skip
 HEAVY = ("torch", "numpy", "scipy", "transformers", "plotly", "peft", "safetensors", "huggingface_hub", "click")
 

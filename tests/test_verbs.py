@@ -27,7 +27,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_verb_that_needs_no_terminal_is_a_function() -> None:
-    for verb in set(VERBS) - {"demo", "explain", "eval", "completion"}:
+    for verb in set(VERBS) - {"demo", "explain", "eval", "completion", "push"}:
         assert callable(getattr(d2surgery, verb)), verb
 
 
@@ -60,7 +60,7 @@ def test_results_are_mappings_with_short_reprs_rows_and_figures(work: Path) -> N
         assert "<table>" in html
         assert len(repr(result)) < 150
         if figures:
-            drawn = result.figures()  # type: ignore[union-attr]
+            drawn = result.figures()
             assert len(drawn) == figures
             assert all("lora" in plot.adapter and plot.figure.data for plot in drawn.values())
 
@@ -107,7 +107,7 @@ def test_the_command_line_takes_them_too(work: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", ["int8", "q4", torch.int8, 16])
 def test_other_dtypes_are_refused_by_name(wrong: object, work: Path, tmp_path: Path) -> None:
     with pytest.raises(D2SurgeryError, match="bf16"):
-        d2surgery.merge(work / "base", work / "lora", tmp_path / "merged", dtype=wrong)  # type: ignore[arg-type]
+        d2surgery.merge(work / "base", work / "lora", tmp_path / "merged", dtype=wrong)
     assert not (tmp_path / "merged").exists()
 
 
@@ -115,11 +115,11 @@ def test_a_name_that_is_not_there_is_our_error_with_the_nearest(work: Path) -> N
     checkpoint, base = d2surgery.load(work / "lora"), d2surgery.BaseWeights(work / "base")
     for mapping, name in ((checkpoint, Q[:-1]), (base, f"{Q}.weigh"), (d2surgery.spectrum(work / "lora"), Q[:-1])):
         with pytest.raises(D2SurgeryError, match=f"UNKNOWN_NAME.*{Q}"):
-            mapping[name]  # type: ignore[index]
+            mapping[name]
         with pytest.raises(KeyError):
-            mapping[name]  # type: ignore[index]
-        assert mapping.get(name) is None  # type: ignore[attr-defined]
-        assert name not in mapping  # type: ignore[operator]
+            mapping[name]
+        assert mapping.get(name) is None
+        assert name not in mapping
 
 
 @pytest.mark.parametrize(

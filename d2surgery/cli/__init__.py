@@ -100,6 +100,9 @@ VERBS = {
         "One page, offline, with all of it: words, tables, figures.",
         "d2surgery report ./one-adapter ./another --base ./model --out report.html",
     ),
+    "push": Verb(
+        "Operate", "An output to the Hugging Face hub, with its card.", "d2surgery push ./merged my-org/my-model"
+    ),
     "demo": Verb("Help", "The whole path on a small example it makes itself.", "d2surgery demo"),
     "explain": Verb("Help", "What a problem code or a number means and what to do.", "d2surgery explain MISSING_HALF"),
     "completion": Verb("Help", "Tab completion for bash, zsh and fish.", "d2surgery completion"),

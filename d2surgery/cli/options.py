@@ -12,7 +12,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from d2surgery.errors import D2SurgeryError
-from d2surgery.files.dtypes import DTYPE_NAMES, dtype_name
+from d2surgery.files.dtypes import DTYPE_NAMES as DTYPE_NAMES
+from d2surgery.files.dtypes import dtype_name
 from d2surgery.files.locate import locate_base
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from d2surgery.cli import output
-from d2surgery.cli.options import DTYPE_NAMES, planned_options, progress_bar
+from d2surgery.cli.options import planned_options, progress_bar
+from d2surgery.files.dtypes import DTYPE_NAMES
 from d2surgery.measures.fidelity import LOW_GAIN, Survival
 from d2surgery.merging import PlanReport, plan
 from d2surgery.surveying.order import in_order

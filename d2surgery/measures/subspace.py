@@ -123,7 +123,8 @@ def principal_angles(U: Tensor, V: Tensor, inside: Tensor) -> Float64[Tensor, " 
     through arcsin of those of V − UUᵀV, which keeps small angles (Björck and Golub 1973)."""
     cosines = torch.linalg.svdvals(inside).clamp(max=1)  # descending: angles ascend
     if bool((cosines.square() < 0.5).all()):
-        return cosines.arccos()
+        angles: Tensor = cosines.arccos()
+        return angles
     apart = V - U @ inside if U.shape[1] >= V.shape[1] else U - V @ inside.T
     sines = torch.linalg.svdvals(apart).flip(0).clamp(max=1)
     return torch.where(cosines.square() < 0.5, cosines.arccos(), sines.arcsin())

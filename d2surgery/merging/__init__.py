@@ -90,8 +90,7 @@ def merge(
     """Write `base` with `adapter` merged into it to the directory `out`, which transformers then loads.
 
     merged = round(W0 + strength·delta), computed one precision above the output and rounded once to `dtype`
-    ("bf16", "fp16", "fp32", "fp64", or torch's; None: each tensor keeps the base's). Nothing stands at `out` until all
-    is written.
+    ("bf16", torch.float32 …; None: each tensor keeps the base's). Nothing stands at `out` until all is written.
 
     max_memory: bytes of resident memory that may be used. shard_size: bytes per output file. expert_layout: how experts
     share the columns of lora_B, None as the file says. scale or alpha: of a file that says neither. tokenizer: whose

@@ -38,7 +38,7 @@ class Inspection(Tabular):
         if self.numbers is None:
             return found
         names = list(dict.fromkeys(name for values in self.numbers.values() for name in values))
-        return [row | {name: self.numbers.get(row["module"], {}).get(name) for name in names} for row in found]
+        return [row | {name: self.numbers.get(str(row["module"]), {}).get(name) for name in names} for row in found]
 
 
 def inspect(

@@ -10,7 +10,6 @@ from d2surgery.auditing import audit
 from d2surgery.auditing.findings import Audit
 from d2surgery.errors import refuse
 from d2surgery.files.whole import write_whole
-from d2surgery.reporting.pages.report import report_page
 from d2surgery.surveying.adapter import Named, survey
 
 
@@ -63,6 +62,8 @@ def report(
     audited = None
     if base is not None and merged is not None:
         audited = audit(base, names[0], merged, progress=progress("audit"))
+    from d2surgery.reporting.pages.report import report_page  # plotly, which is not needed to import this
+
     page = Report(adapters=names, html=report_page(found, audited), audit=audited)
     if out is not None:
         page.save(out, force=force)
