@@ -198,3 +198,17 @@ def test_conversions_lose_what_they_say(tmp_path: Path) -> None:
         )
         assert ours["weights"] < theirs["weights"]
         assert rows["d2lora", "DoRA of twice the rank, on its axis"]["weights"] < 1e-4
+
+
+# report_speed ----------------------------------------------------------------------------------------------------
+
+
+def test_report_speed_measures_every_run(tmp_path: Path) -> None:
+    tiny = run_tiny("report_speed", tmp_path, "--rounds", "1")
+    committed = json.loads((ANALYSES / "report_speed" / "results.json").read_text())
+    assert {run["run"] for run in tiny["runs"]} == {
+        "diff, 2 adapters", "diff, 3 adapters", "diff, one layer", "diff --exact-signs, one layer"
+    }  # fmt: skip
+    assert all(run["peak_bytes"] > 0 and run["cpu_seconds"] > 0 for run in [*tiny["runs"], *committed["runs"]])
+    ratios = {one["run"]: one["min"] for one in committed["ratios"]}
+    assert ratios["diff as it was before, one layer"] > 2
