@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from d2surgery.adapters import Adapter, D2LoRA, DualLoRA
 from d2surgery.errors import refuse
 from d2surgery.files.tensors import rounded
-from d2surgery.live.attaching import OverFrozen, base_weight, is_linear, is_quantized
+from d2surgery.live.layers import OverFrozen, base_weight, is_linear, is_quantized
 
 SUPPORTED = ((0, 19, 1), (0, 22, 0))
 """From the first of these PEFT releases to before the last."""

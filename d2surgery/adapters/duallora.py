@@ -9,14 +9,16 @@ from jaxtyping import Float, Float64
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from d2surgery.adapters.adapter import Adapter, OverTiles, learns, normal
+from d2surgery.adapters.adapter import Adapter, OverTiles, Prepared, learns, normal
 from d2surgery.adapters.forwards import (
     Axis,
     Straight,
     at_least_float32,
     no_autocast,
+    rounds_away,
     signed,
     signed_linear,
+    signed_weight,
     straight_through,
 )
 from d2surgery.adapters.vectors import Triple, Weight, is_transposed, product_like, row_sums
@@ -99,12 +101,28 @@ class DualLoRA(Adapter):
         base_squares: Float64[Tensor, " vectors"] | None = None,
     ) -> Float[Tensor, "*batch out_features"]:
         """Forms W' tile by tile: there is no thin form. Signs are those of float32 products of float32 slots."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        B, A, D, C = (slot.to(wide) for slot in (self._size * self.B.double(), self.A, self.D, self.C))
+        B, A, D, C = self._wide(x.dtype)
         y = signed_linear(x, base_weight, B, A, D, C, straight=self.ste, update_input=update_input)
         if self._negative:  # W0 − u = 2·W0 − (W0 + u)
             y = 2 * F.linear(x, base_weight.to(x.dtype)) - y
         return y if bias is None else y + bias.to(y.dtype)
+
+    prepares_weight: ClassVar[bool] = True
+
+    @torch.no_grad()
+    def prepared(
+        self, base_weight: Weight, dtype: torch.dtype, base_squares: Float64[Tensor, " vectors"] | None = None
+    ) -> Prepared:
+        """W' in float32 and float64; in 16 bits the delta alone, beside W0."""
+        formed = signed_weight(base_weight, *self._wide(dtype), dtype, negative=self._negative)
+        if rounds_away(dtype):
+            return lambda x, W: F.linear(x.to(dtype), W.to(dtype)) + F.linear(x.to(dtype), formed)
+        return lambda x, W: F.linear(x.to(dtype), formed)
+
+    def _wide(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """B, with the size of the scaling, A, D and C, in float32 at least."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return (self._size * self.B.double()).to(wide), self.A.to(wide), self.D.to(wide), self.C.to(wide)
 
 
 class Formed(OverTiles):
