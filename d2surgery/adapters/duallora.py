@@ -23,6 +23,8 @@ from d2surgery.adapters.forwards import (
 )
 from d2surgery.adapters.vectors import Triple, Weight, is_transposed, product_like, row_sums
 
+START = 0.01
+"""By what share of the base weight the start moves it at full scaling, in Frobenius norm."""
 FORMED = 1 << 18
 """Entries of Dual LoRA's delta formed at once: 2 MB in float64."""
 
@@ -49,13 +51,15 @@ class DualLoRA(Adapter):
         *,
         rank: int,
         scaling: float,
-        sigma: float = 0.02,
+        sigma: float | None = None,
         generator: Generator | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "DualLoRA":
         """Both groups of this rank, all four N(0, sigma²): zero would stop ReLU's gradient. The delta is not zero;
-        training multiplies the scaling by a warm-up factor that starts at 0."""
+        training multiplies the scaling by a warm-up factor that starts at 0. Without a sigma the delta is about START
+        of the base weight then: ‖s·ReLU(BA)‖ = |s|·σ²·√(r/2) per entry, against the base's root mean square."""
         rows, columns = base_weight.shape
+        sigma = _sigma_for(base_weight, rank, scaling) if sigma is None else sigma
         A, C = (normal(base_weight, (rank, columns), sigma, dtype, generator) for _ in "AC")
         B, D = (normal(base_weight, (rows, rank), sigma, dtype, generator) for _ in "BD")
         return cls(A=A, B=B, C=C, D=D, scaling=scaling)
@@ -166,6 +170,13 @@ class Formed(OverTiles):
                 torch.mm(D[rows], C, out=z)
                 delta = signed(size.relu_(), z)
                 yield tile[rows], delta if self.strength == 1 else delta.mul_(self.strength)
+
+
+def _sigma_for(W: Tensor, rank: int, scaling: float) -> float:
+    if W.is_meta:  # a process of FSDP that is sent its slots
+        return 1.0
+    size = START * float(W.detach().double().square().mean().sqrt())
+    return float((size / (abs(scaling) * (rank / 2) ** 0.5)) ** 0.5) if size and scaling else 0.02
 
 
 class _Sign(torch.autograd.Function):

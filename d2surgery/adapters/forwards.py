@@ -62,8 +62,9 @@ def signed_linear(
 ) -> Output:
     """(W0 + ReLU(B·A) ⊙ sign(D·C))·x, or W0·x + (ReLU(B·A) ⊙ sign(D·C))·u with an `update_input` u.
 
-    The weight is rounded to the dtype of the products, formed in row tiles, and in column tiles for the gradient. In 16
-    bits the two products stay apart without u, too: rounding their sum would lose an update below half a unit of W0.
+    The weight is formed in row tiles, and in column tiles for the gradient, and rounded to the dtype of the products.
+    In 16 bits W0 and the update are rounded apart, and summed where the products are: W0 + an update below half a unit
+    of it would be W0 again.
     """
     dtype = dtype_of_products(x)
     with no_autocast(x):
@@ -266,12 +267,13 @@ class _Signed(torch.autograd.Function):
         ctx.save_for_backward(x, u, W, B, A, D, C)
         ctx.straight, ctx.dtype = straight, dtype
         ctx.apart = apart = u is not None or rounds_away(dtype)
-        rows = _rows(x if u is None else u, dtype)
-        y = _rows(x, dtype) @ W.to(dtype).T if apart else rows.new_zeros(len(rows), len(W))
+        rows = _rows(x, dtype)
+        rows = torch.cat([rows, rows if u is None else _rows(u, dtype)], 1) if apart else rows
+        y = rows.new_empty(len(rows), len(W))
         for tile in _tiles(len(W), W.shape[1]):
             delta = signed((B[tile] @ A).relu_(), D[tile] @ C)
-            weight = (delta if apart else W[tile] + delta).to(dtype)
-            y[:, tile] += rows @ weight.T
+            weight = torch.cat([W[tile].to(dtype), delta.to(dtype)], 1) if apart else W[tile].add(delta).to(dtype)
+            y[:, tile] = rows @ weight.T
         return y.view(*x.shape[:-1], len(W))
 
     @staticmethod
@@ -281,12 +283,16 @@ class _Signed(torch.autograd.Function):
             g = _rows(grads[0], ctx.dtype)
             rows = _rows(x if u is None else u, ctx.dtype)
             drows = torch.empty_like(rows)
+            twice = torch.cat([g, g], 1) if ctx.apart and u is None else g
             dB, dA, dD, dC = (torch.zeros_like(slot) for slot in (B, A, D, C))
             for tile in _tiles(W.shape[1], len(W)):
                 size, z = (B @ A[:, tile]).relu_(), D @ C[:, tile]
                 sign = signed(torch.ones_like(size), z.clone())
                 weight = size * sign if ctx.apart else W[:, tile] + size * sign
-                drows[:, tile] = g @ weight.to(g.dtype)
+                weight = (
+                    torch.cat([W[:, tile].to(g.dtype), weight.to(g.dtype)]) if twice is not g else weight.to(g.dtype)
+                )
+                drows[:, tile] = twice @ weight
                 dweight = (g.T @ rows[:, tile]).to(size.dtype)
                 dsize = dweight * sign * (size > 0)
                 dsign = dweight * size
@@ -296,8 +302,6 @@ class _Signed(torch.autograd.Function):
                 dA[:, tile] = B.T @ dsize
                 dD += dz @ C[:, tile].T
                 dC[:, tile] = D.T @ dz
-            if ctx.apart and u is None:
-                drows = drows.addmm_(g, W.to(g.dtype))
             dinput = drows.view(x.shape).to(x.dtype)
             if u is None:
                 return dinput, None, None, dB, dA, dD, dC, None, None

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from torch import Generator, Tensor, nn
 
 from d2surgery.adapters import KINDS, Adapter
@@ -73,13 +74,15 @@ def initial(
         for name, layer in layers.items() if rank > (most := min(shape_of(layer)))
     )  # fmt: skip
     device = None if generator is None else generator.device
-    return {
-        name: replace(
-            KINDS[kind].init(base_weight(layer).to(device), rank=rank, scaling=scaling, generator=generator, **start),
-            **rest,
-        )
-        for name, layer in layers.items()
-    }
+    found = {}
+    for name, layer in layers.items():
+        W0 = base_weight(layer)
+        if W0.is_meta:
+            adapter = _without_numbers(KINDS[kind].init(W0, rank=rank, scaling=scaling, **start))
+        else:
+            adapter = KINDS[kind].init(W0.to(device), rank=rank, scaling=scaling, generator=generator, **start)
+        found[name] = replace(adapter, **rest)
+    return found
 
 
 def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
@@ -113,8 +116,13 @@ def detach(model: nn.Module, about: About = About()) -> Checkpoint:  # noqa: B00
 
 
 def snapshot(model: nn.Module, about: About = About()) -> Checkpoint:  # noqa: B008
-    """The adapters as they are now, copied; warm-up folded into the scaling."""
-    return from_adapters({name: _copied(layer.adapter) for name, layer in adapted(model).items()}, about)
+    """The adapters as they are now, copied; warm-up folded into the scaling, and `warmup` among what is said of the
+    training where it is not over."""
+    layers = adapted(model)
+    factors = {float(layer.warmup) for layer in layers.values() if layer.warmup is not None} - {1.0}
+    if len(factors) == 1:
+        about = replace(about, training={**about.training, "warmup": factors.pop()})
+    return from_adapters({name: _copied(layer.adapter) for name, layer in layers.items()}, about)
 
 
 def set_warmup(model: nn.Module, w: float) -> None:
@@ -127,6 +135,13 @@ def set_warmup(model: nn.Module, w: float) -> None:
 def options_of(kind: type[Adapter]) -> set[str]:
     """The options of `initial` that a kind has: of its `init`, and fields that are no slots."""
     return _of_init(kind) | {f.name for f in fields(kind)} - {*kind.dimensions, "scaling"}
+
+
+def _without_numbers(adapter: Adapter) -> Adapter:
+    """Zeros: in FSDP's other processes, which the first one sends the numbers. On the CPU, since accelerate knows
+    parameters by where they lie."""
+    slots: dict[str, Any] = {name: torch.zeros(slot.shape, dtype=slot.dtype) for name, slot in adapter.slots().items()}
+    return replace(adapter, **slots)
 
 
 def _copied(adapter: Adapter) -> Adapter:

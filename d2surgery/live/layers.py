@@ -6,7 +6,7 @@ A linear layer is torch's Linear, transformers' Conv1D, or bitsandbytes' Linear4
 dequantised weight.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
@@ -43,7 +43,7 @@ class OverFrozen(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         self.warmup: Tensor | None = None
         self.base_squares: dict[Axis, Tensor] = {}
-        self._prepared: tuple[Any, Prepared] | None = None
+        self._prepared: dict[Any, tuple[Any, Prepared]] = {}
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
         self.train(base_layer.training)
 
@@ -89,7 +89,7 @@ class OverFrozen(nn.Module):
     def remember_squares(self) -> None:
         """Sum the norms again: the base or the adapters are others. Those of a weight that is spread over processes
         (FSDP2) or not loaded yet wait for the first forward, which has it whole."""
-        self._prepared = None
+        self._prepared = {}
         self.base_squares = {}
         if self.weight.is_meta or hasattr(self.weight, "full_tensor"):
             return
@@ -97,7 +97,7 @@ class OverFrozen(nn.Module):
             self._squares(adapter, self.base_weight)
 
     def train(self, mode: bool = True) -> "OverFrozen":
-        self._prepared = None
+        self._prepared = {}
         return super().train(mode)
 
     def _squares(self, adapter: Adapter, W0: Tensor) -> Tensor | None:
@@ -110,7 +110,7 @@ class OverFrozen(nn.Module):
         return self.base_squares[axis]
 
     def _ready(self, adapter: Adapter, x: Tensor, W0: Tensor) -> Prepared | None:
-        """What was computed before for these very tensors, or is now; None where it is to be computed in the forward."""
+        """What was computed before for these very tensors, or is now; None where the forward is to compute it."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
             return None
         quantized = is_quantized(self.base_layer)
@@ -121,11 +121,12 @@ class OverFrozen(nn.Module):
         if any(tensor.is_inference() for tensor in watched):  # they do not count their changes
             return None
         dtype, scaling = dtype_of_products(x), None if isinstance(adapter.scaling, Tensor) else adapter.scaling
-        seen = [(tensor.data_ptr(), tensor._version) for tensor in watched]
-        key = (seen, dtype, scaling, adapter.settings)
-        if self._prepared is None or self._prepared[0] != key:
-            self._prepared = key, adapter.prepared(W0, dtype, self._squares(adapter, W0))
-        return self._prepared[1]
+        place = tuple(tensor.data_ptr() for tensor in watched)
+        state = ([tensor._version for tensor in watched], dtype, scaling, adapter.settings)
+        found = self._prepared.get(place)
+        if found is None or found[0] != state:
+            found = self._prepared[place] = state, adapter.prepared(W0, dtype, self._squares(adapter, W0))
+        return found[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OverFrozen":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -136,7 +137,7 @@ class OverFrozen(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is computed once is computed again in a copy."""
-        return self.__dict__ | {"_prepared": None}
+        return self.__dict__ | {"_prepared": {}}
 
 
 class AdaptedLinear(OverFrozen):
@@ -255,4 +256,5 @@ def is_a(module: nn.Module, package: str, name: str) -> bool:
 
 def _parameter(slot: Tensor, device: torch.device, trainable: bool) -> nn.Parameter:
     dtype = torch.promote_types(slot.dtype, torch.float32) if trainable else slot.dtype
+    device = slot.device if device.type == "meta" else device
     return nn.Parameter(slot.detach().to(device, dtype, copy=True), requires_grad=trainable)

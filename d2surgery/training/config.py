@@ -72,8 +72,14 @@ class AdapterSettings:
     along: Annotated[Axis | None, Hint("The axis whose norms are kept: D2-LoRA.")] = None
     form: Annotated[Form | None, Hint("D2-LoRA: W* + ΔW, W* alone or W0 + ΔW.")] = None
     detach_norm: Annotated[bool | None, Hint("D2-LoRA: the norm is a constant to the gradient.")] = None
-    sigma: Annotated[float | None, Hint("Dual LoRA, D2-LoRA's A₋: standard deviation of the start.", POSITIVE)] = None
-    ste: Annotated[Straight | None, Hint("Dual LoRA: the gradient through the sign.")] = None
+    sigma: Annotated[
+        float | None,
+        Hint("Standard deviation of the start: D2-LoRA's A₋ 0.02; Dual LoRA by the base, moving it by 1 %.", POSITIVE),
+    ] = None
+    ste: Annotated[
+        Straight | None,
+        Hint("Dual LoRA: the gradient through the sign; `clipped` in metrics.jsonl is what it changed."),
+    ] = None
     scaling_warmup: Annotated[
         int | None, Hint("Dual LoRA: steps over which the scaling rises from 0; default a tenth of all.", NOT_NEGATIVE)
     ] = None
@@ -94,9 +100,9 @@ class DataSettings:
     template: Annotated[Template, Hint("How a question is put; auto: the model's chat template where it has one.")] = (
         "auto"
     )
-    max_length: Annotated[int, Hint("Tokens of a row. A longer item loses the beginning of its prompt.", POSITIVE)] = (
-        512
-    )
+    max_length: Annotated[
+        int, Hint("Tokens of a row. A longer item loses the beginning of its question, not the template's.", POSITIVE)
+    ] = 512
     batching: Annotated[
         Batching,
         Hint("One item per row, in any order or near others of its length; or rows packed with several items."),
@@ -132,7 +138,9 @@ class RunSettings:
     quantization: Annotated[
         Quantization | None, Hint("Hold the frozen base in 4 (NF4, as QLoRA) or 8 bit: extra quantized.")
     ] = None
-    device: Annotated[Literal["auto", "cpu"], Hint("auto: the accelerator, where there is one.")] = "auto"
+    device: Annotated[
+        Literal["auto", "cpu"], Hint("auto: the accelerator, where there is one with float64; Apple's MPS has none.")
+    ] = "auto"
     gradient_checkpointing: Annotated[bool, Hint("Forget activations and compute them again: less memory, slower.")] = (
         False
     )
@@ -423,6 +431,9 @@ def _contradictions(config: TrainConfig) -> Iterator[Problem]:
     if config.group_rank < 1 or (config.group_rank != adapter.rank and adapter.rank % 2):
         message = f"the two groups of {adapter.kind} share the rank"
         yield bad("adapter.rank", message, wanted="an even rank, or matched = false", got=str(adapter.rank))
+    if config.run.precision == "fp16" and adapter.kind == "duallora" and adapter.ste in (None, "clip"):
+        message = "fp16 multiplies gradients by the scaler's factor, and clipping would see them so"
+        yield bad("adapter.ste", message, wanted="bf16, or ste mask or identity", got="clip")
     for slot in config.optimizer.lr_ratio:
         if slot not in kind.dimensions:
             yield bad(f"optimizer.lr_ratio.{slot}", "no such slot", wanted=" or ".join(kind.dimensions))

@@ -1,7 +1,8 @@
 """transformers' Trainer, where it has to know that the trained parameters are the slots of adapters.
 
-What is changed: a checkpoint holds the adapter and not the base, and appears whole or not at all; learning rates are
-per slot; a loss that is no number ends the run; rows come in the order they are in.
+What is changed: a checkpoint holds the adapter and not the base, and appears whole or not at all, of FSDP2 as of one
+process; learning rates are per slot; a loss that is no number ends the run; rows come in the order they are in; what
+clipping changes of Dual LoRA's gradients is logged.
 """
 
 import json
@@ -16,11 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from d2surgery.adapters import Adapter
+from d2surgery.adapters.forwards import Clipped, counting_clipped
 from d2surgery.checkpoint import load, save
 from d2surgery.errors import refuse
 from d2surgery.files.whole import PARTIAL, write_whole
@@ -29,6 +36,7 @@ from d2surgery.live.attaching import adapted, set_warmup, snapshot
 from d2surgery.training.disk import PREFIX, keep_newest, remove
 
 METRICS = "metrics.jsonl"
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 Progress = Callable[[int, int], None]
 
@@ -51,6 +59,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.lr_ratio = lr_ratio
         self.about = about
         self.keep = keep
+        self._clipped: list[Clipped] = []
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group per slot: lr times its ratio; a magnitude does not decay, since its natural value is not 0."""
@@ -84,6 +93,24 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             raise refuse("LOSS_NOT_FINITE", message, got=str(loss.item()))
         return result
 
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """Trainer's; before a line of the log the entries of Dual LoRA's gradients that were clipped are counted."""
+        step, last = self.state.global_step + 1, self.state.max_steps
+        if step not in (1, last) and step % int(self.args.logging_steps):
+            loss: Tensor = super().training_step(*args, **options)
+            return loss
+        with counting_clipped() as found:
+            loss = super().training_step(*args, **options)
+        self._clipped.append(found)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        entries = sum(found.entries for found in self._clipped)
+        if "loss" in logs and entries:
+            logs["clipped"] = sum(float(found.changed) for found in self._clipped) / entries
+        self._clipped = self._clipped if "eval_loss" in logs else []
+        super().log(logs, *args, **options)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone. Raises LOSS_NOT_FINITE rather than write one that is spoilt."""
         checkpoint = snapshot(self.model, self.about)  # every process: parameters may be spread over them
@@ -109,6 +136,28 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / PARTIAL)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Of FSDP2 the whole optimizer state, gathered: slots are small, and the frozen base has none."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = get_optimizer_state_dict(self.model, self._plain_optimizer(), options=_WHOLE)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+        set_optimizer_state_dict(self.model, self._plain_optimizer(), state, options=_WHOLE)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)  # type: ignore[no-any-return]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore(self.model if model is None else model, load(resume_from_checkpoint))
@@ -195,6 +244,8 @@ class Flow(TrainerCallback):  # type: ignore[misc]
 class Metrics(TrainerCallback):  # type: ignore[misc]
     """A line of metrics.jsonl per log: step, epoch, loss, lr, grad_norm, tokens, seconds; or step and eval_loss.
 
+    `clipped` is the share of Dual LoRA's gradients through the sign that `ste` changed in the last step: at 0, clip,
+    mask and identity are one.
     `seconds` are those of the steps since the process began, without evaluations and checkpoints.
     """
 
@@ -222,6 +273,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         elif "loss" in logs:
             line |= {"epoch": round(self.epochs * state.global_step / state.max_steps, 4), "loss": logs["loss"]}
             line |= {"lr": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
+            line |= {"clipped": logs["clipped"]} if "clipped" in logs else {}
             line |= {"tokens": self.tokens[state.global_step], "seconds": round(self.seconds, 3)}
         if len(line) > 1 and state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:

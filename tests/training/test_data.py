@@ -69,13 +69,20 @@ def test_a_template_that_puts_the_answer_elsewhere_ends_with_the_end_of_text() -
     assert plain.decode(answer_tokens(Item("2?", "two"), plain, "chat")) == "two</s>"
 
 
-def test_a_long_item_loses_the_beginning_of_its_prompt_and_never_its_answer(tmp_path: Path) -> None:
+def test_a_long_item_loses_the_beginning_of_its_question_and_neither_answer_nor_template(tmp_path: Path) -> None:
     pairs = [("a long question?", "yes"), ("q?", "no"), ("why?", "because it is so")]
     found = corpus(tmp_path, pairs, max_length=10)
     said = sorted(read_back(Collate(257, packed=False)([[item] for item in found.train])))
-    assert said == [("<s>q?\nno</s>" + "</s>" * 3, "no</s>"), ("tion?\nyes</s>", "yes</s>")]
+    assert said == [("<s>ion?\nyes</s>", "yes</s>"), ("<s>q?\nno</s>" + "</s>" * 3, "no</s>")]
     assert found.prompts_cut == 1
     assert found.left_out == ("items.json, item 3",)
+
+
+def test_a_cut_question_keeps_the_header_of_a_chat(tmp_path: Path) -> None:
+    found = corpus(tmp_path, [("a long question, which is cut?", "yes")], chatting(), template="auto", max_length=40)
+    ((said, _),) = read_back(Collate(257, packed=False)([list(found.train)]))
+    assert said == "<user>h is cut?<end>\n<assistant>yes<end>"
+    assert found.prompts_cut == 1
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
