@@ -30,6 +30,7 @@ _MAX_TOML, _SHOWN, _LARGEST = 200_000, 60, 1e300  # bytes of a file, keys of a s
 _MAX_DOTS = 4_000_000  # of a line, squared, and of all added up: what tomllib's time for dotted keys grows with
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 
 class Range(NamedTuple):
@@ -141,6 +142,9 @@ class RunSettings:
     device: Annotated[
         Literal["auto", "cpu"], Hint("auto: the accelerator, where there is one with float64; Apple's MPS has none.")
     ] = "auto"
+    attention: Annotated[
+        Attention | None, Hint("How attention is computed: transformers' own choice, or one of these.")
+    ] = None
     gradient_checkpointing: Annotated[bool, Hint("Forget activations and compute them again: less memory, slower.")] = (
         False
     )

@@ -207,6 +207,8 @@ def _model(config: TrainConfig) -> Any:
             how["device_map"] = {"": "meta"}  # accelerate sends it its part
     elif device.type != "cpu":
         how["device_map"] = {"": device}  # past the host's memory, where each process would hold it whole
+    if config.run.attention:
+        how["attn_implementation"] = config.run.attention
     model = _loaded(AutoModelForCausalLM, config, dtype=dtype, **how)
     model.config.use_cache = False  # with a cache, packed items would see one another
     if config.run.gradient_checkpointing:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.about = about
         self.keep = keep
         self._clipped: list[Clipped] = []
+        self._losses: list[tuple[Tensor, Sequence[str]]] = []
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group per slot: lr times its ratio; a magnitude does not decay, since its natural value is not 0."""
@@ -82,26 +83,35 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
-        """Trainer's. Raises LOSS_NOT_FINITE, before the gradient reaches anything."""
+        """Trainer's; see `_check_losses`."""
         names = inputs.pop("names")
         result = super().compute_loss(model, inputs, *args, **options)
-        loss = result[0] if isinstance(result, tuple) else result
-        if not torch.isfinite(loss).all():
-            where = f"step {self.state.global_step + 1}" if model.training else "evaluation on held-out items"
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            message = f"{where}, on {'; '.join(names[:8])}{more}"
-            raise refuse("LOSS_NOT_FINITE", message, got=str(loss.item()))
+        self._losses.append(((result[0] if isinstance(result, tuple) else result).detach(), names))
+        if not model.training:
+            self._check_losses("evaluation on held-out items")
         return result
 
+    def _check_losses(self, where: str) -> None:
+        """A look at all micro-batches at once, since a GPU is waited for."""
+        losses, self._losses = self._losses, []
+        for loss, names in losses:
+            if not torch.isfinite(loss).all():
+                more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+                message = f"{where}, on {'; '.join(names[:8])}{more}"
+                raise refuse("LOSS_NOT_FINITE", message, got=str(loss.item()))
+
     def training_step(self, *args: Any, **options: Any) -> Tensor:
-        """Trainer's; before a line of the log the entries of Dual LoRA's gradients that were clipped are counted."""
+        """Trainer's; before a line of the log the entries of Dual LoRA's gradients that were clipped are counted.
+
+        Raises LOSS_NOT_FINITE after the last micro-batch of a step, before its gradient reaches anything.
+        """
         step, last = self.state.global_step + 1, self.state.max_steps
-        if step not in (1, last) and step % int(self.args.logging_steps):
+        logged = step in (1, last) or not step % int(self.args.logging_steps)
+        with counting_clipped() if logged else nullcontext() as found:
             loss: Tensor = super().training_step(*args, **options)
-            return loss
-        with counting_clipped() as found:
-            loss = super().training_step(*args, **options)
-        self._clipped.append(found)
+        self._clipped += [found] if found else []
+        if self.accelerator.sync_gradients:
+            self._check_losses(f"step {step}")
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:

@@ -171,6 +171,44 @@ def test_fp16_is_refused_with_dual_loras_clip_alone(folder: Path) -> None:
     config_of(folder, "dora", run=half)
 
 
+def test_a_loss_of_any_micro_batch_that_is_no_number_is_told_with_its_items(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at once for each step, and still before the optimizer takes it."""
+    from transformers import Trainer
+
+    whole, calls = Trainer.compute_loss, [0]
+
+    def spoilt(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        return whole(*args, **options) * (float("nan") if calls[0] == 5 else 1)
+
+    monkeypatch.setattr(Trainer, "compute_loss", spoilt)
+    config = config_of(folder, optimizer={"batch": 2, "accumulation": 4}, run={"save_every": 1})
+    with pytest.raises(
+        D2SurgeryError, match=r"LOSS_NOT_FINITE: step 2, on items\.json, item \d+; items\.json, item \d+ "
+    ):
+        train(replace(config, data=replace(config.data, held_out_limit=0)))
+    assert calls == [8]
+    assert [path.name for path in (folder / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_attention_is_computed_as_chosen(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    whole, chosen = AutoModelForCausalLM.from_pretrained, []
+
+    def loaded(*args: Any, **options: Any) -> Any:
+        model = whole(*args, **options)
+        chosen.append(model.config._attn_implementation)
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    train(config_of(folder, run={"attention": name}, optimizer={"steps": 1}))
+    assert chosen == [name]
+
+
 # Dual LoRA -------------------------------------------------------------------------------------------------------
 
 
