@@ -30,7 +30,8 @@ _PUBLIC = {  # name -> the module that defines it
     **dict.fromkeys(("attach", "initial", "adapted", "detach", "snapshot", "set_warmup"), "live.attaching"),
     **dict.fromkeys(("compare_outputs", "compare_tasks"), "evaluating.behaviour"),
     **dict.fromkeys(("train", "TrainReport"), "training.loop"),
-    **dict.fromkeys(("TrainConfig", "read_config"), "training.config"),
+    "TrainConfig": "training.settings",
+    "read_config": "training.config",
 }
 __all__ = sorted(_PUBLIC)
 

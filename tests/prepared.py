@@ -28,8 +28,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from d2surgery.live.attaching import adapted
-from d2surgery.training.config import TrainConfig, read_config
+from d2surgery.training.config import read_config
 from d2surgery.training.loop import train
+from d2surgery.training.settings import TrainConfig
 
 RANK = int(os.environ["RANK"])
 whole_init, whole_loading = AcceleratorState.__init__, AutoModelForCausalLM.from_pretrained

@@ -12,7 +12,8 @@ import click
 
 from d2surgery.cli import output
 from d2surgery.cli.options import progress_bar
-from d2surgery.training.config import Setting, TrainConfig, plain, read_config, settings
+from d2surgery.training.config import Setting, plain, read_config, settings
+from d2surgery.training.settings import TrainConfig
 
 _HEADINGS = {
     "": "The run",

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from d2surgery.errors import refuse
 from d2surgery.evaluating.items import Item, Template, encode, read_items, render
-from d2surgery.training.config import Batching, DataSettings
+from d2surgery.training.settings import Batching, DataSettings
 
 IGNORED = -100
 """The label of a token that has no part in the loss, in torch and transformers."""
@@ -150,6 +151,8 @@ class Collate:
 
     pad: int
     packed: bool
+    answers_only: bool = False
+    """Whether the model is told at which positions logits are needed: where any row's next token carries loss."""
 
     def __call__(self, batch: Sequence[Sequence[Encoded]]) -> dict[str, Any]:
         width = max(sum(len(item.tokens) for item in row) for row in batch)
@@ -168,7 +171,16 @@ class Collate:
             positions[at, start:] = torch.arange(width - start)  # padding is an item of its own
         names = tuple(item.name for row in batch for item in row)
         inputs = {"position_ids": positions} if self.packed else {"attention_mask": mask}
+        inputs |= _answers(labels) if self.answers_only else {}
         return {"input_ids": tokens, "labels": labels, **inputs, "names": names}
+
+
+def _answers(labels: Tensor) -> dict[str, Tensor]:
+    """The positions before labels, and the labels that their logits predict: in transformers' names."""
+    following = labels.roll(-1, 1)
+    following[:, -1] = IGNORED
+    keep = (following != IGNORED).any(0).nonzero()[:, 0]
+    return {"logits_to_keep": keep, "shift_labels": following[:, keep].contiguous()}
 
 
 def tokens_of(items: Sequence[Encoded], rows: Sequence[Row]) -> int:

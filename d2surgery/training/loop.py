@@ -21,9 +21,10 @@ from d2surgery.formats.layout import About
 from d2surgery.kinds import TABLE
 from d2surgery.live.attaching import ALL_LINEAR, adapted, attach, initial, set_warmup
 from d2surgery.live.quantization import Quantization, loading_options, quantization_in, quantization_of
-from d2surgery.training.config import TrainConfig, differences, read_config, to_toml
+from d2surgery.training.config import differences, read_config, to_toml
 from d2surgery.training.data import Collate, Corpus, Rows, read_corpus
 from d2surgery.training.disk import (
+    BEST,
     CONFIG,
     check_whole,
     checkpoints,
@@ -35,6 +36,7 @@ from d2surgery.training.disk import (
 )
 from d2surgery.training.planning import Schedule, TrainPlan, first_on_host, plan_of, schedule_of, world
 from d2surgery.training.reporters import check_reporters, failures_named
+from d2surgery.training.settings import TrainConfig
 
 if TYPE_CHECKING:
     from d2surgery.training.trainer import AdapterTrainer, Flow, Metrics
@@ -63,6 +65,7 @@ class TrainReport:
     tokens: int
     first_eval_loss: float | None
     last_eval_loss: float | None
+    best_step: int | None  # with run.best: after which step the adapter was as it is saved
     first_loss: float | None
     last_loss: float | None
     seconds_per_step: float | None  # of the steps of this process; None where it had none to do
@@ -108,10 +111,10 @@ def _train(
     tokenizer = _tokenizer(config)
     corpus = read_corpus(config.data, tokenizer, config.run.seed)
     schedule = schedule_of(config, corpus)
-    arguments = _arguments(config, schedule, evaluates=bool(corpus.held_out), fresh=checkpoint is None)
     inputs = {"data_sha256": corpus.digest, "rows_per_step": schedule.rows_per_step}
     if checkpoint is not None:
         _check_inputs(out, inputs)
+    arguments = _arguments(config, schedule, evaluates=bool(corpus.held_out), fresh=checkpoint is None)
     model = _model(config)
     _check_fit(config, model, corpus)
     attach(model, _start(config, model), dropout=config.adapter.dropout)
@@ -130,11 +133,12 @@ def _train(
             forget_after(out, resumed_from if resumed_from is not None else -1)
         with flow.catching_signals(alone=world() == 1), failures_named(config.run.report_to):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        if trainer.state.global_step < schedule.steps:
+        if trainer.state.global_step < schedule.steps and flow.interrupted:
             raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; --resume goes on from there")
         _publish(trainer, out)
     seconds = metrics.seconds / metrics.steps if metrics.steps else None
-    return _report(out, plan, read_metrics(out), seconds)
+    lines = read_metrics(out)
+    return replace(_report(out, plan, lines, seconds), steps=trainer.state.global_step, best_step=trainer.best_step)
 
 
 # Before the first step -------------------------------------------------------------------------------------------
@@ -293,6 +297,7 @@ def _report(out: Path, plan: TrainPlan, lines: Sequence[Mapping[str, Any]], seco
         tokens=plan.tokens,
         first_eval_loss=evaluations[0] if evaluations else None,
         last_eval_loss=evaluations[-1] if evaluations else None,
+        best_step=None,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
         seconds_per_step=seconds,
@@ -315,7 +320,7 @@ def _trainer(
 ) -> "tuple[AdapterTrainer, Flow, Metrics]":
     from transformers import PrinterCallback
 
-    from d2surgery.training.trainer import AdapterTrainer, Flow, Metrics, Warmup
+    from d2surgery.training.trainer import AdapterTrainer, Flow, Metrics, Patience, Warmup
 
     flow = Flow(progress, evaluates=bool(corpus.held_out))
     metrics = Metrics(Path(config.output), schedule.tokens, schedule.epochs)
@@ -326,12 +331,15 @@ def _trainer(
         args=arguments,
         train_dataset=Rows(corpus.train, schedule.rows),
         eval_dataset=Rows(corpus.held_out, held_out) if held_out else None,
-        data_collator=Collate(pad, packed=config.data.batching == "packed"),
+        data_collator=Collate(pad, config.data.batching == "packed", answers_only=_answers_only(config, model)),
         callbacks=[Warmup(schedule.scaling_warmup), flow, metrics],
         lr_ratio=config.optimizer.lr_ratio,
         about=_about(config, model, schedule),
         keep=config.run.keep,
+        best=config.run.best,
     )
+    if config.run.patience:
+        trainer.add_callback(Patience(config.run.patience))
     trainer.remove_callback(PrinterCallback)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
@@ -341,6 +349,15 @@ def _trainer(
         message = "FSDP would split weights that bitsandbytes has packed"
         raise refuse("BAD_CONFIG", message, module="accelerate", wanted="DDP, or no quantisation")
     return trainer, flow, metrics
+
+
+def _answers_only(config: TrainConfig, model: Any) -> bool:
+    """Whether the model computes logits where they are asked for, and its loss from these. A compiled model would be
+    compiled again for each number of them."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    takes = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    return takes and not config.run.compile and model.loss_function is ForCausalLMLoss
 
 
 def _arguments(config: TrainConfig, schedule: Schedule, *, evaluates: bool, fresh: bool) -> Any:
@@ -372,6 +389,8 @@ def _arguments(config: TrainConfig, schedule: Schedule, *, evaluates: bool, fres
         eval_strategy="steps" if evaluates else "no",
         eval_steps=schedule.every(run.eval_every),
         eval_on_start=evaluates and fresh,
+        metric_for_best_model="eval_loss" if evaluates else None,
+        greater_is_better=False if evaluates else None,
         save_strategy="steps",
         save_steps=schedule.every(run.save_every),
         report_to=list(run.report_to) or "none",
@@ -409,10 +428,15 @@ def _about(config: TrainConfig, model: Any, schedule: Schedule) -> About:
 
 def _publish(trainer: "AdapterTrainer", out: Path) -> None:
     """The trained adapter, in the place of what an earlier end of the same run left."""
-    set_warmup(trainer.model, 1.0)
+    if trainer.best_step is None:
+        set_warmup(trainer.model, 1.0)
     if trainer.args.should_save:
         (out / "adapter_model.safetensors").unlink(missing_ok=True)
-    trainer.save_model(str(out))
+    if trainer.best_step is None:
+        trainer.save_model(str(out))
+    elif trainer.args.should_save:
+        for file in sorted((out / BEST).iterdir()):
+            shutil.copyfile(file, out / file.name)
     if trainer.args.should_save:
         keep_newest(out, trainer.keep)  # a run may have been killed before it did
         shutil.rmtree(out / PARTIAL, ignore_errors=True)

@@ -17,8 +17,8 @@ from d2surgery.kinds import TABLE
 from d2surgery.live.attaching import adapted
 from d2surgery.live.layers import AdaptedLinear
 from d2surgery.live.quantization import Quantization, entries, quantization_in
-from d2surgery.training.config import TrainConfig
 from d2surgery.training.data import Corpus, Row, rows, tokens_of
+from d2surgery.training.settings import TrainConfig
 
 FAR = 0.02
 """Of the base weights: how far a random start may move them without a word."""

@@ -7,6 +7,7 @@ clipping changes of Dual LoRA's gradients is logged.
 
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from d2surgery.adapters import Adapter
 from d2surgery.adapters.forwards import Clipped, counting_clipped
@@ -33,7 +34,7 @@ from d2surgery.errors import refuse
 from d2surgery.files.whole import PARTIAL, write_whole
 from d2surgery.formats.layout import About
 from d2surgery.live.attaching import adapted, set_warmup, snapshot
-from d2surgery.training.disk import PREFIX, keep_newest, remove
+from d2surgery.training.disk import BEST, PREFIX, keep_newest, remove
 
 METRICS = "metrics.jsonl"
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -52,6 +53,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         lr_ratio: Mapping[str, float],
         about: About,
         keep: int,
+        best: bool = False,
         **options: Any,
     ) -> None:
         with _known_to_have_adapters(options["model"]):
@@ -59,6 +61,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.lr_ratio = lr_ratio
         self.about = about
         self.keep = keep
+        self.best = best
         self._clipped: list[Clipped] = []
         self._losses: list[tuple[Tensor, Sequence[str]]] = []
 
@@ -120,6 +123,25 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             logs["clipped"] = sum(float(found.changed) for found in self._clipped) / entries
         self._clipped = self._clipped if "eval_loss" in logs else []
         super().log(logs, *args, **options)
+
+    @property
+    def best_step(self) -> int | None:
+        """Of the adapter in `best`, where one is kept."""
+        return self.state.best_global_step if self.best else None
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Trainer's; a new best adapter is written at once, whole or not at all."""
+        new: bool = super()._determine_best_metric(metrics, trial)
+        if new:
+            self.state.best_global_step = self.state.global_step
+        if new and self.best:
+            out = Path(self.args.output_dir)
+            self.save_model(str(out / PARTIAL / BEST))
+            if self.args.should_save:
+                shutil.rmtree(out / BEST, ignore_errors=True)
+                (out / PARTIAL / BEST).rename(out / BEST)
+            self.accelerator.wait_for_everyone()
+        return new
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone. Raises LOSS_NOT_FINITE rather than write one that is spoilt."""
@@ -213,6 +235,16 @@ class Warmup(TrainerCallback):  # type: ignore[misc]
 
     def _set(self, state: Any, model: nn.Module) -> None:
         set_warmup(model, min(1.0, state.global_step / self.steps) if self.steps else 1.0)
+
+
+class Patience(EarlyStoppingCallback):  # type: ignore[misc]
+    """Trainer's early stopping, which goes on counting where a checkpoint left off."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        super().on_train_begin(args, state, control, **options)
+        stored = state.stateful_callbacks.get(type(self).__name__)
+        if stored:
+            self.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
 
 
 class Flow(TrainerCallback):  # type: ignore[misc]

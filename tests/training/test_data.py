@@ -15,8 +15,8 @@ from trained import CHAT
 
 from d2surgery.errors import D2SurgeryError
 from d2surgery.evaluating.items import Item
-from d2surgery.training.config import Batching, DataSettings
 from d2surgery.training.data import IGNORED, Collate, Corpus, Encoded, answer_tokens, read_corpus, rows, tokens_of
+from d2surgery.training.settings import Batching, DataSettings
 
 TOKENIZER = byte_tokenizer()
 
@@ -176,6 +176,23 @@ def test_packing_fills_rows() -> None:
 
 
 # What the model sees ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_logits_of_answers_alone_give_the_loss_of_all(packed: bool) -> None:
+    torch.manual_seed(0)
+    model = llama(vocab_size=258, max_position_embeddings=64, use_cache=False).eval()
+    items = [Encoded(tuple(range(start, start + size)), 2, "") for start, size in ((5, 9), (40, 4), (90, 7), (7, 12))]
+    batches = [[items[0], items[1]], [items[2], items[3]]] if packed else [[item] for item in items]
+    losses = []
+    for answers_only in (False, True):
+        batch = Collate(257, packed, answers_only)(batches)
+        del batch["names"]
+        with torch.no_grad():
+            output = model(**batch)
+        losses.append(float(output.loss))
+        assert output.logits.shape[1] < batch["input_ids"].shape[1] or not answers_only
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

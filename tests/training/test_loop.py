@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM
 from d2surgery import KINDS, load
 from d2surgery.errors import D2SurgeryError
 from d2surgery.live.attaching import adapted, attach
-from d2surgery.training.config import TrainConfig, to_toml
+from d2surgery.training.config import to_toml
 from d2surgery.training.data import read_corpus
 from d2surgery.training.loop import train
+from d2surgery.training.settings import TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 every_kind = pytest.mark.parametrize("kind", KINDS)

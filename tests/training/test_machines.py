@@ -16,8 +16,9 @@ from trained import config_of, lines, same, write_base, write_items
 from d2surgery.errors import D2SurgeryError
 from d2surgery.live.layers import check_device
 from d2surgery.training import loop
-from d2surgery.training.config import TrainConfig, to_toml
+from d2surgery.training.config import to_toml
 from d2surgery.training.loop import _check_packing, train
+from d2surgery.training.settings import TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
