@@ -66,6 +66,7 @@ class TrainReport:
     first_eval_loss: float | None
     last_eval_loss: float | None
     best_step: int | None  # with run.best: after which step the adapter was as it is saved
+    best_loss: float | None  # and its loss on held-out items
     first_loss: float | None
     last_loss: float | None
     seconds_per_step: float | None  # of the steps of this process; None where it had none to do
@@ -138,7 +139,9 @@ def _train(
         _publish(trainer, out)
     seconds = metrics.seconds / metrics.steps if metrics.steps else None
     lines = read_metrics(out)
-    return replace(_report(out, plan, lines, seconds), steps=trainer.state.global_step, best_step=trainer.best_step)
+    best_loss = trainer.state.best_metric if config.run.best else None
+    report = replace(_report(out, plan, lines, seconds), best_step=trainer.best_step, best_loss=best_loss)
+    return replace(report, steps=trainer.state.global_step)
 
 
 # Before the first step -------------------------------------------------------------------------------------------
@@ -169,15 +172,19 @@ def _begin_in(out: Path, config: TrainConfig, resume: bool) -> Path | None:
             message = "a training run is there already"
             raise refuse("OUTPUT_EXISTS", message, file=str(there[0]), wanted="--resume, or another output")
     elif (out / CONFIG).exists():
-        before = read_config(out / CONFIG)
-        raise_errors(
-            Problem(code="RESUME_MISMATCH", message="not what the run began with", file=str(out), module=key,
-                    wanted=repr(was), got=repr(now))
-            for key, (was, now) in differences(before, config).items()
-        )  # fmt: skip
+        check_same(out, config)
     if found:
         check_whole(found[-1])
     return found[-1] if found else None
+
+
+def check_same(out: Path, config: TrainConfig) -> None:
+    """Raises RESUME_MISMATCH with every setting that is not what the run in `out` began with."""
+    raise_errors(
+        Problem(code="RESUME_MISMATCH", message="not what the run began with", file=str(out), module=key,
+                wanted=repr(was), got=repr(now))
+        for key, (was, now) in differences(read_config(out / CONFIG), config).items()
+    )  # fmt: skip
 
 
 def _check_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
@@ -298,6 +305,7 @@ def _report(out: Path, plan: TrainPlan, lines: Sequence[Mapping[str, Any]], seco
         first_eval_loss=evaluations[0] if evaluations else None,
         last_eval_loss=evaluations[-1] if evaluations else None,
         best_step=None,
+        best_loss=None,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
         seconds_per_step=seconds,

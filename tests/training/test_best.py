@@ -1,5 +1,6 @@
 """The best of a run, its early end, and sweeps over seeds and learning rates."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,42 @@ def test_a_resumed_run_waits_as_long_as_one_that_was_not_stopped(folder: Path) -
 def test_without_held_out_items_nothing_is_best(folder: Path, name: str) -> None:
     with pytest.raises(D2SurgeryError, match=rf"BAD_CONFIG run\.{name}: nothing is held out"):
         config_of(folder, run={name: 1 if name == "patience" else True}, data={"held_out_limit": 0})
+
+
+# Sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_goes_on_where_it_was_stopped_and_chooses_a_rate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each cell is the run that `train` makes of the same settings."""
+    from d2surgery.training import loop
+    from d2surgery.training.sweep import sweep
+
+    config = config_of(folder, optimizer={"steps": 2}, run={"eval_every": 2, "save_every": 1})
+    whole, made = loop.train, []
+
+    def counted(cell: Any, **options: Any) -> Any:
+        made.append(cell.output)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return whole(cell, **options)
+
+    monkeypatch.setattr(loop, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config, [1e-3, 1e-2], [0, 1])
+    found = sweep(config, [1e-3, 1e-2], [0, 1])
+    assert [Path(out).name for out in made] == [
+        "lr0.001-seed0", "lr0.01-seed0", "lr0.001-seed1", "lr0.001-seed1", "lr0.01-seed1",
+    ]  # fmt: skip
+    assert {(cell["lr"], cell["seed"]) for cell in found.cells} == {(1e-3, 0), (1e-2, 0), (1e-3, 1), (1e-2, 1)}
+    losses = {lr: [cell["loss"] for cell in found.cells if cell["lr"] == lr] for lr in (1e-3, 1e-2)}
+    assert found.best_lr == min(losses, key=lambda lr: sum(losses[lr]))
+    with pytest.raises(D2SurgeryError, match=r"RESUME_MISMATCH.*adapter\.rank"):
+        sweep(config_of(folder, adapter={"rank": 2}, optimizer={"steps": 2}, run={"eval_every": 2}), [1e-3], [0])
+    rate = found.rates[0]
+    mean, half = sum(losses[1e-3]) / 2, 12.706204736 * abs(losses[1e-3][0] - losses[1e-3][1]) / 2  # t(0.975, 1)
+    assert rate.ci is not None
+    assert (rate.mean_loss, *rate.ci) == pytest.approx((mean, mean - half, mean + half), rel=1e-6)
+    alone = replace(config, output=str(folder / "alone"), optimizer=replace(config.optimizer, lr=1e-2))
+    train(replace(alone, run=replace(config.run, seed=1)))
+    assert same(folder / "alone", folder / "out" / "lr0.01-seed1")
+    assert json.loads((folder / "out" / "sweep.json").read_text())["best_lr"] == found.best_lr
