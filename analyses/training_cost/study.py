@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--eager", action="store_true", help="on a GPU: without torch.compile")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--shape", action="append", help="some of the shapes only, by name")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and one round: does it run?")
     parser.add_argument("--results", type=Path, default=HERE, help="where results.json and figure.svg go")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
@@ -74,6 +75,7 @@ def main() -> None:
         print(json.dumps({name: measure(name, options.measure, **way) for name in names}))
         return
     shapes = TINY if options.tiny else GPU if options.device == "cuda" else CPU
+    shapes = {name: sizes for name, sizes in shapes.items() if name in (options.shape or shapes)}
     results = study(shapes, options.device, 1 if options.tiny else options.rounds, eager=options.eager)
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")

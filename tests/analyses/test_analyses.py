@@ -170,6 +170,38 @@ def test_training_cost_begins_each_round_with_another_run(monkeypatch: pytest.Mo
     assert all(sorted(names) == sorted(study["RUNS"]) for names in orders)
 
 
+# four_kinds ------------------------------------------------------------------------------------------------------
+
+
+def test_four_kinds_chooses_rates_and_pairs_seeds(tmp_path: Path) -> None:
+    results = run_tiny("four_kinds", tmp_path)
+    arms = {one["arm"]: one for one in results["arms"]}
+    tried = results["learning_rates_tried"]
+    for name, arm in arms.items():
+        mine = [cell for cell in tried if cell["arm"] == name]
+        assert arm["lr"] == min(mine, key=lambda cell: cell["loss"])["lr"]
+        assert {cell["seed"] for cell in mine} == {100}
+    cells = {(cell["arm"], cell["seed"]): cell for cell in results["cells"]}
+    assert {seed for _, seed in cells} == {0, 1}
+    d2, lora = ([cells[arm, seed]["loss"] for seed in (0, 1)] for arm in ("D2-LoRA 8+8", "LoRA r16"))
+    differences = [a - b for a, b in zip(d2, lora, strict=True)]
+    said = arms["D2-LoRA 8+8"]["loss − LoRA r16"]
+    half = 12.706204736 * abs(differences[0] - differences[1]) / 2  # Student's t of one degree of freedom
+    assert said["mean"] == pytest.approx(sum(differences) / 2)
+    assert (said["low"], said["high"]) == pytest.approx((said["mean"] - half, said["mean"] + half), rel=1e-6)
+    assert arms["D2-LoRA 8+8"]["parameters"] == arms["LoRA r16"]["parameters"]
+
+
+def test_four_kinds_asks_questions_and_keeps_items_apart(tmp_path: Path) -> None:
+    study = runpy.run_path(str(ANALYSES / "four_kinds" / "study.py"))
+    files = study["write_data"](study["tiny_data"](tmp_path), tmp_path / "work", study["SETS"]["small"], 4)
+    parts = {name: json.loads(Path(file).read_text()) for name, file in files.items()}
+    assert parts["train"][1] == {"question": "openbookqa train 1?", "answer": "blue"}
+    asked = {name: {item["question"] for item in items} for name, items in parts.items()}
+    assert len(asked["choosing"]) == len(asked["held_out"]) == 4
+    assert not asked["choosing"] & asked["held_out"] | (asked["choosing"] | asked["held_out"]) & asked["train"]
+
+
 # audit_truth -----------------------------------------------------------------------------------------------------
 
 
