@@ -157,7 +157,7 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
 
 def record(cell: dict[str, Any]) -> Path:
     name = re.sub(r"\W+", "-", f"{Path(cell['base']).name} {cell['arm']} {cell['lr']:g} {cell['seed']}")
-    return Path(cell["work"]) / cell["budget"] / name / "record.json"
+    return Path(str(cell["work"]), cell["budget"], name, "record.json")
 
 
 def volatility(losses: list[float], window: int) -> float:
