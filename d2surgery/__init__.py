@@ -60,12 +60,12 @@ _PUBLIC = {  # name -> the module that defines it
     "Keep": "surgery.truncation",
     **dict.fromkeys(("Certificate", "Loss"), "surgery.certificate"),
     **dict.fromkeys(("merge", "plan", "MergeReport", "PlanReport"), "merging"),
-    **dict.fromkeys(
-        ("AdaptedLinear", "attach", "initial", "adapted", "detach", "snapshot", "set_warmup"), "live.attaching"
-    ),
+    "AdaptedLinear": "live.layers",
+    **dict.fromkeys(("attach", "initial", "adapted", "detach", "snapshot", "set_warmup"), "live.attaching"),
     **dict.fromkeys(("compare_outputs", "compare_tasks"), "evaluating.behaviour"),
     **dict.fromkeys(("train", "TrainReport"), "training.loop"),
-    **dict.fromkeys(("TrainConfig", "read_config"), "training.config"),
+    "TrainConfig": "training.settings",
+    "read_config": "training.config",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -455,7 +455,19 @@ CODES: dict[str, Code] = {
         "per line.",
     ),
     "ITEMS_TOO_LONG": Code(
-        "Items of the data are longer than a row.", "Raise max_length if the beginnings of those prompts matter."
+        "Items of the data are longer than a row.", "Raise max_length if the beginnings of those questions matter."
+    ),
+    "IDLE_DEVICES": Code(
+        "One process trains on one device, and there are more.",
+        "Start a process per device: torchrun --nproc-per-node N -m d2surgery train …, or accelerate launch.",
+    ),
+    "START_MOVES_BASE": Code(
+        "Dual LoRA starts from a random delta, which is not small beside the base once its scaling has risen.",
+        "Leave sigma out (the start is then 1 % of the base), or make it smaller: the delta grows with its square.",
+    ),
+    "NO_FLOAT64": Code(
+        "The device has no float64, in which norms and signs are computed here.",
+        "Use the CPU, or a GPU of CUDA's kind.",
     ),
     # Audit.
     "BAD_MERGED": Code(
