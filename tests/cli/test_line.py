@@ -185,7 +185,7 @@ def test_an_output_folder_with_something_in_it_is_refused(
     assert main(given) == 2
     assert "OUTPUT_EXISTS" in (error := capsys.readouterr().err)
     assert "notes.txt" in error
-    assert os.listdir(tmp_path / "out") == ["notes.txt"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
 def test_a_missing_folder_is_named_with_the_command_that_makes_it(
