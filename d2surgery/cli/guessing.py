@@ -1,7 +1,6 @@
 """What a mistyped verb or option may have meant: the options that people try first, else the nearest names."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 import click
 
@@ -61,7 +60,7 @@ def option(given: str, command: click.Command) -> list[str]:
     plain = given.lower().replace("_", "-")
     meant = [name for name in SYNONYMS.get(plain, ()) if name in known]
     words = [name for name in known if plain.strip("-") and plain.strip("-") in name.strip("-").split("-")]
-    return list(dict.fromkeys([*meant, *get_close_matches(plain, known, n=3, cutoff=0.6), *words]))[:3]
+    return list(dict.fromkeys([*meant, *_near(plain, known), *words]))[:3]
 
 
 VERBS = {  # what other tools call a verb
@@ -77,4 +76,10 @@ def verb(given: str, known: Iterable[str]) -> list[str]:
     names = list(known)
     plain = given.lower().replace("_", "-")
     meant = [VERBS[plain]] if VERBS.get(plain) in names else []
-    return list(dict.fromkeys([*meant, *get_close_matches(plain, names, n=3, cutoff=0.5)]))[:3]
+    return list(dict.fromkeys([*meant, *_near(plain, names)]))[:3]
+
+
+def _near(given: str, known: Iterable[str]) -> list[str]:
+    from difflib import get_close_matches  # seldom needed
+
+    return get_close_matches(given, list(known), n=3, cutoff=0.55)

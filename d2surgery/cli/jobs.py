@@ -9,7 +9,6 @@ after it and wins. `train` has files of its own.
     dtype = "bf16"
 """
 
-import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import click
 
 from d2surgery.cli import guessing
 from d2surgery.errors import D2SurgeryError, Problem, brief, refuse
+from d2surgery.files.reading import read_toml
 
 OWN_FILES = ("train",)
 """Verbs whose first argument is a file of their own form."""
@@ -32,7 +32,7 @@ def expanded(command: click.Command, words: list[str]) -> list[str]:
         return words
     path = Path(words[0])
     options, arguments = _places(command)
-    taken = _read(path)
+    taken = read_toml(path)
     problems = [
         _unknown(key, command, path, options)
         for key in taken
@@ -50,15 +50,6 @@ def _unknown(key: str, command: click.Command, path: Path, options: Iterable[str
     near = ", ".join(name.lstrip("-") for name in guessing.option(f"--{key}", command)) or ", ".join(options)
     message = f"{command.name} has no such setting"
     return Problem(code="BAD_CONFIG", message=message, file=str(path), wanted=near, got=key)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise refuse("FILE_MISSING", "no such job file", file=str(path)) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise refuse("BAD_CONFIG", brief(error, 200), file=str(path), wanted="TOML") from None
 
 
 def _places(command: click.Command) -> tuple[dict[str, click.Option], list[str]]:

@@ -82,8 +82,8 @@ class Header:
 
     @cached_property
     def names(self) -> str:
-        """The tensors' names, a line each."""
-        return "\n".join((*self.tensors, ""))
+        """The tensors' names and those of the metadata, a line each."""
+        return "\n".join((*self.tensors, *self.metadata, ""))
 
     @property
     def usual_dtype(self) -> str | None:

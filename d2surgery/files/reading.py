@@ -7,10 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from d2surgery.errors import refuse
+from d2surgery.errors import brief, refuse
 
 MAX_CONFIG = 32_000_000  # bytes; the index of the 140,000 tensors of the largest models has 16 million
 _MAX_GROUPS, _MAX_PARTS = 100_000, 500_000  # lists and objects of a config, and what stands in them
+_MAX_TOML = 200_000  # bytes
+_MAX_DOTS = 4_000_000  # of a line, squared, and of all added up: what tomllib's time for dotted keys grows with
 _MAX_BEYOND_ASCII = 16_000_000  # bytes of text with other letters: Python then takes up to four bytes for each
 _KINDS = (
     (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
@@ -68,6 +70,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise refuse("BAD_CONFIG", "wanted a JSON object", file=str(path), got=type(value).__name__)
     return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML document from disk. Raises D2SurgeryError BAD_CONFIG when it is anything else."""
+    import tomllib  # which few need
+
+    data = read_small(path, _MAX_TOML)
+    try:
+        if sum(line.count(b".") ** 2 for line in data.splitlines()) > _MAX_DOTS:
+            raise ValueError("keys in keys without end")
+        return tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise refuse("BAD_CONFIG", f"not TOML: {brief(error, 200)}", file=str(path)) from None
 
 
 def parse_json(data: bytes, *, groups: int = _MAX_GROUPS, parts: int = _MAX_PARTS) -> Any:

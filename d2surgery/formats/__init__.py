@@ -35,7 +35,7 @@ class _Lazy:
 
 
 FORMATS: tuple[Format, ...] = (
-    _Lazy("gguf"),
+    _Lazy("gguf", "general.architecture"),
     _Lazy("nvlabs", ".weight_m_wdecomp."),
     _Lazy("fsdp_qlora", ".dora_layer.", ".magnitude_layer.", ".lora_AB."),
     _Lazy("megatron", ".adapter."),
@@ -43,7 +43,16 @@ FORMATS: tuple[Format, ...] = (
     _Lazy("tinker", "unembed_tokens.", ".experts.w"),
     _Lazy("litgpt", "transformer.h."),
     _Lazy("loralib", ".lora_A\n"),
-    _Lazy("diffusers"),
+    _Lazy(
+        "diffusers",
+        "lora_adapter_metadata",
+        ".down.weight",
+        ".up.weight",
+        "unet.",
+        "text_encoder",
+        "transformer",
+        "diffusion_model.",
+    ),
     _Lazy("peft_methods", ".hada_", ".lokr_", ".delora_", ".vera_", name="peft-methods"),
     _Lazy("peft"),
     _Lazy("lycoris"),

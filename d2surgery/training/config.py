@@ -7,7 +7,6 @@ field again: nothing is listed twice. `resolved` is written back as TOML that re
 import difflib
 import json
 import os
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from itertools import islice
@@ -15,14 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from d2surgery.adapters import KINDS
-from d2surgery.errors import Problem, brief, raise_errors, refuse
-from d2surgery.files.reading import read_small
+from d2surgery.errors import Problem, brief, raise_errors
+from d2surgery.files.reading import read_toml
 from d2surgery.kinds import TABLE
 from d2surgery.live.attaching import options_of
 from d2surgery.training.settings import KIND_OPTIONS, Hint, Range, TrainConfig
 
-_MAX_TOML, _SHOWN, _LARGEST = 200_000, 60, 1e300  # bytes of a file, keys of a section; of a number, as is NaN not
-_MAX_DOTS = 4_000_000  # of a line, squared, and of all added up: what tomllib's time for dotted keys grows with
+_SHOWN, _LARGEST = 60, 1e300  # keys of a section; of a number, as is NaN not
 
 
 class Setting(NamedTuple):
@@ -59,7 +57,7 @@ def read_config(path: str | os.PathLike[str] | None, options: Mapping[str, Any] 
 
     Raises D2SurgeryError: FILE_MISSING, FILE_UNREADABLE, and BAD_CONFIG with everything that does not fit.
     """
-    document = {} if path is None else _read_toml(Path(path))
+    document = {} if path is None else read_toml(Path(path))
     where = "" if path is None else str(path)
     sections = {setting.name: setting.section for setting in settings()}
     for name, value in (options or {}).items():
@@ -138,16 +136,6 @@ def _build(section: type[Any], name: str, values: Mapping[str, Any]) -> Any:
         elif (key := f"{name}.{part.name}" if name else part.name) in values:
             chosen[part.name] = values[key]
     return section(**chosen)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    data = read_small(path, _MAX_TOML)
-    try:
-        if sum(line.count(b".") ** 2 for line in data.splitlines()) > _MAX_DOTS:
-            raise ValueError("keys in keys without end")
-        return tomllib.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise refuse("BAD_CONFIG", f"not TOML: {brief(error, 200)}", file=str(path)) from None
 
 
 def _shown(value: Any) -> str:
