@@ -206,6 +206,25 @@ def test_another_adapter_altogether_is_not_called_a_strength(inputs: Path) -> No
     assert (found.verdict, codes(found)) == ("fail", {"ANOTHER_ADAPTER"})
 
 
+def test_a_damaged_row_of_every_module_is_one_cause(inputs: Path, tmp_path: Path) -> None:
+    """Though the few elements that magnitudes from before training would round otherwise are as these round them."""
+    base = load_file(inputs / "base" / "model.safetensors")
+    norms = {name: base[f"{name}.weight"].float().norm(dim=1) for name in load(inputs / "dora")}
+    for folder, factor in (("untrained", 1.0), ("adapter", 1 + 3e-6)):
+        made = {name: replace(a, magnitude=factor * norms[name]) for name, a in load(inputs / "dora").items()}
+        save(from_adapters(made), tmp_path / folder)
+    merge(inputs / "base", tmp_path / "untrained", tmp_path / "merged")
+
+    def damaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name in norms:
+            tensors[f"{name}.weight"][5] *= 1.01
+        return tensors
+
+    wrong = rewritten(tmp_path / "merged", tmp_path / "wrong", damaged)
+    found = audit(inputs / "base", tmp_path / "adapter", wrong)
+    assert (found.verdict, codes(found)) == ("fail", {"ROW_SCALED"})
+
+
 def test_a_small_delta_in_bfloat16_passes_with_a_warning(inputs: Path, tmp_path: Path) -> None:
     small = {m: replace(a, scaling=a.scaling * 0.02) for m, a in load(inputs / "lora").items()}
     save(from_adapters(small), tmp_path / "adapter")
