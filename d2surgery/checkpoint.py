@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from d2surgery import formats
 from d2surgery.adapters import KINDS, Adapter
 from d2surgery.adapters.lowrank import LowRank
-from d2surgery.errors import D2SurgeryError, refuse
+from d2surgery.errors import D2SurgeryError, found_in, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.locate import WEIGHTS
 from d2surgery.files.tensors import NAMES, header_of, read_tensor
@@ -43,7 +43,7 @@ class Checkpoint(Mapping[str, Adapter]):
         return self.layout.header.loaded is not None
 
     def __getitem__(self, module: str) -> Adapter:
-        experts = self.layout.adapters[module].experts
+        experts = self._entry(module).experts
         if experts != 1:
             raise refuse("USAGE", f"has {experts} experts; ask adapter(module, expert)", module=module)
         return self.adapter(module)
@@ -57,14 +57,20 @@ class Checkpoint(Mapping[str, Adapter]):
     def tensor(self, key: str) -> Tensor:
         """A tensor by its key in the file, as stored."""
         loaded = self.layout.header.loaded
-        return read_tensor(self.layout.header.tensors[key]) if loaded is None else loaded[key]
+        file = str(self.layout.path)
+        if loaded is not None:
+            return found_in(loaded, key, "tensor", file)
+        return read_tensor(found_in(self.layout.header.tensors, key, "tensor", file))
+
+    def _entry(self, module: str) -> AdapterLayout:
+        return found_in(self.layout.adapters, module, "module", str(self.layout.path))
 
     def adapter(self, module: str, expert: int = 0) -> Adapter:
         """The adapter of one module: factors as (r, in) and (out, r), a convolution's kernel flattened into in.
 
         Raises D2SurgeryError SCALING_UNKNOWN when the scaling is.
         """
-        entry = self.layout.adapters[module]
+        entry = self._entry(module)
         if entry.scaling is None:
             raise refuse("SCALING_UNKNOWN", "what multiplies B·A?", file=str(self.layout.path), module=module)
         vectors = TABLE[entry.kind].vectors
@@ -78,7 +84,7 @@ class Checkpoint(Mapping[str, Adapter]):
 
     def bias(self, module: str) -> Tensor:
         """lora_bias's vector (out,), which is added to the base's bias times the scaling."""
-        return self._matrix(self.layout.adapters[module].slots["bias"], flat=True)
+        return self._matrix(self._entry(module).slots["bias"], flat=True)
 
     def _matrix(self, slot: Slot, *, flat: bool) -> Tensor:
         tensor = self.tensor(slot.key)

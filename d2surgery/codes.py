@@ -52,6 +52,10 @@ CODES: dict[str, Code] = {
     "NO_WEIGHTS": Code("The directory holds no adapter weights.", "Expected adapter_model.safetensors or .bin in it."),
     "SEVERAL_WEIGHTS": Code("The directory holds several weight files.", "Name the one you mean."),
     "HUB_UNREACHABLE": Code("The hub id could not be downloaded.", "Check the id, the network and your token."),
+    "PUSH_REFUSED": Code(
+        "The hub did not take the upload.",
+        "Log in with a token that may write (`hf auth login`, or HF_TOKEN), and check the repository's name.",
+    ),
     "LEFT_OUT": Code(
         "Another file of weights lies beside the adapter's. Only the adapter's is read: its safetensors where there is "
         "a .bin, too, as in PEFT; and non_lora_trainables.bin or non_lora_state_dict.bin, whose names say where each "
@@ -202,6 +206,14 @@ CODES: dict[str, Code] = {
     "READ_BACK_DIFFERS": Code(
         "What was written does not read back as what was meant: a fault of d2surgery's. The files are removed.",
         "Report it with the adapter; PEFT's form (--to peft) is not concerned.",
+    ),
+    "UNKNOWN_NAME": Code(
+        "There is no module or tensor of this name.",
+        "Take one of the names that it has: `list(…)` gives them, `d2surgery inspect --per-layer` shows them.",
+    ),
+    "NO_PANDAS": Code(
+        "A data frame needs the Python package pandas.",
+        "`pip install pandas`, or take `rows()`, which is a list of plain mappings.",
     ),
     "UNKNOWN_FORMAT": Code("No adapter format known here uses these keys.", "Check that this is an adapter file."),
     "UNKNOWN_TENSOR": Code(
@@ -400,6 +412,10 @@ CODES: dict[str, Code] = {
         "Merge with --strength 1, or without what is replaced.",
     ),
     "OUTPUT_EXISTS": Code("There is something at the output path.", "Remove it or choose another path."),
+    "OTHER_SYSTEM": Code(
+        "This operating system lacks what the verb needs; reading, measuring, converting and reports need none of it.",
+        "Merge on Linux or macOS; on Windows in WSL.",
+    ),
     "OUTPUT_IN_USE": Code(
         "Another process writes to this output; one at a time does.",
         "Let it finish, or end it and continue with --resume.",
@@ -439,7 +455,19 @@ CODES: dict[str, Code] = {
         "per line.",
     ),
     "ITEMS_TOO_LONG": Code(
-        "Items of the data are longer than a row.", "Raise max_length if the beginnings of those prompts matter."
+        "Items of the data are longer than a row.", "Raise max_length if the beginnings of those questions matter."
+    ),
+    "IDLE_DEVICES": Code(
+        "One process trains on one device, and there are more.",
+        "Start a process per device: torchrun --nproc-per-node N -m d2surgery train …, or accelerate launch.",
+    ),
+    "START_MOVES_BASE": Code(
+        "Dual LoRA starts from a random delta, which is not small beside the base once its scaling has risen.",
+        "Leave sigma out (the start is then 1 % of the base), or make it smaller: the delta grows with its square.",
+    ),
+    "NO_FLOAT64": Code(
+        "The device has no float64, in which norms and signs are computed here.",
+        "Use the CPU, or a GPU of CUDA's kind.",
     ),
     # Audit.
     "BAD_MERGED": Code(

@@ -1,12 +1,13 @@
 """What can be wrong: one record and one exception; `codes` has the table."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from d2surgery.codes import CODES
 
 Severity = Literal["info", "warning", "error"]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,28 @@ class D2SurgeryError(Exception):
     def __init__(self, *problems: Problem) -> None:
         self.problems = problems
         super().__init__("\n".join(map(str, problems)))
+
+
+class NoSuchName(D2SurgeryError, KeyError):
+    """A module or a tensor that is not there. A KeyError too, so that mappings keep their `get` and `in`."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
+
+
+def found_in(names: Mapping[str, Value], name: str, what: str, file: str = "") -> Value:
+    """names[name]. Raises NoSuchName with the nearest names."""
+    try:
+        return names[name]
+    except KeyError:
+        from difflib import get_close_matches  # seldom needed
+
+        near = get_close_matches(str(name), names, n=3, cutoff=0.5)
+        wanted = ", ".join(near) or f"one of {len(names)}"
+        problem = Problem(
+            code="UNKNOWN_NAME", message=f"there is no such {what}", file=file, wanted=wanted, got=str(name)
+        )
+        raise NoSuchName(problem) from None
 
 
 def refuse(code: str, message: str, **details: str) -> D2SurgeryError:

@@ -1,8 +1,9 @@
 """The machine: threads whose results come in order, the memory in use, and importing what makes many objects."""
 
 import gc
+import mmap
 import os
-import resource
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
@@ -91,11 +92,16 @@ def uncollected() -> Iterator[None]:
 
 
 def peak_memory() -> int:
-    """Bytes of resident memory that this process has had at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes of resident memory that this process has had at most; 0 where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, the others kilobytes
 
 
 def resident_memory() -> int:
     """Bytes of resident memory that this process has now; at most, where the system does not say."""
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_memory()
+    return int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else peak_memory()

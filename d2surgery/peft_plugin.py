@@ -4,11 +4,13 @@
 
 Then save_pretrained, PeftModel.from_pretrained, merge_and_unload and disable_adapter are PEFT's own; the files are
 those that `d2surgery.load` and `d2surgery.save` read and write. One adapter is active at a time: two would not add up,
-since D2-LoRA's norm and Dual LoRA's sign are not linear. PEFT's list of methods is closed, so its members are added
-here, for releases that were tested; others are refused.
+since D2-LoRA's norm and Dual LoRA's sign are not linear. Each row of a batch may have its own (`adapter_names`). PEFT's
+list of methods is closed, so its members are added here, for releases that were tested; others are refused.
 """
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -18,14 +20,14 @@ import torch.nn.functional as F
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from d2surgery.adapters import Adapter, D2LoRA, DualLoRA
 from d2surgery.errors import refuse
 from d2surgery.files.tensors import rounded
-from d2surgery.live.attaching import OverFrozen, base_weight, is_linear, is_quantized
+from d2surgery.live.layers import OverFrozen, base_weight, is_linear, is_quantized
 
 SUPPORTED = ((0, 19, 1), (0, 22, 0))
 """From the first of these PEFT releases to before the last."""
@@ -51,11 +53,22 @@ class _Config(PeftConfig):  # type: ignore[misc]
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = 1
 
+    warmup: ClassVar[float] = 1.0  # a factor of the moment, and no field: `set_warmup` gives an instance its own
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("target_modules", "exclude_modules"):
             chosen = getattr(self, name)
             setattr(self, name, set(chosen) if isinstance(chosen, list) else chosen)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved; a warm-up that is not over is folded into alpha and recorded."""
+        values: dict[str, Any] = super().to_dict()
+        if self.warmup != 1:
+            values["lora_alpha"] *= self.warmup
+            values["alpha_pattern"] = {name: alpha * self.warmup for name, alpha in self.alpha_pattern.items()}
+            values["training"] = {**self.training, "warmup": self.warmup}
+        return values
 
     def start(self, weight: Tensor, module: str) -> Adapter:
         """What a module's training starts from."""
@@ -96,7 +109,8 @@ class DualLoraConfig(_Config):
     """W' = W0 + s·ReLU(B·A) ⊙ sign(D·C), s = lora_alpha/√(r1·r2): see `d2surgery.DualLoRA`.
 
     Its delta is not zero at the start: call `d2surgery.set_warmup(model, w)` with w rising from 0 to 1 over the first
-    steps. training: ste (default "clip") and sigma, the spread of all factors at the start (default 0.02).
+    steps. training: ste (default "clip") and sigma, the spread of all factors at the start (default: by the base,
+    which the start then moves by 1 % at w = 1).
     rank_pattern maps to [r1, r2].
     """
 
@@ -110,7 +124,7 @@ class DualLoraConfig(_Config):
     def start(self, weight: Tensor, module: str) -> Adapter:
         r1, r2 = self._of(module, self.rank_pattern, (self.r1, self.r2))
         scaling = self._of(module, self.alpha_pattern, self.lora_alpha) / (r1 * r2) ** 0.5
-        sigma = self.training.get("sigma", 0.02)
+        sigma = self.training.get("sigma")
         size, sign = (DualLoRA.init(weight, rank=rank, scaling=scaling, sigma=sigma) for rank in (r1, r2))
         return DualLoRA(A=size.A, B=size.B, C=sign.C, D=sign.D, scaling=scaling, ste=self.training.get("ste", "clip"))
 
@@ -132,7 +146,7 @@ class _Layer(OverFrozen, BaseTunerLayer):  # type: ignore[misc]
     merged: Any
     set_adapter: Any
     disable_adapters: Any
-    other_param_names = ("dropout", "fields")
+    other_param_names = ("dropout", "fields", "configs")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -140,6 +154,7 @@ class _Layer(OverFrozen, BaseTunerLayer):  # type: ignore[misc]
             setattr(self, name, nn.ModuleDict())
         self.dropout: dict[str, float] = {}
         self.fields: dict[str, dict[str, Any]] = {}  # adapter name -> what of the value is no slot
+        self.configs: dict[str, _Config] = {}
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | nn.Module | None = None
 
@@ -150,6 +165,7 @@ class _Layer(OverFrozen, BaseTunerLayer):  # type: ignore[misc]
             getattr(self, f"lora_{slot}")[adapter_name] = _Slot(values)
         self.fields[adapter_name] = {name: value for name, value in vars(start).items() if name not in slots}
         self.dropout[adapter_name] = config.lora_dropout
+        self.configs[adapter_name] = config
         self.remember_squares()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -162,15 +178,39 @@ class _Layer(OverFrozen, BaseTunerLayer):  # type: ignore[misc]
         scaling = self.warmed(self.fields[name]["scaling"])
         return self.kind(**{**self.fields[name], "scaling": scaling}, **slots)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def warm(self, w: float) -> None:
+        super().warm(w)
+        for config in self.configs.values():
+            config.warmup = w  # type: ignore[misc]
+
+    def forward(self, x: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None:
+            return self._by_rows(x, adapter_names)
         active = [name for name in self.active_adapters if name in self.fields]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x)  # type: ignore[no-any-return]
         name = _only(active)
         drops = self.training and self.dropout[name]
         return self.through(self.adapter(name), x, F.dropout(x, self.dropout[name]) if drops else None)
+
+    def _by_rows(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """Each row with its own adapter; "__base__", and what this layer has not, is the base. A beam search has
+        several rows in the place of each."""
+        if self.merged:
+            raise refuse("USAGE", "an adapter is merged, so every row would have it", wanted="unmerge_adapter() before")
+        if not names or len(x) % len(names):
+            raise refuse(
+                "USAGE", "adapter_names names an adapter for each row", wanted=f"{len(x)}", got=f"{len(names)}"
+            )
+        own = [name for name in names for _ in range(len(x) // len(names))]
+        y: Tensor = self.base_layer(x)
+        for name in [] if self.disable_adapters else dict.fromkeys(own):
+            if name in self.fields:
+                rows = torch.tensor([at for at, other in enumerate(own) if other == name], device=x.device)
+                y = y.index_copy(0, rows, self.through(self.adapter(name), x[rows], None).to(y.dtype))
+        return y
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT's own would round the slots to the dtype of the base."""
@@ -220,6 +260,29 @@ class _Model(BaseTuner):  # type: ignore[misc]
 
     prefix = "lora_"
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **options: Any) -> Iterator[None]:
+        """PEFT's way to answer each row of a batch by its own adapter."""
+        if adapter_names is None:
+            yield
+            return
+        layers = [m for m in self.modules() if isinstance(m, _Layer | AuxiliaryTrainingWrapper)]
+        known = {name for layer in layers if isinstance(layer, _Layer) for name in layer.fields} | {"__base__"}
+        if unknown := sorted(set(adapter_names) - known):
+            raise refuse("USAGE", "no such adapter", wanted=", ".join(sorted(known)), got=", ".join(unknown))
+        if self.training:
+            raise refuse("USAGE", "adapter_names is for models in evaluation mode")
+
+        def named(module: nn.Module, given: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return given, options | {"adapter_names": adapter_names}
+
+        hooks = [layer.register_forward_pre_hook(named, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _create_and_replace(
         self,

@@ -1,14 +1,21 @@
 """Work in threads: results in order, the first error in that order, an end to what is under way, no thread left."""
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from measuring import write_adapter, write_base
 
+from d2surgery import machine
+from d2surgery.files import positioned
 from d2surgery.machine import ahead, uncollected
 
 
@@ -111,3 +118,70 @@ def test_collection_is_off_inside_and_afterwards_as_it_was(enabled: bool, error:
         assert gc.isenabled() is enabled
     finally:
         gc.enable() if before else gc.disable()
+
+
+# Other systems ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("system", "times"), [("linux", 1024), ("darwin", 1)])
+def test_the_peak_of_memory_is_bytes_on_every_system(system: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS counts ru_maxrss in bytes, Linux in kilobytes."""
+    import resource
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5000))
+    monkeypatch.setattr(sys, "platform", system)
+    assert machine.peak_memory() == 5000 * times
+
+
+def test_without_resource_the_peak_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert machine.peak_memory() == 0
+
+
+AS_ON_WINDOWS = """
+import os, sys
+for name in ("resource", "fcntl", "pwd", "grp"):
+    sys.modules[name] = None
+for name in ("O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "pread", "preadv", "pwrite", "pwritev", "getuid",
+             "sched_getaffinity", "posix_fadvise", "posix_fallocate", "statvfs"):
+    if hasattr(os, name):
+        delattr(os, name)
+os.supports_dir_fd = set()
+"""
+
+
+def test_a_system_without_posix_reads_measures_and_converts(tmp_path: Path) -> None:
+    """What Windows lacks is taken away in a process of its own: modules, flags, pread, descriptors of directories."""
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "lora")
+    code = f"""{AS_ON_WINDOWS}
+from d2surgery.cli import main
+work = sys.argv[1]
+base, lora = work + "/base", work + "/lora"
+for words in (["inspect", lora, "--base", base], ["spectrum", lora], ["drift", lora, "--base", base],
+              ["diff", lora, lora], ["report", lora, "--base", base, "--out", work + "/page.html"],
+              ["resize", lora, work + "/small", "--rank", "2"]):
+    code = main([*words, "--json"])
+    assert code == 0, (words, code)
+sys.exit(main(["merge", "--base", base, "--adapter", lora, "--out", work + "/merged"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout[-1000:] + done.stderr[-2000:]
+    assert "OTHER_SYSTEM" in done.stderr
+    assert not (tmp_path / "merged").exists()
+
+
+def test_reading_without_pread_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(200)))
+    fd = os.open(path, os.O_RDONLY)
+    whole = positioned.pread(fd, 50, 30)
+    monkeypatch.delattr(os, "preadv", raising=False)
+    monkeypatch.delattr(os, "pread", raising=False)
+    buffer = bytearray(50)
+    assert positioned.pread(fd, 50, 30) == whole
+    assert positioned.pread_into(fd, memoryview(buffer), 30) == 50
+    assert bytes(buffer) == whole
+    assert positioned.pread_into(fd, memoryview(buffer), 190) == 10
+    os.close(fd)

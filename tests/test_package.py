@@ -21,9 +21,9 @@ ROOT = PACKAGE.parent
 
 # The wings of the house: a module imports only from its own wing and from those that stand above it here.
 WINGS = (
-    "codes", "errors", "kinds", "machine", "files", "adapters", "formats", "placement", "checkpoint", "measures",
-    "surveying", "merging", "surgery", "live", "peft_plugin", "evaluating", "auditing", "training", "reporting", "cli",
-    "__main__",
+    "codes", "errors", "kinds", "machine", "tables", "files", "adapters", "formats", "placement", "checkpoint",
+    "measures", "surveying", "merging", "surgery", "live", "peft_plugin", "evaluating", "auditing", "training",
+    "reporting", "verbs", "cards", "cli", "__main__",
 )  # fmt: skip
 HEAVY = ("torch", "numpy", "scipy", "transformers", "plotly", "peft", "safetensors", "huggingface_hub", "click")
 

@@ -259,3 +259,56 @@ for name in sys.argv[1:]:
 
     assert run(f"import sys\n{read}") == ["KeyError 'D2LORA'", "KeyError 'DUALLORA'"]
     assert run(f"import sys\nimport d2surgery.peft_plugin\n{read}") == ["D2LORA", "DUALLORA"]
+
+
+@every_config
+def test_each_row_of_a_batch_has_its_own_adapter(name: str, tmp_path: Path) -> None:
+    """As with one adapter active at a time, "__base__" as with none; PEFT's own method, through its hooks."""
+    model = get_peft_model(base(tmp_path / "base"), config(name), adapter_name="one")
+    model.add_adapter("two", config(name))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.eval()
+    ids = torch.cat([IDS, IDS.flip(0)])
+    names = ["two", "__base__", "one", "two"]
+
+    @torch.no_grad()
+    def alone(row: int) -> Any:
+        if names[row] == "__base__":
+            with model.disable_adapter():
+                return model(ids[row : row + 1]).logits
+        model.set_adapter(names[row])
+        return model(ids[row : row + 1]).logits
+
+    with torch.no_grad():
+        together = model(ids, adapter_names=names).logits
+        torch.testing.assert_close(together, torch.cat([alone(row) for row in range(4)]), rtol=1e-5, atol=1e-5)
+        short = model.generate(input_ids=ids, adapter_names=names, max_new_tokens=2, num_beams=2, do_sample=False)
+    assert short.shape[0] == 4
+    with pytest.raises(D2SurgeryError, match=r"USAGE.*no such adapter.*got three"):
+        model(ids, adapter_names=["one", "two", "three", "one"])
+    with pytest.raises(D2SurgeryError, match=r"USAGE.*for each row"):
+        model(ids, adapter_names=["one", "two", "one"])
+    with pytest.raises(D2SurgeryError, match=r"USAGE.*evaluation mode"):
+        model.train()(ids, adapter_names=names)
+
+
+def test_a_warm_up_that_is_not_over_is_saved_with_its_factor(tmp_path: Path) -> None:
+    model = get_peft_model(base(tmp_path / "base"), config("duallora")).eval()
+    set_warmup(model, 0.25)
+    with torch.no_grad():
+        live = model(IDS).logits
+    model.save_pretrained(tmp_path / "adapter")
+    stored = load(tmp_path / "adapter")
+    assert stored.layout.about.training["warmup"] == 0.25
+    assert next(iter(stored.values())).scaling == pytest.approx(0.25 * 6 / 6**0.5)
+    again = PeftModel.from_pretrained(
+        type(model.get_base_model()).from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(IDS).logits, live, rtol=1e-6, atol=1e-6)
+    set_warmup(model, 1.0)
+    assert "warmup" not in model.peft_config["default"].to_dict()["training"]

@@ -17,7 +17,7 @@ def test_each_value_is_a_line(tmp_path: Path) -> None:
     for value, words in [
         (checkpoint, f"Checkpoint({found}"),
         (checkpoint.layout, f"Layout({found}"),
-        (next(d2surgery.spectra(checkpoint))[1], "Spectrum(delta, structural: entropy rank "),
+        (next(d2surgery.spectra(checkpoint))[1], "Spectrum(delta, structural: rank used "),
         (next(d2surgery.drifts(checkpoint, base))[1], "Drift("),
         (plan, f"PlanReport({modules} modules into {tensors} tensors, "),
         (d2surgery.audit(base_path, adapter_path, tmp_path / "out"), f"Audit(pass: {modules} modules, {tensors} "),

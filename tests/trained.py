@@ -12,8 +12,9 @@ from models import byte_tokenizer, llama
 from safetensors.torch import load_file
 from torch import Tensor
 
-from d2surgery.training.config import TrainConfig, parse
+from d2surgery.training.config import parse
 from d2surgery.training.loop import train
+from d2surgery.training.settings import TrainConfig
 
 CHAT = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>\n' }}{% endfor %}"

@@ -1,8 +1,9 @@
 """What does a training step of each kind cost, against LoRA of as many parameters and against PEFT?
 
-A stack of Llama blocks, adapters on all seven linear layers, forward and backward. Every round is one process.
+A stack of Llama blocks, adapters on all seven linear layers, forward and backward under a random linear loss. Every
+round is one process, and begins with another run.
 
-    python analyses/training_cost/study.py [--device cuda] [--rounds N] [--tiny]
+    python analyses/training_cost/study.py [--device cuda [--eager]] [--rounds N] [--tiny]
 """
 
 import argparse
@@ -18,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
-from weakref import WeakSet
 
 HERE = Path(__file__).resolve().parent
 SEED, ROUNDS, STEPS, WARM_UP = 0, 5, 5, 1
@@ -32,50 +32,65 @@ RUNS: dict[str, tuple[str, str, float]] = {
     "Dual LoRA": ("d2surgery", "duallora", 0.5),
     "PEFT LoRA": ("peft", "lora", 1),
     "PEFT DoRA": ("peft", "dora", 1),
+    "LoRA, all logits": ("d2surgery", "lora", 1),
+    "LoRA, answers' logits": ("d2surgery", "lora", 1),
 }
+PAIRS = [(name, "LoRA") for name in RUNS if name != "LoRA" and "logits" not in name]
+PAIRS += [("DoRA", "PEFT DoRA"), ("LoRA, answers' logits", "LoRA, all logits")]
+ANSWERS, VOCABULARY = 16, 49152  # of the tokens of a row one in so many is an answer's, the last ones; SmolLM2's rows
 TIME_TARGETS = {"DoRA": 1.05, "D2-LoRA": 1.05, "Dual LoRA": 1.6}  # of an H200-class GPU, over LoRA
 MEMORY_TARGETS = {"DoRA": 1.05, "D2-LoRA": 1.05}
 GPU = {
     "hidden 2048": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
-                    "num_key_value_heads": 8, "layers": 2, "tokens": 2048, "rank": 32},
+                    "num_key_value_heads": 8, "layers": 2, "rows": 1, "tokens": 2048, "rank": 32},
     "hidden 4096": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-                    "num_key_value_heads": 8, "layers": 2, "tokens": 2048, "rank": 32},
+                    "num_key_value_heads": 8, "layers": 2, "rows": 1, "tokens": 2048, "rank": 32},
 }  # fmt: skip
-CPU = {
-    "hidden 576": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
-                   "num_key_value_heads": 3, "layers": 2, "tokens": 2048, "rank": 32},
-}  # fmt: skip
+SMALL = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+         "layers": 2, "rank": 32}  # fmt: skip
+CPU = {  # hidden 576; rows × tokens
+    "1 × 2048": SMALL | {"rows": 1, "tokens": 2048},
+    "8 × 256": SMALL | {"rows": 8, "tokens": 256},
+    "4 × 67": SMALL | {"rows": 4, "tokens": 67},
+}
 TINY = {
-    "hidden 32": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
-                  "num_key_value_heads": 2, "layers": 1, "tokens": 8, "rank": 4},
+    "2 × 32": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+               "num_key_value_heads": 2, "layers": 1, "rows": 2, "tokens": 32, "rank": 4},
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--eager", action="store_true", help="on a GPU: without torch.compile")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--shape", action="append", help="some of the shapes only, by name")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and one round: does it run?")
     parser.add_argument("--results", type=Path, default=HERE, help="where results.json and figure.svg go")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps({name: measure(name, options.measure, options.device) for name in RUNS}))
+        names = options.measure.pop("names")
+        way = {"device": options.device, "compiled": options.device == "cuda" and not options.eager}
+        print(json.dumps({name: measure(name, options.measure, **way) for name in names}))
         return
     shapes = TINY if options.tiny else GPU if options.device == "cuda" else CPU
-    results = study(shapes, options.device, 1 if options.tiny else options.rounds)
+    shapes = {name: sizes for name, sizes in shapes.items() if name in (options.shape or shapes)}
+    results = study(shapes, options.device, 1 if options.tiny else options.rounds, eager=options.eager)
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     subprocess.run([sys.executable, str(HERE / "figure.py"), str(options.results)], check=True)
     print(table(results))
 
 
-def study(shapes: dict[str, dict[str, int]], device: str, rounds: int) -> dict[str, Any]:
-    """The whole of results.json; the runs of one round stand side by side."""
+def study(shapes: dict[str, dict[str, int]], device: str, rounds: int, *, eager: bool = False) -> dict[str, Any]:
+    """The whole of results.json; the runs of one round stand side by side, each time in another order."""
     runs = []
     for number in range(rounds):
+        first = number * len(RUNS) // rounds
+        names = [*list(RUNS)[first:], *list(RUNS)[:first]]
         for shape, sizes in shapes.items():
-            for name, found in in_its_own_process(sizes, device).items():
+            for name, found in in_its_own_process(sizes, names, device, eager).items():
                 line = f"{shape:12} {name:24} {found['seconds']:9.4f} s {found['memory_bytes'] / 1e6:9.1f} MB"
                 print(line, file=sys.stderr)
                 runs.append({"round": number, "shape": shape, "run": name} | found)
@@ -93,15 +108,16 @@ def study(shapes: dict[str, dict[str, int]], device: str, rounds: int) -> dict[s
         "ratios": [
             {"shape": shape, "run": name, "over": over} | ratio(runs, shape, name, over, key, label)
             for shape in shapes
-            for name, over in [*((name, "LoRA") for name in RUNS if name != "LoRA"), ("DoRA", "PEFT DoRA")]
+            for name, over in PAIRS
             for key, label in (("seconds", "time"), ("memory_bytes", "memory"))
         ],
     }
 
 
-def in_its_own_process(sizes: dict[str, int], device: str) -> dict[str, dict[str, Any]]:
+def in_its_own_process(sizes: dict[str, int], names: list[str], device: str, eager: bool) -> dict[str, dict[str, Any]]:
     """Every run of a round, one after another."""
-    command = [sys.executable, __file__, "--device", device, "--measure", json.dumps(sizes)]
+    command = [sys.executable, __file__, "--device", device, "--measure", json.dumps(sizes | {"names": names})]
+    command += ["--eager"] if eager else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"a round failed:\n{done.stderr}")
@@ -119,8 +135,8 @@ def ratio(runs: list[dict[str, Any]], shape: str, name: str, over: str, key: str
 # One measurement ------------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, sizes: dict[str, int], device: str) -> dict[str, Any]:
-    """Seconds of a step and its memory: the peak on a GPU, on a CPU what is kept for the backward pass."""
+def measure(name: str, sizes: dict[str, int], *, device: str, compiled: bool) -> dict[str, Any]:
+    """Seconds of a step, and the most that a step's tensors hold beside the model at once, temporaries included."""
     import torch
 
     torch.manual_seed(SEED)
@@ -128,37 +144,37 @@ def measure(name: str, sizes: dict[str, int], device: str) -> dict[str, Any]:
     torch.compiler.reset()
     if device == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = blocks(sizes).to(device, dtype)
     digest = hashlib.sha256(b"".join(p.detach().cpu().view(torch.uint8).numpy().tobytes() for p in model.parameters()))
     model = adapted(model, name, sizes["rank"]).train()
-    x = torch.randn(1, sizes["tokens"], sizes["hidden_size"], device=device, dtype=dtype, requires_grad=True)
-    step_of = torch.compile(model) if device == "cuda" else model
+    shape = (sizes["rows"], sizes["tokens"], sizes["hidden_size"])
+    x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+    step_of = torch.compile(model) if compiled else model
     learning = [p for p in model.parameters() if p.requires_grad]
+    loss_of = loss_function(name, sizes, device, dtype)
 
-    def forward() -> Any:
-        return step_of(inputs_embeds=x).last_hidden_state.float().square().mean()
-
-    def step() -> float:
-        loss = forward()
+    def step() -> Any:
+        loss = loss_of(step_of(inputs_embeds=x).last_hidden_state)
         loss.backward()
         for parameter in [*learning, x]:
             parameter.grad = None
-        return float(loss.detach())
+        return loss.detach()
 
     loss = [step() for _ in range(WARM_UP)][-1]
     times = [timed(step, device) for _ in range(STEPS)]
-    memory = torch.cuda.max_memory_allocated() if device == "cuda" else kept_bytes(forward, model)
+    memory = peak_on_gpu(step) if device == "cuda" else peak_on_cpu(step)
     roof = matmul_rate(sizes, device, dtype)
     return {
         "seconds": round(median(times), 5),
         "memory_bytes": memory,
         "roofline_share": round(useful_work(sizes) / median(times) / roof, 3),
         "trainable": sum(p.numel() for p in learning),
-        "loss": loss,
+        "loss": float(loss),
         "base_sha256": digest.hexdigest(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu, one thread, float32, not compiled",
+        "device": f"{torch.cuda.get_device_name()}, {'compiled' if compiled else 'eager'}"
+        if device == "cuda"
+        else "cpu, one thread, float32, not compiled",
     }
 
 
@@ -204,38 +220,53 @@ def timed(step: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - began
 
 
-class Held:
-    """A tensor as long as a step of the backward pass waits for it."""
-
-    def __init__(self, tensor: Any) -> None:
-        self.tensor = tensor
-
-
-def kept_bytes(forward: Callable[[], Any], model: Any) -> int:
-    """What waits for the backward pass after the forward pass, each piece of memory once, the model's own not."""
+def loss_function(name: str, sizes: dict[str, int], device: str, dtype: Any) -> Callable[[Any], Any]:
+    """A random linear function of the output, whose gradient is the same for every run; with a head the cross-entropy
+    of the answers' tokens, from the logits of all positions or from theirs alone."""
     import torch
 
-    held: WeakSet[Held] = WeakSet()
+    draw = torch.Generator().manual_seed(SEED)
+    rows, tokens, hidden = sizes["rows"], sizes["tokens"], sizes["hidden_size"]
+    if "logits" not in name:
+        weights = torch.randn(rows, tokens, hidden, generator=draw).to(device)
+        return lambda output: (output.float() * weights).sum() / weights[0, 0].numel() ** 0.5 / (rows * tokens)
+    head = (torch.randn(VOCABULARY, hidden, generator=draw) / hidden**0.5).to(device, dtype)
+    answers = max(1, tokens // ANSWERS)
+    labels = torch.randint(VOCABULARY, (rows, tokens), generator=draw).to(device)
+    labels[:, :-answers] = -100
+    kept = slice(None) if "all" in name else slice(-answers, None)
+    cross_entropy = torch.nn.functional.cross_entropy
+    return lambda output: cross_entropy((output[:, kept] @ head.T).float().flatten(0, 1), labels[:, kept].flatten())
 
-    def pack(tensor: Any) -> Held:
-        one = Held(tensor)
-        held.add(one)
-        return one
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
-        result = forward()
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    storages = {storage.data_ptr(): storage for storage in (one.tensor.untyped_storage() for one in held)}
-    total: int = sum(storage.nbytes() for address, storage in storages.items() if address not in own)
-    del result
-    return total
+def peak_on_gpu(step: Callable[[], Any]) -> int:
+    import torch
+
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_on_cpu(step: Callable[[], Any]) -> int:
+    """By the profiler's record of what the allocator gave and took back."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    held = peak = 0
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def matmul_rate(sizes: dict[str, int], device: str, dtype: Any) -> float:
     """Floating-point operations per second of the largest product of the model by itself: the roof."""
     import torch
 
-    tokens, hidden, wide = sizes["tokens"], sizes["hidden_size"], sizes["intermediate_size"]
+    tokens, hidden, wide = sizes["rows"] * sizes["tokens"], sizes["hidden_size"], sizes["intermediate_size"]
     x, W = (
         torch.randn(tokens, hidden, device=device, dtype=dtype),
         torch.randn(wide, hidden, device=device, dtype=dtype),
@@ -250,7 +281,7 @@ def useful_work(sizes: dict[str, int]) -> float:
     shared = hidden * sizes["num_key_value_heads"] // sizes["num_attention_heads"]
     linear = 2 * hidden * hidden + 2 * hidden * shared + 3 * hidden * wide
     attention = 2 * 2 * tokens * tokens * hidden / 2
-    return sizes["layers"] * (2 * 2 * tokens * linear + 3 * attention)
+    return sizes["rows"] * sizes["layers"] * (2 * 2 * tokens * linear + 3 * attention)
 
 
 # What is said ---------------------------------------------------------------------------------------------------------
@@ -263,6 +294,8 @@ def processor() -> str:
 
 def table(results: dict[str, Any]) -> str:
     """The README's table."""
+    if not results["runs"]:
+        return "**Not run since the method changed.** No number stands here."
     lines = ["| blocks | run | parameters | ms a step: median (min to max) | share of the roof | memory, MB |"]
     lines.append("|---|---|---|---|---|---|")
     for shape in results["shapes"]:

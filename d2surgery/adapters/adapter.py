@@ -19,6 +19,8 @@ from d2surgery.errors import Problem, raise_errors
 from d2surgery.kinds import TABLE
 
 Some = TypeVar("Some", bound="Adapter")
+Prepared = Callable[[Tensor, Tensor], Tensor]
+"""(x, W0) -> F.linear(x, W0 + delta), with all that does not depend on x computed before."""
 
 
 class Part(TypedDict, total=False):
@@ -143,6 +145,15 @@ class Adapter(ABC):
         dropped-out input also reaches W0, through its rescaling. `base_squares` is `squared_norms` of W0 along the
         adapter's axis, which never change.
         """
+
+    prepares_weight: ClassVar[bool] = False
+    """Whether what `prepared` keeps is as large as the weight."""
+
+    def prepared(
+        self, base_weight: Weight, dtype: torch.dtype, base_squares: Float64[Tensor, " vectors"] | None = None
+    ) -> Prepared:
+        """The forward over this very base weight, products in `dtype`, without gradients to the slots."""
+        return lambda x, W: self.forward(x, W, None, None, base_squares)
 
 
 class OverTiles(ABC):

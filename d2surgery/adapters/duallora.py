@@ -9,18 +9,22 @@ from jaxtyping import Float, Float64
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from d2surgery.adapters.adapter import Adapter, OverTiles, learns, normal
+from d2surgery.adapters.adapter import Adapter, OverTiles, Prepared, learns, normal
 from d2surgery.adapters.forwards import (
     Axis,
     Straight,
     at_least_float32,
     no_autocast,
+    rounds_away,
     signed,
     signed_linear,
+    signed_weight,
     straight_through,
 )
 from d2surgery.adapters.vectors import Triple, Weight, is_transposed, product_like, row_sums
 
+START = 0.01
+"""By what share of the base weight the start moves it at full scaling, in Frobenius norm."""
 FORMED = 1 << 18
 """Entries of Dual LoRA's delta formed at once: 2 MB in float64."""
 
@@ -47,13 +51,15 @@ class DualLoRA(Adapter):
         *,
         rank: int,
         scaling: float,
-        sigma: float = 0.02,
+        sigma: float | None = None,
         generator: Generator | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "DualLoRA":
         """Both groups of this rank, all four N(0, sigma²): zero would stop ReLU's gradient. The delta is not zero;
-        training multiplies the scaling by a warm-up factor that starts at 0."""
+        training multiplies the scaling by a warm-up factor that starts at 0. Without a sigma the delta is about START
+        of the base weight then: ‖s·ReLU(BA)‖ = |s|·σ²·√(r/2) per entry, against the base's root mean square."""
         rows, columns = base_weight.shape
+        sigma = _sigma_for(base_weight, rank, scaling) if sigma is None else sigma
         A, C = (normal(base_weight, (rank, columns), sigma, dtype, generator) for _ in "AC")
         B, D = (normal(base_weight, (rows, rank), sigma, dtype, generator) for _ in "BD")
         return cls(A=A, B=B, C=C, D=D, scaling=scaling)
@@ -99,12 +105,28 @@ class DualLoRA(Adapter):
         base_squares: Float64[Tensor, " vectors"] | None = None,
     ) -> Float[Tensor, "*batch out_features"]:
         """Forms W' tile by tile: there is no thin form. Signs are those of float32 products of float32 slots."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        B, A, D, C = (slot.to(wide) for slot in (self._size * self.B.double(), self.A, self.D, self.C))
+        B, A, D, C = self._wide(x.dtype)
         y = signed_linear(x, base_weight, B, A, D, C, straight=self.ste, update_input=update_input)
         if self._negative:  # W0 − u = 2·W0 − (W0 + u)
             y = 2 * F.linear(x, base_weight.to(x.dtype)) - y
         return y if bias is None else y + bias.to(y.dtype)
+
+    prepares_weight: ClassVar[bool] = True
+
+    @torch.no_grad()
+    def prepared(
+        self, base_weight: Weight, dtype: torch.dtype, base_squares: Float64[Tensor, " vectors"] | None = None
+    ) -> Prepared:
+        """W' in float32 and float64; in 16 bits the delta alone, beside W0."""
+        formed = signed_weight(base_weight, *self._wide(dtype), dtype, negative=self._negative)
+        if rounds_away(dtype):
+            return lambda x, W: F.linear(x.to(dtype), W.to(dtype)) + F.linear(x.to(dtype), formed)
+        return lambda x, W: F.linear(x.to(dtype), formed)
+
+    def _wide(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """B, with the size of the scaling, A, D and C, in float32 at least."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return (self._size * self.B.double()).to(wide), self.A.to(wide), self.D.to(wide), self.C.to(wide)
 
 
 class Formed(OverTiles):
@@ -148,6 +170,13 @@ class Formed(OverTiles):
                 torch.mm(D[rows], C, out=z)
                 delta = signed(size.relu_(), z)
                 yield tile[rows], delta if self.strength == 1 else delta.mul_(self.strength)
+
+
+def _sigma_for(W: Tensor, rank: int, scaling: float) -> float:
+    if W.is_meta:  # a process of FSDP that is sent its slots
+        return 1.0
+    size = START * float(W.detach().double().square().mean().sqrt())
+    return float((size / (abs(scaling) * (rank / 2) ** 0.5)) ** 0.5) if size and scaling else 0.02
 
 
 class _Sign(torch.autograd.Function):

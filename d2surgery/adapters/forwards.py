@@ -1,7 +1,7 @@
 """Linear maps by an adapted weight that keep little for the backward pass: tensors in, tensors out.
 
     thin_linear     W0·x + P·(Q·u), with a gain per row or column on W0 (LoRA, DoRA, D2-LoRA)
-    signed_linear   W'·x, W' = W0 + ReLU(B·A) ⊙ sign(D·C) formed tile by tile (Dual LoRA)
+    signed_linear   W'·x, W' = W0 + ReLU(B·A) ⊙ sign(D·C) formed tile by tile (Dual LoRA); signed_weight that W' itself
     sums            <w, u> and ‖u‖² per row w of W0 and u of P·Q
 
 Kept are the input, which the layers of a block share, and thin matrices: no value of the weight's size, and no copy of
@@ -10,6 +10,8 @@ in the dtype of the input, or in autocast's where it is on; all others in float3
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -42,7 +44,7 @@ def thin_linear(
     The gradient to the gain of a row is read off the output, which the next layer often keeps anyway; where the gain
     is exactly 0 there is nothing to read, and its gradient is 0.
     """
-    dtype = _dtype_of_products(x)
+    dtype = dtype_of_products(x)
     with no_autocast(x):
         return _Thin.apply(x, update_input, base_weight, P, Q, gain, along, dtype)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -60,11 +62,64 @@ def signed_linear(
 ) -> Output:
     """(W0 + ReLU(B·A) ⊙ sign(D·C))·x, or W0·x + (ReLU(B·A) ⊙ sign(D·C))·u with an `update_input` u.
 
-    The weight is rounded to the dtype of the products, formed in row tiles, and in column tiles for the gradient.
+    The weight is formed in row tiles, and in column tiles for the gradient, and rounded to the dtype of the products.
+    In 16 bits W0 and the update are rounded apart, and summed where the products are: W0 + an update below half a unit
+    of it would be W0 again.
     """
-    dtype = _dtype_of_products(x)
+    dtype = dtype_of_products(x)
     with no_autocast(x):
         return _Signed.apply(x, update_input, base_weight, B, A, D, C, straight, dtype)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def signed_weight(
+    base_weight: Base,
+    B: Float[Tensor, "out_features rank1"],
+    A: Float[Tensor, "rank1 in_features"],
+    D: Float[Tensor, "out_features rank2"],
+    C: Float[Tensor, "rank2 in_features"],
+    dtype: torch.dtype,
+    *,
+    negative: bool = False,
+) -> Base:
+    """W0 ± ReLU(B·A) ⊙ sign(D·C) as `signed_linear` forms it for products in `dtype`; in 16 bits without W0."""
+    formed = torch.empty(base_weight.shape, dtype=dtype, device=base_weight.device)
+    with no_autocast(base_weight):
+        for tile in _tiles(*base_weight.shape):
+            delta = signed((B[tile] @ A).relu_(), D[tile] @ C)
+            delta = -delta if negative else delta
+            formed[tile] = delta if rounds_away(dtype) else base_weight[tile] + delta
+    return formed
+
+
+def rounds_away(dtype: torch.dtype) -> bool:
+    """Whether W0 + delta in this dtype loses updates that training has to see."""
+    return dtype.itemsize < 4
+
+
+@dataclass
+class Clipped:
+    """Entries of the sign matrices that gradients came to, and of them those that "clip" or "mask" changed."""
+
+    entries: int = 0
+    changed: Tensor | int = 0
+
+    @property
+    def share(self) -> float | None:
+        return float(self.changed) / self.entries if self.entries else None
+
+
+_counts: list[Clipped] = []  # no context variable: backward passes have threads of their own
+
+
+@contextmanager
+def counting_clipped() -> Iterator[Clipped]:
+    """What the gradients through Dual LoRA's signs lose in backward passes within; not of compiled models."""
+    found = Clipped()
+    _counts.append(found)
+    try:
+        yield found
+    finally:
+        _counts.remove(found)
 
 
 def sums(
@@ -72,11 +127,39 @@ def sums(
 ) -> tuple[Float64[Tensor, " vectors"], Float64[Tensor, " vectors"]]:
     """<w_i, u_i> = Σ_k P_ik (Q·Wᵀ)_ki and ‖u_i‖² = P_i (Q·Qᵀ) P_iᵀ for the rows of W and of U = P·Q.
 
-    One thin product with W in float32 at least, everything else in float64. By the Gram matrix and not by QR, whose
+    One thin `wide_product` with W, everything else in float64. By the Gram matrix and not by QR, whose
     gradient does not exist at P = 0, where training starts.
     """
     with no_autocast(W):
         return _Sums.apply(W, P, Q)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def wide_product(thin: Float[Tensor, "rank inner"], W: Float[Tensor, "inner outer"]) -> Float[Tensor, "rank outer"]:
+    """thin·W in float32 at least, without a copy of a 16-bit W in it.
+
+    In bfloat16 on a GPU: `thin` as three bfloat16 pieces, which hold its 24 bits, summed in float32; else W is widened
+    tile by tile.
+    """
+    wide = torch.promote_types(W.dtype, torch.float32)
+    thin = thin.to(wide)
+    if W.dtype == wide:
+        return thin @ W
+    if W.dtype == torch.bfloat16 and W.is_cuda:
+        return in_pieces(thin, W)
+    product = thin.new_empty(len(thin), W.shape[1])
+    for tile in _tiles(W.shape[1], len(W)):
+        product[:, tile] = thin @ W[:, tile].to(wide)
+    return product
+
+
+def in_pieces(thin: Float[Tensor, "rank inner"], W: Float[Tensor, "inner outer"]) -> Float[Tensor, "rank outer"]:
+    """thin·W, W in bfloat16: each product of pieces is exact in float32, in which they are summed."""
+    pieces = []
+    for _ in range(3):
+        pieces.append(thin.to(W.dtype))
+        thin = thin - pieces[-1]
+    products: Tensor = torch.mm(torch.cat(pieces[::-1]), W, out_dtype=thin.dtype)
+    return products.view(3, len(thin), -1).sum(0)
 
 
 def signed(size: Tensor, z: Tensor) -> Tensor:
@@ -93,6 +176,15 @@ def straight_through(grad: Tensor, z: Tensor, straight: Straight) -> Tensor:
     if straight == "clip":
         return grad.clamp(-1, 1)
     return grad * (z.abs() <= 1) if straight == "mask" else grad
+
+
+def _count(grad: Tensor, z: Tensor, straight: Straight) -> None:
+    if torch.compiler.is_compiling() or not _counts:
+        return
+    changed = {"clip": grad.abs() > 1, "mask": z.abs() > 1, "identity": torch.zeros_like(z, dtype=torch.bool)}[straight]
+    for found in _counts:
+        found.entries += changed.numel()
+        found.changed = found.changed + changed.sum()
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
@@ -174,12 +266,14 @@ class _Signed(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, u, W, B, A, D, C)
         ctx.straight, ctx.dtype = straight, dtype
-        rows = _rows(x if u is None else u, dtype)
-        y = rows.new_zeros(len(rows), len(W)) if u is None else _rows(x, dtype) @ W.to(dtype).T
+        ctx.apart = apart = u is not None or rounds_away(dtype)
+        rows = _rows(x, dtype)
+        rows = torch.cat([rows, rows if u is None else _rows(u, dtype)], 1) if apart else rows
+        y = rows.new_empty(len(rows), len(W))
         for tile in _tiles(len(W), W.shape[1]):
             delta = signed((B[tile] @ A).relu_(), D[tile] @ C)
-            weight = (W[tile] + delta if u is None else delta).to(dtype)
-            y[:, tile] += rows @ weight.T
+            weight = torch.cat([W[tile].to(dtype), delta.to(dtype)], 1) if apart else W[tile].add(delta).to(dtype)
+            y[:, tile] = rows @ weight.T
         return y.view(*x.shape[:-1], len(W))
 
     @staticmethod
@@ -189,15 +283,21 @@ class _Signed(torch.autograd.Function):
             g = _rows(grads[0], ctx.dtype)
             rows = _rows(x if u is None else u, ctx.dtype)
             drows = torch.empty_like(rows)
+            twice = torch.cat([g, g], 1) if ctx.apart and u is None else g
             dB, dA, dD, dC = (torch.zeros_like(slot) for slot in (B, A, D, C))
             for tile in _tiles(W.shape[1], len(W)):
                 size, z = (B @ A[:, tile]).relu_(), D @ C[:, tile]
                 sign = signed(torch.ones_like(size), z.clone())
-                weight = W[:, tile] + size * sign if u is None else size * sign
-                drows[:, tile] = g @ weight.to(g.dtype)
+                weight = size * sign if ctx.apart else W[:, tile] + size * sign
+                weight = (
+                    torch.cat([W[:, tile].to(g.dtype), weight.to(g.dtype)]) if twice is not g else weight.to(g.dtype)
+                )
+                drows[:, tile] = twice @ weight
                 dweight = (g.T @ rows[:, tile]).to(size.dtype)
                 dsize = dweight * sign * (size > 0)
-                dz = straight_through(dweight * size, z, ctx.straight)
+                dsign = dweight * size
+                _count(dsign, z, ctx.straight)
+                dz = straight_through(dsign, z, ctx.straight)
                 dB += dsize @ A[:, tile].T
                 dA[:, tile] = B.T @ dsize
                 dD += dz @ C[:, tile].T
@@ -213,8 +313,7 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-        wide = at_least_float32(W)
-        products = Q.to(wide.dtype) @ wide.T
+        products = wide_product(Q, W.T)
         ctx.save_for_backward(W, P, Q, products)
         P, Q = P.double(), Q.double()
         return (P.T * products).sum(0), ((P @ (Q @ Q.T)) * P).sum(1)
@@ -223,14 +322,14 @@ class _Sums(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
         (W, P, Q, products), (gcross, gupdate) = ctx.saved_tensors, grads
         with no_autocast(W):
-            wide, P64, Q64 = at_least_float32(W), P.double(), Q.double()
+            P64, Q64 = P.double(), Q.double()
             weighted = 2 * gupdate[:, None] * P64
             dP = (products * gcross).T + weighted @ (Q64 @ Q64.T)
-            dQ = (P64 * gcross[:, None]).T.to(wide.dtype) @ wide + (P64.T @ weighted) @ Q64
+            dQ = wide_product((P64 * gcross[:, None]).T, W) + (P64.T @ weighted) @ Q64
             return None, dP.to(P.dtype), dQ.to(Q.dtype)
 
 
-def _dtype_of_products(x: Tensor) -> torch.dtype:
+def dtype_of_products(x: Tensor) -> torch.dtype:
     """As torch's own linear: autocast leaves float64 alone."""
     lowers = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if lowers else x.dtype

@@ -79,11 +79,20 @@ class LowRank:
         """
         upper, lower = self._triangles()
         U, sigma, Vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-        terms = upper.square().sum(0).sqrt() * lower.square().sum(0).sqrt()
-        sigma = sigma[: int((sigma > terms.sum() * self.rank * torch.finfo(torch.float64).eps).sum())]
+        sigma = sigma[: self._above_rounding(sigma, upper, lower)]
         kept = count(sigma)
         left, right = _basis_times(self.P, upper, U[:, :kept]), _basis_times(self.Q.T, lower, Vh[:kept].T)
         return left, sigma, right.T
+
+    def directions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(U, σ, V) as of `svd`, with V (in_features, k), and U and V orthonormal to rounding however the factors are
+        conditioned."""
+        P, Q = self._finite()
+        left, upper = torch.linalg.qr(P)
+        right, lower = torch.linalg.qr(Q.T)
+        U, sigma, Vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+        kept = self._above_rounding(sigma, upper, lower)
+        return left @ U[:, :kept], sigma[:kept], right @ Vh[:kept].T
 
     def recompressed(self) -> "LowRank":
         """The same matrix with the fewest columns: P = U·Σ, Q = Vᵀ of its SVD."""
@@ -95,6 +104,11 @@ class LowRank:
         eps · Σ_k ‖p_k‖‖q_k‖."""
         terms = self.P.double().square().sum(0).sqrt() * self.Q.double().square().sum(1).sqrt()
         return terms.sum() * self.rank * torch.finfo(torch.float64).eps
+
+    def _above_rounding(self, sigma: Tensor, upper: Tensor, lower: Tensor) -> int:
+        """How many σ are more than `rounding`, of the factors' triangles."""
+        terms = upper.square().sum(0).sqrt() * lower.square().sum(0).sqrt()
+        return int((sigma > terms.sum() * self.rank * torch.finfo(torch.float64).eps).sum())
 
     def _core(self) -> "_Core":
         P, Q = self._finite()

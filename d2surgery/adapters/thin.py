@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from d2surgery.adapters.adapter import Adapter, OverTiles, Part, learns
+from d2surgery.adapters.adapter import Adapter, OverTiles, Part, Prepared, learns
 from d2surgery.adapters.forwards import Axis, at_least_float32, no_autocast, sums, thin_linear
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.adapters.vectors import (
@@ -99,18 +99,35 @@ class Thin(Adapter):
         A vector without length stays zero here: whether it should have had one is asked when merging, not in each
         step.
         """
-        P, Q = self._factors(torch.promote_types(x.dtype, torch.float32))
-        if not self.normalises:
-            y = thin_linear(x, base_weight, P, Q, update_input=update_input)
-        else:
-            gains = self._gains(self._training_triple(base_weight, P, Q, base_squares))
-            a, b = (1 + gains.base_excess).to(P.dtype), gains.update_gain.to(P.dtype)
-            P, Q = (b[:, None] * P, Q) if self.along == "out_features" else (P, b * Q)
-            y = thin_linear(x, base_weight, P, Q, gain=a, along=self.along or "out_features", update_input=update_input)
+        P, Q, gain = self._gained(base_weight, torch.promote_types(x.dtype, torch.float32), base_squares)
+        y = thin_linear(x, base_weight, P, Q, gain=gain, along=self._axis, update_input=update_input)
         return y if bias is None else y + bias.to(y.dtype)
+
+    @torch.no_grad()
+    def prepared(
+        self, base_weight: Weight, dtype: torch.dtype, base_squares: Float64[Tensor, " vectors"] | None = None
+    ) -> Prepared:
+        P, Q, gain = self._gained(base_weight, torch.promote_types(dtype, torch.float32), base_squares)
+        P, Q = P.to(dtype), Q.to(dtype)
+        return lambda x, W: thin_linear(x, W, P, Q, gain=gain, along=self._axis)
 
     def over_tiles(self, dtype: torch.dtype, strength: float = 1.0) -> "Streamed":
         return Streamed(self, dtype, strength)
+
+    @property
+    def _axis(self) -> Axis:
+        return self.along or "out_features"
+
+    def _gained(
+        self, base_weight: Weight, dtype: torch.dtype, base_squares: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """P and Q with the update's gain in one of them, and the gain of W0."""
+        P, Q = self._factors(dtype)
+        if not self.normalises:
+            return P, Q, None
+        gains = self._gains(self._training_triple(base_weight, P, Q, base_squares))
+        a, b = (1 + gains.base_excess).to(dtype), gains.update_gain.to(dtype)
+        return (b[:, None] * P, Q, a) if self.along == "out_features" else (P, b * Q, a)
 
     def _training_triple(self, base_weight: Weight, P: Tensor, Q: Tensor, base_squares: Tensor | None = None) -> Triple:
         """As `triple`, without a look at the data, and differentiable where the kind's norm is."""

@@ -18,6 +18,8 @@ EXCESS = 1.3  # noise above this many times the noise of rounding once is not ro
 PLAIN = 1.1  # noise that is rounding and nothing else
 _HALF = 0.5  # of a fault's move must be in the file
 _LEAST = 0.1  # of a strength that leaves more than rounding: with less, something else was merged
+_FEW = 16  # elements that a fault must move, where it does not give every bit
+_PARTS = 4  # of which a fault must be seen in more than one
 _SAMPLE = 64  # rows on which most faults are seen not to have been made
 _RANK_SIDE = 384  # rows and columns of the block whose residual is decomposed
 
@@ -105,7 +107,8 @@ def rows_moved(case: Case, merged: Tensor) -> Diagnosis | None:
     order = torch.cat([(part @ wanted.T).argmax(1) for part in torch.split(there, 256)])
     right = right[order]
     left = _norm(merged.to(right.dtype) - right)
-    if len(torch.unique(order)) < len(order) or left > EXCESS * _unit(right, merged.dtype):
+    moved = bool((order != torch.arange(len(order))).any())
+    if not moved or len(torch.unique(order)) < len(order) or left > EXCESS * _unit(right, merged.dtype):
         return None
     return Diagnosis("HEADS_PERMUTED" if head_size(case) else "DELTA_UNEXPLAINED", "its rows are in another order")
 
@@ -141,8 +144,24 @@ class _Look:
             against = regress(stored, weight[rows] - right, wanted, self.merged[rows])
             if against.strength + SIGNIFICANT * against.strength_error < _HALF:
                 return None
-        finite = bool(torch.isfinite(weight).all())
-        return _Trial(named, against, self.noise(weight)) if finite and _believed(against) else None
+        if not torch.isfinite(weight).all() or not _believed(against):
+            return None
+        if against.mismatched and not self._everywhere(weight):
+            return None
+        return _Trial(named, against, self.noise(weight))
+
+    def _everywhere(self, weight: Tensor) -> bool:
+        """Whether a fault is believed without any quarter of the rows, or columns: a damaged one is no fault of all."""
+        move, wanted = weight - self.case.right, rounded(weight, self.merged.dtype)
+        if int(torch.count_nonzero(bits(wanted) != bits(self.stored))) < _FEW:
+            return False  # it hardly shows in this dtype, and what shows may be chance
+        values = (self.stored.to(weight.dtype), move, wanted, self.merged)
+        for across in (values, tuple(x.T for x in values)):
+            sums = [regress(*(x[first::_PARTS] for x in across)) for first in range(_PARTS)]
+            others = (sum(sums[:at] + sums[at + 1 :], Comparison()) for at in range(_PARTS))
+            if not all(map(_believed, others)):
+                return False
+        return True
 
     def fit(self) -> Fit:
         base, delta = self.case.base, self.case.delta

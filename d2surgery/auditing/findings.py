@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from d2surgery.errors import Problem
 from d2surgery.files.plain import plain
 from d2surgery.measures.fidelity import Survival
+from d2surgery.surveying.order import in_order
+from d2surgery.tables import Tabular
 
 if TYPE_CHECKING:
     from d2surgery.evaluating.behaviour import Behaviour, TaskGap
@@ -86,7 +88,7 @@ class ReceiptAudit:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Audit:
+class Audit(Tabular):
     """Is `merged` the `base` with the `adapter`?"""
 
     verdict: Verdict
@@ -110,6 +112,15 @@ class Audit:
     def __repr__(self) -> str:
         codes = "".join(f", {code}" for code in dict.fromkeys(problem.code for problem in self.reasons))
         return f"Audit({self.verdict}: {len(self.modules)} modules, {len(self.tensors)} tensors{codes})"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row per module, its record's own names, with the gain of its survival."""
+        shown = ("module", "kind", "status", "verdict", "code", "recipe", "strength", "strength_error", "residual",
+                 "mismatched_elements", "elements", "message")  # fmt: skip
+        return [
+            {name: getattr(record, name) for name in shown} | {"gain": record.survival.gain}
+            for record in in_order(self.modules).values()
+        ]
 
     @property
     def coverage(self) -> dict[str, int]:
@@ -144,7 +155,7 @@ def document(audit: Audit) -> dict[str, Any]:
         "also": list(audit.also),
         "coverage": audit.coverage,
         "tensors": {status: audit.coverage[status] for status in STATUSES},
-        "modules": [_module(module) for module in audit.modules.values()],
+        "modules": [_module(module) for module in in_order(audit.modules).values()],
         "tensor_list": [asdict(tensor) for tensor in audit.tensors.values()],
         "not_checked": list(audit.not_checked),
         "receipt": asdict(audit.receipt) if audit.receipt else None,

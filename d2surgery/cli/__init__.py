@@ -15,9 +15,10 @@ from importlib import import_module
 from typing import NamedTuple
 
 import click
+from click.shell_completion import CompletionItem
 
-from d2surgery.cli import output
-from d2surgery.errors import D2SurgeryError, Problem
+from d2surgery.cli import guessing, jobs, output
+from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.machine import uncollected
 
 
@@ -99,8 +100,12 @@ VERBS = {
         "One page, offline, with all of it: words, tables, figures.",
         "d2surgery report ./one-adapter ./another --base ./model --out report.html",
     ),
+    "push": Verb(
+        "Operate", "An output to the Hugging Face hub, with its card.", "d2surgery push ./merged my-org/my-model"
+    ),
     "demo": Verb("Help", "The whole path on a small example it makes itself.", "d2surgery demo"),
-    "explain": Verb("Help", "What a problem code means and what to do.", "d2surgery explain MISSING_HALF"),
+    "explain": Verb("Help", "What a problem code or a number means and what to do.", "d2surgery explain MISSING_HALF"),
+    "completion": Verb("Help", "Tab completion for bash, zsh and fish.", "d2surgery completion"),
 }
 FAILED = 2
 INTERRUPTED = 130
@@ -119,6 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:]
     wanted = [argument for argument in arguments if argument != DEBUG]
     output.tolerate_any_text()
+    if asked := os.environ.get("_D2SURGERY_COMPLETE"):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(_group, {}, "d2surgery", "_D2SURGERY_COMPLETE", asked)
     try:
         code = _run(wanted or ["--help"])
         if sys.stdout is not None:
@@ -182,6 +191,10 @@ def _run(arguments: list[str]) -> int:
 def _usage(error: click.ClickException) -> list[Problem]:
     context = getattr(error, "ctx", None)
     verb = context.command_path if context else "d2surgery"
+    if isinstance(error, click.NoSuchOption):
+        near = guessing.option(error.option_name, context.command) if context else []
+        wanted = " or ".join(near) or f"{verb} --help lists what there is"
+        return [Problem(code="USAGE", message="no such option", file=verb, wanted=wanted, got=error.option_name)]
     return [Problem(code="USAGE", message=error.format_message(), file=verb)]
 
 
@@ -192,6 +205,21 @@ def _from_system(error: OSError) -> Problem:
 
 class _Lazy(click.Group):
     """Lists verbs from the table and imports the one that runs."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """A mistyped verb is guessed; a job file after a verb gives its options."""
+        if args and args[0] not in VERBS and not ctx.resilient_parsing and not args[0].startswith("-"):
+            wanted = " or ".join(guessing.verb(args[0], VERBS)) or "d2surgery --help lists them"
+            raise refuse("USAGE", "no such verb", file="d2surgery", wanted=wanted, got=args[0])
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command, rest if command is None or ctx.resilient_parsing else jobs.expanded(command, rest)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Verbs from the table: to import each for its help would take seconds."""
+        verbs = [CompletionItem(name, help=verb.summary) for name, verb in VERBS.items() if name.startswith(incomplete)]
+        return verbs if incomplete[:1] != "-" else click.Command.shell_complete(self, ctx, incomplete)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -221,6 +249,8 @@ def _group(debug: bool) -> None:
     """Model surgery: inspect, measure, merge, audit and train LoRA, DoRA, Dual LoRA and D2-LoRA adapters.
 
     ADAPTER is a file, a directory, or a hub id org/name[@revision]; what exists locally is never downloaded.
+
+    A job file stands for the options of a verb: `d2surgery merge job.toml`, with base = "…", adapter = "…", out = "…".
 
     Exit codes: 0 done or pass, 1 verdict fail, 2 could not be done, 3 inconclusive, 130 interrupted.
     """

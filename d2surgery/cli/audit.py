@@ -26,7 +26,9 @@ from d2surgery.evaluating.items import read_prompts
 from d2surgery.evaluating.tasks import Progress, read_task
 from d2surgery.files.whole import write_whole
 from d2surgery.formats.layout import Packing
+from d2surgery.machine import give_back
 from d2surgery.reporting import audit_files
+from d2surgery.surveying.order import in_order
 
 Given = TypeVar("Given")
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -147,6 +149,7 @@ def command(
 
 
 def _by_weights(asked: Asked, progress: Progress) -> Audit:
+    give_back()
     base, adapter = _required("base", asked.base), _required("adapter", asked.adapter or None)
     right, wrong = asked.strength_pass, asked.strength_fail
     if not 0 <= right <= wrong:
@@ -223,10 +226,10 @@ def describe(found: Audit, *, per_layer: bool = False) -> Iterator[str]:
 
 
 def _modules(found: Audit, per_layer: bool) -> Iterator[str]:
-    listed = list(found.modules.values())
+    order = {"wrong": 0, "uncertain": 1, "rounding": 2, "replayed": 3}
+    listed = sorted(in_order(found.modules).values(), key=lambda m: order[m.status])  # the worst first
     if not per_layer:
-        order = {"wrong": 0, "uncertain": 1, "rounding": 2}
-        listed = sorted((m for m in listed if m.status in order), key=lambda m: (order[m.status], m.module))
+        listed = [m for m in listed if m.status != "replayed"]
     shown = listed if per_layer else listed[:_SHOWN]
     if not shown:
         return

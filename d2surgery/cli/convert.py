@@ -7,7 +7,7 @@ import click
 
 from d2surgery.adapters.forwards import Axis
 from d2surgery.cli import formats, measured, surgical
-from d2surgery.cli.options import BASE_HELP, Base, Number, progress_bar, scaling_options
+from d2surgery.cli.options import BASE_HELP, Adapter, Base, Number, progress_bar, scaling_options
 from d2surgery.errors import refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.formats.engines import ENGINES
@@ -18,7 +18,7 @@ from d2surgery.surgery.truncation import ALL
 
 
 @click.command(name="convert")
-@click.argument("adapter")
+@click.argument("adapter", type=Adapter())
 @click.argument("out", type=surgical.DIRECTORY)
 @click.option("--kind", type=click.Choice(list(TABLE)), help="The kind to make; with --rescale-base it is lora.")
 @click.option("--base", type=Base(), help=f"{BASE_HELP}; DoRA and D2-LoRA need it.")

@@ -184,10 +184,10 @@ def _as_lora(base: Path, adapter: Path, out: Path) -> Iterator[str]:
 
 
 def _report(base: Path, adapters: Sequence[Path], path: Path, *, kept: bool) -> Iterator[str]:
-    from d2surgery.cli.report import report  # plotly
+    from d2surgery.verbs.reporting import report  # plotly
 
     began = time.monotonic()
-    path.write_text(report([str(adapter) for adapter in adapters], base=base), encoding="utf-8")
+    report(*adapters, base=base, out=path, force=True)
     where = f": open {path} in a browser" if kept else ""
     yield ""
     yield f"report of the four, {output.size(path.stat().st_size)} in {time.monotonic() - began:.1f} s{where}"

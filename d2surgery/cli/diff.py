@@ -2,19 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import progress_bar
+from d2surgery.cli.options import Adapter, exact_signs_option, progress_bar
 from d2surgery.errors import refuse
-from d2surgery.measures.likeness import SIDES, Difference, Likeness, likeness, phi
-from d2surgery.measures.subspace import Similarity
+from d2surgery.measures.likeness import SAMPLE, SIDES, Difference, Likeness, Shared, closest, likeness, phi
 from d2surgery.reporting.tidy import Row, difference_rows
-from d2surgery.surveying.modules import differences, places
+from d2surgery.surveying.adapter import labels
+from d2surgery.surveying.modules import compare, places
 
 if TYPE_CHECKING:
     from d2surgery.reporting.figures.parts import Plot
@@ -30,29 +29,32 @@ class Compared(NamedTuple):
 
 
 @click.command(name="diff")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER ADAPTER...")
+@click.argument("adapters", type=Adapter(), nargs=-1, required=True, metavar="ADAPTER ADAPTER...")
+@exact_signs_option
 @measured.output_options
-def command(adapters: tuple[str, ...], **options: Any) -> int:
+def command(adapters: tuple[str, ...], exact_signs: bool, **options: Any) -> int:
     """Cosines, shared subspaces with their principal angles, and sign agreement of every pair of adapters.
 
     Of the updates, from their factors; of Dual LoRA's deltas, which have no factors, without the subspaces. Beside
-    each number stands what two unrelated adapters would give.
+    each number stands what two unrelated adapters would give. The signs of large modules are a sample's, with its
+    standard error; all else is exact.
     """
     outputs = measured.checked_outputs(**options)
     if len(adapters) < 2:
         raise refuse("USAGE", "one adapter has nothing to be compared with", wanted="two or more", got="1")
     checkpoints = [measured.open_adapter(adapter) for adapter in adapters]
-    found: list[Compared] = []
-    for i, j in combinations(range(len(adapters)), 2):
-        with progress_bar("comparing", show=outputs.show_progress, unit=" modules") as progress:
-            modules = dict(differences(checkpoints[i], checkpoints[j], progress=progress))
-        found.append(_compared((adapters[i], checkpoints[i]), (adapters[j], checkpoints[j]), modules))
+    with progress_bar("comparing", show=outputs.show_progress, unit=" modules") as progress:
+        pairs = compare(checkpoints, exact_signs=exact_signs, progress=progress)
+    found = [
+        _compared((adapters[i], checkpoints[i]), (adapters[j], checkpoints[j]), modules)
+        for (i, j), modules in pairs.items()
+    ]
 
     def rows() -> list[Row]:
         return [row for each in found for row in difference_rows(each.modules, f"{each.first} and {each.second}")]
 
     measured.show(outputs, {"pairs": [_record(each) for each in found]}, _text(found, outputs.per_layer), rows)
-    measured.draw(outputs, lambda: _figures(adapters, found), f"{len(adapters)} adapters compared")
+    measured.draw(outputs, lambda: _figures(labels(adapters), found), f"{len(adapters)} adapters compared")
     return 0
 
 
@@ -66,15 +68,16 @@ def _compared(
     return Compared(first[0], second[0], modules, only[0], only[1], likeness(modules))
 
 
-def _figures(adapters: Sequence[str], found: Sequence[Compared]) -> list["Plot"]:
+def _figures(names: Sequence[str], found: Sequence[Compared]) -> list["Plot"]:
     from d2surgery.reporting.figures import likeness as figures  # plotly, and only where figures are drawn
 
-    labels = [Path(adapter).name or adapter for adapter in adapters]
-    wholes = dict(zip(combinations(range(len(adapters)), 2), (each.whole for each in found), strict=True))
-    plots = [figures.similarity_matrix(labels, wholes)]
-    for (i, j), each in zip(wholes, found, strict=True):
-        names = (labels[i], labels[j])
-        plots += [figures.similarity_by_depth(each.modules, names), figures.subspaces_by_depth(each.modules, names)]
+    wholes = dict(zip(combinations(range(len(names)), 2), (each.whole for each in found), strict=True))
+    plots = [figures.similarity_matrix(names, wholes)]
+    pairs = dict(zip(wholes, found, strict=True))
+    for i, j in closest(wholes, figures.MOST_PAIRS):
+        each = pairs[i, j]
+        two = (names[i], names[j])
+        plots += [figures.similarity_by_depth(each.modules, two), figures.subspaces_by_depth(each.modules, two)]
     return plots
 
 
@@ -93,11 +96,12 @@ def _module(record: Difference) -> dict[str, Any]:
         "frobenius_norms": record.norms,
         "sign_agreement": record.signs.share,
         "sign_agreement_null": record.signs.null,
+        "sign_agreement_standard_error": record.signs.standard_error,
         **{side: _side(getattr(record, side)) for side in SIDES},
     }
 
 
-def _side(found: Similarity | None) -> dict[str, Any] | None:
+def _side(found: Shared | None) -> dict[str, Any] | None:
     if found is None:
         return None
     similarity, null = phi(found) or (None, None)
@@ -119,6 +123,11 @@ def _text(found: Sequence[Compared], per_layer: bool) -> Iterator[str]:
         yield from output.table(rows)
         yield ""
         yield from measured.prose(_coverage(compared))
+        if compared.whole.signs_error:
+            yield from measured.prose(
+                f"signs: of {SAMPLE} entries of each large module, over all ± {compared.whole.signs_error:.1g} (one "
+                "standard error); --exact-signs counts every entry."
+            )
     yield from measured.prose(
         "cosine: of the updates. φ in, φ out: share of one's input or output directions that the other uses too. "
         "signs: share of entries of equal sign; by chance is that of Gaussian entries with the same cosine."

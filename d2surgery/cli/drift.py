@@ -9,10 +9,11 @@ import click
 from d2surgery.adapters.forwards import Axis
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import BASE_HELP, Base, device_option, progress_bar
+from d2surgery.cli.options import BASE_HELP, Adapter, Base, device_option, progress_bar
 from d2surgery.files.base import BaseWeights
 from d2surgery.measures.drift import Correlation, Drift, correlation
 from d2surgery.reporting.tidy import QUANTILES, drift_rows, quantiles
+from d2surgery.surveying.adapter import labels
 from d2surgery.surveying.modules import drifts
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ Found = Mapping[str, Drift]
 
 
 @click.command(name="drift")
-@click.argument("adapter")
+@click.argument("adapter", type=Adapter())
 @click.option("--base", type=Base(), required=True, help=f"{BASE_HELP}.")
 @click.option("--along", type=click.Choice(get_args(Axis)), help="The axis that is kept. Default: the adapter's own.")
 @device_option
@@ -40,25 +41,28 @@ def command(adapter: str, base: Path, along: Axis | None, device: str, **options
         found = dict(drifts(checkpoint, weights, along=along, device=device, progress=progress))
     related = correlation(list(found.values()))
 
+    (label,) = labels([adapter])
     measured.show(
         outputs,
         _document(checkpoint, base, found, related),
         _text(checkpoint, found, related, outputs.per_layer),
         lambda: drift_rows(found, adapter),
     )
-    measured.draw(outputs, lambda: _figures(found), f"Drift of {Path(adapter).name}")
+    measured.draw(outputs, lambda: _figures(found, label), f"Drift of {label}")
     return 0
 
 
-def _figures(found: Found) -> list["Plot"]:
+def _figures(found: Found, label: str) -> list["Plot"]:
     from d2surgery.reporting.figures import drifts as figures  # plotly, and only where figures are drawn
+    from d2surgery.reporting.figures import parts
 
-    return [
+    plots = [
         figures.drift_by_depth(found),
         figures.drift_distribution(found),
         figures.magnitude_direction(found),
         figures.relative_update_map(found),
     ]
+    return [parts.named(plot, label) for plot in plots]
 
 
 def _document(checkpoint: Checkpoint, base: Path, found: Found, related: Correlation) -> dict[str, Any]:

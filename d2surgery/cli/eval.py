@@ -1,7 +1,7 @@
 """`d2surgery eval`: multiple-choice accuracy of a base, of it with an adapter live or merged, or the gap of the two."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,9 @@ from d2surgery.cli import measured, output
 from d2surgery.cli.options import BASE_HELP, DTYPE_NAMES, Base, device_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.evaluating.behaviour import compare_scores
+from d2surgery.evaluating.freeform import Answers, answers, macro_f1, matthews
 from d2surgery.evaluating.harness import harness_scores
-from d2surgery.evaluating.items import TEMPLATES, Template
+from d2surgery.evaluating.items import TEMPLATES, Template, read_items
 from d2surgery.evaluating.paired import mean_accuracy
 from d2surgery.evaluating.scoring import Models, scores
 from d2surgery.evaluating.tasks import WAYS, By, Progress, Score, Task, read_task, score_all
@@ -48,6 +49,8 @@ class Questions:
     more: tuple[Path, ...]
     """Files too, by position: `--tasks one.json two.json`."""
     harness: tuple[str, ...]
+    free: tuple[Path, ...]
+    """Files of items to be answered in the model's own words."""
     by: tuple[By, ...]
     limit: int | None
     template: Template
@@ -59,6 +62,7 @@ class Questions:
 @click.option("--merged", type=_PATH, help="Merged model directory. With --adapter: the gap between the two.")
 @click.option("--tasks", "files", type=_PATH, multiple=True, help="JSON or JSONL items; repeatable.")
 @click.option("--harness", multiple=True, help="Task of lm-eval, by name or YAML file; repeatable. Needs the extra.")
+@click.option("--free", type=_PATH, multiple=True, help="Items to answer in its own words: perplexity, F1, ROUGE-L.")
 @click.argument("more", type=_PATH, nargs=-1, metavar="[FILE]...")
 @click.option("--by", "by", type=Ways(), default="likelihood", show_default=True, help=f"Of {', '.join(WAYS)}.")
 @click.option("--limit", type=click.IntRange(min=1), help="Items per task, taken evenly.")
@@ -80,19 +84,26 @@ def command(as_json: bool, quiet: bool, items_file: Path | None, **options: Any)
 
     --harness runs tasks of the lm-eval harness by its own prompts and metrics, in place of --tasks or beside them.
 
+    --free asks for answers in the model's own words, of items with or without choices: perplexity per token of the
+    right answers, exact match, token F1 and ROUGE-L of what it says. Tasks whose items share their choices (labels)
+    also have Matthews' correlation and macro F1.
+
     A task is a JSON list or JSON lines, plain or gzip, of {"question", "choices", "answer"} or of the commonsense
     form {"instruction", "input", "output", "answer"}.
     """
     models = _models(options)
     questions = Questions(**options)
     _check(models, questions, items_file)
-    tasks = [read_task(path, questions.limit) for path in (*questions.files, *questions.more)]
     output.hush("bitsandbytes")
+    if questions.free:
+        return _free(models, questions, items_file, as_json=as_json, quiet=quiet)
+    tasks = [read_task(path, questions.limit) for path in (*questions.files, *questions.more)]
     with progress_bar("answering", show=not (as_json or quiet), unit=" items") as progress:
         found = scores(models, partial(_answers, tasks, questions), progress)
     if items_file is not None:
         write_whole(items_file, _items(found))
-    document = _document(found)
+    labelled = {task.name for task in tasks if len({item.choices for item in task.items}) == 1}
+    document = _document(found, labelled)
     if as_json:
         output.emit_json(_asked(models, questions) | document)
         return 0
@@ -110,8 +121,11 @@ def _models(options: dict[str, Any]) -> Models:
 
 def _check(models: Models, questions: Questions, items_file: Path | None) -> None:
     """Refuses before any work what could not be done."""
-    if not (questions.files or questions.harness):
-        raise refuse("USAGE", "nothing to answer", wanted="--tasks FILE or --harness TASK")
+    chosen = bool(questions.files or questions.more or questions.harness)
+    if not (chosen or questions.free):
+        raise refuse("USAGE", "nothing to answer", wanted="--tasks FILE, --free FILE or --harness TASK")
+    if chosen and questions.free:
+        raise refuse("USAGE", "--free is a question of its own", wanted="--free FILE without tasks")
     if models.quantization and models.merged and not models.adapter:
         raise refuse(
             "USAGE", "the base is not run, so --quantization has no effect", wanted="--adapter, or no --merged"
@@ -130,6 +144,47 @@ def _answers(
     return found
 
 
+def _free(models: Models, questions: Questions, items_file: Path | None, *, as_json: bool, quiet: bool) -> int:
+    """Every file's items in the models' own words."""
+    files = {path.name: read_items(path) for path in questions.free}
+    if questions.limit is not None:
+        files = {name: items[:: max(1, len(items) // questions.limit)][: questions.limit]
+                 for name, items in files.items()}  # fmt: skip
+
+    def answer(model: nn.Module, tokenizer: Any, progress: Progress) -> dict[str, Answers]:
+        return {name: answers(model, tokenizer, items, template=questions.template, progress=progress)
+                for name, items in files.items()}  # fmt: skip
+
+    with progress_bar("answering", show=not (as_json or quiet), unit=" items") as progress:
+        found = scores(models, answer, progress)
+    if items_file is not None:
+        lines = [{"model": model, "file": name, "item": at, "text": text} | record
+                 for model, each in found.items() for name, one in each.items()
+                 for at, (text, record) in enumerate(zip(one.texts, one.of_items, strict=True))]  # fmt: skip
+        write_whole(items_file, "".join(json.dumps(line) + "\n" for line in lines))
+    if as_json:
+        means = {model: {name: _means(one) for name, one in each.items()} for model, each in found.items()}
+        output.emit_json(_asked(models, questions) | {"models": means})
+        return 0
+    rows = [["", "items", "perplexity", "exact", "F1", "ROUGE-L", "F1, 95 %"]]
+    for model, each in found.items():
+        for name, one in each.items():
+            shares = [_percent(share) for share in (one.exact, one.f1, one.rouge_l)]
+            low, high = map(_percent, one.f1_ci)
+            rows.append([f"{model}, {output.printable(name)}", str(len(one.texts)), output.number(one.perplexity),
+                         *shares, f"{low} to {high}"])  # fmt: skip
+    for line in () if quiet else output.table(rows):
+        output.emit(line)
+    return 0
+
+
+def _means(one: Answers) -> dict[str, Any]:
+    left = asdict(one)
+    return {name: left[name] for name in left if name not in ("texts", "of_items")} | {
+        "items": len(one.texts), "perplexity": one.perplexity,
+    }  # fmt: skip
+
+
 def _asked(models: Models, questions: Questions) -> dict[str, Any]:
     """What was asked, as JSON."""
     return {
@@ -141,9 +196,9 @@ def _asked(models: Models, questions: Questions) -> dict[str, Any]:
     }
 
 
-def _document(found: dict[str, list[Score]]) -> dict[str, Any]:
+def _document(found: dict[str, list[Score]], labelled: Collection[str] = ()) -> dict[str, Any]:
     """Per model the accuracy of each task and their mean; with two models their gap."""
-    document: dict[str, Any] = {"models": {name: _accuracies(each) for name, each in found.items()}}
+    document: dict[str, Any] = {"models": {name: _accuracies(each, labelled) for name, each in found.items()}}
     if len(found) == 2:
         gap = compare_scores(*found.values())
         problems = [output.record(problem) for problem in gap.problems]
@@ -151,7 +206,7 @@ def _document(found: dict[str, list[Score]]) -> dict[str, Any]:
     return document
 
 
-def _accuracies(found: Sequence[Score]) -> dict[str, Any]:
+def _accuracies(found: Sequence[Score], labelled: Collection[str]) -> dict[str, Any]:
     means = {}
     for way in dict.fromkeys(score.by for score in found):
         counts = [(score.correct, len(score.gold)) for score in found if score.by == way]
@@ -159,7 +214,9 @@ def _accuracies(found: Sequence[Score]) -> dict[str, Any]:
         means[way] = {"accuracy": mean, "ci": list(interval)}
     tasks = [
         {"task": s.task, "by": s.by, "items": len(s.gold), "accuracy": s.accuracy, "ci": list(s.interval),
-         "unanswered": s.unanswered, "chance": s.chance}
+         "unanswered": s.unanswered, "chance": s.chance} | (
+            {"matthews": matthews(s.gold, s.picked), "macro_f1": macro_f1(s.gold, s.picked)}
+            if s.task in labelled else {})
         for s in found
     ]  # fmt: skip
     return {"tasks": tasks, "mean": means}

@@ -5,6 +5,7 @@ from math import isclose
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from d2surgery.cards import write_card
 from d2surgery.checkpoint import Checkpoint, differences, load, save
 from d2surgery.cli import measured, output
 from d2surgery.cli.surgical import copy_tokenizer
@@ -31,6 +32,7 @@ def rewrite(checkpoint: Checkpoint, out: Path, form: str, outputs: measured.Outp
     """Write, read back, and say by module what became of it."""
     written = save(checkpoint, out, format=form)
     beside = copy_tokenizer(checkpoint, out)
+    write_card(out, base_model=checkpoint.layout.base_model or "")
     back = load(out)
     found = written or differences(checkpoint, back)
     before, after = checkpoint.layout.adapters, back.layout.adapters

@@ -10,21 +10,23 @@ from typing import Any
 import click
 
 from d2surgery.cli import output
-from d2surgery.cli.options import Base, expert_layout_option, scaling_options
+from d2surgery.cli.options import Adapter, Base, expert_layout_option, scaling_options
 from d2surgery.errors import Problem
 from d2surgery.formats import open_layout, with_base
 from d2surgery.formats.engines import ENGINES, lands
 from d2surgery.formats.layout import AdapterLayout, Layout, Packing
 from d2surgery.kinds import TABLE
+from d2surgery.measures.table import MEASURES
+from d2surgery.surveying.order import in_order
 
 SEVERITIES = ("info", "warning", "error")  # from the mildest
-NUMBERS = ("frobenius_norm", "spectral_norm", "entropy_rank", "stable_rank", "energy_rank_90")
+NUMBERS = ("frobenius_norm", "spectral_norm", "energy_entropy_rank", "entropy_rank", "stable_rank", "energy_rank_90")
 
 Numbers = Mapping[str, Mapping[str, float | int | None]]  # module -> name -> value
 
 
 @click.command(name="inspect")
-@click.argument("adapter")
+@click.argument("adapter", type=Adapter())
 @click.option("--per-layer", is_flag=True, help="One line per module instead of one per kind of module.")
 @click.option("--numbers", is_flag=True, help="Also read the values: norms and ranks of each update, NaN, infinity.")
 @expert_layout_option
@@ -70,7 +72,7 @@ def command(
     problems += misfits
     landing = lands(layout, engine) if engine is not None else None
     problems += landing.problems if landing else ()
-    layout = replace(layout, problems=tuple(problems))
+    layout = replace(layout, adapters=in_order(layout.adapters), problems=tuple(problems))
     if as_json:
         told = {"base_tensors_touched": touched, "engine": engine, "fates": landing.fates if landing else None}
         output.emit_json(_document(layout, values) | told)
@@ -317,9 +319,9 @@ def _range(values: list[float | None]) -> str:
 
 def _norms(group: list[AdapterLayout], numbers: Numbers) -> Iterator[str]:
     """The mean over the group of what the values tell of the updates."""
-    for name, label in (("frobenius_norm", "‖·‖F"), ("spectral_norm", "‖·‖2"), ("entropy_rank", "entropy rank")):
+    for name in ("frobenius_norm", "spectral_norm", "energy_entropy_rank"):
         known = [value for a in group if (value := numbers.get(a.module, {}).get(name)) is not None]
-        yield f"{label} {output.number(sum(known) / len(known) if known else None)}"
+        yield f"{MEASURES[name].word} {output.number(sum(known) / len(known) if known else None)}"
 
 
 def _replacement_rows(layout: Layout) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """What spectrum, drift and diff share: where their numbers go, and how a table of modules is put together."""
 
 import importlib.util
+import shlex
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
     from d2surgery.reporting.figures.parts import Plot
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-IMAGES = (".png", ".svg")
+IMAGES = (".png", ".svg", ".pdf")
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _OPTIONS = (
     click.option("--per-layer", is_flag=True, help="One line per module instead of one per type of module."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else."),
     click.option("--csv", type=_FILE, help="Write every number as a tidy table: one number a row, with its meaning."),
-    click.option("--plot", type=_FILE, help="Write figures: one .html page, or .png or .svg images."),
+    click.option("--plot", type=_FILE, help="Write figures: one .html page, or .png, .svg or .pdf images."),
     click.option("--quiet", is_flag=True, help="Print nothing; for --csv and --plot."),
 )
 
@@ -69,12 +70,13 @@ def checked_outputs(**options: Any) -> Outputs:
 def require_folder(path: Path) -> None:
     """The folder of an output file must exist."""
     if not path.parent.is_dir():
-        raise refuse("FILE_MISSING", "there is no such folder to write to", file=str(path.parent))
+        wanted = f"mkdir -p {shlex.quote(str(path.parent))}"
+        raise refuse("FILE_MISSING", "there is no such folder to write to", file=str(path.parent), wanted=wanted)
 
 
 def _check_figures(path: Path) -> None:
     if path.suffix.lower() not in (".html", *IMAGES):
-        raise refuse("USAGE", "--plot", wanted="a file name that ends in .html, .png or .svg", got=path.name)
+        raise refuse("USAGE", "--plot", wanted="a file name that ends in .html, .png, .svg or .pdf", got=path.name)
     if path.suffix.lower() in IMAGES and importlib.util.find_spec("kaleido") is None:
         raise refuse("NO_IMAGES", "the Python package kaleido is not installed", file=str(path))
 

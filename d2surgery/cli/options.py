@@ -2,19 +2,22 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
+from d2surgery.errors import D2SurgeryError
+from d2surgery.files.dtypes import DTYPE_NAMES as DTYPE_NAMES
+from d2surgery.files.dtypes import dtype_name
 from d2surgery.files.locate import locate_base
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-DTYPE_NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64"}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -69,7 +72,22 @@ class Dtype(click.Choice[str]):
         super().__init__(sorted(DTYPE_NAMES))
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return DTYPE_NAMES[super().convert(value, param, ctx)]
+        try:
+            return str(dtype_name(value))
+        except D2SurgeryError:  # click says what there is to choose from
+            return DTYPE_NAMES[super().convert(value, param, ctx)]
+
+
+class Adapter(click.ParamType[str]):
+    """A file, a directory or a hub id: as it was given; a shell completes paths."""
+
+    name = "adapter"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
 
 
 class Base(click.ParamType[Path]):
@@ -80,12 +98,18 @@ class Base(click.ParamType[Path]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         return locate_base(value)
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
+
 
 BASE_HELP = "Model directory or hub id org/name[@revision]"
 _DIRECTORY = click.Path(path_type=Path)
 device_option = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1 …")
 cache_option = click.option(
     "--cache", type=_DIRECTORY, help="Keep finished dense spectra here: a second run takes up where one stopped."
+)
+exact_signs_option = click.option(
+    "--exact-signs", is_flag=True, help="Count the signs of every entry of large modules too: minutes for an 8B model."
 )
 expert_layout_option = click.option(
     "--expert-layout",
@@ -96,10 +120,10 @@ _SCALING = (
     click.option("--scale", type=Number(), help="What multiplies B·A, where neither the file nor a config says it."),
     click.option("--alpha", type=Number(), help="The same as alpha over the rank."),
 )
+_OUT = click.option("--out", type=_DIRECTORY, required=True, help="Directory to be made.")
 _OPTIONS = (
     click.option("--base", type=Base(), required=True, help=f"{BASE_HELP}."),
-    click.option("--adapter", required=True, help="File, directory or hub id org/name[@revision]."),
-    click.option("--out", type=_DIRECTORY, required=True, help="Directory to be made."),
+    click.option("--adapter", type=Adapter(), required=True, help="File, directory or hub id org/name[@revision]."),
     click.option("--dtype", type=Dtype(), help="Of all floating-point tensors. Default: as in the base."),
     click.option("--strength", type=Number(), default=1.0, show_default=True, help="λ in W0 + λ·delta; 0 is the base."),
     click.option("--max-memory", type=Bytes(), help="Resident memory that may be used, such as 400MB."),
@@ -118,8 +142,17 @@ _OPTIONS = (
 
 
 def job_options(command: Command) -> Command:
-    """The options that `merge` and `plan` share."""
-    for option in reversed(_OPTIONS):
+    """The options of `merge`."""
+    return _with(command, (_OUT, *_OPTIONS))
+
+
+def planned_options(command: Command) -> Command:
+    """Those of `plan`, which needs no output."""
+    return _with(command, (click.option("--out", type=_DIRECTORY, help="Directory that merge would make."), *_OPTIONS))
+
+
+def _with(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
+    for option in reversed(options):
         command = option(command)
     return command
 

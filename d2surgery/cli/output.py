@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from d2surgery.errors import Problem, brief
+from d2surgery.surveying.order import natural
 
 SCHEMA_VERSION = 1
 _LONGEST = 4000  # letters of a problem's line; --json has all
@@ -65,7 +66,8 @@ def problem_lines(problems: Iterable[Problem]) -> list[str]:
     """
     lines: list[str] = []
     pending = ""
-    for problem in sorted(_gathered(problems), key=lambda p: (list(COLOURS).index(p.severity), p.code)):
+    listed = sorted(problems, key=lambda problem: natural(problem.module))
+    for problem in sorted(_gathered(listed), key=lambda p: (list(COLOURS).index(p.severity), p.code)):
         if pending and pending != problem.remedy:
             lines.append(f"  {pending}")
         pending = problem.remedy

@@ -8,26 +8,28 @@ from typing import Any
 import click
 
 from d2surgery.cli import output
-from d2surgery.cli.options import DTYPE_NAMES, job_options, progress_bar
+from d2surgery.cli.options import planned_options, progress_bar
+from d2surgery.files.dtypes import DTYPE_NAMES
 from d2surgery.measures.fidelity import LOW_GAIN, Survival
 from d2surgery.merging import PlanReport, plan
+from d2surgery.surveying.order import in_order
 
 _SHORT = {name: short for short, name in DTYPE_NAMES.items()}
 
 
 @click.command(name="plan")
-@job_options
+@planned_options
 @click.option("--per-layer", is_flag=True, help="Survival of every module, not of the weakest ones only.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print warnings only.")
-def command(out: Path, per_layer: bool, as_json: bool, quiet: bool, **job: Any) -> int:
-    """What merge with the same arguments would write, need and keep. Writes nothing.
+def command(out: Path | None, per_layer: bool, as_json: bool, quiet: bool, **job: Any) -> int:
+    """What merge with the same arguments would write, need and keep. Writes nothing; --out says on which disk.
 
     Survival is computed from the deltas themselves: gain 1 means that rounding to the output dtype loses nothing of
     the adapter, below 0.95 it loses part of it.
     """
     with progress_bar("reading", show=not (as_json or quiet)) as progress:
-        report = plan(out=out, progress=progress, **job)
+        report = plan(out=out or Path("merged"), progress=progress, **job)
     if as_json:
         output.emit_json(_document(report))
         return 0
@@ -41,7 +43,7 @@ def command(out: Path, per_layer: bool, as_json: bool, quiet: bool, **job: Any) 
 def _document(report: PlanReport) -> dict[str, Any]:
     modules = [
         {"module": module, "survival": {_SHORT[dtype]: _record(s) for dtype, s in by_dtype.items()}}
-        for module, by_dtype in report.survival.items()
+        for module, by_dtype in in_order(report.survival).items()
     ]
     return {
         "out": report.out,
@@ -80,8 +82,8 @@ def _text(report: PlanReport, per_layer: bool) -> Iterable[str]:
     yield "how much of the delta outlives rounding (gain, relative error):"
     dtypes = list(next(iter(report.survival.values())))
     total = {dtype: sum((by[dtype] for by in report.survival.values()), Survival()) for dtype in dtypes}
-    weakest = sorted(report.survival, key=lambda module: _gain(report.survival[module][dtypes[0]]))
-    shown = list(report.survival) if per_layer else weakest[:5]
+    weakest = sorted(in_order(report.survival), key=lambda module: _gain(report.survival[module][dtypes[0]]))
+    shown = list(in_order(report.survival)) if per_layer else weakest[:5]
     rows = [(module, report.survival[module]) for module in shown]
     yield from output.table([_row("all modules", total), *(_row(module, by_dtype) for module, by_dtype in rows)])
     if len(shown) < len(report.survival):

@@ -1,32 +1,30 @@
 """`d2surgery report`: one HTML page that says what adapters do."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import click
 
-from d2surgery.auditing import audit
-from d2surgery.auditing.findings import Audit
 from d2surgery.cli import measured, output
 from d2surgery.cli.audit import EXIT, verdict_line
-from d2surgery.cli.options import BASE_HELP, Base, cache_option, progress_bar
-from d2surgery.errors import refuse
-from d2surgery.files.whole import write_whole
+from d2surgery.cli.options import BASE_HELP, Adapter, Base, cache_option, exact_signs_option, progress_bar
 from d2surgery.measures.ranks import Method
-from d2surgery.reporting.pages.report import report_page
-from d2surgery.surveying.adapter import Named, survey
+from d2surgery.verbs.reporting import check_page
+from d2surgery.verbs.reporting import report as write
 
 
 @click.command(name="report")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("adapters", type=Adapter(), nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--base", type=Base(), help=f"{BASE_HELP}: adds drift and relative sizes.")
 @click.option("--merged", type=click.Path(path_type=Path), help="With --base and one adapter, adds the merge's audit.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .html file.")
+@click.option("--force", is_flag=True, help="Write over a page that is there.")
 @click.option("--method", type=click.Choice(get_args(Method)), help="Of dense spectra. Default: by kind and size.")
 @cache_option
 @click.option("--intruders", is_flag=True, help="With --base, also intruder dimensions: slow on large models.")
+@exact_signs_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print nothing.")
 def command(
@@ -37,6 +35,8 @@ def command(
     method: Method | None,
     cache: Path | None,
     intruders: bool,
+    exact_signs: bool,
+    force: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -46,17 +46,18 @@ def command(
     drawing library plotly.js. With --merged the audit's verdict is printed and decides the exit code: 0 pass, 1 fail,
     3 inconclusive.
     """
-    measured.require_folder(out)
+    check_page(out, force=force)
     with ExitStack() as stack:
 
         def progress(label: str) -> Callable[[int, int], None]:
             bar = progress_bar(output.printable(label), show=not (as_json or quiet), unit=" modules")
             return stack.enter_context(bar)
 
-        page, found = _with_audit(
-            adapters, base=base, merged=merged, method=method, with_intruders=intruders, cache=cache, progress=progress
-        )
-    write_whole(out, page)
+        page = write(
+            *adapters, base=base, merged=merged, out=out, force=force, method=method, with_intruders=intruders,
+            exact_signs=exact_signs, cache=cache, progress=progress,
+        )  # fmt: skip
+    found = page.audit
     if as_json:
         audited = {"verdict": found.verdict} if found else {}
         output.emit_json({"out": str(out), "bytes": out.stat().st_size, "adapters": list(adapters), **audited})
@@ -69,30 +70,3 @@ def command(
             for line in output.problem_lines(found.reasons):
                 output.emit(line)
     return EXIT[found.verdict] if found else 0
-
-
-def report(
-    adapters: Sequence[str],
-    *,
-    base: str | Path | None = None,
-    merged: str | Path | None = None,
-    progress: Named = lambda label: lambda done, total: None,
-    **choices: Any,
-) -> str:
-    """The page for one or more adapters; with a base also how far each moves it, with a merged checkpoint its audit.
-
-    `choices` as `survey` takes them. Raises what the adapters and the base are refused for.
-    """
-    return _with_audit(adapters, base=base, merged=merged, progress=progress, **choices)[0]
-
-
-def _with_audit(
-    adapters: Sequence[str], *, base: str | Path | None, merged: str | Path | None, progress: Named, **choices: Any
-) -> tuple[str, Audit | None]:
-    if merged is not None and (base is None or len(adapters) != 1):
-        raise refuse("USAGE", "an audit needs the base and one adapter", wanted="--base, --merged and one ADAPTER")
-    found = survey(adapters, base=base, progress=progress, **choices)
-    if base is None or merged is None:
-        return report_page(found), None
-    audited = audit(base, adapters[0], merged, progress=progress("audit"))
-    return report_page(found, audited), audited

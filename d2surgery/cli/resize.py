@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from d2surgery.cli import measured, surgical
-from d2surgery.cli.options import BASE_HELP, Base, Bytes, Number, progress_bar
+from d2surgery.cli.options import BASE_HELP, Adapter, Base, Bytes, Number, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.surgery.resizing import against_base, resize
@@ -15,7 +15,7 @@ from d2surgery.surgery.truncation import ALL
 
 
 @click.command(name="resize")
-@click.argument("adapter")
+@click.argument("adapter", type=Adapter())
 @click.argument("out", type=surgical.DIRECTORY)
 @click.option(
     "--base", type=Base(), help=f"{BASE_HELP}; DoRA and D2-LoRA need it, and --budget is then relative to it."

@@ -7,14 +7,14 @@ from typing import Any
 import click
 
 from d2surgery.cli import measured, surgical
-from d2surgery.cli.options import BASE_HELP, Base, Number, progress_bar
+from d2surgery.cli.options import BASE_HELP, Adapter, Base, Number, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.surgery.algebra import choose, scale
 
 
 @click.command(name="scale", context_settings={"ignore_unknown_options": True})
-@click.argument("adapter")
+@click.argument("adapter", type=Adapter())
 @click.argument("factor", type=Number())
 @click.option("--out", type=surgical.DIRECTORY, required=True, help="Directory to be made.")
 @click.option("--base", type=Base(), help=f"{BASE_HELP}; DoRA and D2-LoRA need it.")

@@ -8,11 +8,12 @@ import click
 
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
-from d2surgery.cli.options import BASE_HELP, Base, cache_option, device_option, progress_bar, scaling_options
+from d2surgery.cli.options import BASE_HELP, Adapter, Base, cache_option, device_option, progress_bar, scaling_options
 from d2surgery.files.base import BaseWeights
 from d2surgery.measures.ranks import NUMBERS, Method, Of, Spectrum
+from d2surgery.measures.table import MEASURES
 from d2surgery.reporting.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
-from d2surgery.surveying.adapter import nominal_ranks
+from d2surgery.surveying.adapter import labels, nominal_ranks
 from d2surgery.surveying.modules import places, spectra
 from d2surgery.surveying.zeros import zero_problems, zero_updates
 
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from d2surgery.reporting.figures.parts import Plot
 
 Found = Mapping[str, Spectrum]
+SHOWN = ("energy_entropy_rank", "stable_rank", "energy_rank_90", "energy_rank_99", "frobenius_norm", "rms_entry")
 
 
 @click.command(name="spectrum")
-@click.argument("adapter")
+@click.argument("adapter", type=Adapter())
 @click.option("--base", type=Base(), help=f"{BASE_HELP}; DoRA's and D2-LoRA's delta needs it.")
 @click.option("--of", type=click.Choice(get_args(Of)), help="What to measure. Default: the delta where it is known.")
 @click.option("--method", type=click.Choice(get_args(Method)), help="Default: by kind and size.")
@@ -57,20 +59,23 @@ def command(
     def rows() -> list[Any]:
         return [*spectrum_rows(found, nominal, adapter), *singular_value_rows(found, adapter)]
 
+    (label,) = labels([adapter])
     measured.show(outputs, _document(checkpoint, base, found), _text(checkpoint, found, outputs.per_layer), rows)
-    measured.draw(outputs, lambda: _figures(found, nominal), f"Spectra of {Path(adapter).name}")
+    measured.draw(outputs, lambda: _figures(found, nominal, label), f"Spectra of {label}")
     return 0
 
 
-def _figures(found: Found, nominal: Mapping[str, int | None]) -> list["Plot"]:
-    from d2surgery.reporting.figures import spectra as figures  # plotly, and only where figures are drawn
+def _figures(found: Found, nominal: Mapping[str, int | None], label: str) -> list["Plot"]:
+    from d2surgery.reporting.figures import parts  # plotly, and only where figures are drawn
+    from d2surgery.reporting.figures import spectra as figures
 
-    return [
+    plots = [
         figures.rank_map(found, nominal),
         figures.rank_lines(found, nominal),
         figures.spectrum_fan(found, nominal),
         figures.size_map(found),
     ]
+    return [parts.named(plot, label) for plot in plots]
 
 
 def _document(checkpoint: Checkpoint, base: Path | None, found: Found) -> dict[str, Any]:
@@ -89,7 +94,17 @@ def _document(checkpoint: Checkpoint, base: Path | None, found: Found) -> dict[s
 
 
 def _record(record: Spectrum) -> dict[str, Any]:
-    names = ("of", "method", "singular_values", "numerical_rank", *NUMBERS, "nuclear_norm_bound", "error_bound")
+    names = (
+        "of",
+        "method",
+        "singular_values",
+        "numerical_rank",
+        *NUMBERS,
+        "rms_entry",
+        "nuclear_norm_bound",
+        "error_bound",
+        "shape",
+    )
     told = {name: getattr(record, name) for name in (*names, "cancellation")}
     return told | {"standard_errors": dict(record.standard_errors), "quality": dict(record.quality)}
 
@@ -100,15 +115,16 @@ def _text(checkpoint: Checkpoint, found: Found, per_layer: bool) -> Iterator[str
     unknown = [problem for problem in checkpoint.layout.problems if problem.code == "SCALING_UNKNOWN"]
     yield from output.problem_lines([*unknown, *zero_problems(checkpoint)])
     yield ""
-    rows = [["", "rank", "used", "stable", "k90", "k99", "‖·‖F"]]
+    rows = [["", *(MEASURES[name].word for name in ("nominal_rank", *SHOWN))]]
     for name, modules in measured.groups(found, per_layer).items():
         rows.append([name, _span([nominal.get(module) for module in modules]), *_means([found[m] for m in modules])])
     yield from output.table(rows)
     yield ""
     note = "" if per_layer else " Means over a line."
     yield from measured.prose(
-        f"rank: {CONVENTIONS['nominal_rank']}. used: {CONVENTIONS['energy_entropy_rank']}. stable: σ-energy over "
-        f"that of the first, {CONVENTIONS['stable_rank']}. k90, k99: directions that hold 90, 99 % of Σσ².{note}"
+        f"rank: {CONVENTIONS['nominal_rank']}. rank used: {CONVENTIONS['energy_entropy_rank']}. stable: σ-energy over "
+        f"that of the first, {CONVENTIONS['stable_rank']}. k90, k99: directions that hold 90, 99 % of Σσ². RMS: "
+        f"{CONVENTIONS['rms_entry']}.{note}"
     )
     yield from measured.prose(_coverage(found))
 
@@ -134,8 +150,7 @@ def _span(ranks: list[int | None]) -> str:
 
 
 def _means(records: list[Spectrum]) -> list[str]:
-    names = ("energy_entropy_rank", "stable_rank", "energy_rank_90", "energy_rank_99", "frobenius_norm")
-    return [f"{measured.mean([getattr(r, name) for r in records]) or 0:.3g}" for name in names]
+    return [f"{measured.mean([getattr(r, name) for r in records]) or 0:.3g}" for name in SHOWN]
 
 
 def _coverage(found: Found) -> str:

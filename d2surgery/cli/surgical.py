@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from torch import Tensor
 
+from d2surgery.cards import write_card
 from d2surgery.checkpoint import Checkpoint, save
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import Number, progress_bar
@@ -90,11 +91,15 @@ def require_new(out: Path) -> None:
         raise refuse("OUTPUT_EXISTS", "an adapter is there already", file=str(out))
     if out.exists() and not out.is_dir():
         raise refuse("OUTPUT_EXISTS", "a file is there", file=str(out), wanted="a directory")
+    if out.is_dir() and (there := sorted(path.name for path in out.iterdir())):
+        got = ", ".join(there[:4]) + (" …" if len(there) > 4 else "")
+        raise refuse("OUTPUT_EXISTS", "the directory is not empty", file=str(out), wanted="a new one", got=got)
 
 
 def write(made: Checkpoint, out: Path, source: Checkpoint | None = None, form: str = "peft") -> list[str]:
     """The adapter, and its source's tokenizer beside it: the names of these files."""
     save(made, out, format=form)
+    write_card(out, base_model=(source or made).layout.base_model or "")
     return [] if source is None else copy_tokenizer(source, out)
 
 

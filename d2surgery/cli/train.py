@@ -12,7 +12,8 @@ import click
 
 from d2surgery.cli import output
 from d2surgery.cli.options import progress_bar
-from d2surgery.training.config import Setting, TrainConfig, plain, read_config, settings
+from d2surgery.training.config import Setting, plain, read_config, settings
+from d2surgery.training.settings import TrainConfig
 
 _HEADINGS = {
     "": "The run",
@@ -52,6 +53,25 @@ class _Ratio(click.ParamType[Any]):
             self.fail(f"{value!r} is not a slot and a number such as B=16", param, ctx)
 
 
+class Numbers(click.ParamType[Any]):
+    """`1e-4,2e-4`."""
+
+    name = "numbers"
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        try:
+            found = tuple(self.kind(part) for part in str(value).split(","))
+        except ValueError:
+            found = ()
+        low = 0 if self.kind is float else -1
+        if not found or not all(low < number < 1e9 for number in found):
+            self.fail(f"{value!r} are no numbers such as {'0,1,2' if self.kind is int else '1e-4,2e-4'}", param, ctx)
+        return found
+
+
 def _option(setting: Setting) -> click.Option:
     kind, default = plain(setting.type), setting.default
     flag = f"--{setting.name.replace('_', '-')}"
@@ -71,18 +91,33 @@ def _in_words(default: Any) -> str:
 
 @click.command(name="train", cls=_Command)
 @click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--lrs", type=Numbers(float), help="A sweep: a run for each of these, as 1e-4,2e-4, under OUTPUT.")
+@click.option("--seeds", type=Numbers(int), help="A sweep: and for each of these seeds, as 0,1,2. Finished runs stay.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the output, if there is one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print warnings only.")
-def command(config: Path | None, resume: bool, as_json: bool, quiet: bool, **options: Any) -> int:
+def command(
+    config: Path | None,
+    lrs: tuple[float, ...] | None,
+    seeds: tuple[int, ...] | None,
+    resume: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> int:
     """Fine-tune BASE with one adapter, by CONFIG (TOML), by options, or by both: options win.
 
     The adapter, its checkpoints, metrics.jsonl and the resolved train.toml go to OUTPUT. The loss is on the answers
     only. A run that was killed goes on with --resume and ends with the same adapter. On several GPUs: torchrun
     --nproc-per-node N -m d2surgery train …, or accelerate launch -m d2surgery train …
+
+    --lrs and --seeds train a run for each pair, and say which learning rate has the lowest mean held-out loss; the
+    same command again goes on where it was stopped.
     """
     given = {name: dict(v) if name == "lr_ratio" else v for name, v in options.items() if v is not None and v != ()}
     chosen = read_config(config, given)
+    if lrs or seeds:
+        return _sweep(chosen, lrs or (chosen.optimizer.lr,), seeds or (chosen.run.seed,), as_json=as_json, quiet=quiet)
     from d2surgery.training.loop import train  # here: --help and a bad config wait for no model library
     from d2surgery.training.planning import TrainPlan  # here: --help and a bad config wait for no model library
 
@@ -108,6 +143,25 @@ def command(config: Path | None, resume: bool, as_json: bool, quiet: bool, **opt
     if as_json and os.environ.get("RANK", "0") == "0":
         output.emit_json(asdict(report) | {"problems": [output.record(problem) for problem in report.problems]})
     for line in () if silent else _after(chosen, report):
+        output.emit(line)
+    return 0
+
+
+def _sweep(config: TrainConfig, lrs: tuple[float, ...], seeds: tuple[int, ...], *, as_json: bool, quiet: bool) -> int:
+    """Every learning rate with every seed."""
+    from d2surgery.training.sweep import sweep  # as above
+
+    _hush()
+    with progress_bar("sweeping", show=not (as_json or quiet), unit="run") as progress:
+        found = sweep(config, lrs, seeds, progress=progress)
+    if as_json:
+        output.emit_json(asdict(found))
+        return 0
+    rows = [["learning rate", "seeds", "held-out loss", "95 %"]]
+    for rate in found.rates:
+        ci = "" if rate.ci is None else " to ".join(map(output.number, rate.ci))
+        rows.append([f"{rate.lr:g}", str(rate.seeds), output.number(rate.mean_loss), ci])
+    for line in () if quiet else (*output.table(rows), "", f"lowest at {found.best_lr:g}; runs in {found.out}"):
         output.emit(line)
     return 0
 

@@ -4,21 +4,22 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from d2surgery.checkpoint import Checkpoint, load
-from d2surgery.evaluating.tasks import Progress, Score, silent
+from d2surgery.evaluating.tasks import Progress, silent
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.tensors import find_device
 from d2surgery.live.loading import load_model, stored_dtype, tokenizer_of, unmerged
 from d2surgery.live.quantization import Quantization
 
 Directory = str | os.PathLike[str]
-Answer = Callable[[nn.Module, Any, Progress], list[Score]]
-"""answer(model, tokenizer, progress): the scores of one model; progress(done, total) counts its items."""
+Found = TypeVar("Found")
+Answer = Callable[[nn.Module, Any, Progress], Found]
+"""answer(model, tokenizer, progress): what is found of one model; progress(done, total) counts its items."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,9 @@ class Models:
     device: str | torch.device = "cpu"
 
 
-def scores(models: Models, answer: Answer, progress: Progress = silent) -> dict[str, list[Score]]:
-    """Model -> its scores. One model at a time is in memory; progress(done, total) counts the items of all of them.
+def scores(models: Models, answer: Answer[Found], progress: Progress = silent) -> dict[str, Found]:
+    """Model -> its scores, or what else is found. One model at a time is in memory; progress(done, total) counts the
+    items of all of them.
 
     Raises USAGE for a device that is not here, NOT_RUNNABLE, and what reading base, adapter and merged raises.
     """
@@ -45,7 +47,7 @@ def scores(models: Models, answer: Answer, progress: Progress = silent) -> dict[
     stored = torch.float32 if device.type == "cpu" else stored_dtype(weights[0].header)
     tokenizer = tokenizer_of(*(each.directory for each in weights))
     makers = _makers(models, device, models.dtype or stored)
-    found: dict[str, list[Score]] = {}
+    found: dict[str, Found] = {}
     for at, (name, make) in enumerate(makers.items()):
 
         def told(done: int, total: int, at: int = at) -> None:

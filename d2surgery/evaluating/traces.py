@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from d2surgery.errors import refuse
-from d2surgery.live.attaching import AdaptedLinear, is_linear
+from d2surgery.live.layers import AdaptedLinear, is_linear
 
 POSITIONS = 8  # of each prompt, the last ones, that are compared
 

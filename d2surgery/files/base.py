@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2surgery.errors import Problem, brief, raise_errors, refuse
+from d2surgery.errors import Problem, brief, found_in, raise_errors, refuse
 from d2surgery.files.checkpoints import find_weights, read_checkpoint_header
 from d2surgery.files.header import Header
 from d2surgery.files.held import Seen, changes
@@ -96,7 +96,7 @@ class BaseWeights(Mapping[str, "Tensor"]):
     def __getitem__(self, name: str) -> "Tensor":
         from d2surgery.files.tensors import read_tensor  # torch, which names and shapes do not need
 
-        return read_tensor(self.header.tensors[name])
+        return read_tensor(found_in(self.header.tensors, name, "tensor", str(self.directory)))
 
     def rows(self, name: str, start: int, stop: int, *, of: int | None = None) -> "Tensor":
         """Rows `start` to `stop` of a tensor seen as a matrix of `of` rows (None: its first dimension), and only these

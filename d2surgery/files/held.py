@@ -5,14 +5,15 @@ it is seen by its times: ctime is the kernel's own, and nobody sets it back.
 """
 
 import errno
+import importlib.util
 import os
-import resource
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from d2surgery.errors import Problem
+from d2surgery.files.positioned import BINARY, pread
 from d2surgery.files.reading import refuse_other
 
 
@@ -64,7 +65,7 @@ class Held(Seen):
         """So many bytes, fewer where the file ends before."""
         parts = []
         with naming(self.path):
-            while nbytes and (part := os.pread(self.fd, nbytes, position)):
+            while nbytes and (part := pread(self.fd, nbytes, position)):
                 parts.append(part)
                 nbytes, position = nbytes - len(part), position + len(part)
         return b"".join(parts)
@@ -96,12 +97,14 @@ def _times(found: os.stat_result) -> tuple[int, int, int]:
 
 def _open(path: Path) -> int:
     refuse_other(path, path.stat().st_mode)  # before a device is opened, which may do something
-    how = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+    how = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | BINARY
     try:
         return os.open(path, how)
     except OSError as error:
-        if error.errno != errno.EMFILE:
+        if error.errno != errno.EMFILE or importlib.util.find_spec("resource") is None:  # Windows has no such limit
             raise
+    import resource
+
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # a model of many shards
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return os.open(path, how)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from d2surgery.errors import refuse
 from d2surgery.files.tokenizers import BEGINNINGS
 
+_PIN = re.compile(r"hf:/{1,2}(?:models/)?(.+)")  # hf://org/name@revision; a Path has lost one of the slashes
 _HUB_ID = re.compile(  # not a mistyped path, nor one that leads out of the cache
     r"(?!.*\.\.)\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.bin)(@\w[\w./-]*)?", re.ASCII
 )
@@ -40,8 +41,8 @@ def locate(adapter: str | os.PathLike[str]) -> AdapterFiles:
     Raises D2SurgeryError: FILE_MISSING, NO_WEIGHTS, SEVERAL_WEIGHTS, HUB_UNREACHABLE.
     """
     path = Path(adapter)
-    if not path.exists() and _HUB_ID.fullmatch(str(adapter)):
-        path = _download(str(adapter), _OF_AN_ADAPTER)
+    if (hub_id := hub_id_of(adapter)) is not None:
+        path = _download(hub_id, _OF_AN_ADAPTER)
     if path.is_dir():
         path = _weights_in(path)
     elif not path.exists():
@@ -49,6 +50,19 @@ def locate(adapter: str | os.PathLike[str]) -> AdapterFiles:
     config = path.parent / "adapter_config.json"
     whole = (path.parent / name for name in TRAINED_WHOLE if path.name in WEIGHTS)
     return AdapterFiles(path, config if config.exists() else None, tuple(file for file in whole if file.exists()))
+
+
+def hub_id_of(given: str | os.PathLike[str]) -> str | None:
+    """org/name[@revision] of what is none of this machine's paths; `hf://` says that it is meant for the hub.
+
+    Raises D2SurgeryError USAGE for an hf:// that is no such id.
+    """
+    name, pinned = os.fspath(given), _PIN.fullmatch(os.fspath(given))
+    if pinned:
+        if not _HUB_ID.fullmatch(pinned[1].rstrip("/")):
+            raise refuse("USAGE", "is no hub id", wanted="hf://org/name or hf://org/name@revision", got=name)
+        return pinned[1].rstrip("/")
+    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def left_out(weights: Path) -> list[str]:
@@ -79,10 +93,11 @@ def locate_base(base: str | os.PathLike[str]) -> Path:
     path = Path(base)
     if path.suffix == ".gguf" and path.is_file():
         return _alone(path)
-    if path.exists() or not _HUB_ID.fullmatch(str(base)):
+    hub_id = hub_id_of(base)
+    if hub_id is None:
         return path
-    path = _download(str(base), _OF_A_MODEL)
-    return path if any(path.glob("*.safetensors")) else _download(str(base), [*_OF_A_MODEL, "*.bin"])
+    path = _download(hub_id, _OF_A_MODEL)
+    return path if any(path.glob("*.safetensors")) else _download(hub_id, [*_OF_A_MODEL, "*.bin"])
 
 
 def _alone(path: Path) -> Path:
@@ -121,6 +136,30 @@ def _download(hub_id: str, patterns: list[str]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        message = f"no such local path, and the hub did not give it: {reason[:200]}"
-        raise refuse("HUB_UNREACHABLE", message, file=hub_id) from None
+        message = f"no such local path, and the hub did not give it: {_reason(error, repository, revision)}"
+        raise refuse("HUB_UNREACHABLE", message, file=hub_id, **_nearest(repository)) from None
+
+
+def _reason(error: Exception, repository: str, revision: str) -> str:
+    """What the hub's error means; its own words where it is none of the usual ones."""
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    meant = {
+        "RepositoryNotFoundError": f"there is no model {repository}, or it is private and no token of yours may "
+        "read it (`hf auth login`, or HF_TOKEN)",
+        "GatedRepoError": f"{repository} is gated: ask for access on its page, and log in (`hf auth login`)",
+        "RevisionNotFoundError": f"{repository} has no branch, tag or commit {revision!r}",
+        "LocalEntryNotFoundError": "it is not in the cache, and the hub cannot be reached (network, proxy, "
+        "HF_HUB_OFFLINE)",
+        "OfflineModeIsEnabled": "it is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub",
+    }
+    return meant.get(type(error).__name__, said)
+
+
+def _nearest(repository: str) -> dict[str, str]:
+    """A local path that may have been meant: a folder is easily mistyped into what looks like a hub id."""
+    from difflib import get_close_matches  # seldom needed
+
+    folder = Path(repository).parent
+    beside = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    near = get_close_matches(Path(repository).name, beside, n=2, cutoff=0.6)
+    return {"wanted": " or ".join(str(folder / name) for name in near)} if near else {}

@@ -5,9 +5,9 @@ Where a file system has no locks at all, a writer that is alive on the same mach
 another machine is not.
 """
 
-import fcntl
 import json
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -17,11 +17,12 @@ from typing import Any
 from d2surgery.errors import refuse
 
 _NAME = ".lock"
+_CAREFUL = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 def myself() -> dict[str, Any]:
     """This process, for whoever finds the output taken: pid, host, since."""
-    return {"pid": os.getpid(), "host": os.uname().nodename, "since": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {"pid": os.getpid(), "host": platform.node(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def lock(fd: int, holder: Callable[[], Mapping[str, Any]], output: Path) -> None:
@@ -29,6 +30,10 @@ def lock(fd: int, holder: Callable[[], Mapping[str, Any]], output: Path) -> None
 
     holder(): what the last writer said of itself, {} where it is not known.
     """
+    try:
+        import fcntl
+    except ImportError:  # Windows, where no output is written that needs a lock
+        return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -43,7 +48,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
     """Nobody else writes to a directory meanwhile. Raises D2SurgeryError OUTPUT_IN_USE."""
     path = directory / _NAME
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | _CAREFUL, 0o666)
         try:
             lock(fd, lambda: said_in(os.pread(fd, 1 << 12, 0)), directory)  # noqa: B023  # called at once
             if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
@@ -77,7 +82,7 @@ def _in_use(output: Path, said: Mapping[str, Any]) -> Exception:
 
 
 def _is_alive_here(said: Mapping[str, Any]) -> bool:
-    if said.get("host") != os.uname().nodename or said["pid"] == os.getpid():
+    if said.get("host") != platform.node() or said["pid"] == os.getpid():
         return False
     try:
         os.kill(said["pid"], 0)

@@ -23,9 +23,11 @@ from d2surgery.files.held import naming
 from d2surgery.files.lock import lock, myself, said_in
 
 JOURNAL = "journal.jsonl"
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-_OPENED = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows lacks these, and `claim` refuses to merge there
+_A_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
+_DIRECTORY = _A_DIRECTORY | _NOFOLLOW
+_OPENED = os.O_RDWR | os.O_APPEND | _NOFOLLOW | getattr(os, "O_NONBLOCK", 0)
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EBUSY)  # no place for a directory
 _OTHER = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)  # no directory with a journal
 _RECIPE = '{"adapter": "'  # how a journal begins
@@ -64,6 +66,9 @@ class Partial:
 
         Raises D2SurgeryError OUTPUT_EXISTS or OUTPUT_IN_USE, OSError where the system would not let us write.
         """
+        if os.open not in os.supports_dir_fd:
+            message = "a merge is published by descriptors of directories, which this system has not"
+            raise refuse("OTHER_SYSTEM", message, wanted="Linux, macOS, or WSL on Windows", got=sys.platform)
         self._published = _check_free(self.out, self._given)
         _check_parent(next(path for path in self.out.parents if os.path.lexists(path)))
         there = self.out if self._published else self.path
@@ -166,7 +171,7 @@ class Partial:
         """
         try:
             with naming(there):
-                self._parent = self._open(there.parent, os.O_RDONLY | os.O_DIRECTORY)
+                self._parent = self._open(there.parent, _A_DIRECTORY)
                 self.directory = self._open(there.name, _DIRECTORY, within=self._parent)
                 made = os.O_CREAT if adopt and not _names(self.directory) else 0
                 self._journal = self._open(JOURNAL, _OPENED | made, within=self.directory)

@@ -13,6 +13,7 @@ from torch import Tensor
 from d2surgery.errors import D2SurgeryError, refuse
 from d2surgery.files.header import Header, TensorInfo
 from d2surgery.files.held import Held
+from d2surgery.files.positioned import pread_into
 
 DTYPES = {
     "F64": torch.float64,
@@ -54,7 +55,7 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> None:
     """
     done = 0
     while done < len(buffer):
-        count = os.preadv(fd, [buffer[done:]], offset + done)
+        count = pread_into(fd, buffer[done:], offset + done)
         if not count:
             raise refuse("TRUNCATED_FILE", "the file became shorter while it was read")
         done += count

@@ -1,123 +1,26 @@
 """Adapters live in a torch model: `attach` puts an AdaptedLinear in the place of each linear layer, `detach` ends it.
 
-    y = F.linear(x, W0 + delta, bias)      with x dropped out where the update alone reads it
-
-A linear layer is torch's Linear, transformers' Conv1D, or bitsandbytes' Linear4bit and Linear8bitLt, whose W0 is the
-dequantised weight. The base is frozen; slots are trained in float32 at least, and autocast decides what is computed
-lower.
+The base is frozen; slots are trained in float32 at least, and autocast decides what is computed lower.
 """
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Generator, Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from d2surgery.adapters import KINDS, Adapter
-from d2surgery.adapters.forwards import Axis
-from d2surgery.adapters.vectors import Weight, squared_norms
 from d2surgery.checkpoint import Checkpoint, from_adapters
 from d2surgery.errors import Problem, brief, raise_errors, refuse
 from d2surgery.formats.layout import About
 from d2surgery.formats.patterns import BadExpression, Matcher
+from d2surgery.live.layers import AdaptedLinear, OverFrozen, base_weight, is_linear, keep_unpacked, shape_of
 
 ALL_LINEAR = "all-linear"
 _HEADS = ("score", "classifier")  # of transformers' classifiers, which have no output embeddings
-
-
-class OverFrozen(nn.Module):
-    """What stands in the place of a linear layer, which it freezes. The norms of W0 are summed once."""
-
-    base_layer: nn.Module
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        _keep_unpacked(base_layer)
-        self.base_layer = base_layer.requires_grad_(False)
-        self.warmup: Tensor | None = None
-        self.base_squares: dict[Axis, Tensor] = {}
-        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
-        self.train(base_layer.training)
-
-    @property
-    def base_weight(self) -> Weight:
-        """W0 as (out_features, in_features)."""
-        return base_weight(self.base_layer)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's, as it stores it: models ask a layer for its weight's dtype and device."""
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias  # type: ignore[return-value]
-
-    def adapters(self) -> list[Adapter]:
-        """The values around the live parameters."""
-        raise NotImplementedError
-
-    def warmed(self, scaling: float) -> float | Tensor:
-        return scaling if self.warmup is None else scaling * self.warmup
-
-    def through(self, adapter: Adapter, x: Tensor, update_input: Tensor | None) -> Tensor:
-        """The adapter's forward over the base layer."""
-        W0 = self.base_weight
-        squares = self.base_squares[adapter.along] if adapter.along and adapter.normalises else None
-        with _made_again(W0, self.base_layer) if is_quantized(self.base_layer) else nullcontext():
-            return adapter.forward(x, W0, self.bias, update_input, squares)
-
-    def remember_squares(self) -> None:
-        """Sum the norms again: the base or the adapters are others."""
-        axes = {adapter.along for adapter in self.adapters() if adapter.along and adapter.normalises}
-        self.base_squares = {axis: squared_norms(self.base_weight.detach(), axis) for axis in axes}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OverFrozen":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.warmup = None if self.warmup is None else self.warmup.to(self.weight.device)
-        self.remember_squares()  # the weight may have another dtype or device now
-        return self
-
-
-class AdaptedLinear(OverFrozen):
-    """A frozen linear layer and the slots of one adapter, as parameters.
-
-    `warmup` is a factor on the scaling; a snapshot has it folded in.
-    """
-
-    def __init__(self, base_layer: nn.Module, adapter: Adapter, *, dropout: float = 0.0, trainable: bool = True):
-        super().__init__(base_layer)
-        device = next(base_layer.parameters()).device
-        self.slots = nn.ParameterDict(
-            {name: _parameter(slot, device, trainable) for name, slot in adapter.slots().items()}
-        )
-        self.dropout = dropout
-        self._kind = type(adapter)
-        self._fields = {f.name: getattr(adapter, f.name) for f in fields(adapter) if f.name not in self.slots}
-        self.remember_squares()
-
-    @property
-    def adapter(self) -> Adapter:
-        """The value around the live parameters."""
-        chosen = {**self._fields, "scaling": self.warmed(self._fields["scaling"])}
-        return self._kind(**chosen, **{name: self.slots[name] for name in self._kind.dimensions})
-
-    def adapters(self) -> list[Adapter]:
-        return [self.adapter]
-
-    def forward(self, x: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:
-        update_input = F.dropout(x, self.dropout) if self.dropout and self.training else None
-        return self.through(self.adapter, x, update_input)
-
-    def extra_repr(self) -> str:
-        return f"kind={self._kind.kind}, dropout={self.dropout}"
 
 
 def attach(model: nn.Module, adapters: Mapping[str, Adapter], *, dropout: float = 0.0, trainable: bool = True) -> None:
@@ -132,7 +35,7 @@ def attach(model: nn.Module, adapters: Mapping[str, Adapter], *, dropout: float 
     modules = dict(_outer_modules(model))
     places = {name_in(model, modules, name): adapter for name, adapter in adapters.items()}
     raise_errors(problem for name, adapter in places.items() for problem in _misfits(modules, name, adapter))
-    _keep_unpacked(model)
+    keep_unpacked(model)
     model.requires_grad_(False)
     layers = {modules[name]: adapter for name, adapter in places.items()}
     _exchange(
@@ -168,16 +71,18 @@ def initial(
     raise_errors(
         Problem(code="RANK_TOO_HIGH", message="more rank than the layer has", module=name, wanted=f"at most {most}",
                 got=str(rank))
-        for name, layer in layers.items() if rank > (most := min(_shape(layer)))
+        for name, layer in layers.items() if rank > (most := min(shape_of(layer)))
     )  # fmt: skip
     device = None if generator is None else generator.device
-    return {
-        name: replace(
-            KINDS[kind].init(base_weight(layer).to(device), rank=rank, scaling=scaling, generator=generator, **start),
-            **rest,
-        )
-        for name, layer in layers.items()
-    }
+    found = {}
+    for name, layer in layers.items():
+        W0 = base_weight(layer)
+        if W0.is_meta:
+            adapter = _without_numbers(KINDS[kind].init(W0, rank=rank, scaling=scaling, **start))
+        else:
+            adapter = KINDS[kind].init(W0.to(device), rank=rank, scaling=scaling, generator=generator, **start)
+        found[name] = replace(adapter, **rest)
+    return found
 
 
 def targeted(model: nn.Module, targets: str | Sequence[str]) -> dict[str, nn.Module]:
@@ -211,18 +116,20 @@ def detach(model: nn.Module, about: About = About()) -> Checkpoint:  # noqa: B00
 
 
 def snapshot(model: nn.Module, about: About = About()) -> Checkpoint:  # noqa: B008
-    """The adapters as they are now, copied; warm-up folded into the scaling."""
-    return from_adapters({name: _copied(layer.adapter) for name, layer in adapted(model).items()}, about)
+    """The adapters as they are now, copied; warm-up folded into the scaling, and `warmup` among what is said of the
+    training where it is not over."""
+    layers = adapted(model)
+    factors = {float(layer.warmup) for layer in layers.values() if layer.warmup is not None} - {1.0}
+    if len(factors) == 1:
+        about = replace(about, training={**about.training, "warmup": factors.pop()})
+    return from_adapters({name: _copied(layer.adapter) for name, layer in layers.items()}, about)
 
 
 def set_warmup(model: nn.Module, w: float) -> None:
     """Multiply every adapter's scaling by w: Dual LoRA starts at 0, where its delta would not be zero."""
     for layer in model.modules():
-        if not isinstance(layer, OverFrozen) or (layer.warmup is None and w == 1):
-            continue
-        if layer.warmup is None:
-            layer.warmup = torch.ones((), dtype=torch.float64, device=layer.weight.device)
-        layer.warmup.fill_(w)  # the same tensor at every step: a compiled model needs no other graph
+        if isinstance(layer, OverFrozen):
+            layer.warm(w)
 
 
 def options_of(kind: type[Adapter]) -> set[str]:
@@ -230,77 +137,11 @@ def options_of(kind: type[Adapter]) -> set[str]:
     return _of_init(kind) | {f.name for f in fields(kind)} - {*kind.dimensions, "scaling"}
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can sit on it. MultiheadAttention reads the weight of its out_proj past its forward."""
-    is_torchs = isinstance(module, nn.Linear) and not isinstance(
-        module, nn.modules.linear.NonDynamicallyQuantizableLinear
-    )
-    return is_torchs or _is(module, "transformers", "Conv1D")
-
-
-def is_quantized(layer: nn.Module) -> bool:
-    return _is(layer, "bitsandbytes", "Linear4bit") or _is(layer, "bitsandbytes", "Linear8bitLt")
-
-
-def base_weight(layer: nn.Module) -> Weight:
-    """W0 of a linear layer as (out_features, in_features), dequantised where it is quantised."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    if _is(layer, "transformers", "Conv1D"):
-        return weight.T
-    if _is(layer, "bitsandbytes", "Linear4bit"):
-        from bitsandbytes.functional import dequantize_4bit
-
-        if _is_packed(layer):
-            raise refuse("REPACKED_BASE", "the layer has run before an adapter was attached", got=f"{layer}")
-        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return,attr-defined]
-    if _is(layer, "bitsandbytes", "Linear8bitLt"):
-        state: Any = layer.state  # holds the scales once the layer has run, its weight before
-        scale: Tensor = weight.SCB if state.SCB is None else state.SCB  # type: ignore[attr-defined]
-        return weight.data.float() * (scale.float() / 127)[:, None]
-    return weight
-
-
-def _made_again(W0: Tensor, layer: nn.Module) -> saved_tensors_hooks:
-    """Keep no dequantised weight for the backward pass: the layer gives it again there."""
-    address = W0.data_ptr()
-
-    def pack(tensor: Tensor) -> Any:
-        return (tensor.shape, tensor.stride()) if tensor.data_ptr() == address else tensor
-
-    def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else base_weight(layer).as_strided(*kept)
-
-    return saved_tensors_hooks(pack, unpack)
-
-
-def _keep_unpacked(model: nn.Module) -> None:
-    """On CPUs with AVX512-BF16 bitsandbytes packs a 4-bit layer for good when it first runs in evaluation mode. The
-    scales are rounded then and no gradient passes: layers without an adapter would cut off those below them."""
-    layers = {name: layer for name, layer in model.named_modules() if _is(layer, "bitsandbytes", "Linear4bit")}
-    raise_errors(
-        Problem(code="REPACKED_BASE", message="the layer has run before an adapter was attached", module=name)
-        for name, layer in layers.items() if _is_packed(layer)
-    )  # fmt: skip
-    for layer in layers.values():
-        layer.support_avx512bf16_for_cpu = False  # what bitsandbytes asks before it packs
-
-
-def _is_packed(layer: nn.Module) -> bool:
-    return bool(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False))
-
-
-def _after_loading(layer: OverFrozen, _: Any) -> None:
-    layer.remember_squares()
-
-
-def _is(module: nn.Module, package: str, name: str) -> bool:
-    """By name: the package is imported where its layers are made, not here."""
-    return any(c.__name__ == name and c.__module__.partition(".")[0] == package for c in type(module).__mro__)
-
-
-def _parameter(slot: Tensor, device: torch.device, trainable: bool) -> nn.Parameter:
-    dtype = torch.promote_types(slot.dtype, torch.float32) if trainable else slot.dtype
-    return nn.Parameter(slot.detach().to(device, dtype, copy=True), requires_grad=trainable)
+def _without_numbers(adapter: Adapter) -> Adapter:
+    """Zeros: in FSDP's other processes, which the first one sends the numbers. On the CPU, since accelerate knows
+    parameters by where they lie."""
+    slots: dict[str, Any] = {name: torch.zeros(slot.shape, dtype=slot.dtype) for name, slot in adapter.slots().items()}
+    return replace(adapter, **slots)
 
 
 def _copied(adapter: Adapter) -> Adapter:
@@ -410,11 +251,6 @@ def _misfits(modules: Mapping[str, nn.Module], name: str, adapter: Adapter) -> I
         yield Problem(code="NO_SUCH_MODULE", message="not in this model", module=name, wanted=_near(name, linear))
     elif not is_linear(module):
         yield Problem(code="TARGETS_UNMATCHED", message="not a linear layer", module=name, got=type(module).__name__)
-    elif got != _shape(module):
+    elif got != shape_of(module):
         message = "the adapter is for another size"
-        yield Problem(code="SHAPE_MISMATCH", message=message, module=name, wanted=f"{_shape(module)}", got=f"{got}")
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features), also where the weight is packed."""
-    return (layer.nf, layer.nx) if _is(layer, "transformers", "Conv1D") else (layer.out_features, layer.in_features)  # type: ignore[return-value]
+        yield Problem(code="SHAPE_MISMATCH", message=message, module=name, wanted=f"{shape_of(module)}", got=f"{got}")

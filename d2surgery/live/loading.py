@@ -22,7 +22,8 @@ from d2surgery.files.header import Header
 from d2surgery.files.tensors import DTYPES, rounded
 from d2surgery.files.tokenizers import TOKENIZER_CONFIG, VOCABULARIES
 from d2surgery.formats.layout import About, AdapterLayout
-from d2surgery.live.attaching import attach, is_linear, name_in
+from d2surgery.live.attaching import attach, name_in
+from d2surgery.live.layers import is_linear
 from d2surgery.live.quantization import Quantization, by_bitsandbytes, loading_options, quantization_of
 from d2surgery.placement.fit import new_labels
 from d2surgery.placement.sites import sites

@@ -1,7 +1,7 @@
 """Spectra of matrices without structure: by the Gram matrix, or a converged head and an estimated tail."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import NamedTuple
 
@@ -39,12 +39,17 @@ def gram_spectrum(tiles: Iterator[Tensor], shape: tuple[int, int], cancellation:
     return spectrum_of(
         of="delta",
         method="exact",
+        shape=shape,
         singular_values=sigma,
         numerical_rank=None,
         error_bound=GRAM_FLOOR,
         cancellation=cancellation,
         **ranks(sigma),
     )
+
+
+def zero_spectrum(shape: tuple[int, int]) -> Spectrum:
+    return replace(gram_spectrum(iter(()), (0, 0)), shape=shape)
 
 
 def lower_gram(tiles: Iterator[Tensor], shape: tuple[int, int]) -> Tensor:
@@ -116,7 +121,7 @@ def head_tail(
     side = rows.shape[0]
     energy = float(_sum_of_squares(rows))
     if energy == 0:
-        return gram_spectrum(iter(()), (0, 0))
+        return zero_spectrum((matrix.shape[0], matrix.shape[1]))
     generator = generator or torch.Generator().manual_seed(0)
     found = _leading(rows, head, generator)
     bound = float(found.theta.sum()) + sqrt((side - len(found.theta)) * max(energy - _energy(found.theta), 0.0))
@@ -133,6 +138,7 @@ def head_tail(
     return spectrum_of(
         of="delta",
         method="head-tail",
+        shape=(matrix.shape[0], matrix.shape[1]),
         singular_values=theta.cpu(),
         numerical_rank=None,
         error_bound=kept.error(torch.finfo(rows.dtype).eps / 2 * sqrt(energy)),

@@ -74,7 +74,7 @@ class Drift:
 
 
 @torch.no_grad()
-def drift(adapter: Adapter, base_weight: Tensor, along: Axis | None = None) -> Drift:
+def delta_drift(adapter: Adapter, base_weight: Tensor, along: Axis | None = None) -> Drift:
     """One pass over W0 for the axis along which the kind's gains are constant (any axis for LoRA), two for the other
     axis of DoRA and D2-LoRA and for Dual LoRA, whose deltas are formed tile by tile in float64.
 

@@ -37,6 +37,8 @@ class Spectrum:
 
     of: Of
     method: Method
+    shape: tuple[int, int]
+    """(out_features, in_features)."""
     singular_values: Tensor
     """Float64, descending. All that can differ from zero; with "head-tail" the converged head only."""
     numerical_rank: int | None
@@ -68,10 +70,15 @@ class Spectrum:
     """Of every number: exact (to error_bound), or an estimate with its standard error. The bound is a bracket."""
 
     def __repr__(self) -> str:
-        ranks = f"entropy rank {self.entropy_rank:.4g}, stable rank {self.stable_rank:.4g}"
+        ranks = f"rank used {self.energy_entropy_rank:.4g}, stable rank {self.stable_rank:.4g}"
         return (
             f"Spectrum({self.of}, {self.method}: {ranks}, ‖·‖F {self.frobenius_norm:.4g}, σ₁ {self.spectral_norm:.4g})"
         )
+
+    @property
+    def rms_entry(self) -> float:
+        """‖·‖F/√(mn): the size of an entry, which matrices of any shape can be compared by. 0 for an empty matrix."""
+        return self.frobenius_norm / sqrt(max(self.shape[0] * self.shape[1], 1))
 
 
 def ranks(singular_values: Tensor, counts: Tensor | None = None) -> dict[str, float]:

@@ -81,6 +81,7 @@ def _structural(update: LowRank, of: Of, cancels: float | None) -> Spectrum:
     return spectrum_of(
         of=of,
         method="structural",
+        shape=update.shape,
         singular_values=sigma,
         numerical_rank=numerical_rank(sigma, update.shape),
         error_bound=rounding / float(sigma[0]) if sigma.numel() and sigma[0] > 0 else 0.0,

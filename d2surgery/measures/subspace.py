@@ -20,6 +20,47 @@ RELIABLE = 1e-6
 """Relative to σ₁: singular vectors of a float64 Gram matrix below it are not to be trusted."""
 
 
+class Directions(NamedTuple):
+    """The singular vectors and values of an update, above rounding: what all comparisons with it are made of."""
+
+    U: Float64[Tensor, "out_features rank"]
+    sigma: Float64[Tensor, " rank"]
+    V: Float64[Tensor, "in_features rank"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.U.shape[0], self.V.shape[0]
+
+    @property
+    def norm(self) -> float:
+        return float(self.sigma.norm())
+
+    def side(self, along: Axis) -> Tensor:
+        """The vectors of the input side ("in_features") or of the output side, leading first."""
+        vectors: Tensor = self.V if along == "in_features" else self.U
+        return vectors
+
+
+def directions(update: LowRank) -> Directions:
+    return Directions(*update.directions())
+
+
+class Overlaps(NamedTuple):
+    """The inner products of the singular vectors of two updates, on either side."""
+
+    first: Directions
+    second: Directions
+    out_features: Float64[Tensor, "rank1 rank2"]
+    in_features: Float64[Tensor, "rank1 rank2"]
+
+
+def overlaps(first: Directions, second: Directions) -> Overlaps:
+    """Raises SHAPE_MISMATCH."""
+    if first.shape != second.shape:
+        raise refuse("SHAPE_MISMATCH", "two matrices", wanted=str(first.shape), got=str(second.shape))
+    return Overlaps(first, second, first.U.T @ second.U, first.V.T @ second.V)
+
+
 class Cosine(NamedTuple):
     """<M, N>/(‖M‖‖N‖), nan when either is zero. Two unrelated matrices: mean 0, standard deviation `null_sd` = 1/√(mn).
 
@@ -30,17 +71,14 @@ class Cosine(NamedTuple):
     null_sd: float
 
 
-def cosine(first: LowRank, second: LowRank) -> Cosine:
-    """From the factors. `LowRank.inner` refuses what is not finite.
-
-    The squares of the norms are summed as the product is, so that M and −M have −1 whatever the order of summing.
-    """
-    null_sd = 1 / sqrt(first.shape[0] * first.shape[1])
-    sizes = float(first.frobenius_norm()), float(second.frobenius_norm())
+def cosine(pair: Overlaps) -> Cosine:
+    """Σ_ij p_i q_j <u_i, u'_j> <v_i, v'_j>, p and q the σ over their norms."""
+    null_sd = 1 / sqrt(pair.first.shape[0] * pair.first.shape[1])
+    sizes = pair.first.norm, pair.second.norm
     if not all(sizes):
         return Cosine(nan, null_sd)
-    M, N = first * (1 / sizes[0]), second * (1 / sizes[1])
-    value = float(M.inner(N)) / sqrt(float(M.inner(M)) * float(N.inner(N)))
+    both = pair.out_features * pair.in_features
+    value = float((pair.first.sigma / sizes[0]) @ both @ (pair.second.sigma / sizes[1]))
     return Cosine(min(max(value, -1.0), 1.0), null_sd)
 
 
@@ -56,36 +94,39 @@ class Similarity:
 
     along: Axis
     phi: Float64[Tensor, "rank1 rank2"]
-    null: Float64[Tensor, "rank1 rank2"]
-    """max(i, j)/n, what random subspaces of n dimensions give."""
     angles: Float64[Tensor, " angles"]
     """Principal angles between the whole subspaces, ascending, in radians."""
+    features: int
+
+    @property
+    def null(self) -> Float64[Tensor, "rank1 rank2"]:
+        """max(i, j)/n, what random subspaces of n dimensions give."""
+        i, j = _counting(*self.phi.shape)
+        return (torch.maximum(i, j) / self.features).clamp(max=1)
 
 
-def similarity(first: LowRank, second: LowRank, along: Axis = "in_features") -> Similarity:
+def similarity(pair: Overlaps, along: Axis = "in_features") -> Similarity:
     """Of the two updates' row spaces ("in_features") or column spaces ("out_features")."""
-    U, V = singular_vectors(first, along), singular_vectors(second, along)
-    if U.shape[0] != V.shape[0]:
-        raise refuse("SHAPE_MISMATCH", "two updates of different shape", wanted=f"{U.shape[0]}", got=f"{V.shape[0]}")
-    squares = (U.T @ V).square().cumsum(0).cumsum(1)
-    i = torch.arange(1, U.shape[1] + 1, dtype=torch.float64)[:, None]
-    j = torch.arange(1, V.shape[1] + 1, dtype=torch.float64)[None]
-    null = (torch.maximum(i, j) / U.shape[0]).clamp(max=1)
-    return Similarity(along, squares.cpu() / torch.minimum(i, j), null, principal_angles(U, V).cpu())
+    U, V, inside = pair.first.side(along), pair.second.side(along), getattr(pair, along)
+    squares = inside.square().cumsum(0).cumsum(1).cpu()
+    phi = squares / torch.minimum(*_counting(*squares.shape))
+    return Similarity(along, phi, principal_angles(U, V, inside).cpu(), U.shape[0])
 
 
-def singular_vectors(matrix: LowRank, along: Axis) -> Float64[Tensor, "features rank"]:
-    """The left ("out_features") or right ("in_features") singular vectors with σ above rounding, leading first."""
-    thin = matrix.recompressed()
-    return thin.Q.T if along == "in_features" else thin.P / thin.P.norm(dim=0)
+def _counting(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """1, 2, … down and across."""
+    return torch.arange(1.0, rows + 1).double()[:, None], torch.arange(1.0, columns + 1).double()[None]
 
 
-def principal_angles(U: Tensor, V: Tensor) -> Float64[Tensor, " angles"]:
-    """arccos of the singular values of UᵀV, U and V with orthonormal columns; where the cosine is above √½ through
-    arcsin of those of V − UUᵀV, which keeps small angles (Björck and Golub 1973)."""
-    U, V = (U, V) if U.shape[1] >= V.shape[1] else (V, U)
-    cosines = torch.linalg.svdvals(U.T @ V).clamp(max=1)  # descending: angles ascend
-    sines = torch.linalg.svdvals(V - U @ (U.T @ V)).flip(0).clamp(max=1)
+def principal_angles(U: Tensor, V: Tensor, inside: Tensor) -> Float64[Tensor, " angles"]:
+    """arccos of the singular values of inside = UᵀV, U and V with orthonormal columns; where the cosine is above √½
+    through arcsin of those of V − UUᵀV, which keeps small angles (Björck and Golub 1973)."""
+    cosines = torch.linalg.svdvals(inside).clamp(max=1)  # descending: angles ascend
+    if bool((cosines.square() < 0.5).all()):
+        angles: Tensor = cosines.arccos()
+        return angles
+    apart = V - U @ inside if U.shape[1] >= V.shape[1] else U - V @ inside.T
+    sines = torch.linalg.svdvals(apart).flip(0).clamp(max=1)
     return torch.where(cosines.square() < 0.5, cosines.arccos(), sines.arcsin())
 
 
@@ -97,6 +138,8 @@ class SignAgreement(NamedTuple):
 
     share: float
     null: float
+    standard_error: float = 0.0
+    """Of a share that a sample of the entries estimates; 0 where all were counted."""
 
 
 class Agreement(NamedTuple):
@@ -121,8 +164,13 @@ def agreement(first: LowRank | Delta, second: LowRank | Delta) -> Agreement:
     inner, energy1, energy2 = sums.tolist()
     norms = sqrt(energy1), sqrt(energy2)
     value = min(max(inner / (norms[0] * norms[1]), -1.0), 1.0) if norms[0] and norms[1] else nan
-    null = nan if isnan(value) else 1 - acos(value) / pi
-    return Agreement(SignAgreement(same / max(count, 1), null), Cosine(value, 1 / sqrt(max(count, 1))), norms)
+    signs = SignAgreement(same / max(count, 1), gaussian_agreement(value))
+    return Agreement(signs, Cosine(value, 1 / sqrt(max(count, 1))), norms)
+
+
+def gaussian_agreement(cosine: float) -> float:
+    """1 − arccos(cosine)/π: how often the signs of Gaussian entries agree."""
+    return nan if isnan(cosine) else 1 - acos(cosine) / pi
 
 
 def _rows(matrix: LowRank | Delta, cut: slice) -> Tensor:

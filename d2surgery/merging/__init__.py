@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from d2surgery.errors import Problem
+from d2surgery.files.dtypes import dtype_name
 from d2surgery.files.partial import Partial, Sources
 from d2surgery.formats.layout import Reading
 from d2surgery.machine import one_thread, peak_memory, resident_memory, uncollected
@@ -22,6 +23,8 @@ from d2surgery.placement.bases import other_base
 from d2surgery.placement.fit import Fit, fit
 
 if TYPE_CHECKING:
+    import torch
+
     from d2surgery.measures.fidelity import Survival
 
 SHARD_SIZE = 5_000_000_000
@@ -71,7 +74,7 @@ def merge(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    dtype: str | None = None,
+    dtype: "str | torch.dtype | None" = None,
     strength: float = 1.0,
     max_memory: int | None = None,
     shard_size: int = SHARD_SIZE,
@@ -85,7 +88,7 @@ def merge(
     """Write `base` with `adapter` merged into it to the directory `out`, which transformers then loads.
 
     merged = round(W0 + strength·delta), computed one precision above the output and rounded once to `dtype`
-    ("F32", "BF16", "F16", "F64"; None: each tensor keeps the base's). Nothing stands at `out` until all is written.
+    ("bf16", torch.float32 …; None: each tensor keeps the base's). Nothing stands at `out` until all is written.
 
     max_memory: bytes of resident memory that may be used. shard_size: bytes per output file. tokenizer: whose stands
     beside the weights, "adapter"'s where it brings one or "base"'s. resume: continue an interrupted merge with the same
@@ -109,7 +112,7 @@ def merge(
                 from d2surgery.merging.prepared import prepare
                 from d2surgery.merging.receipt import RECEIPT
 
-            prepared = prepare(fitted, dtype, device, tokenizer)
+            prepared = prepare(fitted, dtype_name(dtype), device, tokenizer)
             how = (max_memory, shard_size, verify, progress)
             written, problems = write(prepared, partial, companions, ahead.stop, *how)
     return MergeReport(
@@ -131,7 +134,7 @@ def plan(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    dtype: str | None = None,
+    dtype: "str | torch.dtype | None" = None,
     strength: float = 1.0,
     max_memory: int | None = None,
     shard_size: int = SHARD_SIZE,
@@ -150,7 +153,7 @@ def plan(
     from d2surgery.merging.forecast import forecast, low_survival, zero_updates
     from d2surgery.merging.prepared import prepare
 
-    prepared = prepare(fitted, dtype, device, tokenizer)
+    prepared = prepare(fitted, dtype_name(dtype), device, tokenizer)
     files = shards((output.entry for output in prepared.outputs), shard_size)
     with one_thread():
         zero = prepared.check_adapter(hashes=False).zero

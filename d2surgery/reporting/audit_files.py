@@ -11,6 +11,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 from d2surgery.auditing.findings import OPEN, Audit, ModuleAudit
 from d2surgery.codes import CODES
 from d2surgery.errors import Problem
+from d2surgery.surveying.order import in_order
 
 SARIF = "https://json.schemastore.org/sarif-2.1.0.json"
 LEVEL = {"error": "error", "warning": "warning", "info": "note"}
@@ -46,10 +47,10 @@ def junit(found: Audit) -> str:
 def _cases(found: Audit) -> Iterator[Element]:
     about = {problem.code: problem for problem in found.reasons}
     shown = set()
-    for record in found.modules.values():
+    for record in in_order(found.modules).values():
         shown.add(record.code)
         yield _module_case(record, about.get(record.code))
-    for tensor in found.tensors.values():
+    for tensor in in_order(found.tensors).values():
         if tensor.modules:
             continue
         shown.add(tensor.code)

@@ -16,6 +16,7 @@ from torch import Tensor
 from d2surgery.measures.drift import Drift
 from d2surgery.measures.likeness import SIDES, Difference, phi
 from d2surgery.measures.ranks import NUMBERS, Spectrum
+from d2surgery.measures.table import MEASURES
 from d2surgery.surgery.certificate import Loss
 
 Row = dict[str, str | int | float | None]
@@ -26,32 +27,7 @@ COLUMNS = (
 )  # fmt: skip
 """The keys of every row. None where a column does not apply, and for what is undefined (never NaN)."""
 
-CONVENTIONS = {
-    "nominal_rank": "what the factors have room for: r; 2r for D2-LoRA; none for Dual LoRA",
-    "numerical_rank": "number of σ above σ₁·max(m, n)·eps64",
-    "entropy_rank": "exp of the entropy of σ/Σσ (Roy and Vetterli 2007)",
-    "energy_entropy_rank": "exp of the entropy of σ²/Σσ²",
-    "stable_rank": "Σσ²/σ₁²",
-    "participation_ratio": "(Σσ²)²/Σσ⁴",
-    **{f"energy_rank_{f}": f"least k whose leading σ² make up {f} % of Σσ² (not of Σσ)" for f in (90, 95, 99)},
-    "frobenius_norm": "√Σσ²",
-    "spectral_norm": "σ₁",
-    "nuclear_norm": "Σσ",
-    "singular_value": "σᵢ",
-    "relative_singular_value": "σᵢ/σ₁",
-    "relative_update": "‖delta‖F/‖W0‖F",
-    "drift": "‖w′‖/‖w‖ − 1 per vector, signed",
-    "delta_magnitude": "ΔM: mean of abs(‖w′‖ − ‖w‖) over vectors (DoRA, arXiv:2402.09353)",
-    "delta_direction": "ΔD: mean of 1 − cos(w′, w) over vectors (DoRA, arXiv:2402.09353)",
-    "cosine": "<M, N>/(‖M‖‖N‖); null: one standard deviation of unrelated matrices, 1/√(mn)",
-    "subspace_similarity": "φ(r, r) = ‖U₁ᵀU₂‖²F/r (LoRA, section 7.2); null: r/n",
-    "relative_error": "‖stored − wanted‖F/‖wanted‖F of the delta",
-    "spectral_error": "‖stored − wanted‖₂/‖wanted‖₂ of the delta",
-    "weighted_error": "the relative error of the delta times diag(√ second moments of the inputs)",
-    "least_error": "√Σ_{i>k} σᵢ²/√Σσ²: the least relative error of any matrix of rank k",
-    "sign_agreement": "share of entries with equal sign; null: 1 − arccos(cosine)/π",
-    "intruder_cosine": "largest abs cosine with any left singular vector of W0 (arXiv:2410.21228)",
-}
+CONVENTIONS = {name: measure.formula for name, measure in MEASURES.items()}
 
 
 _FORMULAS = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
@@ -135,7 +111,7 @@ def spectrum_rows(spectra: Mapping[str, Spectrum], nominal: Mapping[str, int | N
         rank = nominal.get(module)
         if rank is not None:
             rows.append(row(**common, metric="nominal_rank", value=rank, quality="exact"))
-        for name in ("numerical_rank", *NUMBERS):
+        for name in ("numerical_rank", *NUMBERS, "rms_entry"):
             if (value := getattr(record, name)) is not None:
                 error, quality = record.standard_errors.get(name), record.quality.get(name, "exact")
                 rows.append(row(**common, **told, metric=name, value=value, standard_error=error, quality=quality))
@@ -178,10 +154,12 @@ def difference_rows(differences: Mapping[str, Difference], adapters: str = "") -
     for module, type_ in types(differences).items():
         record = differences[module]
         common: Row = {"adapter": adapters, "module": module, "layer": address(module).layer, "type": type_}
-        common |= {"quality": "exact", "method": "structural", "of": "update", "dtype": "float64"}
+        of = "update" if record.in_features is not None else "delta"
+        common |= {"quality": "exact", "method": "structural", "of": of, "dtype": "float64"}
         signs = record.signs
         rows.append(row(**common, metric="cosine", value=record.cosine.value, null=record.cosine.null_sd))
-        rows.append(row(**common, metric="sign_agreement", value=signs.share, null=signs.null))
+        estimate: Row = {"quality": "estimate", "standard_error": signs.standard_error} if signs.standard_error else {}
+        rows.append(row(**common | estimate, metric="sign_agreement", value=signs.share, null=signs.null))
         for side in SIDES:
             if (found := phi(getattr(record, side))) is not None:
                 rows.append(row(**common, metric="subspace_similarity", axis=side, value=found[0], null=found[1]))

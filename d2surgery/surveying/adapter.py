@@ -1,9 +1,9 @@
 """Adapters as a whole: everything about one or several of them that a report shows, measured once."""
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 
 from d2surgery.checkpoint import Checkpoint, load
@@ -14,7 +14,7 @@ from d2surgery.measures.drift import Drift
 from d2surgery.measures.likeness import Difference
 from d2surgery.measures.ranks import Method, Spectrum
 from d2surgery.measures.subspace import Intruders, intruders
-from d2surgery.surveying.modules import BaseMatrices, Progress, differences, drifts, places, spectra
+from d2surgery.surveying.modules import BaseMatrices, Progress, compare, drifts, places, spectra
 from d2surgery.surveying.zeros import zero_problems
 
 Named = Callable[[str], Progress]
@@ -31,6 +31,8 @@ class Measured:
     layout: Layout
     nbytes: int
     """Of the adapter's file."""
+    sha256: str
+    """Of that file."""
     kinds: Mapping[str, str]
     nominal: Mapping[str, int | None]
     spectra: Mapping[str, Spectrum]
@@ -50,10 +52,11 @@ class Measured:
 
     @property
     def sizes(self) -> dict[str, float]:
-        """Module -> ‖delta‖F/‖W0‖F where the base is given, else the Frobenius norm."""
+        """Module -> ‖delta‖F/‖W0‖F where the base is given, else the root mean square of the entries: either can be
+        compared between matrices of different shape."""
         if self.drifts:
             return {module: record.relative_update for module, record in self.drifts.items()}
-        return {module: record.frobenius_norm for module, record in self.spectra.items()}
+        return {module: record.rms_entry for module, record in self.spectra.items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -76,13 +79,14 @@ def survey(
     base: str | Path | None = None,
     method: Method | None = None,
     with_intruders: bool = False,
+    exact_signs: bool = False,
     cache: str | Path | None = None,
     progress: Named = lambda label: lambda done, total: None,
 ) -> Survey:
     """Measure one or more adapters; with a base also how far each moves it.
 
-    with_intruders: all singular vectors of every base weight, slow on large models. cache: see `spectra`. Raises what
-    the adapters and the base are refused for.
+    with_intruders: all singular vectors of every base weight, slow on large models. exact_signs: see `differences`.
+    cache: see `spectra`. Raises what the adapters and the base are refused for.
     """
     weights = BaseWeights(base) if base is not None else None
     checkpoints = [load(adapter, base=weights) for adapter in adapters]
@@ -94,10 +98,7 @@ def survey(
                 cache=cache, progress=progress)
         for given, label, checkpoint in zip(adapters, labels(adapters), checkpoints, strict=True)
     ]  # fmt: skip
-    shared = {
-        (i, j): dict(differences(checkpoints[i], checkpoints[j], progress=progress(f"{i + 1} and {j + 1}")))
-        for i, j in combinations(range(len(adapters)), 2)
-    }
+    shared = compare(checkpoints, exact_signs=exact_signs, progress=progress("comparing"))
     return Survey(measured=measured, shared=shared, base=None if base is None else str(base))
 
 
@@ -126,12 +127,18 @@ def measure(
             problems=(*checkpoint.layout.problems, *zero_problems(checkpoint)),
         ),
         nbytes=checkpoint.layout.path.stat().st_size,
+        sha256=_sha256(checkpoint.layout.path),
         kinds={at.name: checkpoint.layout.adapters[at.module].kind for at in places(checkpoint)},
         nominal=nominal_ranks(checkpoint),
         spectra=dict(spectra(checkpoint, base, method=method, cache=cache, progress=progress(f"spectra of {label}"))),
         drifts=dict(drifts(checkpoint, base, progress=progress(f"drift of {label}"))) if base is not None else {},
         intruders=found,
     )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def nominal_ranks(checkpoint: Checkpoint) -> dict[str, int | None]:

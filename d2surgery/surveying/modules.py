@@ -1,18 +1,20 @@
 """Survey: measure every module of an adapter, one at a time, over a base of any size.
 
-Each function yields (name, record) in the order of the file. A module with several experts is one name per expert:
+Each function yields (name, record), layer 2 before layer 10. A module with several experts is one name per expert:
 `module[3]`. Only one base weight is held at a time, read with pread.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -25,12 +27,13 @@ from d2surgery.files.base import BaseWeights
 from d2surgery.files.tensors import as_bytes, find_device
 from d2surgery.files.whole import write_whole
 from d2surgery.machine import ahead, one_thread
-from d2surgery.measures.drift import Drift, drift
-from d2surgery.measures.likeness import Difference, difference
+from d2surgery.measures.drift import Drift, delta_drift
+from d2surgery.measures.likeness import Difference, compared, profile
 from d2surgery.measures.ranks import Method, Of, Spectrum
 from d2surgery.measures.spectrum import delta_spectrum, update_spectrum
 from d2surgery.placement.site import Patch, Site
 from d2surgery.placement.sites import sites
+from d2surgery.surveying.order import in_order
 
 Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
@@ -48,10 +51,10 @@ class Place(NamedTuple):
 
 
 def places(checkpoint: Checkpoint) -> list[Place]:
-    """Every adapter of a checkpoint, in the order of the file."""
+    """Every adapter of a checkpoint, layer 2 before layer 10."""
     return [
         Place(module, None if entry.experts == 1 else expert)
-        for module, entry in checkpoint.layout.adapters.items()
+        for module, entry in in_order(checkpoint.layout.adapters).items()
         for expert in range(entry.experts)
     ]
 
@@ -146,25 +149,66 @@ def drifts(
 
     def measure(place: Place) -> Drift:
         adapter = checkpoint.adapter(place.module, place.expert or 0).to(target)
-        return drift(adapter, where[place].to(target), along)
+        return delta_drift(adapter, where[place].to(target), along)
 
     yield from _each(places(checkpoint), measure, progress)
 
 
 def differences(
-    first: Checkpoint, second: Checkpoint, *, progress: Progress = lambda done, total: None
+    first: Checkpoint,
+    second: Checkpoint,
+    *,
+    exact_signs: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> Iterator[tuple[str, Difference]]:
     """Of every module that both checkpoints adapt; the others are left out.
 
+    exact_signs: count the signs of all entries of large modules too, which forms them; a sample has a standard error.
     Raises SHAPE_MISMATCH, naming the module, where the two have different shapes, and what `load` found.
     """
-    raise_errors([*first.layout.problems, *second.layout.problems])
+    for module, found in comparisons([first, second], exact_signs=exact_signs, progress=progress):
+        yield module, found[0, 1]
 
-    def measure(place: Place) -> Difference:
-        return difference(*(c.adapter(place.module, place.expert or 0) for c in (first, second)))
 
-    theirs = set(places(second))
-    yield from _each([place for place in places(first) if place in theirs], measure, progress)
+def comparisons(
+    checkpoints: Sequence[Checkpoint],
+    *,
+    exact_signs: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Iterator[tuple[str, dict[tuple[int, int], Difference]]]:
+    """Of every module that two or more checkpoints adapt, the difference of each two of them, by their numbers.
+
+    Each adapter's factors are read and orthonormalised once, whatever it is compared with. Raises as `differences`.
+    """
+    raise_errors(problem for checkpoint in checkpoints for problem in checkpoint.layout.problems)
+    held = [set(places(checkpoint)) for checkpoint in checkpoints]
+    wanted = dict.fromkeys(place for checkpoint in checkpoints for place in places(checkpoint))
+
+    def measure(place: Place) -> dict[tuple[int, int], Difference]:
+        seed = crc32(place.name.encode())
+        profiles = {
+            i: profile(checkpoint.adapter(place.module, place.expert or 0), exact_signs=exact_signs, seed=seed)
+            for i, checkpoint in enumerate(checkpoints)
+            if place in held[i]
+        }
+        return {(i, j): compared(profiles[i], profiles[j]) for i, j in combinations(profiles, 2)}
+
+    shared = [place for place in wanted if sum(place in mine for mine in held) > 1]
+    thin = all(entry.rank is not None for checkpoint in checkpoints for entry in checkpoint.layout.adapters.values())
+    yield from _each(shared, measure, progress, threads=_cores() if thin else 1)
+
+
+def compare(
+    checkpoints: Sequence[Checkpoint], *, exact_signs: bool = False, progress: Progress = lambda done, total: None
+) -> dict[tuple[int, int], dict[str, Difference]]:
+    """`comparisons` by pair: (i, j), i < j -> module -> Difference; empty where two have no module in common."""
+    found: dict[tuple[int, int], dict[str, Difference]] = {
+        pair: {} for pair in combinations(range(len(checkpoints)), 2)
+    }
+    for module, pairs in comparisons(checkpoints, exact_signs=exact_signs, progress=progress):
+        for pair, record in pairs.items():
+            found[pair][module] = record
+    return found
 
 
 @contextmanager
@@ -248,4 +292,4 @@ def _to_json(spectrum: Spectrum) -> dict[str, Any]:
 
 def _from_json(record: dict[str, Any]) -> Spectrum:
     values = torch.tensor(record["singular_values"], dtype=torch.float64)
-    return Spectrum(**(record | {"singular_values": values}))
+    return Spectrum(**(record | {"singular_values": values, "shape": tuple(record["shape"])}))

@@ -3,8 +3,9 @@
     prompt tokens        answer tokens      end of the turn
     label −100           their own          its own
 
-The loss is on the answer and on the end that stops generation. An answer is never cut: an item that is too long loses
-the beginning of its prompt, and one whose answer alone does not fit is left out; both are counted.
+The loss is on the answer and on the end that stops generation. An answer is never cut, and neither is what the
+template puts around the question: an item that is too long loses the beginning of its question, and one that does not
+fit without any is left out; both are counted.
 """
 
 import hashlib
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from d2surgery.errors import refuse
 from d2surgery.evaluating.items import Item, Template, encode, read_items, render
-from d2surgery.training.config import Batching, DataSettings
+from d2surgery.training.settings import Batching, DataSettings
 
 IGNORED = -100
 """The label of a token that has no part in the loss, in torch and transformers."""
@@ -45,7 +47,7 @@ class Corpus:
     train: tuple[Encoded, ...]
     held_out: tuple[Encoded, ...]
     prompts_cut: int
-    left_out: tuple[str, ...]  # names of items whose answer alone is too long
+    left_out: tuple[str, ...]  # names of items that are too long without their question
 
     @property
     def digest(self) -> str:
@@ -149,6 +151,8 @@ class Collate:
 
     pad: int
     packed: bool
+    answers_only: bool = False
+    """Whether the model is told at which positions logits are needed: where any row's next token carries loss."""
 
     def __call__(self, batch: Sequence[Sequence[Encoded]]) -> dict[str, Any]:
         width = max(sum(len(item.tokens) for item in row) for row in batch)
@@ -167,7 +171,16 @@ class Collate:
             positions[at, start:] = torch.arange(width - start)  # padding is an item of its own
         names = tuple(item.name for row in batch for item in row)
         inputs = {"position_ids": positions} if self.packed else {"attention_mask": mask}
+        inputs |= _answers(labels) if self.answers_only else {}
         return {"input_ids": tokens, "labels": labels, **inputs, "names": names}
+
+
+def _answers(labels: Tensor) -> dict[str, Tensor]:
+    """The positions before labels, and the labels that their logits predict: in transformers' names."""
+    following = labels.roll(-1, 1)
+    following[:, -1] = IGNORED
+    keep = (following != IGNORED).any(0).nonzero()[:, 0]
+    return {"logits_to_keep": keep, "shift_labels": following[:, keep].contiguous()}
 
 
 def tokens_of(items: Sequence[Encoded], rows: Sequence[Row]) -> int:
@@ -187,13 +200,24 @@ def _drawn(file: str, generator: torch.Generator) -> list[tuple[str, Item]]:
 
 def _encoded(name: str, item: Item, tokenizer: Any, settings: DataSettings) -> tuple[Encoded, bool]:
     """The item as tokens, none where its answer does not fit; and whether its prompt was cut."""
-    prompt = encode(item.prompt, tokenizer, settings.template)
     answer = answer_tokens(item, tokenizer, settings.template)
-    room = settings.max_length - len(answer)
-    if room < 1:
-        return Encoded((), 0, name), False
-    cut = len(prompt) > room
-    return Encoded((*(prompt[-room:] if cut else prompt), *answer), len(answer), name), cut
+    prompt, whole = _fitting(item.prompt, settings.max_length - len(answer), tokenizer, settings.template)
+    return Encoded((*prompt, *answer) if prompt else (), len(answer), name), not whole
+
+
+def _fitting(question: str, room: int, tokenizer: Any, template: Template) -> tuple[list[int], bool]:
+    """The prompt with as much of the question's end as there is room for, and whether that is all; [] for no room."""
+    tokens = encode(question, tokenizer, template)
+    if len(tokens) <= room:
+        return tokens, True
+    fits, does_not, tokens = len(question), 0, encode("", tokenizer, template)  # characters left out
+    if not tokens or len(tokens) > room:
+        return [], True
+    while fits - does_not > 1:
+        middle = (fits + does_not) // 2
+        shorter = encode(question[middle:], tokenizer, template)
+        fits, does_not, tokens = (middle, does_not, shorter) if len(shorter) <= room else (fits, middle, tokens)
+    return tokens, False
 
 
 def answer_tokens(item: Item, tokenizer: Any, template: Template) -> list[int]:

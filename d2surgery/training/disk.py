@@ -19,6 +19,7 @@ from d2surgery.formats.saving import UNFINISHED
 
 PREFIX = "checkpoint-"
 CONFIG = "train.toml"
+BEST = "best"
 
 _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk's end, the quota's, the limit of a file
 _WORDS = (  # Rust's writer, of safetensors; and torch's, which gives no number

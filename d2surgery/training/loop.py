@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from d2surgery.adapters import KINDS, Adapter
+from d2surgery.adapters.duallora import START
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.whole import PARTIAL, write_whole
 from d2surgery.formats.layout import About
 from d2surgery.kinds import TABLE
 from d2surgery.live.attaching import ALL_LINEAR, adapted, attach, initial, set_warmup
 from d2surgery.live.quantization import Quantization, loading_options, quantization_in, quantization_of
-from d2surgery.training.config import TrainConfig, differences, read_config, to_toml
+from d2surgery.training.config import differences, read_config, to_toml
 from d2surgery.training.data import Collate, Corpus, Rows, read_corpus
 from d2surgery.training.disk import (
+    BEST,
     CONFIG,
     check_whole,
     checkpoints,
@@ -32,13 +34,21 @@ from d2surgery.training.disk import (
     step_of,
     written_alone,
 )
-from d2surgery.training.planning import Schedule, TrainPlan, plan_of, schedule_of, world
+from d2surgery.training.planning import Schedule, TrainPlan, first_on_host, plan_of, schedule_of, world
 from d2surgery.training.reporters import check_reporters, failures_named
+from d2surgery.training.settings import TrainConfig
 
 if TYPE_CHECKING:
     from d2surgery.training.trainer import AdapterTrainer, Flow, Metrics
 
 INPUTS = "inputs.json"
+_OTHER_LAUNCHES = {  # how accelerate says them to its processes
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "false"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "false"),
+    "PARALLELISM_CONFIG_TP_SIZE": ("tensor parallelism", "1"),
+    "PARALLELISM_CONFIG_CP_SIZE": ("context parallelism", "1"),
+    "PARALLELISM_CONFIG_SP_SIZE": ("sequence parallelism", "1"),
+}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,6 +65,8 @@ class TrainReport:
     tokens: int
     first_eval_loss: float | None
     last_eval_loss: float | None
+    best_step: int | None  # with run.best: after which step the adapter was as it is saved
+    best_loss: float | None  # and its loss on held-out items
     first_loss: float | None
     last_loss: float | None
     seconds_per_step: float | None  # of the steps of this process; None where it had none to do
@@ -103,6 +115,7 @@ def _train(
     inputs = {"data_sha256": corpus.digest, "rows_per_step": schedule.rows_per_step}
     if checkpoint is not None:
         _check_inputs(out, inputs)
+    arguments = _arguments(config, schedule, evaluates=bool(corpus.held_out), fresh=checkpoint is None)
     model = _model(config)
     _check_fit(config, model, corpus)
     attach(model, _start(config, model), dropout=config.adapter.dropout)
@@ -113,7 +126,7 @@ def _train(
     resumed_from = None if checkpoint is None else step_of(checkpoint)
     plan = plan_of(config, model, corpus, schedule, resumed_from)
     announce(plan)
-    trainer, flow, metrics = _trainer(config, model, tokenizer, corpus, schedule, progress, fresh=checkpoint is None)
+    trainer, flow, metrics = _trainer(config, model, tokenizer, corpus, schedule, progress, arguments)
     with full_disk_named(out):
         if trainer.args.should_save:
             write_whole(out / CONFIG, to_toml(config))
@@ -121,11 +134,14 @@ def _train(
             forget_after(out, resumed_from if resumed_from is not None else -1)
         with flow.catching_signals(alone=world() == 1), failures_named(config.run.report_to):
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        if trainer.state.global_step < schedule.steps:
+        if trainer.state.global_step < schedule.steps and flow.interrupted:
             raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; --resume goes on from there")
         _publish(trainer, out)
     seconds = metrics.seconds / metrics.steps if metrics.steps else None
-    return _report(out, plan, read_metrics(out), seconds)
+    lines = read_metrics(out)
+    best_loss = trainer.state.best_metric if config.run.best else None
+    report = replace(_report(out, plan, lines, seconds), best_step=trainer.best_step, best_loss=best_loss)
+    return replace(report, steps=trainer.state.global_step)
 
 
 # Before the first step -------------------------------------------------------------------------------------------
@@ -135,9 +151,13 @@ def _check_packages(config: TrainConfig) -> None:
     if importlib.util.find_spec("accelerate") is None:
         raise refuse("NO_TRAINER", "accelerate is not installed")
     check_reporters(config.run.report_to)
-    cuda = torch.cuda.is_available() and config.run.device != "cpu"
-    if config.run.precision == "fp16" and not cuda:
+    if config.run.precision == "fp16" and _device(config).type == "cpu":
         raise refuse("BAD_CONFIG", "fp16 is trained on a GPU only", module="run.precision", wanted="bf16 or fp32")
+    raise_errors(
+        Problem(code="BAD_CONFIG", message=f"{name} was not tested with these adapters", module="accelerate",
+                got=f"{variable}={os.environ[variable]}", wanted="DDP, or FSDP with fsdp_version: 2")
+        for variable, (name, off) in _OTHER_LAUNCHES.items() if os.environ.get(variable, off).lower() != off
+    )  # fmt: skip
 
 
 def _begin_in(out: Path, config: TrainConfig, resume: bool) -> Path | None:
@@ -152,15 +172,19 @@ def _begin_in(out: Path, config: TrainConfig, resume: bool) -> Path | None:
             message = "a training run is there already"
             raise refuse("OUTPUT_EXISTS", message, file=str(there[0]), wanted="--resume, or another output")
     elif (out / CONFIG).exists():
-        before = read_config(out / CONFIG)
-        raise_errors(
-            Problem(code="RESUME_MISMATCH", message="not what the run began with", file=str(out), module=key,
-                    wanted=repr(was), got=repr(now))
-            for key, (was, now) in differences(before, config).items()
-        )  # fmt: skip
+        check_same(out, config)
     if found:
         check_whole(found[-1])
     return found[-1] if found else None
+
+
+def check_same(out: Path, config: TrainConfig) -> None:
+    """Raises RESUME_MISMATCH with every setting that is not what the run in `out` began with."""
+    raise_errors(
+        Problem(code="RESUME_MISMATCH", message="not what the run began with", file=str(out), module=key,
+                wanted=repr(was), got=repr(now))
+        for key, (was, now) in differences(read_config(out / CONFIG), config).items()
+    )  # fmt: skip
 
 
 def _check_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
@@ -187,7 +211,15 @@ def _model(config: TrainConfig) -> Any:
 
     dtype, stored = _DTYPES[config.run.precision], getattr(_loaded(AutoConfig, config), "quantization_config", None)
     quantization = quantization_of(stored, config.run.quantization, base=config.base)
-    how = loading_options(quantization, stored=stored is not None, dtype=dtype, device=_device(config))
+    device = _device(config)
+    how = loading_options(quantization, stored=stored is not None, dtype=dtype, device=device)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true" and not first_on_host():
+            how["device_map"] = {"": "meta"}  # accelerate sends it its part
+    elif device.type != "cpu":
+        how["device_map"] = {"": device}  # past the host's memory, where each process would hold it whole
+    if config.run.attention:
+        how["attn_implementation"] = config.run.attention
     model = _loaded(AutoModelForCausalLM, config, dtype=dtype, **how)
     model.config.use_cache = False  # with a cache, packed items would see one another
     if config.run.gradient_checkpointing:
@@ -196,9 +228,16 @@ def _model(config: TrainConfig) -> Any:
 
 
 def _device(config: TrainConfig) -> torch.device:
-    """Where this process trains, before accelerate says so: a quantised base is loaded in its place."""
-    accelerator = torch.cuda.is_available() and config.run.device != "cpu"
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if accelerator else "cpu")
+    """Where this process trains, before accelerate says so: a base is loaded in its place."""
+    found = accelerator() if config.run.device != "cpu" else None
+    if found is None or found.type == "mps":  # which has no float64
+        return torch.device("cpu")
+    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def accelerator() -> torch.device | None:
+    """The kind of device beside the CPU that torch finds here."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 def _loaded(kind: Any, config: TrainConfig, **options: Any) -> Any:
@@ -226,10 +265,12 @@ def _check_fit(config: TrainConfig, model: Any, corpus: Corpus) -> None:
 @torch.no_grad()
 def _check_packing(model: Any) -> None:
     """Changing the first item of a packed row must not change one bit of what follows the second."""
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    if model.device.type == "meta":  # FSDP's other processes; the first one looks
+        return
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=model.device)
     model.eval()
     one, other = (
-        model(input_ids=torch.tensor([[*first, 4, 5, 6]]), position_ids=positions).logits[0, 3:]
+        model(input_ids=torch.tensor([[*first, 4, 5, 6]], device=model.device), position_ids=positions).logits[0, 3:]
         for first in ((1, 2, 3), (7, 8, 9))
     )
     if not torch.equal(one, other):
@@ -263,6 +304,8 @@ def _report(out: Path, plan: TrainPlan, lines: Sequence[Mapping[str, Any]], seco
         tokens=plan.tokens,
         first_eval_loss=evaluations[0] if evaluations else None,
         last_eval_loss=evaluations[-1] if evaluations else None,
+        best_step=None,
+        best_loss=None,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
         seconds_per_step=seconds,
@@ -281,12 +324,11 @@ def _trainer(
     corpus: Corpus,
     schedule: Schedule,
     progress: Callable[[int, int], None],
-    *,
-    fresh: bool,
+    arguments: Any,
 ) -> "tuple[AdapterTrainer, Flow, Metrics]":
     from transformers import PrinterCallback
 
-    from d2surgery.training.trainer import AdapterTrainer, Flow, Metrics, Warmup
+    from d2surgery.training.trainer import AdapterTrainer, Flow, Metrics, Patience, Warmup
 
     flow = Flow(progress, evaluates=bool(corpus.held_out))
     metrics = Metrics(Path(config.output), schedule.tokens, schedule.epochs)
@@ -294,15 +336,18 @@ def _trainer(
     held_out = [(number,) for number in range(len(corpus.held_out))]
     trainer = AdapterTrainer(
         model=model,
-        args=_arguments(config, schedule, evaluates=bool(corpus.held_out), fresh=fresh),
+        args=arguments,
         train_dataset=Rows(corpus.train, schedule.rows),
         eval_dataset=Rows(corpus.held_out, held_out) if held_out else None,
-        data_collator=Collate(pad, packed=config.data.batching == "packed"),
+        data_collator=Collate(pad, config.data.batching == "packed", answers_only=_answers_only(config, model)),
         callbacks=[Warmup(schedule.scaling_warmup), flow, metrics],
         lr_ratio=config.optimizer.lr_ratio,
         about=_about(config, model, schedule),
         keep=config.run.keep,
+        best=config.run.best,
     )
+    if config.run.patience:
+        trainer.add_callback(Patience(config.run.patience))
     trainer.remove_callback(PrinterCallback)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
@@ -314,12 +359,22 @@ def _trainer(
     return trainer, flow, metrics
 
 
+def _answers_only(config: TrainConfig, model: Any) -> bool:
+    """Whether the model computes logits where they are asked for, and its loss from these. A compiled model would be
+    compiled again for each number of them."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    takes = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    return takes and not config.run.compile and model.loss_function is ForCausalLMLoss
+
+
 def _arguments(config: TrainConfig, schedule: Schedule, *, evaluates: bool, fresh: bool) -> Any:
     from transformers import TrainingArguments
 
     optimizer, run, steps = config.optimizer, config.run, schedule.steps
     constant = "constant_with_warmup" if optimizer.schedule == "constant" else optimizer.schedule
-    return TrainingArguments(
+    alone = _device(config).type == "cpu"
+    arguments = TrainingArguments(
         output_dir=config.output,
         max_steps=steps,
         per_device_train_batch_size=optimizer.batch,
@@ -333,14 +388,17 @@ def _arguments(config: TrainConfig, schedule: Schedule, *, evaluates: bool, fres
         bf16=run.precision == "bf16",
         fp16=run.precision == "fp16",
         torch_compile=run.compile,
+        tf32=False,  # compiling would turn it on, and fp32 is asked for
         seed=run.seed,
-        use_cpu=run.device == "cpu",
+        use_cpu=alone,
         logging_steps=run.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=schedule.every(run.eval_every),
         eval_on_start=evaluates and fresh,
+        metric_for_best_model="eval_loss" if evaluates else None,
+        greater_is_better=False if evaluates else None,
         save_strategy="steps",
         save_steps=schedule.every(run.save_every),
         report_to=list(run.report_to) or "none",
@@ -349,10 +407,14 @@ def _arguments(config: TrainConfig, schedule: Schedule, *, evaluates: bool, fres
         remove_unused_columns=False,
         prediction_loss_only=True,
         label_names=["labels"],
-        dataloader_pin_memory=run.device != "cpu" and torch.cuda.is_available(),
+        dataloader_pin_memory=not alone,
         ddp_find_unused_parameters=False,  # every slot is used in every step
-        **({"ddp_backend": "gloo"} if run.device == "cpu" and world() > 1 else {}),
+        **({"ddp_backend": "gloo"} if alone and world() > 1 else {}),
     )
+    arguments._n_gpu = min(
+        1, arguments.n_gpu
+    )  # else Trainer spreads one process by DataParallel, with more rows a step
+    return arguments
 
 
 def _about(config: TrainConfig, model: Any, schedule: Schedule) -> About:
@@ -363,7 +425,8 @@ def _about(config: TrainConfig, model: Any, schedule: Schedule) -> About:
         return replace(shown, settings={"lora_dropout": config.adapter.dropout, "use_rslora": config.adapter.rslora})
     start = inspect.signature(KINDS[adapter.kind].init).parameters["sigma"].default
     sigma = start if config.adapter.sigma is None else config.adapter.sigma
-    training = {"sigma": sigma, "dropout": config.adapter.dropout, "seed": config.run.seed, "steps": schedule.steps}
+    sigmas = {"start": START} if sigma is None else {"sigma": sigma}
+    training = {**sigmas, "dropout": config.adapter.dropout, "seed": config.run.seed, "steps": schedule.steps}
     if quantization := quantization_in(model):
         training["quantization"] = quantization
     if schedule.scaling_warmup:
@@ -373,10 +436,15 @@ def _about(config: TrainConfig, model: Any, schedule: Schedule) -> About:
 
 def _publish(trainer: "AdapterTrainer", out: Path) -> None:
     """The trained adapter, in the place of what an earlier end of the same run left."""
-    set_warmup(trainer.model, 1.0)
+    if trainer.best_step is None:
+        set_warmup(trainer.model, 1.0)
     if trainer.args.should_save:
         (out / "adapter_model.safetensors").unlink(missing_ok=True)
-    trainer.save_model(str(out))
+    if trainer.best_step is None:
+        trainer.save_model(str(out))
+    elif trainer.args.should_save:
+        for file in sorted((out / BEST).iterdir()):
+            shutil.copyfile(file, out / file.name)
     if trainer.args.should_save:
         keep_newest(out, trainer.keep)  # a run may have been killed before it did
         shutil.rmtree(out / PARTIAL, ignore_errors=True)

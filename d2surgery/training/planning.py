@@ -6,14 +6,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil
+from statistics import median
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from d2surgery.errors import Problem, refuse
 from d2surgery.kinds import TABLE
 from d2surgery.live.attaching import adapted
+from d2surgery.live.layers import AdaptedLinear
 from d2surgery.live.quantization import Quantization, entries, quantization_in
-from d2surgery.training.config import TrainConfig
 from d2surgery.training.data import Corpus, Row, rows, tokens_of
+from d2surgery.training.settings import TrainConfig
+
+FAR = 0.02
+"""Of the base weights: how far a random start may move them without a word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +109,7 @@ def plan_of(config: TrainConfig, model: Any, corpus: Corpus, schedule: Schedule,
         rows_per_step=schedule.rows_per_step,
         tokens=schedule.tokens[-1],
         resumed_from=resumed_from,
-        problems=tuple(_too_long(config, corpus)),
+        problems=(*_too_long(config, corpus), *_idle(config), *_moved(layers)),
     )
 
 
@@ -118,13 +126,50 @@ def _too_long(config: TrainConfig, corpus: Corpus) -> Iterator[Problem]:
     """What max_length cost."""
     most = config.data.max_length
     if corpus.prompts_cut:
-        message = f"{corpus.prompts_cut} prompts lost their beginning to fit {most} tokens with their answers"
+        message = f"{corpus.prompts_cut} questions lost their beginning to fit {most} tokens with their answers"
         yield Problem(code="ITEMS_TOO_LONG", message=message, severity="warning")
     if corpus.left_out:
         few, more = "; ".join(corpus.left_out[:8]), len(corpus.left_out) - 8
-        message = f"left out, since the answer alone does not fit {most} tokens: {few}"
+        message = f"left out, since {most} tokens are too few for them even without their question: {few}"
         message += f" and {more} more" if more > 0 else ""
         yield Problem(code="ITEMS_TOO_LONG", message=message, severity="warning")
+
+
+def _idle(config: TrainConfig) -> Iterator[Problem]:
+    """Devices that one process leaves alone."""
+    more = torch.accelerator.device_count() - 1
+    if world() == 1 and config.run.device != "cpu" and more > 0:
+        message = f"one process trains on one device, and {more} more {'is' if more == 1 else 'are'} idle"
+        line = f"torchrun --nproc-per-node {more + 1} -m d2surgery train …"
+        yield Problem(code="IDLE_DEVICES", message=message, severity="warning", wanted=line)
+
+
+@torch.no_grad()
+def _moved(layers: Mapping[str, AdaptedLinear]) -> Iterator[Problem]:
+    """How far Dual LoRA's random start moves the weights once its scaling has risen, where that is far: per module
+    s·rms(B)·rms(A)·√(r/2) over rms(W0), which is ‖s·ReLU(B·A)‖/‖W0‖ of independent normal factors."""
+    shares: dict[str, float] = {}
+    for name, layer in layers.items():
+        if layer.adapter.kind != "duallora" or layer.weight.is_meta:
+            continue
+        slots, scaling = layer.adapter.slots(), abs(float(layer.adapter.scaling))
+        size = scaling * _rms(slots["B"]) * _rms(slots["A"]) * (len(slots["A"]) / 2) ** 0.5
+        base = _rms(layer.base_weight)
+        shares[name] = size / base if base else 0.0
+    if shares and median(shares.values()) > FAR:
+        worst = max(shares, key=lambda name: shares[name])
+        message = f"at full scaling the random start moves the weights by {100 * median(shares.values()):.1f} %"
+        got = f"{100 * shares[worst]:.1f} % in {worst}"
+        yield Problem(code="START_MOVES_BASE", message=message, severity="warning", wanted="a smaller sigma", got=got)
+
+
+def _rms(matrix: Tensor) -> float:
+    return float(matrix.float().square().mean().sqrt())
+
+
+def first_on_host() -> bool:
+    """Whether this process is the first one of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def world() -> int:

@@ -1,34 +1,43 @@
 """transformers' Trainer, where it has to know that the trained parameters are the slots of adapters.
 
-What is changed: a checkpoint holds the adapter and not the base, and appears whole or not at all; learning rates are
-per slot; a loss that is no number ends the run; rows come in the order they are in.
+What is changed: a checkpoint holds the adapter and not the base, and appears whole or not at all, of FSDP2 as of one
+process; learning rates are per slot; a loss that is no number ends the run; rows come in the order they are in; what
+clipping changes of Dual LoRA's gradients is logged.
 """
 
 import json
 import math
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from d2surgery.adapters import Adapter
+from d2surgery.adapters.forwards import Clipped, counting_clipped
 from d2surgery.checkpoint import load, save
 from d2surgery.errors import refuse
 from d2surgery.files.whole import PARTIAL, write_whole
 from d2surgery.formats.layout import About
 from d2surgery.live.attaching import adapted, set_warmup, snapshot
-from d2surgery.training.disk import PREFIX, keep_newest, remove
+from d2surgery.training.disk import BEST, PREFIX, keep_newest, remove
 
 METRICS = "metrics.jsonl"
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 Progress = Callable[[int, int], None]
 
@@ -44,6 +53,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         lr_ratio: Mapping[str, float],
         about: About,
         keep: int,
+        best: bool = False,
         **options: Any,
     ) -> None:
         with _known_to_have_adapters(options["model"]):
@@ -51,6 +61,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self.lr_ratio = lr_ratio
         self.about = about
         self.keep = keep
+        self.best = best
+        self._clipped: list[Clipped] = []
+        self._losses: list[tuple[Tensor, Sequence[str]]] = []
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group per slot: lr times its ratio; a magnitude does not decay, since its natural value is not 0."""
@@ -73,16 +86,62 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
-        """Trainer's. Raises LOSS_NOT_FINITE, before the gradient reaches anything."""
+        """Trainer's; see `_check_losses`."""
         names = inputs.pop("names")
         result = super().compute_loss(model, inputs, *args, **options)
-        loss = result[0] if isinstance(result, tuple) else result
-        if not torch.isfinite(loss).all():
-            where = f"step {self.state.global_step + 1}" if model.training else "evaluation on held-out items"
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            message = f"{where}, on {'; '.join(names[:8])}{more}"
-            raise refuse("LOSS_NOT_FINITE", message, got=str(loss.item()))
+        self._losses.append(((result[0] if isinstance(result, tuple) else result).detach(), names))
+        if not model.training:
+            self._check_losses("evaluation on held-out items")
         return result
+
+    def _check_losses(self, where: str) -> None:
+        """A look at all micro-batches at once, since a GPU is waited for."""
+        losses, self._losses = self._losses, []
+        for loss, names in losses:
+            if not torch.isfinite(loss).all():
+                more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+                message = f"{where}, on {'; '.join(names[:8])}{more}"
+                raise refuse("LOSS_NOT_FINITE", message, got=str(loss.item()))
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """Trainer's; before a line of the log the entries of Dual LoRA's gradients that were clipped are counted.
+
+        Raises LOSS_NOT_FINITE after the last micro-batch of a step, before its gradient reaches anything.
+        """
+        step, last = self.state.global_step + 1, self.state.max_steps
+        logged = step in (1, last) or not step % int(self.args.logging_steps)
+        with counting_clipped() if logged else nullcontext() as found:
+            loss: Tensor = super().training_step(*args, **options)
+        self._clipped += [found] if found else []
+        if self.accelerator.sync_gradients:
+            self._check_losses(f"step {step}")
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        entries = sum(found.entries for found in self._clipped)
+        if "loss" in logs and entries:
+            logs["clipped"] = sum(float(found.changed) for found in self._clipped) / entries
+        self._clipped = self._clipped if "eval_loss" in logs else []
+        super().log(logs, *args, **options)
+
+    @property
+    def best_step(self) -> int | None:
+        """Of the adapter in `best`, where one is kept."""
+        return self.state.best_global_step if self.best else None
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Trainer's; a new best adapter is written at once, whole or not at all."""
+        new: bool = super()._determine_best_metric(metrics, trial)
+        if new:
+            self.state.best_global_step = self.state.global_step
+        if new and self.best:
+            out = Path(self.args.output_dir)
+            self.save_model(str(out / PARTIAL / BEST))
+            if self.args.should_save:
+                shutil.rmtree(out / BEST, ignore_errors=True)
+                (out / PARTIAL / BEST).rename(out / BEST)
+            self.accelerator.wait_for_everyone()
+        return new
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone. Raises LOSS_NOT_FINITE rather than write one that is spoilt."""
@@ -109,6 +168,28 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / PARTIAL)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Of FSDP2 the whole optimizer state, gathered: slots are small, and the frozen base has none."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = get_optimizer_state_dict(self.model, self._plain_optimizer(), options=_WHOLE)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+        set_optimizer_state_dict(self.model, self._plain_optimizer(), state, options=_WHOLE)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)  # type: ignore[no-any-return]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore(self.model if model is None else model, load(resume_from_checkpoint))
@@ -156,6 +237,16 @@ class Warmup(TrainerCallback):  # type: ignore[misc]
         set_warmup(model, min(1.0, state.global_step / self.steps) if self.steps else 1.0)
 
 
+class Patience(EarlyStoppingCallback):  # type: ignore[misc]
+    """Trainer's early stopping, which goes on counting where a checkpoint left off."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        super().on_train_begin(args, state, control, **options)
+        stored = state.stateful_callbacks.get(type(self).__name__)
+        if stored:
+            self.early_stopping_patience_counter = stored["attributes"]["early_stopping_patience_counter"]
+
+
 class Flow(TrainerCallback):  # type: ignore[misc]
     """Logs and evaluates at the end; logs with every checkpoint, since a mean over steps that a resumed run did not
     see would differ; and at a first Ctrl-C or SIGTERM finishes the step, writes a checkpoint and stops."""
@@ -195,6 +286,8 @@ class Flow(TrainerCallback):  # type: ignore[misc]
 class Metrics(TrainerCallback):  # type: ignore[misc]
     """A line of metrics.jsonl per log: step, epoch, loss, lr, grad_norm, tokens, seconds; or step and eval_loss.
 
+    `clipped` is the share of Dual LoRA's gradients through the sign that `ste` changed in the last step: at 0, clip,
+    mask and identity are one.
     `seconds` are those of the steps since the process began, without evaluations and checkpoints.
     """
 
@@ -222,6 +315,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         elif "loss" in logs:
             line |= {"epoch": round(self.epochs * state.global_step / state.max_steps, 4), "loss": logs["loss"]}
             line |= {"lr": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
+            line |= {"clipped": logs["clipped"]} if "clipped" in logs else {}
             line |= {"tokens": self.tokens[state.global_step], "seconds": round(self.seconds, 3)}
         if len(line) > 1 and state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -16,13 +16,13 @@ from mutations import MODULES, NORM, OUT, Q, World, base_again, both, damaged, f
 from d2surgery.auditing import audit
 from d2surgery.auditing.findings import Audit
 from d2surgery.cli import main
-from d2surgery.cli.report import report
 from d2surgery.evaluating.behaviour import compare_outputs, compare_scores
 from d2surgery.evaluating.tasks import Score
 from d2surgery.evaluating.traces import Layer
 from d2surgery.reporting.audit_files import junit, sarif, schema
 from d2surgery.reporting.figures.audit import STATES, output_errors
 from d2surgery.reporting.pages.audit import audit_page
+from d2surgery.verbs import reporting
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
 GONE = "model.layers.0.input_layernorm.weight"
@@ -39,6 +39,10 @@ CHANGES = {
     "open": damaged(f"{OUT}.weight", (slice(0, 8), 5), lambda t: t * 1.02),
 }
 Made = Mapping[str, tuple[Audit, list[str]]]
+
+
+def report(adapters: Sequence[str], **choices: Any) -> str:
+    return reporting.report(*adapters, **choices).html
 
 
 @pytest.fixture(scope="module")

@@ -157,7 +157,15 @@ def test_of_several_adapters_the_one_that_was_merged_is_named(
 def test_a_reports_audit_is_printed_and_decides_the_exit_code(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["report", str(inputs / "adapter"), "--base", str(inputs / "base"), "--out", str(tmp_path / "page.html")]
+    given = [
+        "report",
+        str(inputs / "adapter"),
+        "--base",
+        str(inputs / "base"),
+        "--out",
+        str(tmp_path / "page.html"),
+        "--force",
+    ]
     for merged, code, word in (("right", 0, "PASS"), ("broken", 1, "FAIL")):
         assert main([*given, "--merged", str(inputs / merged)]) == code
         said = capsys.readouterr().out

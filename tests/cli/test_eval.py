@@ -170,3 +170,32 @@ def test_bad_input_ends_with_2_and_a_code(
         assert main(["eval", *arguments, "--json"]) == 2, arguments
         found = document(capsys)
         assert found["problems"][0]["code"] == code, (arguments, found)
+
+
+def test_free_answers_have_perplexity_and_words_in_common(
+    speaker: Speakers, questions: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = speaker("lora", "F32")
+    said = ["--base", str(case.base), "--adapter", str(case.adapter), "--template", "plain", "--free", questions[0]]
+    assert main(["eval", *said, "--limit", "4", "--items", str(tmp_path / "items.jsonl"), "--json"]) == 0
+    found = document(capsys)["models"]["unmerged"]["even.json"]
+    assert found["items"] == 4
+    for name in ("exact", "f1", "rouge_l", "nats"):
+        low, high = found[f"{name}_ci"]
+        assert low <= found[name] <= high
+    lines = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    assert [line["item"] for line in lines] == [0, 1, 2, 3]
+    assert main(["eval", *said, "--limit", "4"]) == 0
+    assert "ROUGE-L" in capsys.readouterr().out
+    assert main(["eval", *said, "--tasks", questions[1]]) == 2
+    assert "--free is a question of its own" in capsys.readouterr().err
+
+
+def test_tasks_of_labels_have_matthews_correlation_and_f1(
+    speaker: Speakers, questions: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = speaker("lora", "F32")
+    assert main(["eval", "--base", str(case.base), "--tasks", *questions, "--template", "plain", "--json"]) == 0
+    even, large = document(capsys)["models"]["base"]["tasks"]
+    assert {"matthews", "macro_f1"} <= set(even)
+    assert "matthews" not in large

@@ -1,9 +1,11 @@
 """`spectrum`, `drift`, `diff`, `report` on the command line: documented fields, files, widths, what is missing."""
 
+import base64
 import csv
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,7 +165,15 @@ def test_plot_writes_a_page(work: Path, verb: str, tmp_path: Path, capsys: pytes
     extra = {"spectrum": [], "drift": ["--base", str(work / "base")], "diff": [str(work / "again")]}[verb]
     assert main([verb, str(work / "lora"), *extra, "--plot", str(tmp_path / "p.html")]) == 0
     html = (tmp_path / "p.html").read_text(encoding="utf-8")
-    assert html.count('class="canvas"') >= 3
+    drawn = html.count('class="canvas"')
+    assert drawn >= 3
+    assert html.count(f"<h4>lora{' and again' if verb == 'diff' else ''}</h4>") == drawn
+    tables = re.findall(r'download="([^"]+)" href="data:text/csv;base64,([^"]+)"', html)
+    assert len(tables) == drawn
+    for name, data in tables:
+        rows = list(csv.DictReader(base64.b64decode(data).decode().splitlines()))
+        assert all("lora" in row["adapter"] for row in rows)
+        assert "lora" in name
     assert f"wrote {tmp_path / 'p.html'}" in capsys.readouterr().out
 
 
@@ -177,6 +187,29 @@ def test_plot_writes_images(work: Path, tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == names
     assert all(b"<svg" in (tmp_path / name).read_bytes()[:200] for name in names)
     assert "Rank used, by layer and module type" in (tmp_path / "p.svg").read_text()
+
+
+def test_an_image_names_its_adapter(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a browser: what is given to kaleido, for each of the kinds of file."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "kaleido" else found(name))
+    titles: list[str] = []
+
+    def write(pictures: list[dict[str, Any]], paths: list[Path], **_: object) -> None:
+        titles.extend(picture["layout"]["title"]["text"] for picture in pictures)
+        for path in paths:
+            path.write_bytes(b"")
+
+    monkeypatch.setattr("plotly.io.write_images", write)
+    for ending in ("png", "svg", "pdf"):
+        assert main(["spectrum", str(work / "lora"), "--plot", str(tmp_path / f"p.{ending}"), "--quiet"]) == 0
+    pair = [str(work / "lora"), str(work / "again")]
+    assert main(["diff", *pair, "--plot", str(tmp_path / "q.png"), "--quiet"]) == 0
+    assert all("lora" in title for title in titles)
+    assert len(titles) == 3 * 4 + 3
+    assert any("lora and again" in title for title in titles)
 
 
 def test_images_without_kaleido_are_refused_before_any_work(
@@ -215,7 +248,12 @@ def test_report_writes_one_page_and_nothing_else(
     told = document(capsys)
     assert (told["out"], told["bytes"]) == (str(out), out.stat().st_size)
     assert [file.name for file in tmp_path.iterdir()] == ["r.html"]
-    assert main(arguments) == 0  # again, over it
+    before = out.read_bytes()
+    assert main(arguments) == 2
+    assert "OUTPUT_EXISTS" in (error := capsys.readouterr().err)
+    assert "--force" in error
+    assert out.read_bytes() == before
+    assert main([*arguments, "--force"]) == 0
     assert "2 adapters in one page" in capsys.readouterr().out
 
 

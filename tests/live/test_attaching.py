@@ -4,7 +4,7 @@ import copy
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from d2surgery import KINDS, About, Adapter, load, merge, save
 from d2surgery.errors import D2SurgeryError
-from d2surgery.live.attaching import AdaptedLinear, adapted, attach, detach, initial, set_warmup, snapshot
+from d2surgery.live.attaching import adapted, attach, detach, initial, set_warmup, snapshot
+from d2surgery.live.layers import AdaptedLinear
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -476,3 +477,87 @@ def test_one_file_holds_one_kind(tmp_path: Path) -> None:
     with pytest.raises(D2SurgeryError, match="one file of PEFT's holds one kind"):
         save(snapshot(model), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+# ---- what does not depend on the input -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_kind
+def test_what_is_kept_outside_training_is_what_the_forward_computes(kind: str, dtype: torch.dtype) -> None:
+    """And is computed again when a slot, the warm-up, the base or its dtype changes."""
+    model = attached(kind, llama().to(dtype)).eval()
+    layer = adapted(model)[ATTENTION[0]]
+    x = torch.randn(2, 3, 16, dtype=dtype)
+
+    def scale_base() -> None:
+        layer.weight.mul_(2)
+        layer.remember_squares()
+
+    changes: list[Callable[[], Any]] = [
+        lambda: None,
+        lambda: layer.slots[next(iter(layer.slots))].mul_(1.5),
+        lambda: set_warmup(model, 0.5),
+        scale_base,
+        lambda: model.float().to(dtype),
+    ]
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (1.6e-2, 1e-3)
+    for change in changes:
+        with torch.no_grad():
+            change()
+            first, second = layer(x), layer(x)
+        assert torch.equal(first, second)
+        wanted = layer.adapter.forward(x, layer.base_weight, layer.bias)
+        torch.testing.assert_close(first, wanted.detach(), rtol=rtol, atol=atol)
+
+
+@every_kind
+def test_decoding_computes_gains_and_weights_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attached(kind).eval()
+    calls: list[Adapter] = []
+    prepare = KINDS[kind].prepared
+
+    def prepared(adapter: Adapter, *given: Any) -> Any:
+        calls.append(adapter)
+        return prepare(adapter, *given)
+
+    monkeypatch.setattr(KINDS[kind], "prepared", prepared)
+    with torch.no_grad():
+        for _ in range(3):
+            model(IDS)
+        assert len(calls) == len(adapted(model))
+        model.train()(IDS)
+        assert len(calls) == len(adapted(model)), "training keeps nothing"
+    model.eval()(IDS)
+    assert len(calls) == len(adapted(model)), "with gradients nothing is kept"
+    copied = copy.deepcopy(model)
+    assert all(layer._prepared == {} for layer in adapted(copied).values())
+
+
+def test_a_long_input_leaves_no_weight_of_dual_lora_behind() -> None:
+    model = attached("duallora").eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 65, dtype=torch.long))
+        assert all(layer._prepared == {} for layer in adapted(model).values())
+        model(torch.zeros(1, 64, dtype=torch.long))
+        assert all(layer._prepared for layer in adapted(model).values())
+
+
+def test_dual_lora_in_bfloat16_sees_updates_below_a_unit_of_the_base() -> None:
+    """An update of 1e-4 of the base: a rounded W0 + delta keeps 8 % of it. What is kept is the slope of the outputs'
+    (and the input gradients') change over that of the dense delta in float64; its standard error is 2 %."""
+    torch.manual_seed(0)
+    base = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
+    W0 = base.weight.detach()
+    (start,) = initial(nn.Sequential(base), "duallora", ["0"], rank=4, scaling=1.0, sigma=0.02).values()
+    adapter = replace(start, scaling=1e-4 * float(W0.float().norm() / start.delta(W0.float()).norm().detach()))
+    x = torch.randn(4096, 64).to(torch.bfloat16).requires_grad_()
+    g = torch.randn(4096, 64).to(torch.bfloat16)
+    y, delta = AdaptedLinear(base, adapter).train()(x), adapter.delta(W0.double())
+    (dx,) = torch.autograd.grad(y, x, g)
+    for found, without, wanted in (
+        (y.detach(), x.detach() @ W0.T, x.detach().double() @ delta.T),
+        (dx, g @ W0, g.double() @ delta),
+    ):
+        kept = float(((found.double() - without.double()) * wanted).sum() / wanted.square().sum())
+        assert kept == pytest.approx(1, abs=0.15)

@@ -15,7 +15,7 @@ from d2surgery.adapters.forwards import Axis
 from d2surgery.errors import D2SurgeryError
 from d2surgery.measures import delta as tiling
 from d2surgery.measures import drift as module
-from d2surgery.measures.drift import Drift, correlation, drift, entries, thin_triple
+from d2surgery.measures.drift import Drift, correlation, delta_drift, entries, thin_triple
 
 AXES: tuple[Axis, Axis] = ("out_features", "in_features")
 SIZES = [1e-1, 1e-2, 1e-3, 1e-4]
@@ -78,7 +78,7 @@ def relative(found: Any, true: Any) -> float:
 def test_drift_is_right_to_six_digits_at_any_size_of_update(kind: str, axis: Axis, along: Axis, size: float) -> None:
     W = (0.02 * normal(7, 9, seed=1)).bfloat16()
     adapter = make(kind, W, axis, size=size, gain=size)
-    found, true = drift(adapter, W, along), by_hand(adapter, W, along)
+    found, true = delta_drift(adapter, W, along), by_hand(adapter, W, along)
     for name in ("one_minus_cosine", "angle", "frobenius_norm", "relative_update", "delta_direction"):
         assert relative(getattr(found, name), true[name]) < 1e-6, name
     if kind == "projected" and along == axis:  # Proposition 2: the norms are kept
@@ -98,7 +98,7 @@ def test_drift_of_larger_weights_is_that_of_the_effective_weight(
     monkeypatch.setattr(tiling, "_TILE", 50 * 192)
     W = (0.02 * normal(160, 192, seed=2)).to(dtype)
     adapter = make(kind, W, axis, size=size, gain=size)
-    found = drift(adapter, W, along)
+    found = delta_drift(adapter, W, along)
     base, tuned = W.double().numpy().astype(np.longdouble), effective(adapter, W)
     dim = 1 if along == "out_features" else 0
     before, after = (np.sqrt((matrix**2).sum(dim)) for matrix in (base, tuned))
@@ -112,7 +112,7 @@ def test_drift_of_larger_weights_is_that_of_the_effective_weight(
 
 def test_the_summary_is_that_of_the_vectors() -> None:
     W = normal(30, 40, seed=1)
-    found = drift(make("dora", W, size=0.1, gain=0.05), W)
+    found = delta_drift(make("dora", W, size=0.1, gain=0.05), W)
     ratio = (1 + found.drift).numpy()
     expected = (ratio.mean(), ratio.std(), ratio.min(), ratio.max())
     assert found.norm_ratio == pytest.approx(expected, rel=1e-12)
@@ -123,18 +123,18 @@ def test_the_summary_is_that_of_the_vectors() -> None:
     change = (found.drift * found.base_norms).abs().mean()
     assert found.delta_magnitude == pytest.approx(float(change), rel=1e-12)
     assert (found.along, found.length, found.undefined) == ("out_features", 40, 0)
-    assert drift(make("d2lora", W, "in_features"), W).along == "in_features"
-    assert drift(make("lora", W), W, "in_features").length == 30
+    assert delta_drift(make("d2lora", W, "in_features"), W).along == "in_features"
+    assert delta_drift(make("lora", W), W, "in_features").length == 30
 
 
 @pytest.mark.parametrize(("kind", "axis"), KINDS_AND_AXES)
 def test_tiles_add_up_to_the_whole(kind: str, axis: Axis, monkeypatch: pytest.MonkeyPatch) -> None:
     W = normal(37, 41, seed=3)
     adapter = make(kind, W, axis)
-    whole = [drift(adapter, W, along) for along in AXES]
+    whole = [delta_drift(adapter, W, along) for along in AXES]
     monkeypatch.setattr(tiling, "_TILE", 5 * 41)
     for along, once in zip(AXES, whole, strict=True):
-        tiled = drift(adapter, W, along)
+        tiled = delta_drift(adapter, W, along)
         torch.testing.assert_close(tiled.drift, once.drift, rtol=1e-9, atol=1e-15)
         torch.testing.assert_close(tiled.one_minus_cosine, once.one_minus_cosine, rtol=1e-9, atol=1e-15)
 
@@ -171,7 +171,7 @@ def lora_of(update: Tensor) -> LoRA:
 
 def test_no_update_no_drift() -> None:
     W = normal(5, 6, seed=0)
-    found = drift(lora_of(torch.zeros(5, 6)), W)
+    found = delta_drift(lora_of(torch.zeros(5, 6)), W)
     assert found.norm_ratio == (1, 0, 1, 1)
     assert (found.delta_magnitude, found.delta_direction, found.frobenius_norm, found.relative_update) == (0, 0, 0, 0)
     assert found.cosine_min == found.cosine_mean == 1
@@ -180,7 +180,7 @@ def test_no_update_no_drift() -> None:
 def test_known_vectors() -> None:
     W = torch.tensor([[3.0, 4.0], [1, 0], [1, 0], [2, 0], [1, 0]], dtype=torch.float64)
     after = torch.tensor([[6.0, 8.0], [0, 1], [-2, 0], [0, 0], [1, 1]], dtype=torch.float64)
-    found = drift(lora_of(after - W), W)
+    found = delta_drift(lora_of(after - W), W)
     assert found.drift.tolist() == pytest.approx([1, 0, 1, -1, sqrt(2) - 1], abs=1e-7)
     defined = [0, 1, 2, 4]  # a vector brought to zero points nowhere
     assert found.one_minus_cosine[defined].tolist() == pytest.approx([0, 1, 2, 1 - sqrt(0.5)], abs=1e-7)
@@ -190,13 +190,13 @@ def test_known_vectors() -> None:
 
 def test_a_zero_base_vector_has_no_ratio_but_counts_in_the_magnitude() -> None:
     W = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
-    found = drift(lora_of(torch.tensor([[3.0, 4.0], [0.0, 0.0]])), W)
+    found = delta_drift(lora_of(torch.tensor([[3.0, 4.0], [0.0, 0.0]])), W)
     assert found.undefined == 1
     assert isnan(found.drift[0])
     assert isnan(found.one_minus_cosine[0])
     assert found.norm_ratio == (1, 0, 1, 1)
     assert found.delta_magnitude == pytest.approx(2.5)
-    nothing = drift(lora_of(torch.ones(2, 2)), torch.zeros(2, 2))
+    nothing = delta_drift(lora_of(torch.ones(2, 2)), torch.zeros(2, 2))
     assert nothing.undefined == 2
     assert isnan(nothing.relative_update)
     assert isnan(nothing.norm_ratio.mean)
@@ -206,7 +206,7 @@ def test_a_d2_column_whose_base_is_zero_is_its_update() -> None:
     W = normal(4, 3, seed=0)
     W[:, 1] = 0
     adapter = make("d2lora", W, "in_features")
-    found, update = drift(adapter, W), adapter.update()
+    found, update = delta_drift(adapter, W), adapter.update()
     assert update is not None
     assert found.undefined == 1
     others = (found.drift * found.base_norms)[[0, 2]].abs().sum()
@@ -218,7 +218,7 @@ def test_a_negative_magnitude_turns_the_vector_round() -> None:
     adapter = make("dora", W, gain=0)
     assert isinstance(adapter, DoRA)
     turned = DoRA(A=adapter.A, B=adapter.B, scaling=adapter.scaling, magnitude=-adapter.magnitude)
-    found, straight = drift(turned, W), drift(adapter, W)
+    found, straight = delta_drift(turned, W), delta_drift(adapter, W)
     torch.testing.assert_close(found.drift, straight.drift)
     torch.testing.assert_close(found.one_minus_cosine, 2 - straight.one_minus_cosine)
     torch.testing.assert_close(found.angle, pi - straight.angle)
@@ -232,13 +232,13 @@ def test_nan_is_a_named_error(kind: str, along: Axis, where: str) -> None:
     adapter = make(kind, W, "out_features")
     (W if where == "base" else next(iter(adapter.slots().values())))[1, 1] = float("nan")
     with pytest.raises(D2SurgeryError, match="NOT_FINITE"):
-        drift(adapter, W, along)
+        delta_drift(adapter, W, along)
 
 
 def test_a_base_of_another_shape_is_refused() -> None:
     W = normal(8, 9, seed=0)
     with pytest.raises(D2SurgeryError, match="SHAPE_MISMATCH"):
-        drift(make("lora", W), W.T)
+        delta_drift(make("lora", W), W.T)
 
 
 def test_a_vector_without_length_cannot_be_rescaled() -> None:
@@ -247,7 +247,7 @@ def test_a_vector_without_length_cannot_be_rescaled() -> None:
     update[2] = -W[2]
     eye = torch.eye(6, dtype=torch.float64)
     with pytest.raises(D2SurgeryError, match="ZERO_NORM"):
-        drift(DoRA(A=eye, B=update, scaling=1.0, magnitude=torch.ones(4)), W)
+        delta_drift(DoRA(A=eye, B=update, scaling=1.0, magnitude=torch.ones(4)), W)
 
 
 # Over modules ----------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def gaussian(layer: int, size: float, draw: int = 0) -> Drift:
     """Of an update of independent Gaussian entries."""
     W = 0.02 * normal(60, 80, seed=layer) * (1 + layer % 3)
     update = normal(60, 80, seed=1000 * (draw + 1) + layer)
-    return drift(lora_of(size * float(W.norm() / update.norm()) * update), W)
+    return delta_drift(lora_of(size * float(W.norm() / update.norm()) * update), W)
 
 
 def test_the_correlation_of_random_updates_is_that_of_the_null() -> None:

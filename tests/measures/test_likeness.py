@@ -8,7 +8,7 @@ import torch
 from measuring import write_adapter
 
 from d2surgery import Checkpoint, LoRA, load
-from d2surgery.measures.likeness import Likeness, difference, likeness
+from d2surgery.measures.likeness import Likeness, closest, difference, likeness
 from d2surgery.surveying.modules import differences
 
 
@@ -78,3 +78,13 @@ def test_a_difference_prints_in_a_line() -> None:
     assert repr(difference(lora(one), lora(one))) == (
         "Difference(2×3, cosine 1.000, φ in_features 1.000, φ out_features 1.000)"
     )
+
+
+def test_the_closest_pairs_are_those_that_agree_or_oppose_most() -> None:
+    def whole(cosine: float, modules: int = 3) -> Likeness:
+        return Likeness(cosine, 0.01, 0.5, 0.1, 0.5, 0.1, 0.5, 0.5, modules)
+
+    pairs = {(0, 1): whole(0.2), (0, 2): whole(-0.9), (1, 2): whole(0.5), (1, 3): whole(float("nan")),
+             (2, 3): whole(1.0, 0)}  # fmt: skip
+    assert closest(pairs, 2) == [(0, 2), (1, 2)]
+    assert closest(pairs, 9) == [(0, 1), (0, 2), (1, 2)]

@@ -13,16 +13,17 @@ from d2surgery.adapters.forwards import Axis
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.errors import D2SurgeryError
 from d2surgery.measures import delta as tiling
-from d2surgery.measures import dense
+from d2surgery.measures import dense, subspace
 from d2surgery.measures.delta import Delta
 from d2surgery.measures.subspace import (
+    Cosine,
+    Similarity,
     agreement,
     amplification,
-    cosine,
+    directions,
     intruders,
+    overlaps,
     principal_angles,
-    similarity,
-    singular_vectors,
 )
 
 AXES: tuple[Axis, Axis] = ("out_features", "in_features")
@@ -30,6 +31,14 @@ AXES: tuple[Axis, Axis] = ("out_features", "in_features")
 
 def product(out: int, rank: int, in_: int, seed: int) -> LowRank:
     return LowRank(normal(out, rank, seed=seed), normal(rank, in_, seed=seed + 1))
+
+
+def cosine(M: LowRank, N: LowRank) -> Cosine:
+    return subspace.cosine(overlaps(directions(M), directions(N)))
+
+
+def similarity(M: LowRank, N: LowRank, along: Axis = "in_features") -> Similarity:
+    return subspace.similarity(overlaps(directions(M), directions(N)), along)
 
 
 def lora_of(update: Tensor) -> LoRA:
@@ -88,15 +97,25 @@ def test_principal_angles_keep_their_digits(angle: float) -> None:
     basis = orthonormal(20, 4, 0)
     U = basis[:, :2]
     V = torch.stack([np.cos(angle) * basis[:, 0] + np.sin(angle) * basis[:, 2], basis[:, 3]], 1)
-    found = principal_angles(U, V).tolist()
+    found = principal_angles(U, V, U.T @ V).tolist()
     assert found == pytest.approx([angle, pi / 2], rel=1e-12, abs=3e-16)
-    assert principal_angles(V, U[:, :1]).tolist() == pytest.approx([angle], rel=1e-12, abs=3e-16)
+    assert principal_angles(V, U[:, :1], V.T @ U[:, :1]).tolist() == pytest.approx([angle], rel=1e-12, abs=3e-16)
+
+
+def test_directions_are_orthonormal_however_the_factors_are_conditioned() -> None:
+    """Two columns of P that differ by 1e-4: U from the inverse of their triangle would be off by 1e-12 and more."""
+    M = product(300, 3, 200, 0)
+    nearly = LowRank(torch.cat([M.P, M.P + 1e-4 * normal(300, 3, seed=9)], 1), normal(6, 200, seed=8))
+    found = directions(nearly)
+    assert (found.U.T @ found.U - torch.eye(6)).abs().max() < 1e-14
+    assert (found.V.T @ found.V - torch.eye(6)).abs().max() < 1e-14
+    assert ((found.U * found.sigma) @ found.V.T - nearly.dense()).abs().max() < 1e-13 * found.sigma[0]
 
 
 def test_singular_vectors_of_rounding_are_left_out() -> None:
     M = product(30, 3, 20, 0)
-    assert singular_vectors(M + M, "in_features").shape == (20, 3)
-    assert singular_vectors(M + -1.0 * M, "out_features").shape == (30, 0)
+    assert directions(M + M).V.shape == (20, 3)
+    assert directions(M + -1.0 * M).U.shape == (30, 0)
     empty = similarity(M, M + -1.0 * M)
     assert empty.phi.shape == (3, 0)
     assert empty.angles.shape == (0,)

@@ -25,7 +25,7 @@ sys.path.insert(0, "tests")
 from kinds import make, normal
 from d2surgery.files.tensors import rounded
 from d2surgery.measures.dense import head_tail
-from d2surgery.measures.drift import drift
+from d2surgery.measures.drift import delta_drift
 found = {{}}
 A, B = normal(300, 310, seed=0).float(), normal(310, 300, seed=1).float()
 found["product"] = (A @ B).double().numpy()
@@ -35,7 +35,7 @@ found["constant"] = np.array([head_tail(torch.full((300, 310), 0.5)).spectral_no
 W = 0.02 * normal(512, 512, seed=4)
 for kind in {KINDS}:
     adapter = make(kind, W, rank=8, size=0.05)
-    moved = drift(adapter, W.bfloat16())
+    moved = delta_drift(adapter, W.bfloat16())
     found["drift " + kind] = torch.cat([moved.drift, moved.angle]).numpy()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         work = torch.float64 if dtype == torch.float32 else torch.float32

@@ -16,10 +16,11 @@ from d2surgery.auditing import audit
 from d2surgery.checkpoint import from_adapters, save
 from d2surgery.formats.layout import About
 from d2surgery.measures.dense import head_tail
-from d2surgery.measures.drift import drift
+from d2surgery.measures.drift import delta_drift
+from d2surgery.measures.likeness import compared, profile
 from d2surgery.measures.ranks import NUMBERS
 from d2surgery.measures.spectrum import delta_spectrum, update_spectrum
-from d2surgery.measures.subspace import agreement, amplification, cosine, intruders, similarity
+from d2surgery.measures.subspace import agreement, amplification, cosine, directions, intruders, overlaps, similarity
 from d2surgery.merging import merge
 from d2surgery.merging.tiles import Tile, TileMerger
 
@@ -80,15 +81,16 @@ def test_every_measure_is_of_float64_products(kind: str, axis: Axis, dtype: torc
     adapter, other = make(kind, W, axis, size=0.01), make(kind, W, axis, size=0.01, seed=5)
     with AnyOrder(0) as fault:
         for along in AXES:
-            drift(adapter, W, along)
+            delta_drift(adapter, W, along)
         delta_spectrum(adapter, W)
         intruders(adapter, W)
         first, second = adapter.update(), other.update()
         if first is not None and second is not None:
             update_spectrum(adapter)
             amplification(first, W)
-            cosine(first, second)
-            similarity(first, second)
+            cosine(overlaps(directions(first), directions(second)))
+            similarity(overlaps(directions(first), directions(second)))
+            compared(profile(adapter), profile(other))
             agreement(first, second)
     assert fault.products == 0
 

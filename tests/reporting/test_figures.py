@@ -11,7 +11,7 @@ import torch
 from measuring import RANK, write_adapter, write_base
 
 from d2surgery import BaseWeights, Checkpoint, LoRA, load
-from d2surgery.measures.drift import Drift, drift, expected_point
+from d2surgery.measures.drift import Drift, delta_drift, expected_point
 from d2surgery.measures.likeness import likeness
 from d2surgery.measures.ranks import Spectrum
 from d2surgery.measures.spectrum import update_spectrum
@@ -196,7 +196,7 @@ def test_the_null_is_what_random_updates_give() -> None:
     W = torch.randn(300, 200, generator=generator, dtype=torch.float64)
     for size in (1e-3, 3e-2):
         U = size * torch.randn(300, 200, generator=generator, dtype=torch.float64)
-        record = drift(LoRA(A=torch.eye(200, dtype=torch.float64), B=U, scaling=1.0), W)
+        record = delta_drift(LoRA(A=torch.eye(200, dtype=torch.float64), B=U, scaling=1.0), W)
         expected = expected_point(record)
         assert expected == pytest.approx((record.delta_magnitude, record.delta_direction), rel=0.12)
         change = ((W + U).norm(dim=1) - W.norm(dim=1)).abs().mean()
@@ -294,7 +294,7 @@ def test_every_figure_can_be_drawn(case: str, found: dict[str, Spectrum], moved:
 def test_a_zero_update_has_figures(moved: dict[str, Drift], base: BaseWeights) -> None:
     W = base["model.layers.0.self_attn.q_proj.weight"]
     zero = LoRA(A=torch.ones(2, 16), B=torch.zeros(20, 2), scaling=1.0)
-    record, still = {"layers.0.q": update_spectrum(zero)}, {"layers.0.q": drift(zero, W)}
+    record, still = {"layers.0.q": update_spectrum(zero)}, {"layers.0.q": delta_drift(zero, W)}
     for plot in every_plot(record, still, {"layers.0.q": 2}):
         assert "NaN" not in texts(plot.figure)
 

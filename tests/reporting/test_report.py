@@ -1,12 +1,14 @@
 """The report: words, tables and figures in one page, and the page in a real browser."""
 
 import csv
+import hashlib
 import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ import pytest
 from measuring import RANK, write_adapter, write_base
 
 from d2surgery import D2SurgeryError
-from d2surgery.cli.report import report
 from d2surgery.reporting.tidy import COLUMNS
+from d2surgery.verbs import reporting
 
 KINDS = ("lora", "dora", "duallora", "d2lora")
 HOSTILE = [
@@ -26,6 +28,10 @@ HOSTILE = [
     "layers.4.%{y}<a href='javascript:alert(5)'>x</a>",
     "layers.5.\u202eevil\x1b[31m",
 ]
+
+
+def report(adapters: Sequence[str], **choices: Any) -> str:
+    return reporting.report(*adapters, **choices).html
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,7 @@ def test_the_page_needs_nothing_from_outside(four: str) -> None:
     for tag, attributes in page.tags:
         assert tag not in ("link", "iframe", "object", "embed", "base", "form")
         assert "src" not in attributes
-        assert (attributes.get("href") or "data:").startswith("data:")
+        assert (attributes.get("href") or "data:").startswith(("data:", "#"))  # "#" stays on the page
     assert "default-src 'none'" in four
     assert four.count("<!--") == 0 or "<!--body-->" not in four
     assert sum(tag == "script" and not attributes for tag, attributes in page.tags) == 2  # plotly.js once, and ours
@@ -116,7 +122,7 @@ def test_every_module_of_every_adapter_is_in_the_table(four: str) -> None:
     assert {cell["rank"] for cell in cells if cell["adapter"] == "lora"} == {str(RANK)}
     assert {cell["rank"] for cell in cells if cell["adapter"] == "duallora"} == {"–"}
     assert {cell["layer"] for cell in cells} == set("012345")
-    assert all(cell["relative update"].endswith(" %") for cell in cells)
+    assert all(cell["update"].endswith(" %") for cell in cells)
 
 
 def test_a_layer_that_is_larger_and_one_that_does_nothing_are_named(tmp_path: Path) -> None:
@@ -302,3 +308,35 @@ def test_published_adapters_and_their_likeness(published: Path) -> None:
     assert "Two LoRA adapters for gemma3-270m-it" in text
     assert "are nearly the same" in text
     assert "72 modules" in text
+
+
+# What it is a page of -------------------------------------------------------------------------------------------------
+
+
+def test_a_page_says_its_version_its_date_and_the_files_by_hash(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    monkeypatch.chdir(work)
+    page = report(["lora", "again"], base="base")
+    assert f"Made by d2surgery {version('d2surgery')} on 2023-11-14 (UTC)." in page
+    for name in ("lora", "again"):
+        weights = work / name / "adapter_model.safetensors"
+        assert hashlib.sha256(weights.read_bytes()).hexdigest() in page
+
+
+def test_a_page_has_a_list_of_its_sections_that_leads_to_each(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(work)
+    page = report(["lora"])
+    (contents,) = re.findall(r'<nav aria-label="Contents">(.*?)</nav>', page)
+    listed = re.findall(r'<a href="#(section\d+)">(.*?)</a>', contents)
+    assert re.findall(r'<h2 id="(section\d+)">(.*?)</h2>', page) == listed
+    assert "<h2>" not in page
+    assert "Every module" in [title for _, title in listed]
+
+
+def test_no_number_stands_apart_from_its_unit(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(work)
+    page = report(["lora", "again"], base="base")
+    prose = re.findall(r"<(p|li|figcaption)\b[^>]*>(.*?)</\1>", page, re.DOTALL)
+    assert any("\u00a0%" in text for _, text in prose)
+    assert not any(re.search(r"\d [%±]|± \d", text) for _, text in prose)
+    assert "overflow-wrap: anywhere; }\nh1" not in page

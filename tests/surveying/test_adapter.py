@@ -46,14 +46,14 @@ def test_without_a_base_sizes_are_norms_and_an_update_is_measured(work: Path) ->
     measured = measure(load(work / "dora"))
     assert measured.of == "update"
     assert measured.drifts == {}
-    assert measured.sizes == {name: record.frobenius_norm for name, record in measured.spectra.items()}
+    assert measured.sizes == {name: record.rms_entry for name, record in measured.spectra.items()}
 
 
 def test_progress_is_told_by_label(work: Path) -> None:
     told: dict[str, tuple[int, int]] = {}
     paths = [str(work / "lora"), str(work / "again")]
     survey(paths, base=work / "base", progress=lambda label: lambda done, total: told.update({label: (done, total)}))
-    assert list(told) == ["spectra of lora", "drift of lora", "spectra of again", "drift of again", "1 and 2"]
+    assert list(told) == ["spectra of lora", "drift of lora", "spectra of again", "drift of again", "comparing"]
     assert all(done == total for done, total in told.values())
 
 

@@ -15,8 +15,8 @@ from trained import CHAT
 
 from d2surgery.errors import D2SurgeryError
 from d2surgery.evaluating.items import Item
-from d2surgery.training.config import Batching, DataSettings
 from d2surgery.training.data import IGNORED, Collate, Corpus, Encoded, answer_tokens, read_corpus, rows, tokens_of
+from d2surgery.training.settings import Batching, DataSettings
 
 TOKENIZER = byte_tokenizer()
 
@@ -69,13 +69,20 @@ def test_a_template_that_puts_the_answer_elsewhere_ends_with_the_end_of_text() -
     assert plain.decode(answer_tokens(Item("2?", "two"), plain, "chat")) == "two</s>"
 
 
-def test_a_long_item_loses_the_beginning_of_its_prompt_and_never_its_answer(tmp_path: Path) -> None:
+def test_a_long_item_loses_the_beginning_of_its_question_and_neither_answer_nor_template(tmp_path: Path) -> None:
     pairs = [("a long question?", "yes"), ("q?", "no"), ("why?", "because it is so")]
     found = corpus(tmp_path, pairs, max_length=10)
     said = sorted(read_back(Collate(257, packed=False)([[item] for item in found.train])))
-    assert said == [("<s>q?\nno</s>" + "</s>" * 3, "no</s>"), ("tion?\nyes</s>", "yes</s>")]
+    assert said == [("<s>ion?\nyes</s>", "yes</s>"), ("<s>q?\nno</s>" + "</s>" * 3, "no</s>")]
     assert found.prompts_cut == 1
     assert found.left_out == ("items.json, item 3",)
+
+
+def test_a_cut_question_keeps_the_header_of_a_chat(tmp_path: Path) -> None:
+    found = corpus(tmp_path, [("a long question, which is cut?", "yes")], chatting(), template="auto", max_length=40)
+    ((said, _),) = read_back(Collate(257, packed=False)([list(found.train)]))
+    assert said == "<user>h is cut?<end>\n<assistant>yes<end>"
+    assert found.prompts_cut == 1
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
@@ -169,6 +176,23 @@ def test_packing_fills_rows() -> None:
 
 
 # What the model sees ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_logits_of_answers_alone_give_the_loss_of_all(packed: bool) -> None:
+    torch.manual_seed(0)
+    model = llama(vocab_size=258, max_position_embeddings=64, use_cache=False).eval()
+    items = [Encoded(tuple(range(start, start + size)), 2, "") for start, size in ((5, 9), (40, 4), (90, 7), (7, 12))]
+    batches = [[items[0], items[1]], [items[2], items[3]]] if packed else [[item] for item in items]
+    losses = []
+    for answers_only in (False, True):
+        batch = Collate(257, packed, answers_only)(batches)
+        del batch["names"]
+        with torch.no_grad():
+            output = model(**batch)
+        losses.append(float(output.loss))
+        assert output.logits.shape[1] < batch["input_ids"].shape[1] or not answers_only
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import trained as T
+from launched import TESTS, two_processes
 from models import byte_tokenizer
 from trained import config_of, lines, same, tensors, write_base, write_items
 from transformers import AutoModelForCausalLM
@@ -23,12 +22,12 @@ from transformers import AutoModelForCausalLM
 from d2surgery import KINDS, load
 from d2surgery.errors import D2SurgeryError
 from d2surgery.live.attaching import adapted, attach
-from d2surgery.training.config import TrainConfig, to_toml
+from d2surgery.training.config import to_toml
 from d2surgery.training.data import read_corpus
 from d2surgery.training.loop import train
+from d2surgery.training.settings import TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
-TESTS = Path(__file__).parents[1]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -126,7 +125,7 @@ def test_what_is_printed_is_told_in_the_plan(folder: Path) -> None:
     assert plan.tokens == report.tokens == lines(config.output)[-2]["tokens"] == 32 * 16
     assert [problem.code for problem in plan.problems] == ["ITEMS_TOO_LONG"]
     short = sum(len(f"<is {n} even?\n{'odd' if n % 2 else 'even'}>") <= 16 for n in range(40))
-    assert f"{40 - short} prompts lost their beginning" in plan.problems[0].message
+    assert f"{40 - short} questions lost their beginning" in plan.problems[0].message
     assert done == [(n, 8) for n in range(1, 9)]
 
 
@@ -199,7 +198,7 @@ def test_dual_loras_scaling_rises_and_ends_in_the_file(folder: Path) -> None:
         assert {adapter.scaling for adapter in found.values()} == {config.scaling * w}
     assert lines(config.output)[1] == {
         "step": 1, "epoch": 0.125, "loss": lines(config.output)[1]["loss"], "lr": 0.01, "grad_norm": 0.0,
-        "tokens": lines(config.output)[1]["tokens"],
+        "clipped": 0.0, "tokens": lines(config.output)[1]["tokens"],
     }  # fmt: skip
     assert lines(config.output)[0]["eval_loss"] == pytest.approx(
         held_out_loss(config, AutoModelForCausalLM.from_pretrained(config.base).eval()), rel=1e-6
@@ -465,18 +464,3 @@ def test_fsdp2_spreads_adapted_models() -> None:
         assert record["gradients"]
         assert record["saved"]
         assert record["losses"][1] == pytest.approx(record["losses"][0], rel=1e-6)
-
-
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-ACCELERATE = (  # not --cpu, which begins several processes by mpirun only, and one without it
-    "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-)  # fmt: skip
-
-
-def two_processes(*command: str, launcher: tuple[str, ...] = TORCHRUN) -> str:
-    launch = [sys.executable, "-m", *launcher, *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, capture_output=True, text=True, check=False, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import trained as T
+from launched import ACCELERATE, two_processes
 from models import byte_tokenizer, llama
 from trained import config_of, lines, same, write_items
-from training.test_loop import ACCELERATE, killed, to, two_processes
+from training.test_loop import killed, to
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from d2surgery import KINDS, load, merge

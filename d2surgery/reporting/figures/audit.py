@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from d2surgery.auditing.findings import ModuleAudit, Thresholds
 from d2surgery.evaluating.traces import Layer
+from d2surgery.measures.table import MEASURES
 from d2surgery.reporting.figures.parts import Plot, layer_ticks, layers_across, plain_name, sized
 from d2surgery.reporting.tidy import Row, address, row, types
 
@@ -19,8 +20,7 @@ STATES = {  # from right to wrong: colour (Okabe and Ito's), mark, word
 }
 CONVENTIONS = {
     "status": "replayed bit for bit by a recipe; rounding: differences within rounding; uncertain; wrong",
-    "strength": "λ̂ = 1 + <M − E, delta>/<E − W0, delta>, M merged, E expected; 1 for a right merge",
-    "mismatched_share": "share of elements whose bits are not the expected ones",
+    **{name: MEASURES[name].formula for name in ("strength", "mismatched_share")},
 }
 Modules = Mapping[str, ModuleAudit]
 

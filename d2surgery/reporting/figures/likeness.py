@@ -18,6 +18,9 @@ from d2surgery.reporting.figures.parts import (
 )
 from d2surgery.reporting.tidy import Row, address, difference_rows, picked, row
 
+MOST_PAIRS = 6
+"""Pairs that are drawn module by module; the matrix has all."""
+
 
 def similarity_matrix(names: Sequence[str], pairs: Mapping[tuple[int, int], Likeness]) -> Plot:
     """Cosines of the updates and φ of their subspaces, adapter by adapter, with what chance gives."""
@@ -46,7 +49,8 @@ def similarity_matrix(names: Sequence[str], pairs: Mapping[tuple[int, int], Like
         "Cosine: 1 is the same update, 0 none in common, −1 the opposite; over all modules together. φ: share of one's "
         "directions that the other uses too, mean over modules. Under each: what unrelated adapters would give."
     )
-    return Plot("similarity_matrix", "Similarity of the adapters", caption, sized(figure, 250 + 45 * len(names)), rows)
+    return Plot("similarity_matrix", "Similarity of the adapters", caption, sized(figure, 250 + 45 * len(names)), rows,
+                _listed(names))  # fmt: skip
 
 
 def similarity_by_depth(differences: Mapping[str, Difference], names: Sequence[str] = ("", "")) -> Plot:
@@ -57,7 +61,7 @@ def similarity_by_depth(differences: Mapping[str, Difference], names: Sequence[s
     widest = max([2 * d.cosine.null_sd for d in differences.values()], default=0)
     figure.add_hrect(y0=-widest, y1=widest, fillcolor=NULL, opacity=0.25, line_width=0, annotation_text="chance")
     caption = f"Grey: what unrelated updates give, two standard deviations (±{widest:.2g})."
-    return Plot("similarity_by_depth", "Similarity of two adapters against depth", caption, figure, rows)
+    return Plot("similarity_by_depth", "Similarity of two adapters against depth", caption, figure, rows, title)
 
 
 def subspaces_by_depth(differences: Mapping[str, Difference], names: Sequence[str] = ("", "")) -> Plot:
@@ -81,7 +85,7 @@ def subspaces_by_depth(differences: Mapping[str, Difference], names: Sequence[st
         "Share of the directions of one update that lie in the other's; dashed: what random subspaces give. High on "
         "the input side alone means a shared start of A more than a shared function."
     )
-    return Plot("subspaces_by_depth", "Shared directions against depth", caption, figure, rows)
+    return Plot("subspaces_by_depth", "Shared directions against depth", caption, figure, rows, title)
 
 
 def _entry(pairs: Mapping[tuple[int, int], Likeness], i: int, j: int, field: str) -> float | None:
@@ -110,6 +114,11 @@ def _cell(value: float | None, null: float | None, sign: str) -> str:
     if value is None:
         return "–"
     return f"<b>{value:z.3f}</b><br>{sign}{null:.2g}" if null is not None else f"<b>{value:z.3f}</b>"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """All of a few, else the first two and how many more."""
+    return " and ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]} and {len(names) - 2} more"
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ Names come from strangers' files: every one is escaped before plotly, which read
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from math import ceil, floor, log10
 from typing import Any, TypeVar
@@ -38,9 +38,23 @@ class Plot:
     caption: str
     figure: go.Figure
     rows: list[Row]
+    adapter: str = ""
+    """Whose numbers they are."""
+
+    def _repr_html_(self) -> str:
+        """As a notebook shows it: the figure, its adapter and how to read it."""
+        whose = f" ({escape(self.adapter)})" if self.adapter else ""
+        drawn = self.figure.to_html(full_html=False, include_plotlyjs="require")
+        return f"<h4>{escape(self.title)}{whose}</h4>{drawn}<p>{escape(self.caption)}</p>"
 
     def __repr__(self) -> str:
         return f"Plot({self.name!r}: {self.title}, {len(self.rows)} numbers)"
+
+
+def named(plot: Plot, adapter: str) -> Plot:
+    """The figure with its adapter's name, which every row of its table has too."""
+    rows: list[Row] = [each | {"adapter": each["adapter"] or adapter} for each in plot.rows]
+    return replace(plot, adapter=adapter, rows=rows)
 
 
 # Parts of figures -----------------------------------------------------------------------------------------------------

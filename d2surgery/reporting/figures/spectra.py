@@ -6,6 +6,7 @@ import plotly.graph_objects as go
 
 from d2surgery.measures.ranks import Spectrum
 from d2surgery.measures.subspace import Intruders
+from d2surgery.measures.table import MEASURES
 from d2surgery.reporting.figures.parts import (
     NULL,
     Plot,
@@ -23,14 +24,6 @@ from d2surgery.reporting.figures.parts import (
 from d2surgery.reporting.tidy import CONVENTIONS, Row, address, by_type, log_spaced, picked, row, spectrum_rows, types
 
 FAN_LAYERS, FAN_POINTS = 32, 48  # a fan of more is no clearer, only heavier
-METRICS = {
-    "energy_entropy_rank": "energy entropy rank",
-    "entropy_rank": "entropy rank",
-    "stable_rank": "stable rank",
-    "energy_rank_90": "directions for 90 % of the energy",
-    "energy_rank_99": "directions for 99 % of the energy",
-    "frobenius_norm": "Frobenius norm",
-}
 
 
 def rank_map(
@@ -42,10 +35,10 @@ def rank_map(
     """How much rank each module uses, layer by type. `top` is the end of the colour scale, to compare figures."""
     rows = [*picked(spectrum_rows(spectra, nominal), metric, "nominal_rank")]
     known = [value_of(r) for r in picked(rows, "nominal_rank")]
-    figure = heat_map(list(picked(rows, metric)), METRICS[metric], bottom=0, top=top or max(known, default=None))
+    figure = heat_map(list(picked(rows, metric)), MEASURES[metric].word, bottom=0, top=top or max(known, default=None))
     mark = f" Nominal rank {_span(known)}: the end of the colour scale." if known else ""
     caption = (
-        f"Each cell is a module: how many directions its {_of(spectra)} uses ({METRICS[metric]}: "
+        f"Each cell is a module: how many directions its {_of(spectra)} uses ({MEASURES[metric].word}: "
         f"{CONVENTIONS[metric]}).{mark}"
     )
     return Plot("rank_map", "Rank used, by layer and module type", caption, figure, rows)
@@ -61,21 +54,24 @@ def rank_lines(
     rows = [*picked(spectrum_rows(spectra, nominal), metric, "nominal_rank")]
     marks = sorted({value_of(r) for r in picked(rows, "nominal_rank")})
     values = list(picked(rows, metric))
-    figure = lines_by_layer(values, f"{METRICS[metric]} of the {_of(spectra)}")
+    figure = lines_by_layer(values, f"{MEASURES[metric].word} of the {_of(spectra)}")
     for mark in marks if len(marks) <= 4 else (marks[0], marks[-1]):
         figure.add_hline(y=mark, line={"dash": "dash", "color": NULL}, annotation_text=f"nominal rank {mark:g}")
     figure.update_yaxes(range=[0, 1.12 * max([top or 0, *marks, *map(value_of, values)])])
-    caption = f"{METRICS[metric].capitalize()}: {CONVENTIONS[metric]}." + (
+    caption = f"{_capital(MEASURES[metric].word)}: {CONVENTIONS[metric]}." + (
         " What lies between a line and the dashed one (the nominal rank) is paid for and not used." if marks else ""
     )
     return Plot("rank_lines", "Rank used against depth", caption, figure, rows)
 
 
 def size_map(spectra: Mapping[str, Spectrum], top: float | None = None) -> Plot:
-    """How large the update of each module is."""
-    rows = [*picked(spectrum_rows(spectra, {}), "frobenius_norm")]
-    figure = heat_map(rows, f"‖{_of(spectra)}‖F", bottom=0, top=top)
-    caption = f"{CONVENTIONS['frobenius_norm']} of the {_of(spectra)}, scaling included, in units of the weights."
+    """How large the update of each module is, by the entry, so that wide matrices do not look strong."""
+    rows = [*picked(spectrum_rows(spectra, {}), "rms_entry")]
+    figure = heat_map(rows, f"RMS of the {_of(spectra)}", bottom=0, top=top)
+    caption = (
+        f"RMS: {CONVENTIONS['rms_entry']} of the {_of(spectra)}, scaling included, in units of the weights. With a "
+        "base, its size relative to the weight is shown instead."
+    )
     return Plot("size_map", "Size, by layer and module type", caption, figure, rows)
 
 
@@ -159,6 +155,10 @@ def _profile_line(module: str, record: Intruders, deepest: int) -> go.Scatter:
     y = record.cosines.tolist()
     x = list(range(1, len(y) + 1))
     return depth_line(module, deepest, x=x, y=y, mode="lines+markers", hovertemplate=hover("vector %{x}: %{y:.3f}"))
+
+
+def _capital(word: str) -> str:
+    return word[:1].upper() + word[1:]
 
 
 def _of(spectra: Mapping[str, Spectrum]) -> str:

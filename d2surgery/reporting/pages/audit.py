@@ -26,6 +26,7 @@ from d2surgery.reporting.pages.parts import (
     whole_page,
 )
 from d2surgery.reporting.tidy import address, types
+from d2surgery.surveying.order import in_order
 
 TITLES = {
     "pass": "the merged checkpoint is the base with the adapter",
@@ -174,7 +175,7 @@ def _in_layers(numbers: Sequence[int]) -> str:
 def _first(found: Audit) -> str:
     """The worst few modules of each code, and the tensors beside them that are not as they should be."""
     bad: dict[str, list[ModuleAudit]] = {}
-    for record in found.modules.values():
+    for record in in_order(found.modules).values():
         if record.verdict != "pass":
             bad.setdefault(record.code, []).append(record)
     groups = sorted(bad.values(), key=lambda group: group[0].verdict != "fail")
@@ -257,7 +258,7 @@ def _modules(found: Audit) -> str:
             *map(number_cell, (record.mismatched_elements, record.elements, record.survival.gain)),
             text_cell(_furthest(record.ulps)),
         ]
-        for record in sorted(found.modules.values(), key=lambda record: -[*STATES].index(record.status))
+        for record in sorted(in_order(found.modules).values(), key=lambda record: -[*STATES].index(record.status))
     ]
     note = (
         "What is wrong stands first; press a heading to sort by it. result, recipe: which merger's arithmetic gives "
@@ -286,8 +287,8 @@ def _tensors(found: Audit) -> str:
         [[text_cell(s), text_cell(TENSORS[s]), number_cell(counts[s])] for s in STATUSES if counts[s]],
         words=2,
     )
-    wrong = [tensor for tensor in found.tensors.values() if tensor.code or tensor.status not in RIGHT]
-    right = [tensor for tensor in found.tensors.values() if tensor not in wrong]
+    wrong = [tensor for tensor in in_order(found.tensors).values() if tensor.code or tensor.status not in RIGHT]
+    right = [tensor for tensor in in_order(found.tensors).values() if tensor not in wrong]
     parts = [summary]
     if wrong:
         parts.append(_tensor_table(wrong))

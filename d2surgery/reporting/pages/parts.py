@@ -6,9 +6,12 @@ forbids anything from outside.
 
 import base64
 import io
+import os
 import re
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from html import escape
+from importlib.metadata import version
 from importlib.resources import files
 from math import isfinite
 from pathlib import Path
@@ -17,7 +20,7 @@ import plotly.io
 from plotly.offline import get_plotlyjs
 
 from d2surgery.errors import refuse
-from d2surgery.reporting.figures.parts import Plot
+from d2surgery.reporting.figures.parts import Plot, plain_name
 from d2surgery.reporting.tidy import write_rows
 
 MOST_ROWS = 5000  # of a figure's table inside the page
@@ -25,9 +28,42 @@ MOST_ROWS = 5000  # of a figure's table inside the page
 
 def whole_page(title: str, parts: Iterable[str]) -> str:
     """The template, its marks replaced in one pass: what is filled in is not searched for marks."""
-    filling = {"title": safe(title), "body": "\n".join(parts), "plotly": get_plotlyjs()}
+    body = _unbroken(_with_contents("\n".join(parts)))
+    filling = {"title": safe(title), "body": f"{body}\n{_footer()}", "plotly": get_plotlyjs()}
     template = files("d2surgery").joinpath("report.html").read_text(encoding="utf-8")
     return re.sub("<!--(title|body|plotly)-->", lambda found: filling[found[1]], template)
+
+
+def _with_contents(body: str) -> str:
+    """Every section with an anchor, and where there are several, a list of the others after the first."""
+    titles: list[str] = []
+
+    def anchored(found: re.Match[str]) -> str:
+        titles.append(found[1])
+        return f'<h2 id="section{len(titles)}">{found[1]}</h2>'
+
+    body = re.sub(r"<h2>(.*?)</h2>", anchored, body)
+    if len(titles) < 3:
+        return body
+    items = "".join(f'<li><a href="#section{at}">{title}</a></li>' for at, title in enumerate(titles, 1))
+    contents = f'<nav aria-label="Contents"><ol>{items}</ol></nav>'
+    return re.sub(r'(?:<figure\b[^>]*>)?<h2 id="section2">', lambda found: contents + found[0], body, count=1)
+
+
+_PROSE = re.compile(r"<(p|li|figcaption)\b[^>]*>.*?</\1>", re.DOTALL)
+_IN_NUMBERS = re.compile(r"(?<=\d) (?=(?:%|±|×|MB\b|GB\b|KB\b|s\b))|(?<=±) (?=\d)")
+
+
+def _unbroken(body: str) -> str:
+    """A number and its unit stay on one line."""
+    return _PROSE.sub(lambda found: _IN_NUMBERS.sub("\u00a0", found[0]), body)
+
+
+def _footer() -> str:
+    """Who made the page, and when: of SOURCE_DATE_EPOCH where it is set, so that a page can be made again."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    day = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdigit() else datetime.now(UTC)
+    return f'<footer class="soft">Made by d2surgery {version("d2surgery")} on {day:%Y-%m-%d} (UTC).</footer>'
 
 
 class Figures:
@@ -59,24 +95,39 @@ def _download(plot: Plot) -> str:
     text = io.StringIO()
     write_rows(plot.rows, text)
     data = base64.b64encode(text.getvalue().encode(errors="backslashreplace")).decode()
-    return f'<a class="csv" download="{plot.name}.csv" href="data:text/csv;base64,{data}">Numbers as CSV</a>'
+    return f'<a class="csv" download="{_file_name(plot)}" href="data:text/csv;base64,{data}">Numbers as CSV</a>'
+
+
+def _file_name(plot: Plot) -> str:
+    """`rank_map-my-adapter.csv`: what is saved from one page for several adapters must not have one name."""
+    whose = re.sub(r"[^A-Za-z0-9.]+", "-", plot.adapter).strip("-.")[:80]
+    return f"{plot.name}{f'-{whose}' if whose else ''}.csv"
 
 
 def figures_page(shown: Sequence[Plot], title: str) -> str:
-    """A page of figures alone."""
+    """A page of figures alone, each with the name of its adapter."""
     figures = Figures()
-    return whole_page(title, [f"<h1>{safe(title)}</h1>", *(figures.add(plot, heading="h2") for plot in shown)])
+    drawn = (figures.add(plot, plot.adapter, heading="h2") for plot in shown)
+    return whole_page(title, [f"<h1>{safe(title)}</h1>", *drawn])
 
 
 def write_images(shown: Sequence[Plot], paths: Sequence[Path]) -> None:
-    """PNG or SVG, by the ending. Raises NO_IMAGES where kaleido or its browser is missing or fails."""
+    """PNG, SVG or PDF, by the ending; under the title the adapter's name. Raises NO_IMAGES where kaleido or its browser
+    is missing or fails."""
     pictures = []
     for plot in shown:
         picture = plot.figure.to_dict()
-        top = {"t": 90 if plot.figure.layout.legend.orientation else 70}
-        picture["layout"]["title"] = {"text": plot.title, "x": 0.02, "y": 0.98, "yanchor": "top", "font": {"size": 17}}
+        top = {"t": (90 if plot.figure.layout.legend.orientation else 70) + 20 * bool(plot.adapter)}
+        under = f"<br><span style='font-size:13px'>{plain_name(plot.adapter, 120)}</span>" if plot.adapter else ""
+        picture["layout"]["title"] = {
+            "text": plot.title + under,
+            "x": 0.02,
+            "y": 0.98,
+            "yanchor": "top",
+            "font": {"size": 17},
+        }
         picture["layout"]["margin"] = {**picture["layout"]["margin"], **top}
-        picture["layout"]["height"] += 40
+        picture["layout"]["height"] += 40 + 20 * bool(plot.adapter)
         pictures.append(picture)
     try:
         plotly.io.write_images(pictures, list(paths), width=1100, scale=1.5, validate=False)

@@ -11,10 +11,11 @@ from statistics import median
 from d2surgery.auditing.findings import Audit
 from d2surgery.kinds import TABLE
 from d2surgery.measures.drift import Drift
-from d2surgery.measures.likeness import Likeness, likeness
+from d2surgery.measures.likeness import Likeness, closest, likeness
+from d2surgery.measures.table import MEASURES
 from d2surgery.reporting.figures import drifts, spectra
-from d2surgery.reporting.figures.likeness import similarity_by_depth, similarity_matrix
-from d2surgery.reporting.figures.parts import Plot
+from d2surgery.reporting.figures.likeness import MOST_PAIRS, similarity_by_depth, similarity_matrix
+from d2surgery.reporting.figures.parts import Plot, named
 from d2surgery.reporting.pages.audit import audit_section
 from d2surgery.reporting.pages.parts import (
     Figures,
@@ -33,6 +34,16 @@ from d2surgery.surveying.adapter import Measured, Survey
 
 OUTLIER = 3.5  # robust standard deviations (MAD) from the median; Iglewicz and Hoaglin's threshold
 TOP = 3
+SHOWN = (
+    "nominal_rank",
+    "energy_entropy_rank",
+    "stable_rank",
+    "energy_rank_90",
+    "energy_rank_99",
+    "frobenius_norm",
+    "rms_entry",
+    "spectral_norm",
+)  # of every module, in the table
 Alike = Mapping[tuple[int, int], Likeness]
 
 
@@ -57,6 +68,7 @@ def report_page(survey: Survey, found: Audit | None = None) -> str:
         _module_table(measured),
         "<h2>How this was measured</h2>",
         _method(measured),
+        _files(measured),
     ]
     return whole_page(f"Report: {title}", parts)
 
@@ -103,7 +115,7 @@ def _about_size(m: Measured) -> Iterator[str]:
     middle = median(sizes.values())
     top = sorted(sizes, key=lambda module: sizes[module], reverse=True)[:TOP]
     shown = ", ".join(f"{monospace(module)} ({_size(m, sizes[module])})" for module in top)
-    unit = "of the base weight's norm" if m.drifts else "in Frobenius norm, not relative to a base"
+    unit = "of the base weight's norm" if m.drifts else "by the entry (root mean square; relative sizes need a base)"
     ratio = f"; the first is {sizes[top[0]] / middle:.1f} times the median" if sizes[top[0]] > 1.15 * middle > 0 else ""
     yield f"<b>Size</b>: a typical module changes by {_size(m, middle)} {unit}. Strongest: {shown}{ratio}."
 
@@ -274,9 +286,9 @@ def _size_facts(m: Measured) -> list[str]:
 def _module_table(measured: Sequence[Measured]) -> str:
     several, drifted = len(measured) > 1, any(m.drifts for m in measured)
     intruded = any(m.intruders for m in measured)
-    heads = ["module", *(["adapter"] if several else []), "type", "kind", "layer", "rank", "used", "entropy rank"]
-    heads += ["stable", "k90", "k99", "‖·‖F", "σ₁"]
-    heads += ["relative update", "mean drift", "least", "most", "1 − cos"] if drifted else []
+    heads = ["module", *(["adapter"] if several else []), "type", "kind", "layer"]
+    heads += [MEASURES[name].word for name in SHOWN]
+    heads += ["update", "mean drift", "least", "most", "1 − cos"] if drifted else []
     heads += ["intruders"] if intruded else []
     lines = []
     for m in measured:
@@ -288,17 +300,17 @@ def _module_table(measured: Sequence[Measured]) -> str:
             line += [number_cell(m.intruders[module].count if module in m.intruders else None)] if intruded else []
             lines.append(line)
     note = (
-        "Press a heading to sort by it, again for the other direction. used: the number of directions weighted by "
-        "energy; k90, k99: how many hold 90 and 99 % of it; drift: change of a weight vector's length."
+        "Press a heading to sort by it, again for the other direction. "
+        + "; ".join(f"{MEASURES[name].word}: {MEASURES[name].formula}" for name in SHOWN if name != "spectral_norm")
+        + ("; drift: change of a weight vector's length." if drifted else ".")
     )
-    return f'<p class="soft">{note}</p>{table(heads, lines, words=4 if several else 3, sortable=True)}'
+    return f'<p class="soft">{safe(note)}</p>{table(heads, lines, words=4 if several else 3, sortable=True)}'
 
 
 def _spectrum_cells(m: Measured, module: str) -> list[str]:
     record = m.spectra[module]
-    names = ("energy_entropy_rank", "entropy_rank", "stable_rank", "energy_rank_90", "energy_rank_99")
-    numbers = [address(module).layer, m.nominal[module], *(getattr(record, name) for name in names)]
-    return [*map(number_cell, numbers), number_cell(record.frobenius_norm), number_cell(record.spectral_norm)]
+    numbers = [address(module).layer, m.nominal[module], *(getattr(record, name) for name in SHOWN[1:])]
+    return [*map(number_cell, numbers)]
 
 
 def _drift_cells(record: Drift | None) -> list[str]:
@@ -317,12 +329,14 @@ def _together(survey: Survey, alike: Alike, figures: Figures) -> str:
     parts = ["<h2>How alike the adapters are</h2>"]
     parts.append(figures.add(similarity_matrix(labels, alike)))
     by_depth, captions = [], []
-    for (i, j), found in survey.shared.items():
-        if found:
-            names = (labels[i], labels[j])
-            plot = similarity_by_depth(found, names)
-            captions.append(f'<p class="soft">{safe(plot.caption)}</p>')
-            by_depth.append(figures.add(plot, " and ".join(names), caption=False))
+    drawn = closest(alike, MOST_PAIRS)
+    for i, j in drawn:
+        names = (labels[i], labels[j])
+        plot = similarity_by_depth(survey.shared[i, j], names)
+        captions.append(f'<p class="soft">{safe(plot.caption)}</p>')
+        by_depth.append(figures.add(plot, " and ".join(names), caption=False))
+    if left := sum(map(bool, survey.shared.values())) - len(drawn):
+        captions.append(f'<p class="soft">The {len(drawn)} most alike pairs; {left} more are in the matrix above.</p>')
     grid = f'<div class="grid">{"".join(by_depth)}</div>'
     return "".join([*parts, "<h3>Similarity against depth</h3>", *dict.fromkeys(captions), grid])
 
@@ -332,7 +346,7 @@ def _by_measure(measured: Sequence[Measured], figures: Figures) -> Iterator[str]
     ranks = [rank for m in measured for rank in m.nominal.values() if rank is not None]
     used = [record.energy_entropy_rank for m in measured for record in m.spectra.values()]
     top = max([*ranks, *used], default=1.0)
-    largest = max([record.frobenius_norm for m in measured for record in m.spectra.values()], default=0.0)
+    largest = max([record.rms_entry for m in measured for record in m.spectra.values()], default=0.0)
     moved = [m for m in measured if m.drifts]
     furthest = max([record.relative_update for m in moved for record in m.drifts.values()], default=0.0)
     probed = [m for m in measured if m.intruders]
@@ -349,11 +363,21 @@ def _by_measure(measured: Sequence[Measured], figures: Figures) -> Iterator[str]
     if not moved:
         sections.insert(0, (measured, lambda m: spectra.size_map(m.spectra, top=largest)))
     for shown, draw in sections:
-        drawn = [(m, draw(m)) for m in shown]
+        drawn = [(m, named(draw(m), m.label)) for m in shown]
         if drawn:
             inside = "".join(figures.add(p, m.label if len(measured) > 1 else "", caption=False) for m, p in drawn)
             captions = "".join(f'<p class="soft">{safe(c)}</p>' for c in dict.fromkeys(p.caption for _, p in drawn))
             yield f'<h2>{safe(drawn[0][1].title)}</h2>{captions}<div class="grid">{inside}</div>'
+
+
+def _files(measured: Sequence[Measured]) -> str:
+    """Which files the numbers are of, by content."""
+    lines = [
+        [text_cell(m.label, m.given), text_cell(m.layout.path.name), text_cell(f"{m.nbytes:,}"),
+         f'<td class="text"><code class="hash">{safe(m.sha256)}</code></td>']
+        for m in measured
+    ]  # fmt: skip
+    return f"<h3>The files</h3>{table(['adapter', 'file', 'bytes', 'sha256'], lines, words=4)}"
 
 
 def _method(measured: Sequence[Measured]) -> str:

@@ -1,0 +1,80 @@
+"""What a mistyped verb or option may have meant: the options that people try first, else the nearest names."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+import click
+
+SYNONYMS = {  # what other tools call it -> what it may be called here, the first that the verb has
+    "--learning-rate": ("--lr",),
+    "--lr": ("--learning-rate",),
+    "--output": ("--out", "--output"),
+    "--output-dir": ("--out", "--output"),
+    "--output-path": ("--out", "--output"),
+    "--save": ("--out", "--output"),
+    "--out": ("--output",),
+    "-o": ("--out", "--output"),
+    "--model": ("--base",),
+    "--base-model": ("--base",),
+    "--model-name-or-path": ("--base",),
+    "--base-model-name-or-path": ("--base",),
+    "--lora": ("--adapter",),
+    "--peft": ("--adapter", "--to"),
+    "--adapters": ("--adapter",),
+    "--adapter-path": ("--adapter",),
+    "--weight": ("--strength",),
+    "--multiplier": ("--strength",),
+    "--lora-scale": ("--strength", "--scale"),
+    "--scaling": ("--scale",),
+    "--lora-alpha": ("--alpha",),
+    "--r": ("--rank",),
+    "--lora-r": ("--rank",),
+    "--lora-rank": ("--rank",),
+    "--new-rank": ("--rank",),
+    "--precision": ("--dtype",),
+    "--torch-dtype": ("--dtype",),
+    "--bf16": ("--dtype",),
+    "--fp16": ("--dtype",),
+    "--max-shard-size": ("--shard-size",),
+    "--epochs": ("--epochs", "--num-epochs"),
+    "--num-train-epochs": ("--epochs",),
+    "--batch-size": ("--batch-size", "--batch"),
+    "--per-device-train-batch-size": ("--batch-size", "--batch"),
+    "--max-seq-length": ("--max-length",),
+    "--data": ("--train", "--tasks"),
+    "--dataset": ("--train", "--tasks"),
+    "--train-file": ("--train",),
+    "--load-in-4bit": ("--quantization",),
+    "--load-in-8bit": ("--quantization",),
+    "--plot-file": ("--plot",),
+    "--html": ("--plot", "--out"),
+    "--overwrite": ("--force",),
+    "--verbose": ("--per-layer",),
+    "-v": ("--per-layer",),
+}
+
+
+def option(given: str, command: click.Command) -> list[str]:
+    """The options of a verb that an unknown one may have meant, at most three."""
+    known = [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
+    known = [name for name in known if name.startswith("-")]
+    plain = given.lower().replace("_", "-")
+    meant = [name for name in SYNONYMS.get(plain, ()) if name in known]
+    words = [name for name in known if plain.strip("-") and plain.strip("-") in name.strip("-").split("-")]
+    return list(dict.fromkeys([*meant, *get_close_matches(plain, known, n=3, cutoff=0.6), *words]))[:3]
+
+
+VERBS = {  # what other tools call a verb
+    "info": "inspect", "show": "inspect", "describe": "inspect", "compare": "diff", "check": "audit",
+    "verify": "audit", "test": "audit", "fuse": "merge", "bake": "merge", "apply": "merge", "fit": "train",
+    "finetune": "train", "fine-tune": "train", "evaluate": "eval", "svd": "resize", "compress": "resize",
+    "prune": "resize", "ranks": "spectrum", "rank": "spectrum", "export": "convert", "help": "explain",
+    "unmerge": "extract", "add": "combine", "average": "combine", "dry-run": "plan", "upload": "push",
+}  # fmt: skip
+
+
+def verb(given: str, known: Iterable[str]) -> list[str]:
+    names = list(known)
+    plain = given.lower().replace("_", "-")
+    meant = [VERBS[plain]] if VERBS.get(plain) in names else []
+    return list(dict.fromkeys([*meant, *get_close_matches(plain, names, n=3, cutoff=0.5)]))[:3]
