@@ -283,6 +283,9 @@ def _trainer(
     if plugin is not None and quantization_in(model):
         message = "FSDP would split weights that bitsandbytes has packed"
         raise refuse("BAD_CONFIG", message, module="accelerate", wanted="DDP, or no quantisation")
+    if plugin is not None and corpus.labels:
+        message = "FSDP was not tested with a head that is trained whole"
+        raise refuse("BAD_CONFIG", message, module="accelerate", wanted="DDP, or goal answers")
     return trainer, flow, metrics
 
 
