@@ -52,7 +52,7 @@ def gpt2(kind: Any = T.GPT2LMHeadModel, width: int = 16, **changes: Any) -> Any:
 
 def bert(kind: Any = T.BertModel, **changes: Any) -> Any:
     sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
-    return kind(T.BertConfig(**sizes, **changes))
+    return kind(T.BertConfig(**(sizes | changes)))
 
 
 def t5() -> Any:

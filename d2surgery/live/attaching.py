@@ -5,7 +5,7 @@ The base is frozen; slots are trained in float32 at least, and autocast decides 
 
 import difflib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -116,13 +116,32 @@ def detach(model: nn.Module, about: About = About()) -> Checkpoint:  # noqa: B00
 
 
 def snapshot(model: nn.Module, about: About = About()) -> Checkpoint:  # noqa: B008
-    """The adapters as they are now, copied; warm-up folded into the scaling, and `warmup` among what is said of the
-    training where it is not over."""
+    """The adapters as they are now, copied, and what is trained whole beside them. Warm-up is folded into the scaling,
+    and `warmup` is among what is said of the training where it is not over."""
     layers = adapted(model)
     factors = {float(layer.warmup) for layer in layers.values() if layer.warmup is not None} - {1.0}
     if len(factors) == 1:
         about = replace(about, training={**about.training, "warmup": factors.pop()})
-    return from_adapters({name: _copied(layer.adapter) for name, layer in layers.items()}, about)
+    whole = {name: _whole(parameter.detach()).clone() for name, parameter in trained_whole(model).items()}
+    return from_adapters(
+        {name: _copied(layer.adapter) for name, layer in layers.items()}, about, replacements=whole or None
+    )
+
+
+def train_whole(model: nn.Module, names: Collection[str] = ()) -> None:
+    """Train a classifier's head whole, in float32, beside the adapters, and other tensors of these names."""
+    for head in _tops(model):
+        head.float().requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if name in names:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained beside the slots of adapters, by name."""
+    slots = {id(slot) for layer in adapted(model).values() for slot in layer.slots.values()}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in slots}
 
 
 def set_warmup(model: nn.Module, w: float) -> None:
@@ -172,7 +191,11 @@ def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _heads(model: nn.Module) -> set[nn.Module]:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    return {head} if head is not None else {getattr(model, name) for name in _HEADS if hasattr(model, name)}
+    return {head} if head is not None else {part for top in _tops(model) for part in top.modules()}
+
+
+def _tops(model: nn.Module) -> list[nn.Module]:
+    return [getattr(model, name) for name in _HEADS if hasattr(model, name)]
 
 
 def _matched(names: Iterable[str], pattern: str, *, whole: bool) -> list[str]:

@@ -258,6 +258,10 @@ def _contradictions(config: TrainConfig) -> Iterator[Problem]:
     for slot in config.optimizer.lr_ratio:
         if slot not in kind.dimensions:
             yield bad(f"optimizer.lr_ratio.{slot}", "no such slot", wanted=" or ".join(kind.dimensions))
+    if config.data.goal == "labels" and config.data.batching == "packed":
+        yield bad("data.batching", "a row has one label", wanted="shuffled or by_length", got="packed")
+    if config.data.goal == "labels" and config.run.quantization:
+        yield bad("run.quantization", "the head is trained whole", wanted="none", got=config.run.quantization)
     for name in ("patience", "best"):
         if getattr(config.run, name) and not config.data.held_out_limit:
             yield bad(f"run.{name}", "nothing is held out to be judged by", wanted="held_out_limit of more than 0")

@@ -33,7 +33,7 @@ POOL = 50
 
 
 class Encoded(NamedTuple):
-    """An item as tokens; the last `answer` of them carry loss."""
+    """An item as tokens; the last `answer` of them carry loss, or `answer` is the number of its label."""
 
     tokens: tuple[int, ...]
     answer: int
@@ -48,6 +48,7 @@ class Corpus:
     held_out: tuple[Encoded, ...]
     prompts_cut: int
     left_out: tuple[str, ...]  # names of items that are too long without their question
+    labels: tuple[str, ...] = ()  # where these are learnt, in the order of the head's rows
 
     @property
     def digest(self) -> str:
@@ -71,6 +72,7 @@ def read_corpus(settings: DataSettings, tokenizer: Any, seed: int) -> Corpus:
         train += drawn[aside : aside + settings.limit]
     for file in settings.held_out:
         held_out += _drawn(file, generator)[: settings.held_out_limit]
+    labels = _labels(settings, [*train, *held_out]) if settings.goal == "labels" else ()
     asked = {item.prompt for _, item in held_out}
     train = [(name, item) for name, item in train if item.prompt not in asked]
     parts = [[_encoded(name, item, tokenizer, settings) for name, item in part] for part in (train, held_out)]
@@ -85,6 +87,7 @@ def read_corpus(settings: DataSettings, tokenizer: Any, seed: int) -> Corpus:
         held_out=kept_held_out,
         prompts_cut=sum(cut for item, cut in every if item.tokens),
         left_out=tuple(item.name for item, _ in every if not item.tokens),
+        labels=labels,
     )
 
 
@@ -151,10 +154,14 @@ class Collate:
 
     pad: int
     packed: bool
+    labelled: bool = False
     answers_only: bool = False
     """Whether the model is told at which positions logits are needed: where any row's next token carries loss."""
 
     def __call__(self, batch: Sequence[Sequence[Encoded]]) -> dict[str, Any]:
+        if self.labelled:
+            made = Collate(self.pad, packed=False)([[item._replace(answer=1)] for (item,) in batch])
+            return made | {"labels": torch.tensor([item.answer for (item,) in batch])}
         width = max(sum(len(item.tokens) for item in row) for row in batch)
         tokens = torch.full((len(batch), width), self.pad)
         labels = torch.full_like(tokens, IGNORED)
@@ -199,10 +206,25 @@ def _drawn(file: str, generator: torch.Generator) -> list[tuple[str, Item]]:
 
 
 def _encoded(name: str, item: Item, tokenizer: Any, settings: DataSettings) -> tuple[Encoded, bool]:
-    """The item as tokens, none where its answer does not fit; and whether its prompt was cut."""
+    """The item as tokens, none where its answer does not fit; and whether its prompt was cut, of a text with a label at
+    its end."""
+    if settings.goal == "labels":
+        tokens = list(tokenizer(item.prompt)["input_ids"])
+        kept = list(tokenizer(item.prompt, truncation=True, max_length=settings.max_length)["input_ids"])
+        return Encoded(tuple(kept), item.choices.index(item.answer), name), len(kept) < len(tokens)
     answer = answer_tokens(item, tokenizer, settings.template)
     prompt, whole = _fitting(item.prompt, settings.max_length - len(answer), tokenizer, settings.template)
     return Encoded((*prompt, *answer) if prompt else (), len(answer), name), not whole
+
+
+def _labels(settings: DataSettings, items: Sequence[tuple[str, Item]]) -> tuple[str, ...]:
+    """The choices of every item. Raises BAD_DATA where they are not the same, in the same order."""
+    labels = items[0][1].choices
+    other = [name for name, item in items if item.choices != labels]
+    if other or not labels:
+        message = "labels are choices that all items share, in one order"
+        raise refuse("BAD_DATA", message, file=", ".join(settings.train), got="; ".join(other[:8]) or "no choices")
+    return labels
 
 
 def _fitting(question: str, room: int, tokenizer: Any, template: Template) -> tuple[list[int], bool]:

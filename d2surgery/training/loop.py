@@ -19,8 +19,9 @@ from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.whole import PARTIAL, write_whole
 from d2surgery.formats.layout import About
 from d2surgery.kinds import TABLE
-from d2surgery.live.attaching import ALL_LINEAR, adapted, attach, initial, set_warmup
-from d2surgery.live.quantization import Quantization, loading_options, quantization_in, quantization_of
+from d2surgery.live.attaching import ALL_LINEAR, adapted, attach, initial, set_warmup, train_whole
+from d2surgery.live.quantization import Quantization, quantization_in
+from d2surgery.training.bases import check_fit, check_packing, device_of, model_of, pad_token, tokenizer_of
 from d2surgery.training.config import differences, read_config, to_toml
 from d2surgery.training.data import Collate, Corpus, Rows, read_corpus
 from d2surgery.training.disk import (
@@ -34,7 +35,7 @@ from d2surgery.training.disk import (
     step_of,
     written_alone,
 )
-from d2surgery.training.planning import Schedule, TrainPlan, first_on_host, plan_of, schedule_of, world
+from d2surgery.training.planning import Schedule, TrainPlan, plan_of, schedule_of, world
 from d2surgery.training.reporters import check_reporters, failures_named
 from d2surgery.training.settings import TrainConfig
 
@@ -49,7 +50,6 @@ _OTHER_LAUNCHES = {  # how accelerate says them to its processes
     "PARALLELISM_CONFIG_CP_SIZE": ("context parallelism", "1"),
     "PARALLELISM_CONFIG_SP_SIZE": ("sequence parallelism", "1"),
 }
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,18 +109,21 @@ def _train(
 ) -> TrainReport:
     out = Path(config.output)
     checkpoint = _begin_in(out, config, resume)
-    tokenizer = _tokenizer(config)
+    tokenizer = tokenizer_of(config)
     corpus = read_corpus(config.data, tokenizer, config.run.seed)
     schedule = schedule_of(config, corpus)
     inputs = {"data_sha256": corpus.digest, "rows_per_step": schedule.rows_per_step}
     if checkpoint is not None:
         _check_inputs(out, inputs)
     arguments = _arguments(config, schedule, evaluates=bool(corpus.held_out), fresh=checkpoint is None)
-    model = _model(config)
-    _check_fit(config, model, corpus)
-    attach(model, _start(config, model), dropout=config.adapter.dropout)
+    model, made_up = model_of(config, corpus, tokenizer)
+    check_fit(config, model, corpus)
+    start = {name: adapter for name, adapter in _start(config, model).items() if f"{name}.weight" not in made_up}
+    attach(model, start, dropout=config.adapter.dropout)
+    if corpus.labels:
+        train_whole(model, made_up)
     if config.data.batching == "packed":
-        _check_packing(model)
+        check_packing(model)
     from d2surgery.training.trainer import forget_after, read_metrics  # transformers, accelerate
 
     resumed_from = None if checkpoint is None else step_of(checkpoint)
@@ -151,7 +154,7 @@ def _check_packages(config: TrainConfig) -> None:
     if importlib.util.find_spec("accelerate") is None:
         raise refuse("NO_TRAINER", "accelerate is not installed")
     check_reporters(config.run.report_to)
-    if config.run.precision == "fp16" and _device(config).type == "cpu":
+    if config.run.precision == "fp16" and device_of(config).type == "cpu":
         raise refuse("BAD_CONFIG", "fp16 is trained on a GPU only", module="run.precision", wanted="bf16 or fp32")
     raise_errors(
         Problem(code="BAD_CONFIG", message=f"{name} was not tested with these adapters", module="accelerate",
@@ -195,87 +198,6 @@ def _check_inputs(out: Path, inputs: Mapping[str, Any]) -> None:
                 wanted=str(before.get(name)), got=str(value))
         for name, value in inputs.items() if before.get(name) != value
     )  # fmt: skip
-
-
-def _tokenizer(config: TrainConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = _loaded(AutoTokenizer, config)
-    if tokenizer.eos_token_id is None:
-        raise refuse("BAD_BASE", "its tokenizer has no end-of-text token, so no answer would end", file=config.base)
-    return tokenizer
-
-
-def _model(config: TrainConfig) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    dtype, stored = _DTYPES[config.run.precision], getattr(_loaded(AutoConfig, config), "quantization_config", None)
-    quantization = quantization_of(stored, config.run.quantization, base=config.base)
-    device = _device(config)
-    how = loading_options(quantization, stored=stored is not None, dtype=dtype, device=device)
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true" and not first_on_host():
-            how["device_map"] = {"": "meta"}  # accelerate sends it its part
-    elif device.type != "cpu":
-        how["device_map"] = {"": device}  # past the host's memory, where each process would hold it whole
-    if config.run.attention:
-        how["attn_implementation"] = config.run.attention
-    model = _loaded(AutoModelForCausalLM, config, dtype=dtype, **how)
-    model.config.use_cache = False  # with a cache, packed items would see one another
-    if config.run.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-def _device(config: TrainConfig) -> torch.device:
-    """Where this process trains, before accelerate says so: a base is loaded in its place."""
-    found = accelerator() if config.run.device != "cpu" else None
-    if found is None or found.type == "mps":  # which has no float64
-        return torch.device("cpu")
-    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def accelerator() -> torch.device | None:
-    """The kind of device beside the CPU that torch finds here."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-
-
-def _loaded(kind: Any, config: TrainConfig, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(config.base, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise refuse("BAD_BASE", reason[:300], file=config.base) from None
-
-
-def _check_fit(config: TrainConfig, model: Any, corpus: Corpus) -> None:
-    """The rows and their tokens are ones that the model has."""
-    every = [*corpus.train, *corpus.held_out]
-    most = getattr(model.config, "max_position_embeddings", None)
-    longest = max(len(item.tokens) for item in every)
-    if most is not None and longest > most:
-        raise refuse("BAD_CONFIG", "rows longer than the model's context", module="data.max_length",
-                     wanted=f"at most {most}", got=str(config.data.max_length))  # fmt: skip
-    vocabulary, largest = model.get_input_embeddings().num_embeddings, max(max(item.tokens) for item in every)
-    if largest >= vocabulary:
-        message = f"its tokenizer has tokens that the model has not ({largest} of {vocabulary})"
-        raise refuse("BAD_BASE", message, file=config.base)
-
-
-@torch.no_grad()
-def _check_packing(model: Any) -> None:
-    """Changing the first item of a packed row must not change one bit of what follows the second."""
-    if model.device.type == "meta":  # FSDP's other processes; the first one looks
-        return
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=model.device)
-    model.eval()
-    one, other = (
-        model(input_ids=torch.tensor([[*first, 4, 5, 6]], device=model.device), position_ids=positions).logits[0, 3:]
-        for first in ((1, 2, 3), (7, 8, 9))
-    )
-    if not torch.equal(one, other):
-        message = f"in {type(model).__name__} packed items see one another"
-        raise refuse("BAD_CONFIG", message, module="data.batching", wanted="shuffled or by_length", got="packed")
 
 
 def _start(config: TrainConfig, model: Any) -> dict[str, Adapter]:
@@ -328,18 +250,23 @@ def _trainer(
 ) -> "tuple[AdapterTrainer, Flow, Metrics]":
     from transformers import PrinterCallback
 
-    from d2surgery.training.trainer import AdapterTrainer, Flow, Metrics, Patience, Warmup
+    from d2surgery.training.trainer import AdapterTrainer, Flow, Metrics, Patience, Warmup, judged_labels
 
     flow = Flow(progress, evaluates=bool(corpus.held_out))
     metrics = Metrics(Path(config.output), schedule.tokens, schedule.epochs)
-    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     held_out = [(number,) for number in range(len(corpus.held_out))]
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
         train_dataset=Rows(corpus.train, schedule.rows),
         eval_dataset=Rows(corpus.held_out, held_out) if held_out else None,
-        data_collator=Collate(pad, config.data.batching == "packed", answers_only=_answers_only(config, model)),
+        data_collator=Collate(
+            pad_token(tokenizer),
+            config.data.batching == "packed",
+            labelled=bool(corpus.labels),
+            answers_only=_answers_only(config, model),
+        ),
+        compute_metrics=judged_labels if corpus.labels else None,
         callbacks=[Warmup(schedule.scaling_warmup), flow, metrics],
         lr_ratio=config.optimizer.lr_ratio,
         about=_about(config, model, schedule),
@@ -356,6 +283,9 @@ def _trainer(
     if plugin is not None and quantization_in(model):
         message = "FSDP would split weights that bitsandbytes has packed"
         raise refuse("BAD_CONFIG", message, module="accelerate", wanted="DDP, or no quantisation")
+    if plugin is not None and corpus.labels:
+        message = "FSDP was not tested with a head that is trained whole"
+        raise refuse("BAD_CONFIG", message, module="accelerate", wanted="DDP, or goal answers")
     return trainer, flow, metrics
 
 
@@ -364,7 +294,7 @@ def _answers_only(config: TrainConfig, model: Any) -> bool:
     compiled again for each number of them."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    takes = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    takes = config.data.goal == "answers" and "logits_to_keep" in inspect.signature(type(model).forward).parameters
     return takes and not config.run.compile and model.loss_function is ForCausalLMLoss
 
 
@@ -373,7 +303,7 @@ def _arguments(config: TrainConfig, schedule: Schedule, *, evaluates: bool, fres
 
     optimizer, run, steps = config.optimizer, config.run, schedule.steps
     constant = "constant_with_warmup" if optimizer.schedule == "constant" else optimizer.schedule
-    alone = _device(config).type == "cpu"
+    alone = device_of(config).type == "cpu"
     arguments = TrainingArguments(
         output_dir=config.output,
         max_steps=steps,
@@ -405,7 +335,7 @@ def _arguments(config: TrainConfig, schedule: Schedule, *, evaluates: bool, fres
         disable_tqdm=True,
         log_level="error",
         remove_unused_columns=False,
-        prediction_loss_only=True,
+        prediction_loss_only=config.data.goal == "answers",
         label_names=["labels"],
         dataloader_pin_memory=not alone,
         ddp_find_unused_parameters=False,  # every slot is used in every step
@@ -420,7 +350,7 @@ def _arguments(config: TrainConfig, schedule: Schedule, *, evaluates: bool, fres
 def _about(config: TrainConfig, model: Any, schedule: Schedule) -> About:
     """What the file says beside the values. PEFT's own kinds have no place for how they were trained."""
     adapter = next(iter(adapted(model).values())).adapter
-    shown = About(base_model=config.base, task="CAUSAL_LM")
+    shown = About(base_model=config.base, task="CAUSAL_LM" if config.data.goal == "answers" else "SEQ_CLS")
     if not TABLE[config.adapter.kind].training:
         return replace(shown, settings={"lora_dropout": config.adapter.dropout, "use_rslora": config.adapter.rslora})
     start = inspect.signature(KINDS[adapter.kind].init).parameters["sigma"].default

@@ -12,6 +12,7 @@ from d2surgery.evaluating.items import Template
 from d2surgery.kinds import TABLE
 from d2surgery.live.quantization import Quantization
 
+Goal = Literal["answers", "labels"]
 Batching = Literal["shuffled", "by_length", "packed"]
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -83,6 +84,9 @@ class DataSettings:
     held_out_limit: Annotated[
         int, Hint("At most so many held-out items of each file; 0: no evaluation.", NOT_NEGATIVE)
     ] = 100
+    goal: Annotated[
+        Goal, Hint("The answers' words; or labels: which of the choices that all items share, by a head trained whole.")
+    ] = "answers"
     template: Annotated[Template, Hint("How a question is put; auto: the model's chat template where it has one.")] = (
         "auto"
     )

@@ -29,14 +29,16 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from d2surgery.adapters import Adapter
 from d2surgery.adapters.forwards import Clipped, counting_clipped
-from d2surgery.checkpoint import load, save
+from d2surgery.checkpoint import Checkpoint, load, save
 from d2surgery.errors import refuse
+from d2surgery.evaluating.freeform import macro_f1, matthews
 from d2surgery.files.whole import PARTIAL, write_whole
 from d2surgery.formats.layout import About
-from d2surgery.live.attaching import adapted, set_warmup, snapshot
+from d2surgery.live.attaching import adapted, set_warmup, snapshot, trained_whole
 from d2surgery.training.disk import BEST, PREFIX, keep_newest, remove
 
 METRICS = "metrics.jsonl"
+JUDGED = ("accuracy", "matthews", "macro_f1")  # of a classifier, beside its loss
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 Progress = Callable[[int, int], None]
@@ -219,6 +221,18 @@ def restore(model: nn.Module, stored: Mapping[str, Adapter]) -> None:
                 here = tensor.to(parameter.device)
                 tensor = distribute_tensor(here, parameter.device_mesh, parameter.placements)
             parameter.copy_(tensor)
+    if isinstance(stored, Checkpoint):
+        whole = trained_whole(model)
+        for name, key in stored.layout.replacements.items():
+            whole[name].copy_(stored.tensor(key))
+
+
+def judged_labels(predicted: Any) -> dict[str, float]:
+    """Trainer's metrics of a classifier."""
+    found = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
+    gold, picked = predicted.label_ids.tolist(), found.argmax(-1).tolist()
+    right = sum(a == b for a, b in zip(gold, picked, strict=True))
+    return {"accuracy": right / len(gold), "matthews": matthews(gold, picked), "macro_f1": macro_f1(gold, picked)}
 
 
 class Warmup(TrainerCallback):  # type: ignore[misc]
@@ -311,6 +325,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         line: dict[str, Any] = {"step": state.global_step}
         if "eval_loss" in logs:
+            line |= {name: logs[f"eval_{name}"] for name in JUDGED if f"eval_{name}" in logs}
             line["eval_loss"] = logs["eval_loss"]
         elif "loss" in logs:
             line |= {"epoch": round(self.epochs * state.global_step / state.max_steps, 4), "loss": logs["loss"]}

@@ -15,9 +15,10 @@ from trained import config_of, lines, same, write_base, write_items
 
 from d2surgery.errors import D2SurgeryError
 from d2surgery.live.layers import check_device
-from d2surgery.training import loop
+from d2surgery.training import bases
+from d2surgery.training.bases import check_packing
 from d2surgery.training.config import to_toml
-from d2surgery.training.loop import _check_packing, train
+from d2surgery.training.loop import train
 from d2surgery.training.settings import TrainConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -116,13 +117,13 @@ def test_other_launches_of_accelerate_are_refused_by_name(
 def test_bf16_on_a_machine_without_an_accelerator_is_trained_on_its_cpu(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "accelerator", lambda: None)
+    monkeypatch.setattr(bases, "accelerator", lambda: None)
     report = train(config_of(folder, run={"device": "auto", "precision": "bf16"}))
     assert report.steps == 8
 
 
 def test_apples_device_without_float64_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "accelerator", lambda: torch.device("mps"))
+    monkeypatch.setattr(bases, "accelerator", lambda: torch.device("mps"))
     train(config_of(folder, run={"device": "auto"}))
     with pytest.raises(D2SurgeryError, match="NO_FLOAT64"):
         check_device(torch.device("mps"))
@@ -157,7 +158,7 @@ def test_the_look_at_packed_rows_is_on_the_models_device() -> None:
             seen.extend((input_ids.device, position_ids.device))
             return SimpleNamespace(logits=torch.zeros(1, 6, 2))
 
-    _check_packing(Model())
+    check_packing(Model())
     assert {str(device) for device in seen} <= {"cpu", "cpu:0"}
     assert len(seen) == 4
 
