@@ -50,7 +50,10 @@ def test_no_model_and_no_tokenizer_is_loaded_without_saying_that_its_code_is_not
 
 @pytest.mark.parametrize("name", ["load", "loads"])
 def test_nothing_is_unpickled(name: str) -> None:
+    """But the state of a run's own optimizer, by torch's reader of plain values, as transformers does it."""
     for file, call in calls(name):
+        if file == "training/trainer.py" and "weights_only=True" in ast.unparse(call):
+            continue
         assert isinstance(call.func, ast.Attribute)
         owner = call.func.value
         assert not (isinstance(owner, ast.Name) and owner.id in ("torch", "pickle", "np", "numpy", "joblib")), file
