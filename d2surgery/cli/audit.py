@@ -32,7 +32,6 @@ from d2surgery.surveying.order import in_order
 
 Given = TypeVar("Given")
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_DIRECTORY = click.Path(path_type=Path)
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 EXIT = {"pass": 0, "fail": 1, "inconclusive": 3}
 _DEFAULTS = Thresholds()
@@ -104,7 +103,7 @@ class Pages:
     multiple=True,
     help="File, directory or hub id org/name[@revision]. Given several times: the audit says which one was merged.",
 )
-@click.option("--merged", type=_DIRECTORY, required=True, help="Model directory to be judged.")
+@click.option("--merged", type=Base(), required=True, help="Model directory or hub id to be judged.")
 @click.option("--level", "levels", type=Levels(), default="weights", show_default=True, help=f"Of {', '.join(LEVELS)}.")
 @click.option("--prompts", type=_FILE, help="Texts for the levels outputs and logits. Default: bundled ones.")
 @click.option("--tasks", type=_FILE, multiple=True, help="JSON or JSONL items for the level task; repeatable.")

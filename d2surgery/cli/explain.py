@@ -44,7 +44,7 @@ def _explain_measure(name: str, as_json: bool) -> None:
     if as_json:
         output.emit_json({"measure": name, **measure._asdict()})
         return
-    word = "" if measure.word in (name, measure.formula) else f" ({measure.word})"
+    word = "" if measure.word == name or measure.formula.startswith(measure.word) else f" ({measure.word})"
     output.emit(f"{name}{word}: {measure.formula}")
     output.emit(f"  {measure.says}")
 

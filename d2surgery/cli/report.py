@@ -18,7 +18,7 @@ from d2surgery.verbs.reporting import report as write
 @click.command(name="report")
 @click.argument("adapters", type=Adapter(), nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--base", type=Base(), help=f"{BASE_HELP}: adds drift and relative sizes.")
-@click.option("--merged", type=click.Path(path_type=Path), help="With --base and one adapter, adds the merge's audit.")
+@click.option("--merged", type=Base(), help="With --base and one adapter, adds the merge's audit.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .html file.")
 @click.option("--force", is_flag=True, help="Write over a page that is there.")
 @click.option("--method", type=click.Choice(get_args(Method)), help="Of dense spectra. Default: by kind and size.")

@@ -340,3 +340,5 @@ def test_no_number_stands_apart_from_its_unit(work: Path, monkeypatch: pytest.Mo
     assert any("\u00a0%" in text for _, text in prose)
     assert not any(re.search(r"\d [%±]|± \d", text) for _, text in prose)
     assert "overflow-wrap: anywhere; }\nh1" not in page
+    assert not re.search(r"\d\.<wbr>\d", page)  # 1.5 MB in a cell; a module's name breaks at its dots
+    assert re.search(r"model\.<wbr>layers", page)

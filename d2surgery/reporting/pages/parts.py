@@ -155,8 +155,8 @@ _TEXT = ' class="text"'
 
 
 def text_cell(text: str, hint: str = "") -> str:
-    """Long names break after a dot, not inside a word."""
-    shown = safe(text).replace(".", ".<wbr>")
+    """Long names break after a dot, not inside a word, nor inside a number."""
+    shown = re.sub(r"(?<!\d)\.|\.(?!\d)", ".<wbr>", safe(text))
     return f'<td class="text"{f" title={chr(34)}{safe(hint)}{chr(34)}" if hint else ""}>{shown}</td>'
 
 
