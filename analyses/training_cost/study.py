@@ -32,11 +32,11 @@ RUNS: dict[str, tuple[str, str, float]] = {
     "Dual LoRA": ("d2surgery", "duallora", 0.5),
     "PEFT LoRA": ("peft", "lora", 1),
     "PEFT DoRA": ("peft", "dora", 1),
-    "LoRA, all logits": ("d2surgery", "lora", 1),
-    "LoRA, answers' logits": ("d2surgery", "lora", 1),
+    "LoRA, logits of all": ("d2surgery", "lora", 1),
+    "LoRA, logits of answers": ("d2surgery", "lora", 1),
 }
 PAIRS = [(name, "LoRA") for name in RUNS if name != "LoRA" and "logits" not in name]
-PAIRS += [("DoRA", "PEFT DoRA"), ("LoRA, answers' logits", "LoRA, all logits")]
+PAIRS += [("DoRA", "PEFT DoRA"), ("LoRA, logits of answers", "LoRA, logits of all")]
 ANSWERS, VOCABULARY = 16, 49152  # of the tokens of a row one in so many is an answer's, the last ones; SmolLM2's rows
 TIME_TARGETS = {"DoRA": 1.05, "D2-LoRA": 1.05, "Dual LoRA": 1.6}  # of an H200-class GPU, over LoRA
 MEMORY_TARGETS = {"DoRA": 1.05, "D2-LoRA": 1.05}
@@ -149,7 +149,8 @@ def measure(name: str, sizes: dict[str, int], *, device: str, compiled: bool) ->
     digest = hashlib.sha256(b"".join(p.detach().cpu().view(torch.uint8).numpy().tobytes() for p in model.parameters()))
     model = adapted(model, name, sizes["rank"]).train()
     shape = (sizes["rows"], sizes["tokens"], sizes["hidden_size"])
-    x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+    draw = torch.Generator().manual_seed(SEED)  # the same for all runs, whose adapters take numbers of their own
+    x = torch.randn(shape, generator=draw).to(device, dtype).requires_grad_()
     step_of = torch.compile(model) if compiled else model
     learning = [p for p in model.parameters() if p.requires_grad]
     loss_of = loss_function(name, sizes, device, dtype)
@@ -225,7 +226,7 @@ def loss_function(name: str, sizes: dict[str, int], device: str, dtype: Any) -> 
     of the answers' tokens, from the logits of all positions or from theirs alone."""
     import torch
 
-    draw = torch.Generator().manual_seed(SEED)
+    draw = torch.Generator().manual_seed(SEED + 1)
     rows, tokens, hidden = sizes["rows"], sizes["tokens"], sizes["hidden_size"]
     if "logits" not in name:
         weights = torch.randn(rows, tokens, hidden, generator=draw).to(device)

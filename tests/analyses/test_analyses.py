@@ -153,7 +153,7 @@ def test_training_cost_sees_the_most_that_is_held(training_cost: tuple[dict[str,
     held = {run["run"]: run["memory_bytes"] for run in training_cost[0]["runs"]}
     assert held["PEFT DoRA"] > held["DoRA"]
     assert held["DoRA"] > held["LoRA"]
-    assert held["LoRA, all logits"] > 64 * 49152 * 4 > held["LoRA, answers' logits"]
+    assert held["LoRA, logits of all"] > 64 * 49152 * 4 > held["LoRA, logits of answers"]
 
 
 def test_training_cost_begins_each_round_with_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
