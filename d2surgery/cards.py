@@ -39,30 +39,36 @@ def card(directory: str | os.PathLike[str], *, verdict: str = "", base_model: st
     folder = Path(directory)
     receipt = folder / RECEIPT
     if receipt.exists():
-        return _of_merge(_read(receipt), verdict, base_model)
+        return of_merge(_read(receipt), verdict=verdict, base_model=base_model)
     layout = open_layout(folder)
     if not (layout.adapters or layout.replacements or layout.rows):
         raise refuse("NOT_AN_ADAPTER", "there is neither an adapter nor a merge's receipt", file=str(folder))
     return _of_adapter(layout, base_model)
 
 
-def _of_merge(receipt: Mapping[str, Any], verdict: str, base_model: str) -> str:
+def of_merge(receipt: Mapping[str, Any], *, verdict: str = "", base_model: str = "") -> str:
+    """The text of the card of what a merge wrote with this receipt."""
     adapter, recipe = _mapping(receipt.get("adapter")), _mapping(receipt.get("recipe"))
     base = base_model or str(adapter.get("base_model") or "")
+    hashed = _mapping(_mapping(receipt.get("outputs")).get("tensors"))
     facts = {
         "base": base or "not named by the adapter",
         "strength": recipe.get("strength", 1),
         "dtype": recipe.get("dtype") or "as in the base",
-        "tensors": len(_mapping(_mapping(receipt.get("outputs")).get("tensors"))),
+        **({"tensors": len(hashed)} if hashed else {}),
         "made by": f"d2surgery {receipt.get('d2surgery', '')}, torch {receipt.get('torch', '')}",
         "audit": verdict or "not run: `d2surgery audit --base BASE --adapter ADAPTER --merged .`",
     }
     matter = {"base_model": base, "base_model_relation": "merge", "library_name": "transformers"}
     how = (
         "A base model with an adapter merged into it: every weight is W0 + strength·delta, computed one precision "
-        f"above the stored one and rounded once. `{RECEIPT}` has the sha256 of every tensor that went in and came out; "
-        "`d2surgery audit --merged . --receipt` compares them."
+        "above the stored one and rounded once."
     )
+    if hashed:
+        how += (
+            f" `{RECEIPT}` has the sha256 of every tensor that went in and came out; "
+            "`d2surgery audit --merged . --receipt` compares them."
+        )
     return _text("Merged model", matter, ("merge", "d2surgery"), how, facts)
 
 

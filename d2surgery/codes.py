@@ -465,7 +465,7 @@ CODES: dict[str, Code] = {
         "Dual LoRA starts from a random delta, which is not small beside the base once its scaling has risen.",
         "Leave sigma out (the start is then 1 % of the base), or make it smaller: the delta grows with its square.",
     ),
-    "NO_FLOAT64": Code(
+    "NO_DOUBLE_PRECISION": Code(
         "The device has no float64, in which norms and signs are computed here.",
         "Use the CPU, or a GPU of CUDA's kind.",
     ),

@@ -22,8 +22,8 @@ ROOT = PACKAGE.parent
 # The wings of the house: a module imports only from its own wing and from those that stand above it here.
 WINGS = (
     "codes", "errors", "kinds", "machine", "tables", "files", "adapters", "formats", "placement", "checkpoint",
-    "measures", "surveying", "merging", "surgery", "live", "peft_plugin", "evaluating", "auditing", "training",
-    "reporting", "verbs", "cards", "cli", "__main__",
+    "cards", "measures", "surveying", "merging", "surgery", "live", "peft_plugin", "evaluating", "auditing", "training",
+    "reporting", "verbs", "cli", "__main__",
 )  # fmt: skip
 HEAVY = ("torch", "numpy", "scipy", "transformers", "plotly", "peft", "safetensors", "huggingface_hub", "click")
 

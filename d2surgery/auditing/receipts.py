@@ -10,6 +10,7 @@ from typing import Any
 
 from d2surgery.auditing.findings import Audit, ReceiptAudit, Status, TensorAudit, Thresholds, several, verdict_of
 from d2surgery.auditing.loading import directory_problems, open_merged
+from d2surgery.cards import RECEIPT
 from d2surgery.checkpoint import load
 from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.files.base import BaseWeights
@@ -17,7 +18,6 @@ from d2surgery.files.header import TensorInfo
 from d2surgery.files.reading import read_json
 from d2surgery.files.tensors import as_bytes, read_part
 from d2surgery.machine import peak_memory
-from d2surgery.merging.receipt import RECEIPT
 
 _PIECE = 1 << 22
 _SAMPLE = 1 << 22  # bytes of the base's smallest tensors, by which another base is known where nothing else is wrong

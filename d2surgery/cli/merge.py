@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from d2surgery.cards import write_card
 from d2surgery.cli import output
 from d2surgery.cli.options import job_options, progress_bar
 from d2surgery.merging import merge
@@ -26,7 +25,6 @@ def command(out: Path, resume: bool, no_verify: bool, as_json: bool, quiet: bool
     """
     with progress_bar("merging", show=not (as_json or quiet)) as progress:
         report = merge(out=out, resume=resume, verify=not no_verify, progress=progress, **job)
-    write_card(out)
     if as_json:
         output.emit_json(asdict(report) | {"problems": [output.record(problem) for problem in report.problems]})
         return 0

@@ -30,6 +30,7 @@ _OPENED = os.O_RDWR | os.O_APPEND | _NOFOLLOW | getattr(os, "O_NONBLOCK", 0)
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EBUSY)  # no place for a directory
 _OTHER = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)  # no directory with a journal
+_BY_DESCRIPTOR = os.open in os.supports_dir_fd  # how a merge is published
 _RECIPE = '{"adapter": "'  # how a journal begins
 
 
@@ -66,7 +67,7 @@ class Partial:
 
         Raises D2SurgeryError OUTPUT_EXISTS or OUTPUT_IN_USE, OSError where the system would not let us write.
         """
-        if os.open not in os.supports_dir_fd:
+        if not _BY_DESCRIPTOR:
             message = "a merge is published by descriptors of directories, which this system has not"
             raise refuse("OTHER_SYSTEM", message, wanted="Linux, macOS, or WSL on Windows", got=sys.platform)
         self._published = _check_free(self.out, self._given)

@@ -206,9 +206,11 @@ def base_weight(layer: nn.Module) -> Weight:
 
 
 def check_device(device: torch.device) -> None:
-    """Raises NO_FLOAT64 for a device whose norms and signs would be less exact than is said here."""
+    """Raises NO_DOUBLE_PRECISION for a device whose norms and signs would be less exact than is said here."""
     if device.type == "mps":
-        raise refuse("NO_FLOAT64", "norms and signs are computed in float64", got=str(device), wanted="cpu or cuda")
+        raise refuse(
+            "NO_DOUBLE_PRECISION", "norms and signs are computed in float64", got=str(device), wanted="cpu or cuda"
+        )
 
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:

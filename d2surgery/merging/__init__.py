@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from d2surgery.cards import RECEIPT
 from d2surgery.errors import Problem
 from d2surgery.files.dtypes import dtype_name
 from d2surgery.files.partial import Partial, Sources
@@ -110,7 +111,6 @@ def merge(
             with uncollected():  # torch, which leaves cores for hashing
                 from d2surgery.merging.job import write
                 from d2surgery.merging.prepared import prepare
-                from d2surgery.merging.receipt import RECEIPT
 
             prepared = prepare(fitted, dtype_name(dtype), device, tokenizer)
             how = (max_memory, shard_size, verify, progress)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from d2surgery.cards import CARD, RECEIPT, of_merge
 from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
 from d2surgery.files.held import changes, naming
 from d2surgery.files.partial import Partial
@@ -14,7 +15,7 @@ from d2surgery.machine import one_thread
 from d2surgery.merging.companions import Companions
 from d2surgery.merging.forecast import low_survival, sampled, zero_updates
 from d2surgery.merging.prepared import Prepared
-from d2surgery.merging.receipt import RECEIPT, receipt_of, recipe_of
+from d2surgery.merging.receipt import receipt_of, recipe_of
 from d2surgery.merging.tiles import Output, Steps
 
 
@@ -34,7 +35,7 @@ def write(
     """
     files = shards((output.entry for output in prepared.outputs), shard_size)
     total = sum(shard.nbytes for shard in files)
-    names = {*(shard.file for shard in files), *companions.files, *index_file(files), "config.json", RECEIPT}
+    names = {*(shard.file for shard in files), *companions.files, *index_file(files), "config.json", RECEIPT, CARD}
     with one_thread():
         adapter_hashes, zero = prepared.check_adapter(hashes=verify)
         recipe = recipe_of(prepared, shard_size, verify, adapter_hashes)
@@ -68,6 +69,7 @@ def write(
         partial.write(name, content)
     receipt = receipt_of(prepared, recipe, adapter_hashes, inputs, outputs, beside, problems)
     partial.write(RECEIPT, json.dumps(receipt, indent=1).encode())
+    partial.write(CARD, of_merge(receipt).encode())
     partial.publish()
     return total, problems
 

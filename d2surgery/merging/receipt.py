@@ -17,8 +17,6 @@ from d2surgery.files.tensors import as_bytes
 from d2surgery.formats.layout import Layout
 from d2surgery.merging.prepared import Prepared
 
-RECEIPT = "d2surgery_merge.json"
-
 
 def recipe_of(prepared: Prepared, shard_size: int, verify: bool, adapter_hashes: Mapping[str, str]) -> dict[str, Any]:
     """All that decides the bytes written. The files' times stand in the journal, not in the receipt."""

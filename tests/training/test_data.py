@@ -186,7 +186,7 @@ def test_logits_of_answers_alone_give_the_loss_of_all(packed: bool) -> None:
     batches = [[items[0], items[1]], [items[2], items[3]]] if packed else [[item] for item in items]
     losses = []
     for answers_only in (False, True):
-        batch = Collate(257, packed, answers_only)(batches)
+        batch = Collate(257, packed, answers_only=answers_only)(batches)
         del batch["names"]
         with torch.no_grad():
             output = model(**batch)

@@ -125,7 +125,7 @@ def test_bf16_on_a_machine_without_an_accelerator_is_trained_on_its_cpu(
 def test_apples_device_without_float64_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bases, "accelerator", lambda: torch.device("mps"))
     train(config_of(folder, run={"device": "auto"}))
-    with pytest.raises(D2SurgeryError, match="NO_FLOAT64"):
+    with pytest.raises(D2SurgeryError, match="NO_DOUBLE_PRECISION"):
         check_device(torch.device("mps"))
 
 
