@@ -113,11 +113,10 @@ def commands(work: Path, before: Path | None, *, tiny: bool) -> dict[str, list[s
 
 
 def measure(words: list[str], checkout: Path | None) -> dict[str, float]:
-    """Seconds, CPU seconds and peak resident bytes of one whole process."""
-    environment = os.environ | ({"PYTHONPATH": str(checkout.resolve())} if checkout else {})
+    """Seconds, CPU seconds and peak bytes of one process, which finds the package of the directory it stands in."""
     began = time.monotonic()
     child = subprocess.Popen(
-        [sys.executable, "-m", "d2surgery", *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-m", "d2surgery", *words], cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     said = child.stderr.read() if child.stderr else b""
     _, status, usage = os.wait4(child.pid, 0)
