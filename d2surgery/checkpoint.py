@@ -42,6 +42,9 @@ class Checkpoint(Mapping[str, Adapter]):
         """Whether the tensors are held, and not read from the file when asked for."""
         return self.layout.header.loaded is not None
 
+    def __contains__(self, module: object) -> bool:
+        return module in self.layout.adapters
+
     def __getitem__(self, module: str) -> Adapter:
         experts = self._entry(module).experts
         if experts != 1:

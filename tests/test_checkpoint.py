@@ -318,3 +318,15 @@ def test_a_checkpoint_and_a_base_are_mappings(built: Callable[[str], Built]) -> 
     assert len(base) == len(stored)
     assert all(torch.equal(base[name], stored[name]) for name in base)
     assert base.config["model_type"] == "llama"
+
+
+def test_asking_whether_a_name_is_there_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(from_adapters({"a": LoRA(A=torch.ones(2, 4), B=torch.ones(6, 2), scaling=0.5)}), tmp_path / "adapter")
+    checkpoint = load(tmp_path / "adapter")
+
+    def reading(*_: object) -> None:
+        raise AssertionError("it reads")
+
+    monkeypatch.setattr(Checkpoint, "adapter", reading)
+    monkeypatch.setattr("difflib.get_close_matches", reading)
+    assert ("a" in checkpoint, "b" in checkpoint) == (True, False)

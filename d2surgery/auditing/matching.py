@@ -104,16 +104,12 @@ class Matcher:
         if known is not None and (known.name == OURS or _differing(*sample(known)) <= share):
             yield known
         nearest = self._near(made, tally, sample)
-        if len(nearest) == 1 and self._off_by_units(nearest[0], made, tally.grid):
+        alone = nearest[0] if len(nearest) == 1 and _by_units(*sample(nearest[0])) else None
+        if alone is not None and _by_units(self._by(alone, made, tally.grid), made.merged):
             nearest = self._bank(made.tile.patch, tally.grid)
         off = {recipe: _differing(*sample(recipe)) for recipe in nearest}
         near = sorted((recipe for recipe in off if off[recipe] <= share and recipe is not known), key=off.__getitem__)
         yield from near[:_TRIED]
-
-    def _off_by_units(self, recipe: Recipe, made: Made, grid: torch.dtype | None) -> bool:
-        """Whether it misses a tile by units in the last place only, as a recipe that sums in another order does."""
-        again = self._by(recipe, made, grid)
-        return again is not None and int(ulps(again, made.merged).max()) <= 1
 
     def _bank(self, patch: Patch, grid: torch.dtype | None) -> tuple[Recipe, ...]:
         """The recipes of this kind."""
@@ -206,6 +202,11 @@ def merged_part(pair: TensorPair, patch: Patch, rows: slice, columns: slice) -> 
 def _differing(made: Tensor, merged: Tensor) -> float:
     """The share of elements that differ."""
     return int(torch.count_nonzero(bits(made) != bits(merged))) / max(made.numel(), 1)
+
+
+def _by_units(made: Tensor | None, merged: Tensor) -> bool:
+    """Whether what differs does by units in the last place, as by a recipe that sums in another order."""
+    return made is not None and int(ulps(made, merged).max()) <= 1
 
 
 def _distance(made: Tensor, merged: Tensor) -> float:

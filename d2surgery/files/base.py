@@ -93,6 +93,9 @@ class BaseWeights(Mapping[str, "Tensor"]):
         """Raises D2SurgeryError BASE_CHANGED for every file that is not as it was when its header was read."""
         raise_errors(changes(self.seen, "BASE_CHANGED"))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.header.tensors
+
     def __getitem__(self, name: str) -> "Tensor":
         from d2surgery.files.tensors import read_tensor  # torch, which names and shapes do not need
 

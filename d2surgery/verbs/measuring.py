@@ -35,6 +35,9 @@ class Modules(Tabular, Mapping[str, Record], Generic[Record]):
     kinds: tuple[str, ...]
     records: Mapping[str, Record]
 
+    def __contains__(self, module: object) -> bool:
+        return module in self.records
+
     def __getitem__(self, module: str) -> Record:
         return found_in(self.records, module, "module")
 

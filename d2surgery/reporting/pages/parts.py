@@ -62,7 +62,7 @@ def _unbroken(body: str) -> str:
 def _footer() -> str:
     """Who made the page, and when: of SOURCE_DATE_EPOCH where it is set, so that a page can be made again."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    day = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdigit() else datetime.now(UTC)
+    day = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdecimal() and len(epoch) < 12 else datetime.now(UTC)
     return f'<footer class="soft">Made by d2surgery {version("d2surgery")} on {day:%Y-%m-%d} (UTC).</footer>'
 
 
