@@ -22,7 +22,12 @@ def on_post_build(config: Any, **_: Any) -> None:
     if _command != "build":
         return
     with tempfile.TemporaryDirectory() as work:
-        subprocess.run([sys.executable, "-m", "d2surgery", "demo", "--out", "demo"], cwd=work, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "d2surgery", "demo", "--out", "demo"],
+            cwd=work,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         live = Path(config["site_dir"]) / "live"
         live.mkdir()
         shutil.copy(Path(work) / "demo" / "report.html", live)

@@ -111,7 +111,9 @@ def _line(line: str) -> Iterator[Said]:
         yield Said(line, "exit code 0", f"exit code {code}" + (f"\n{printed}" if code else ""))
     elif words:
         program = words[0].removeprefix(".venv/bin/")
-        yield Said(line, "", "" if program in ELSEWHERE else f"{program} is in no list of programs that are run elsewhere")
+        yield Said(
+            line, "", "" if program in ELSEWHERE else f"{program} is in no list of programs that are run elsewhere"
+        )
 
 
 def d2surgery(command: str) -> tuple[int, str]:

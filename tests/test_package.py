@@ -1,7 +1,6 @@
 """The package as a whole: layers, the weight of imports, public names, metadata, codes."""
 
 import ast
-import os
 import re
 import subprocess
 import sys

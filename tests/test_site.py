@@ -5,6 +5,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pages
 import pytest
 
+import d2surgery
 from d2surgery.cli import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +40,8 @@ def test_what_pages_and_notebooks_show_is_what_happens(tmp_path: Path, monkeypat
     made, known = demo(tmp_path)
     untrue = []
     for page in WITH_EXAMPLES:
+        if not any(block.language in ("console", "sh", "python") for block in pages.blocks(page.read_text())):
+            continue
         with pages.inside(beside(made, tmp_path / page.stem)):
             untrue += [(name(page), *said) for said in pages.run(page.read_text(), known) if not said.true]
     for notebook in NOTEBOOKS:
@@ -58,9 +62,11 @@ def demo(folder: Path) -> tuple[Path, dict[str, str]]:
 
 
 def beside(made: Path, folder: Path) -> Path:
-    """A folder with the demo, and with what pages call a reader's own: `my-adapter` is its DoRA, `model` its base."""
+    """A folder with the demo, and with what pages call a reader's own: `my-adapter` is its DoRA, `model` its base.
+
+    Links: whatever is written over a file is a file of its own."""
     for name, source in {"demo": made, "my-adapter": made / "dora", "model": made / "base"}.items():
-        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("report.html"))
+        shutil.copytree(source, folder / name, copy_function=os.link)
     return folder
 
 
@@ -147,6 +153,20 @@ def test_every_verb_has_its_section_with_a_command() -> None:
     sections = dict(re.findall(r"^## ([\w]+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
     assert set(sections) == set(VERBS)
     assert [verb for verb, section in sections.items() if f"d2surgery {verb}" not in section] == []
+
+
+def test_the_reference_has_every_public_name_where_it_is_defined() -> None:
+    listed = re.findall(r"^::: d2surgery\.(.+)\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert {name: module for module, name in listed} == d2surgery._PUBLIC
+    assert len(listed) == len(d2surgery._PUBLIC)
+
+
+def test_the_start_is_five_commands_that_end_at_a_report() -> None:
+    first = next(block for block in pages.blocks((DOCS / "index.md").read_text()) if block.language == "sh")
+    commands = first.body.splitlines()
+    assert len(commands) == 5
+    assert [line.split()[:2] for line in commands[2:4]] == [["d2surgery", "inspect"], ["d2surgery", "report"]]
+    assert commands[4].endswith(commands[3].split()[-1])
 
 
 def test_pictures_are_small_and_each_is_shown() -> None:
