@@ -10,8 +10,10 @@ import re
 import shutil
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
+import click
 import pages
 import pytest
 
@@ -156,6 +158,30 @@ def test_every_verb_has_its_section_with_a_command() -> None:
     sections = dict(re.findall(r"^## ([\w]+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
     assert set(sections) == set(VERBS)
     assert [verb for verb, section in sections.items() if f"d2surgery {verb}" not in section] == []
+
+
+def test_every_option_that_a_page_names_is_one() -> None:
+    known = {
+        option
+        for verb in VERBS
+        for parameter in command(verb).params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    known |= {"--help", "--debug", "--version"}
+    cited = {
+        (name(page), option)
+        for page in [ROOT / "README.md", *DOCS.rglob("*.md")]
+        for code in re.findall(r"`([^`\n]*)`", re.sub(pages.FENCE, "", page.read_text()))
+        if code.startswith(("--", "d2surgery", *VERBS))
+        for option in re.findall(r"(?:^| )(--[a-z][\w-]*)", code)
+    }
+    assert len(cited) > 50
+    assert [cite for cite in cited if cite[1] not in known] == []
+
+
+def command(verb: str) -> click.Command:
+    found: click.Command = import_module(f"d2surgery.cli.{verb}").command
+    return found
 
 
 def test_the_reference_has_every_public_name_where_it_is_defined() -> None:
