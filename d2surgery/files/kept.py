@@ -21,8 +21,8 @@ _MOST = 512  # files whose hashes are kept, those last used
 
 
 class KeptHashes:
-    """`known`: the sha256 of those of the tensors that an earlier run hashed (none, to hash all `again`); `unknown`: the
-    others; `keep` adds to what is known.
+    """`known`: the sha256 of tensors that an earlier run hashed (none, to hash all `again`); `unknown`: the others;
+    `keep` adds to what is known.
 
     What cannot be read or written in the user's cache costs the time of hashing again, and is not said.
     """
