@@ -1,7 +1,6 @@
 """The package as a whole: layers, the weight of imports, public names, metadata, codes."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -246,28 +245,6 @@ def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
     assert commands["demo"].endswith("d2surgery demo")
     assert commands["test"].endswith("pytest -n auto")
     assert all(" -c constraints.txt " in command for command in commands.values())
-
-
-def test_the_readmes_examples_are_true(tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text()
-    python = "".join(re.findall(r"^```python\n(.+?)^```$", readme, re.MULTILINE | re.DOTALL))
-    failed = re.search(r"--merged demo/merged-broken\n(.+?)\n  …$", readme, re.MULTILINE | re.DOTALL)
-    shown = re.search(r"^```console\n\$ d2surgery inspect demo/dora\n(.+?)^```$", readme, re.MULTILINE | re.DOTALL)
-    assert shown is not None
-    assert failed is not None
-
-    def d2surgery_(*arguments: str, code: int = 0) -> str:
-        command = [sys.executable, "-c", "from d2surgery.cli import main; raise SystemExit(main())", *arguments]
-        wide = os.environ | {"COLUMNS": "120"}
-        done = subprocess.run(command, cwd=tmp_path, env=wide, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stderr
-        return done.stdout
-
-    d2surgery_("demo", "--out", "demo")
-    assert d2surgery_("inspect", "demo/dora").splitlines() == shown[1].splitlines()
-    paths = ["--base", "demo/base", "--adapter", "demo/dora", "--merged", "demo/merged-broken"]
-    assert d2surgery_("audit", *paths, code=1).startswith(failed[1])
-    subprocess.run([sys.executable, "-W", "error", "-c", python], cwd=tmp_path, check=True)
 
 
 # Codes -----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from d2surgery.cli.options import (
 from d2surgery.errors import refuse
 from d2surgery.evaluating.items import read_prompts
 from d2surgery.evaluating.tasks import Progress, read_task
-from d2surgery.files.whole import write_whole
+from d2surgery.files.whole import require_folder, write_whole
 from d2surgery.formats.layout import Packing
 from d2surgery.machine import give_back
 from d2surgery.reporting import audit_files
@@ -83,7 +83,7 @@ class Pages:
     def check(self) -> None:
         """Refuses before any work what could not be written after it."""
         for path in filter(None, (self.html, self.junit, self.sarif)):
-            measured.require_folder(path)
+            require_folder(path)
 
     def write(self, found: Audit) -> None:
         if self.junit is not None:

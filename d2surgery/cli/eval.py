@@ -22,7 +22,7 @@ from d2surgery.evaluating.scoring import Models, scores
 from d2surgery.evaluating.tasks import WAYS, By, Progress, Score, Task, read_task, score_all
 from d2surgery.files.plain import plain
 from d2surgery.files.tensors import DTYPES
-from d2surgery.files.whole import write_whole
+from d2surgery.files.whole import require_folder, write_whole
 from d2surgery.live.quantization import QUANTIZATIONS
 
 _PATH = click.Path(path_type=Path)
@@ -130,8 +130,10 @@ def _check(models: Models, questions: Questions, items_file: Path | None) -> Non
         raise refuse(
             "USAGE", "the base is not run, so --quantization has no effect", wanted="--adapter, or no --merged"
         )
-    if items_file is not None and items_file.exists():
-        raise refuse("OUTPUT_EXISTS", "not overwritten", file=str(items_file))
+    if items_file is not None:
+        require_folder(items_file)
+        if items_file.exists():
+            raise refuse("OUTPUT_EXISTS", "not overwritten", file=str(items_file))
 
 
 def _answers(

@@ -1,7 +1,6 @@
 """What spectrum, drift and diff share: where their numbers go, and how a table of modules is put together."""
 
 import importlib.util
-import shlex
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from d2surgery.cli import output
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.plain import plain
-from d2surgery.files.whole import write_whole
+from d2surgery.files.whole import require_folder, write_whole
 from d2surgery.formats.layout import Layout, with_scaling
 from d2surgery.kinds import TABLE
 from d2surgery.reporting.tidy import Row, by_type, write_rows
@@ -65,13 +64,6 @@ def checked_outputs(**options: Any) -> Outputs:
     if outputs.plot is not None:
         _check_figures(outputs.plot)
     return outputs
-
-
-def require_folder(path: Path) -> None:
-    """The folder of an output file must exist."""
-    if not path.parent.is_dir():
-        wanted = f"mkdir -p {shlex.quote(str(path.parent))}"
-        raise refuse("FILE_MISSING", "there is no such folder to write to", file=str(path.parent), wanted=wanted)
 
 
 def _check_figures(path: Path) -> None:

@@ -1,11 +1,21 @@
 """A small file that stands whole or not at all."""
 
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from d2surgery.errors import refuse
+
 PARTIAL = ".partial"
 """What the name of something unfinished ends in."""
+
+
+def require_folder(path: Path) -> None:
+    """The folder of a file to be written exists: asked before the work whose result goes there. Raises FILE_MISSING."""
+    if not path.parent.is_dir():
+        wanted = f"mkdir -p {shlex.quote(str(path.parent))}"
+        raise refuse("FILE_MISSING", "there is no such folder to write to", file=str(path.parent), wanted=wanted)
 
 
 def write_whole(path: Path, text: str) -> None:

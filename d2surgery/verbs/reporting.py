@@ -9,7 +9,7 @@ from typing import Any
 from d2surgery.auditing import audit
 from d2surgery.auditing.findings import Audit
 from d2surgery.errors import refuse
-from d2surgery.files.whole import write_whole
+from d2surgery.files.whole import require_folder, write_whole
 from d2surgery.surveying.adapter import Named, survey
 
 
@@ -72,7 +72,6 @@ def report(
 
 def check_page(path: Path, *, force: bool) -> None:
     """Before any work: whether the page can be written."""
-    if not path.parent.is_dir():
-        raise refuse("FILE_MISSING", "there is no such folder to write to", file=str(path.parent))
+    require_folder(path)
     if path.exists() and not force:
         raise refuse("OUTPUT_EXISTS", "something is there already; --force writes over it", file=str(path))

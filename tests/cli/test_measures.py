@@ -17,7 +17,8 @@ import torch
 from measuring import write_adapter, write_base
 from safetensors.torch import load_file
 
-from d2surgery.cli import main
+from d2surgery.cli import main, measured
+from d2surgery.files.base import BaseWeights
 from d2surgery.reporting.tidy import COLUMNS
 
 SPECTRUM = {
@@ -337,6 +338,40 @@ def test_what_cannot_be_done_exits_with_2_and_a_code(
     assert main(words) == 2
     assert code in capsys.readouterr().err
     assert sorted(work.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "spectrum {work}/lora --plot {file}.html",
+        "drift {work}/lora --base {work}/base --plot {file}.svg",
+        "diff {work}/lora {work}/again --csv {file}.csv",
+        "convert {work}/lora {work}/out --kind dora --base {work}/base --csv {file}.csv",
+        "resize {work}/lora {work}/out --rank 1 --plot {file}.html",
+        "extract --base {work}/base --tuned {work}/base --out {work}/out --csv {file}.csv",
+        "combine {work}/lora {work}/again --out {work}/out --plot {file}.html",
+        "scale {work}/lora 2 --out {work}/out --csv {file}.csv",
+        "report {work}/lora --out {file}.html",
+        "audit --base {work}/base --adapter {work}/lora --merged {work}/base --html {file}.html",
+        "audit --base {work}/base --adapter {work}/lora --merged {work}/base --junit {file}.xml",
+        "audit --base {work}/base --adapter {work}/lora --merged {work}/base --sarif {file}.sarif",
+        "eval --base {work}/base --tasks {questions} --items {file}.jsonl",
+    ],
+)
+def test_a_file_in_a_folder_that_is_not_there_is_refused_before_any_work(
+    work: Path, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rule for every file that a verb writes. What it would have read is not opened."""
+    missing, questions = tmp_path / "not here", tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "?", "choices": ["a", "b"], "answer": 0}\n')
+    monkeypatch.setattr(BaseWeights, "__init__", lambda *_: pytest.fail("the base was opened"))
+    monkeypatch.setattr(measured, "load", lambda *_, **__: pytest.fail("the adapter was opened"))
+    arguments = [part.format(work=work, file=missing / "x", questions=questions) for part in words.split(" ")]
+    assert main([*arguments, "--json"]) == 2
+    (problem,) = document(capsys)["problems"]
+    assert (problem["code"], problem["file"]) == ("FILE_MISSING", str(missing))
+    assert problem["wanted"] == f"mkdir -p '{missing}'"
+    assert not missing.exists()
 
 
 # Weight ---------------------------------------------------------------------------------------------------------------

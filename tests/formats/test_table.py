@@ -1,4 +1,4 @@
-"""The README's table of formats is what FORMATS say. `python tests/formats/test_table.py` prints it."""
+"""The table of docs/formats.md is what FORMATS say. `python tests/formats/test_table.py` prints it."""
 
 from importlib import import_module
 from pathlib import Path
@@ -7,7 +7,7 @@ from d2surgery.formats import FORMATS, _Lazy
 from d2surgery.formats.format import Format
 from d2surgery.kinds import TABLE
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "formats.md"
 HEAD = ["| `--to` | format | read | written |", "|---|---|---|---|"]
 
 
@@ -29,8 +29,8 @@ def table() -> list[str]:
     return HEAD + rows
 
 
-def test_the_readme_has_the_formats() -> None:
-    assert "\n".join(table()) in README.read_text()
+def test_the_page_has_the_formats() -> None:
+    assert "\n".join(table()) in PAGE.read_text()
 
 
 def test_a_format_that_is_not_imported_yet_has_its_modules_name() -> None:
