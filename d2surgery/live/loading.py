@@ -174,7 +174,7 @@ def _load(
         raise refuse("NOT_RUNNABLE", message, file=str(directory))
     torch.manual_seed(0)  # what is missing starts at random, until it is replaced or refused
     options: dict[str, Any] = {
-        "dtype": dtype or "auto",
+        _dtype_option(): dtype or "auto",
         "local_files_only": True,
         "trust_remote_code": False,
         "output_loading_info": True,
@@ -187,6 +187,14 @@ def _load(
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise refuse("NOT_RUNNABLE", _first_line(error), file=str(directory)) from None
     return model.eval(), {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+
+
+def _dtype_option() -> str:
+    """What transformers calls the dtype to load in: another word before 4.56."""
+    import transformers
+
+    release = tuple(map(int, transformers.__version__.split(".")[:2]))
+    return "dtype" if release >= (4, 56) else "torch_dtype"
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from d2surgery import load
 from d2surgery.errors import D2SurgeryError
 from d2surgery.files.base import BaseWeights
 from d2surgery.live.loading import (
+    _load,
     _own_module,
     load_model,
     load_tokenizer,
@@ -155,3 +156,22 @@ def test_the_stored_dtype_is_that_of_most_tensors(directory: Path) -> None:
     tensors = {k: v if "norm" in k else v.bfloat16() for k, v in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     assert stored_dtype(BaseWeights(directory).header) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("release", "word"),
+    [("4.50.0", "torch_dtype"), ("4.55.4", "torch_dtype"), ("4.56.0.dev0", "dtype"), ("5.23.0", "dtype")],
+)
+def test_the_dtype_is_asked_for_by_the_word_that_this_transformers_knows(
+    release: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    class Kind:
+        @staticmethod
+        def from_pretrained(_: Path, **options: Any) -> Any:
+            raise ValueError(" ".join(sorted({"dtype", "torch_dtype"} & set(options))))
+
+    monkeypatch.setattr(transformers, "__version__", release)
+    with pytest.raises(D2SurgeryError, match=rf": {word}( |$)"):
+        _load(tmp_path, Kind, None, {})
