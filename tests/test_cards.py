@@ -124,6 +124,13 @@ def test_push_makes_the_repository_and_uploads_with_a_card(
     assert "https://hub/org/name" in capsys.readouterr().out
 
 
+def test_that_the_hub_is_not_there_is_said(work: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the error of whichever HTTP library, of which no class of huggingface_hub is a base."""
+    hub.error = type("ConnectError", (Exception,), {})("Name or service not known")
+    assert main(["push", str(work / "dora"), "org/name"]) == 2
+    assert "PUSH_REFUSED org/name: Name or service not known" in capsys.readouterr().err
+
+
 def test_what_the_hub_refuses_is_said(work: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     hub.error = ValueError("Token is required\nto write")
     assert main(["push", str(work / "dora"), "org/name"]) == 2

@@ -180,7 +180,8 @@ def _as_lora(base: Path, adapter: Path, out: Path) -> Iterator[str]:
     save(made, out)
     yield ""
     yield f"the DoRA as a LoRA of rank {2 * RANK}: {error_in_words(certificate)}"
-    yield "  as its magnitudes move dense rows, no small rank is exact; on a base of its own (--rescale-base) it is"
+    yield "  as its magnitudes move dense rows, no small rank is exact; on a base of its own (--rescale-base) only the"
+    yield "  base's rounding is lost"
 
 
 def _report(base: Path, adapters: Sequence[Path], path: Path, *, kept: bool) -> Iterator[str]:

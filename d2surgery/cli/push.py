@@ -59,7 +59,7 @@ def _upload(directory: Path, repository: str, *, private: bool, revision: str | 
             repo_id=repository, folder_path=directory, revision=revision, commit_message=message,
             ignore_patterns=list(_UNFINISHED),
         )  # fmt: skip
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except Exception as error:  # the hub's, the disk's, and those of whichever HTTP library huggingface_hub uses
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise refuse("PUSH_REFUSED", reason, file=repository) from None
     return str(made)

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -82,14 +82,27 @@ def written_alone(out: Path, base: str) -> Iterator[None]:
     if out.exists() and Path(base).exists() and out.samefile(base):
         message = "the output is the base's directory: an adapter in it would be taken for a part of the base"
         raise refuse("OUTPUT_EXISTS", message, file=str(out))
-    out.mkdir(parents=True, exist_ok=True)
-    with sole_writer(out):
+    with _folder(out), sole_writer(out):
         half = [path for path in (out / PARTIAL, *out.glob(f"{UNFINISHED}*{PARTIAL}")) if os.path.lexists(path)]
         for path in half:
             if path.is_symlink() or not path.is_dir() or not (out / CONFIG).exists():
                 raise refuse("OUTPUT_EXISTS", "is in the way, and no run left it: move it", file=str(path))
             shutil.rmtree(path)
         yield
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """Make it; what fails before anything is in it leaves none."""
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # something is in it
+                out.rmdir()
+        raise
 
 
 @contextmanager
