@@ -41,7 +41,8 @@ def audited(directory: Path, modules: list[str], wrong: Callable[[Deltas], Delta
     ):
         toy_llama.save({f"{m}.weight": W for m, W in values.items()}, directory / name / "model.safetensors")
         (directory / name / "config.json").write_text(json.dumps(CONFIG))
-    return d2surgery.audit(directory / "base", directory / "adapter", directory / "merged", files=False)
+    found: Audit = d2surgery.audit(directory / "base", directory / "adapter", directory / "merged", files=False)
+    return found
 
 
 def as_text(deltas: Deltas) -> Deltas:
@@ -50,7 +51,7 @@ def as_text(deltas: Deltas) -> Deltas:
 
 
 def backwards(deltas: Deltas) -> Deltas:
-    return dict(zip(deltas, reversed(deltas.values()), strict=True))
+    return dict(zip(deltas, [*deltas.values()][::-1], strict=True))
 
 
 def one_on(deltas: Deltas) -> Deltas:
@@ -79,7 +80,8 @@ def test_experts_of_one_parameter_in_another_order_are_named(tmp_path: Path) -> 
     changed = dict(right)
     experts = [name for name in right if ".experts." in name and not torch.equal(right[name], base[name])]
     for name in experts:
-        before, number, after = name.rpartition(".experts.")[0], *name.rpartition(".experts.")[2].split(".", 1)
+        before, _, rest = name.rpartition(".experts.")
+        number, _, after = rest.partition(".")
         origin = f"{before}.experts.{(int(number) + 1) % 4}.{after}"
         changed[name] = (base[name].double() + (right[origin].double() - base[origin].double())).float()
     (built.merged / "d2surgery_merge.json").unlink()
@@ -132,7 +134,7 @@ def test_a_scaling_by_the_wrong_alpha_or_rank_is_named(
     tmp_path: Path, alpha: float, rank: int, scale: float, says: str, dtype: torch.dtype
 ) -> None:
     """kohya's file of two modules, the other of rank 8."""
-    tensors, base, merged = {}, {}, {}
+    tensors, base, merged = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for at, (name, r) in enumerate((("q_proj", rank), ("v_proj", 8))):
         module, flat = f"model.layers.0.self_attn.{name}", f"lora_te_layers_0_self_attn_{name}"
         A, B, W = (
