@@ -93,10 +93,12 @@ def write(checkpoint: Holding, directory: Path) -> None:
     problems: list[Problem] = []
     plan = planned(found, problems)
     raise_errors(problems)
-    tensors = {}
-    for name, parts in plan.items():
-        for leaf, tensor in _joined(checkpoint, parts).items():
-            tensors[f"{ROOT}{name}.{leaf}"] = tensor
+
+    def tensors() -> "Iterator[tuple[str, Tensor]]":
+        for name, parts in plan.items():
+            for leaf, tensor in _joined(checkpoint, parts).items():
+                yield f"{ROOT}{name}.{leaf}", tensor
+
     listed = {
         f"{ROOT}{name}": [[TURNED * part.turned + part.module, part.rows] for part in parts]
         for name, parts in plan.items()

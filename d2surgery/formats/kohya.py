@@ -170,10 +170,12 @@ def write_file(
     components = {module.partition(".")[0] for module in entries}
     names = {module: flat_name(module, components, otherwise=otherwise) for module in entries}
     raise_errors([*held_whole(checkpoint.layout, format), *_collisions(names)])
-    tensors = {}
-    for module, entry in entries.items():
-        for leaf, tensor in leaves(checkpoint.adapter(module), entry.kernel).items():
-            tensors[f"{names[module]}.{leaf}"] = tensor
+
+    def parts() -> "Iterator[tuple[str, Tensor]]":
+        for module, entry in entries.items():
+            for leaf, tensor in leaves(checkpoint.adapter(module), entry.kernel).items():
+                yield f"{names[module]}.{leaf}", tensor
+
     rank = max(entry.ranks["update"] for entry in entries.values())
     scaling = float(next(iter(entries.values())).scaling or 0)
     base = checkpoint.layout.base_model
@@ -183,7 +185,7 @@ def write_file(
         METADATA: json.dumps({"modules": {name: module for module, name in names.items()}}),
         **({"ss_sd_model_name": base} if base else {}),
     }
-    with saving(directory / WEIGHTS, tensors, {"format": "pt"} | dict(metadata) | said):
+    with saving(directory / WEIGHTS, parts, {"format": "pt"} | dict(metadata) | said):
         pass
 
 
