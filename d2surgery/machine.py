@@ -49,9 +49,9 @@ def ahead(
 
 
 def workers() -> int:
-    """Threads for work that also reads and writes: one for each core that this process may use, up to four."""
+    """Threads for work on many tensors: one for each core that this process may use, up to eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 4)
+    return min(cores, 8)
 
 
 @contextmanager

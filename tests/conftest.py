@@ -1,9 +1,12 @@
 """What tests share: `safetensors_bytes` writes a file by hand (not with the library under test), `adapter` a directory
 with config and weights, `published` is the folder of real adapters beside the checkout, where there is one."""
 
+import atexit
 import json
 import os
+import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from speaking import Speaker
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: `pytest -n auto` has a process per core
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="d2surgery-cache-")  # nothing is kept among the user's own
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 settings.register_profile("d2surgery", deadline=None)  # a busy machine is no failure
 settings.load_profile("d2surgery")
 

@@ -17,8 +17,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
@@ -87,12 +88,14 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
     chosen, found = [], []
     for base in options.base:
         common = {"base": base, "files": files, "budget": options.budget, "device": options.device, "work": str(work)}
-        trials = [common | {"arm": arm, "lr": lr, "seed": CHOOSING} for arm in arms for lr in budget["lrs"]]
-        tried = run_all(run, trials, options.jobs)
-        rates = {arm: min((r for r in tried if r["arm"] == arm), key=lambda r: r["loss"])["lr"] for arm in arms}
-        chosen += tried
+        searches = [partial(search, run, common | {"arm": arm, "seed": CHOOSING}, budget["lrs"]) for arm in arms]
+        tried = in_threads(searches, options.jobs)
+        rates = {
+            arm: min(trials, key=lambda trial: trial["loss"])["lr"] for arm, trials in zip(arms, tried, strict=True)
+        }
+        chosen += [trial for trials in tried for trial in trials]
         fresh = [common | {"arm": a, "lr": rates[a], "seed": seed} for seed in range(budget["seeds"]) for a in arms]
-        found += run_all(run, fresh, options.jobs)
+        found += in_threads([partial(run, cell) for cell in fresh], options.jobs)
     return {
         "question": "Do the kinds learn free-form answers better, or more steadily, than LoRA of equal parameters?",
         "budget": options.budget,
@@ -111,9 +114,27 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
 # Cells ----------------------------------------------------------------------------------------------------------------
 
 
-def run_all(run: Callable[[dict[str, Any]], dict[str, Any]], cells: list[dict[str, Any]], jobs: int) -> list[Any]:
+def in_threads(work: Sequence[Callable[[], Any]], jobs: int) -> list[Any]:
     with ThreadPoolExecutor(max(1, jobs)) as pool:
-        return list(pool.map(run, cells))
+        return list(pool.map(lambda one: one(), work))
+
+
+def search(
+    run: Callable[[dict[str, Any]], dict[str, Any]], cell: dict[str, Any], rates: tuple[float, ...]
+) -> list[dict[str, Any]]:
+    """The cells tried: from the middle rate to the neighbour with a lower loss, until neither neighbour has one."""
+    tried: dict[int, dict[str, Any]] = {}
+
+    def loss(at: int) -> float:
+        if at not in tried:
+            tried[at] = run(cell | {"lr": rates[at]})
+        return float(tried[at]["loss"])
+
+    at, before = len(rates) // 2, -1
+    while at != before:
+        near = [near for near in (at, at - 1, at + 1) if 0 <= near < len(rates)]
+        at, before = min(near, key=loss), at
+    return [tried[at] for at in sorted(tried)]
 
 
 def in_its_own_process(cell: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import TensorInfo
 from d2surgery.files.reading import read_json
 from d2surgery.files.tensors import as_bytes, read_part
-from d2surgery.machine import peak_memory
+from d2surgery.machine import ahead, peak_memory, workers
 
 _PIECE = 1 << 22
 _SAMPLE = 1 << 22  # bytes of the base's smallest tensors, by which another base is known where nothing else is wrong
@@ -146,9 +146,10 @@ def _receipt(directory: Path) -> dict[str, Any]:
 def _hashes(
     tensors: Mapping[str, TensorInfo], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Iterator[tuple[str, str]]:
+    """In order, each core with a tensor of its own."""
     total, done = sum(info.nbytes for info in tensors.values()), 0
-    for name, info in tensors.items():
-        yield name, _hash(info)
+    for (name, info), digest in zip(tensors.items(), ahead(_hash, [*tensors.values()], workers()), strict=True):
+        yield name, digest
         done += info.nbytes
         progress(done, total)
 

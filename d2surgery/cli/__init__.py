@@ -12,14 +12,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
-from click.shell_completion import CompletionItem
 
 from d2surgery.cli import guessing, jobs, output
 from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.machine import uncollected
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem  # which a shell asks for, and nobody else
 
 
 class Verb(NamedTuple):
@@ -216,8 +218,10 @@ class _Lazy(click.Group):
         name, command, rest = super().resolve_command(ctx, args)
         return name, command, rest if command is None or ctx.resilient_parsing else jobs.expanded(command, rest)
 
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem]":
         """Verbs from the table: to import each for its help would take seconds."""
+        from click.shell_completion import CompletionItem
+
         verbs = [CompletionItem(name, help=verb.summary) for name, verb in VERBS.items() if name.startswith(incomplete)]
         return verbs if incomplete[:1] != "-" else click.Command.shell_complete(self, ctx, incomplete)
 

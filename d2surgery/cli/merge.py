@@ -14,17 +14,22 @@ from d2surgery.merging import merge
 @click.command(name="merge")
 @job_options
 @click.option("--resume", is_flag=True, help="Continue an interrupted merge with the same arguments.")
-@click.option("--no-verify", is_flag=True, help="Neither hash nor fsync: faster, but no hashes in the receipt.")
+@click.option(
+    "--verify/--no-verify",
+    default=None,
+    help="Hash the base again, though an earlier merge hashed the same file; or neither hash nor fsync: faster, but no "
+    "hashes in the receipt.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print warnings only.")
-def command(out: Path, resume: bool, no_verify: bool, as_json: bool, quiet: bool, **job: Any) -> int:
+def command(out: Path, resume: bool, verify: bool | None, as_json: bool, quiet: bool, **job: Any) -> int:
     """Write BASE with ADAPTER merged into it to OUT, which transformers then loads.
 
     W0 + strength·delta is computed one precision above the output and rounded once. Memory does not grow with the
     model. OUT appears when everything is written; its d2surgery_merge.json has the sha256 of every tensor.
     """
     with progress_bar("merging", show=not (as_json or quiet)) as progress:
-        report = merge(out=out, resume=resume, verify=not no_verify, progress=progress, **job)
+        report = merge(out=out, resume=resume, verify=verify, progress=progress, **job)
     if as_json:
         output.emit_json(asdict(report) | {"problems": [output.record(problem) for problem in report.problems]})
         return 0

@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isfinite, nan
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 from d2surgery.errors import D2SurgeryError
 from d2surgery.files.dtypes import DTYPE_NAMES as DTYPE_NAMES
 from d2surgery.files.dtypes import dtype_name
 from d2surgery.files.locate import locate_base
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem  # which a shell asks for, and nobody else
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -86,8 +88,8 @@ class Adapter(click.ParamType[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return str(value)
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="file")]
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        return click.Path().shell_complete(ctx, param, incomplete)
 
 
 class Base(click.ParamType[Path]):
@@ -98,8 +100,8 @@ class Base(click.ParamType[Path]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         return locate_base(value)
 
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="dir")]
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":
+        return click.Path(file_okay=False).shell_complete(ctx, param, incomplete)
 
 
 BASE_HELP = "Model directory or hub id org/name[@revision]"

@@ -241,7 +241,8 @@ def _checked(held: Held, entries: dict[str, Any], data: int) -> dict[str, Tensor
 def _fault(dtype: Any, shape: tuple[Any, ...], start: Any, stop: Any) -> str:
     if dtype not in BITS:
         return f"unknown dtype {dtype!r}"
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)) or stop < start:
+    counts = (*shape, start, stop)
+    if {*map(type, counts)} != {int} or min(counts) < 0 or stop < start:
         return f"shape {shape} or offsets [{start}, {stop}] are not counts"
     want = prod(shape) * BITS[dtype] // 8
     return "" if stop - start == want else f"{dtype} {shape} needs {want} bytes, its offsets span {stop - start}"

@@ -52,6 +52,8 @@ class Held(Seen):
         with naming(path):
             super().__init__(path, os.fstat(self.fd))
         refuse_other(path, self.found.st_mode)  # as it is now
+        if hasattr(os, "posix_fadvise"):  # the kernel then reads twice as far ahead of who reads in order
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def __del__(self, close: Any = os.close) -> None:
         with suppress(OSError, AttributeError):  # what was only read is not lost; a file that was not there has no fd

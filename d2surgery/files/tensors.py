@@ -30,7 +30,6 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_AHEAD = 1 << 22  # bytes at most that the kernel is asked to read ahead
 
 
 class Workspace(threading.local):
@@ -49,18 +48,13 @@ class Workspace(threading.local):
 
 
 def read_into(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill the buffer from a file position with pread: no mapping, so reading costs no resident memory.
-
-    The kernel is told that what follows will be wanted next: it reads that from the disk while this is worked on.
-    """
+    """Fill the buffer from a file position with pread: no mapping, so reading costs no resident memory."""
     done = 0
     while done < len(buffer):
         count = pread_into(fd, buffer[done:], offset + done)
         if not count:
             raise refuse("TRUNCATED_FILE", "the file became shorter while it was read")
         done += count
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset + done, min(done, _AHEAD), os.POSIX_FADV_WILLNEED)
 
 
 def let_go(fd: int, start: int = 0, nbytes: int = 0) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Unpack
 from d2surgery.cards import RECEIPT
 from d2surgery.errors import Problem
 from d2surgery.files.dtypes import dtype_name
+from d2surgery.files.kept import KeptHashes
 from d2surgery.files.partial import Partial, Sources
 from d2surgery.formats.layout import Reading
 from d2surgery.machine import one_thread, peak_memory, resident_memory, uncollected
@@ -82,7 +83,7 @@ def merge(
     device: str = "cpu",
     tokenizer: Tokenizer = "adapter",
     resume: bool = False,
-    verify: bool = True,
+    verify: bool | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     **reading: Unpack[Reading],
 ) -> MergeReport:
@@ -93,11 +94,11 @@ def merge(
 
     max_memory: bytes of resident memory that may be used. shard_size: bytes per output file. tokenizer: whose stands
     beside the weights, "adapter"'s where it brings one or "base"'s. resume: continue an interrupted merge with the same
-    arguments. verify=False writes no hashes and does not fsync. progress(done, total) is called with bytes. reading:
-    expert_layout, scale or alpha of an adapter whose file does not say it, see `Reading`.
+    arguments. verify: False neither hashes nor fsyncs; True hashes a base again that an earlier merge hashed (see
+    `files.kept`). progress(done, total) is called with bytes. reading: what a file does not say, see `Reading`.
 
-    One process writes to an output (`files.lock` says where that is seen). What is read is what was hashed, or the
-    merge ends. The output is no more open to other users than the base and the adapter are.
+    One process writes to an output (see `files.lock`). What is read is what was hashed, or the merge ends. The output
+    is no more open to other users than the base and the adapter are.
 
     Raises D2SurgeryError with every misfit at once, before anything is written: what `load` and `sites` find,
     NOT_FINITE, STRENGTH, OUTPUT_EXISTS, OUTPUT_IN_USE, RESUME_MISMATCH, DISK_FULL, MEMORY; while merging ZERO_NORM,
@@ -105,27 +106,30 @@ def merge(
     """
     began = time.monotonic()
     fitted, companions = _fitted(base, adapter, tokenizer, strength, reading)
-    with Partial(Path(out), sync=verify, sources=_sources(fitted, companions)) as partial:
+    hashing = verify is not False
+    kept = KeptHashes(fitted.computed if hashing else {}, again=verify is True)
+    with Partial(Path(out), sync=hashing, sources=_sources(fitted, companions)) as partial:
         partial.claim(resume=resume)
-        with HashAhead(fitted.computed if verify and "torch" not in sys.modules else {}) as ahead:
+        with HashAhead({} if "torch" in sys.modules else kept.unknown) as ahead:
             with uncollected():  # torch, which leaves cores for hashing
                 from d2surgery.merging.job import write
                 from d2surgery.merging.prepared import prepare
 
             prepared = prepare(fitted, dtype_name(dtype), device, tokenizer)
-            how = (max_memory, shard_size, verify, progress)
-            written, problems = write(prepared, partial, companions, ahead.stop, *how)
+            how = (max_memory, shard_size, hashing, progress)
+            written = write(prepared, partial, companions, lambda: kept.known | ahead.stop(), *how)
+    kept.keep(written.inputs)
     return MergeReport(
         out=str(out),
         tensors_written=len(prepared.outputs),
-        bytes_written=written,
+        bytes_written=written.nbytes,
         modules_merged=len(fitted.layout.adapters),
         seconds=time.monotonic() - began,
         peak_memory_bytes=peak_memory(),
         receipt=str(Path(out) / RECEIPT),
         copied=companions.copied,
         left=companions.left,
-        problems=problems,
+        problems=written.problems,
     )
 
 

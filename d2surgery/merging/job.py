@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from d2surgery.cards import CARD, RECEIPT, of_merge
 from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
@@ -19,6 +19,14 @@ from d2surgery.merging.receipt import receipt_of, recipe_of
 from d2surgery.merging.tiles import Output, Steps
 
 
+class Written(NamedTuple):
+    """What a merge has made: bytes of weights, what is to be said, the sha256 of the base's tensors by name."""
+
+    nbytes: int
+    problems: tuple[Problem, ...]
+    inputs: Mapping[str, str]
+
+
 def write(
     prepared: Prepared,
     partial: Partial,
@@ -28,8 +36,8 @@ def write(
     shard_size: int,
     verify: bool,
     progress: Callable[[int, int], None],
-) -> tuple[int, tuple[Problem, ...]]:
-    """Write and publish the merged checkpoint: the bytes of its weights, and all that is to be said of it.
+) -> Written:
+    """Write and publish the merged checkpoint.
 
     hashed_ahead() gives the sha256 of those tensors of the base for which they are known when tiles begin.
     """
@@ -46,7 +54,7 @@ def write(
         said = [*zero_updates(prepared, zero), *low_survival(prepared, sampled(prepared))]
         problems = (*prepared.fit.problems, *said)
         if published:
-            return total, problems
+            return Written(total, problems, {})
         written = 0
         inputs: dict[str, str] = {}
         outputs: dict[str, str] = {}
@@ -71,7 +79,7 @@ def write(
     partial.write(RECEIPT, json.dumps(receipt, indent=1).encode())
     partial.write(CARD, of_merge(receipt).encode())
     partial.publish()
-    return total, problems
+    return Written(total, problems, inputs)
 
 
 def _write_shard(

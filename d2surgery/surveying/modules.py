@@ -26,7 +26,7 @@ from d2surgery.errors import D2SurgeryError, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.tensors import as_bytes, find_device
 from d2surgery.files.whole import write_whole
-from d2surgery.machine import ahead, one_thread
+from d2surgery.machine import ahead, one_thread, workers
 from d2surgery.measures.drift import Drift, delta_drift
 from d2surgery.measures.likeness import Difference, compared, profile
 from d2surgery.measures.ranks import Method, Of, Spectrum
@@ -132,7 +132,7 @@ def spectra(
     entries = checkpoint.layout.adapters.values()
     updates = all(entry.rank is not None for entry in entries)
     thin = of == "update" or (updates and (where is None or all(entry.axis is None for entry in entries)))
-    yield from _each(places(checkpoint), measure, progress, threads=_cores() if thin and target.type == "cpu" else 1)
+    yield from _each(places(checkpoint), measure, progress, threads=workers() if thin and target.type == "cpu" else 1)
 
 
 def drifts(
@@ -195,7 +195,7 @@ def comparisons(
 
     shared = [place for place in wanted if sum(place in mine for mine in held) > 1]
     thin = all(entry.rank is not None for checkpoint in checkpoints for entry in checkpoint.layout.adapters.values())
-    yield from _each(shared, measure, progress, threads=_cores() if thin else 1)
+    yield from _each(shared, measure, progress, threads=workers() if thin else 1)
 
 
 def compare(
@@ -244,10 +244,6 @@ def _ahead(measure: Callable[[Place], Result], wanted: list[Place], threads: int
         return
     with one_thread():
         yield from ahead(measure, wanted, threads)
-
-
-def _cores() -> int:
-    return min(torch.get_num_threads(), 8)
 
 
 # Cache -----------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import d2surgery.files.kept
 import d2surgery.merging.prepared
 from d2surgery.adapters import Adapter, D2LoRA, DoRA, DualLoRA, LoRA
 from d2surgery.cards import CARD, RECEIPT
@@ -316,10 +317,32 @@ def test_without_hashes_the_weights_are_the_same(several: tuple[Path, Path], tmp
     assert one == two
 
 
+def test_a_base_is_hashed_once(several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier merge hashed is not hashed again: a hash that was kept wrong shows, and `verify` mends it."""
+    monkeypatch.setattr(d2surgery.files.kept, "_TICK", -3600)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def inputs(name: str, **options: Any) -> dict[str, str]:
+        merge(*several, tmp_path / name, **options)
+        found: dict[str, str] = json.loads((tmp_path / name / RECEIPT).read_text())["base"]["tensors"]
+        return found
+
+    first = inputs("first")
+    assert inputs("again") == first
+    assert contents(tmp_path / "again") == contents(tmp_path / "first")
+    for place in (tmp_path / "cache").rglob("*.json"):
+        place.write_text(json.dumps(dict.fromkeys(json.loads(place.read_text()), "0" * 64)))
+    wrong = inputs("kept wrong")
+    assert "0" * 64 in wrong.values()
+    assert inputs("hashed again", verify=True) == first
+    assert inputs("mended") == first
+
+
 def test_hashes_taken_ahead_are_those_taken_from_the_tiles(
     several: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All tensors of the adapter known before the first tile, or none of them: the receipt is the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where nothing is known from an earlier merge
     stop = HashAhead.stop
     known: list[int] = []
 
@@ -328,6 +351,7 @@ def test_hashes_taken_ahead_are_those_taken_from_the_tiles(
             self._process.wait()
         found = stop(self)
         known.append(len(found))
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         return dict(list(found.items())[:count])
 
     monkeypatch.setattr(d2surgery.merging, "sys", SimpleNamespace(modules={}))  # as if torch were to be imported

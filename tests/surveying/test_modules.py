@@ -93,10 +93,10 @@ def test_the_order_does_not_depend_on_threads(tmp_path: Path, monkeypatch: pytes
     checkpoint = stored(tmp_path, "lora")
     calls: list[tuple[int, int]] = []
     threads = torch.get_num_threads()
-    monkeypatch.setattr(survey, "_cores", lambda: 3)
+    monkeypatch.setattr(survey, "workers", lambda: 3)
     several = list(spectra(checkpoint, progress=lambda done, total: calls.append((done, total))))
     assert torch.get_num_threads() == threads
-    monkeypatch.setattr(survey, "_cores", lambda: 1)
+    monkeypatch.setattr(survey, "workers", lambda: 1)
     alone = list(spectra(checkpoint))
     assert [name for name, _ in several] == [name for name, _ in alone] == list(checkpoint)
     for (_, a), (_, b) in zip(several, alone, strict=True):
@@ -106,7 +106,7 @@ def test_the_order_does_not_depend_on_threads(tmp_path: Path, monkeypatch: pytes
 
 def test_only_what_is_asked_for_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = stored(tmp_path, "lora")
-    monkeypatch.setattr(survey, "_cores", lambda: 1)
+    monkeypatch.setattr(survey, "workers", lambda: 1)
     read: list[str] = []
     real = checkpoint.adapter
 
@@ -123,7 +123,7 @@ def test_only_what_is_asked_for_is_computed(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_bad_module_is_named(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "_cores", lambda: threads)
+    monkeypatch.setattr(survey, "workers", lambda: threads)
     broken = adapters("lora")
     next(iter(broken["model.layers.1.q_proj"].slots().values()))[0, 0] = float("nan")
     save(from_adapters(broken), tmp_path / "broken")

@@ -256,6 +256,7 @@ class _Modules:
     wrappers: Mapping[str, int]  # how many wrap each module: one per adapted parameter
     methods: Mapping[str, tuple[str, ...]] = field(default_factory=methods)  # peft_type -> kinds
     told: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
+    sound: set[tuple[Any, ...]] = field(default_factory=set)  # forms in which nothing is wrong: most modules share one
 
     def adapter(self, name: str, group: _Group) -> AdapterLayout | None:
         """None when something is wrong with it."""
@@ -404,7 +405,10 @@ class _Modules:
         return not flat
 
     def _check_shapes(self, module: str, kind: str, group: _Group) -> None:
-        row = TABLE[kind]
+        form = (kind, group.stored, *((slot, info.dtype, info.shape) for slot, info in group.infos.items()))
+        if form in self.sound:
+            return
+        before, row = len(self.say.all), TABLE[kind]
         shapes = {slot: info.shape for slot, info in group.infos.items()}
         pairs = [*row.groups.values()]
         for down, up, _ in pairs:
@@ -429,3 +433,5 @@ class _Modules:
         for slot, info in group.infos.items():
             if info.dtype not in FLOATS:
                 self.say("DTYPE_UNEXPECTED", f"{slot} is {info.dtype}", module=module, wanted=", ".join(FLOATS))
+        if len(self.say.all) == before:
+            self.sound.add(form)
