@@ -154,15 +154,26 @@ def _same(meant: Checkpoint, written: Checkpoint, format: str) -> dict[str, floa
 def differences(one: Checkpoint, other: Checkpoint) -> dict[str, float]:
     """By module ‖ΔW − ΔW′‖/‖ΔW‖ of the updates in float64, or the same of a vector where that is more.
 
-    0 for the same numbers, and infinity for a module that only one of the two has.
+    0 for the same numbers, and infinity for a module that only one of the two has, unless it adds nothing.
     """
     ours, theirs = one.layout.adapters, other.layout.adapters
     found = dict.fromkeys([*ours, *theirs], inf)
+    for mine, its in ((one, theirs), (other, ours)):
+        alone = (module for module in mine.layout.adapters.keys() - its.keys() if _adds_nothing(mine, module))
+        found |= dict.fromkeys(alone, 0.0)
     for module in ours.keys() & theirs.keys():
         counts = {each[module].experts for each in (ours, theirs)}
         pairs = ((one.adapter(module, e), other.adapter(module, e)) for e in range(counts.pop()))
         found[module] = inf if counts else max(_difference(*pair) for pair in pairs)
     return found
+
+
+def _adds_nothing(checkpoint: Checkpoint, module: str) -> bool:
+    """Whether a LoRA is zero."""
+    entry = checkpoint.layout.adapters[module]
+    if entry.kind != "lora" or entry.experts > 1:
+        return False
+    return not bool(checkpoint.adapter(module).slots()["B"].any())
 
 
 def _difference(one: Adapter, other: Adapter) -> float:

@@ -496,6 +496,11 @@ CODES: dict[str, Code] = {
         "The delta was applied with another factor than the adapter's scaling.",
         "See how the merger gets its scaling: alpha/r, or alpha/√r with use_rslora, per module with patterns.",
     ),
+    "STRENGTH_OF_A_PART": Code(
+        "The strength scaled a part of the adapter instead of its delta: the update before the norm, as PEFT and "
+        "diffusers do, or the gain of the magnitude, as LyCORIS does.",
+        "Merge here with --strength, which scales the whole change, or audit at the strength 1.",
+    ),
     "STRENGTH_UNCERTAIN": Code(
         "The strength can neither be confirmed nor refuted: its deviation is small or its standard error large.",
         "Merge again with a known merger, or compare outputs (--level logits).",
@@ -621,6 +626,15 @@ CODES: dict[str, Code] = {
     "HEADS_PERMUTED": Code(
         "Rows of a query or key weight are in another order within each head: the two layouts of rotary embeddings.",
         "Convert base and adapter by the same permutation, or neither.",
+    ),
+    "ROWS_PERMUTED": Code(
+        "Rows of a fused weight are in another order: query, key and value one after the other or by groups of heads, "
+        "gate and up as halves, interleaved or exchanged.",
+        "Convert base and adapter by the same permutation, or neither.",
+    ),
+    "DELTA_MISPLACED": Code(
+        "The delta of another module, layer or expert was merged here.",
+        "See how the merger maps names: experts and layers by number (as text, 10 comes before 2), gate and up.",
     ),
     "EXPERT_LAYOUT": Code(
         "The experts' columns of lora_B were read in the other order: interleaved as PEFT packs them, or grouped by "

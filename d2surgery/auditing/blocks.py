@@ -1,7 +1,7 @@
 """The block of a weight on which the cause of a difference is looked for, and what an adapter makes of it."""
 
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import starmap
 
 import torch
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from d2surgery.adapters import Adapter
 from d2surgery.adapters.vectors import Triple
+from d2surgery.auditing.case import Case
 from d2surgery.auditing.diagnosis import Diagnosis, diagnose, rows_moved
-from d2surgery.auditing.faults import Case
 from d2surgery.auditing.matching import base_part, merged_part
+from d2surgery.auditing.orders import is_fused, other_places
 from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.tally import Held, Tally
 from d2surgery.checkpoint import Checkpoint
@@ -28,7 +29,7 @@ def diagnosis_of(prepared: Prepared, tally: Tally, before: Diagnosis) -> Diagnos
     """Of a module some of whose elements are mismatched, on a block that holds the first."""
     flat, tall = _blocks(prepared, tally)
     patch = flat.patch
-    block = tall if prepared.merger.crosses_tiles(patch) else flat
+    block = tall if prepared.merger.crosses_tiles(patch) or is_fused(patch.module) else flat
     found = diagnose(block.case(), block.merged(), before)
     if found.residual_rank is None:
         return found
@@ -88,6 +89,8 @@ class Block:
             base_config=fit.base.config,
             dtype=self.held.grid or self.pair.dtype,
             repacked=self._repacked(),
+            others={where: partial(self._other, patch) for where, patch in other_places(fit.layout, self.patch)},
+            ranks=frozenset(entry.rank for entry in fit.layout.adapters.values() if entry.rank),
         )
 
     def merged(self) -> Tensor:
@@ -124,6 +127,9 @@ class Block:
             return None
         other: Packing = "interleaved" if layout.adapters[self.patch.module].packed == "grouped" else "grouped"
         return replace(merger, checkpoint=Checkpoint(with_expert_layout(layout, other))).adapter(self.patch)
+
+    def _other(self, patch: Patch) -> Adapter:
+        return self.held.adapter(self.prepared.merger.adapter(patch), self.pair)
 
     def _base(self, rows: slice, columns: slice) -> Tensor:
         return self.held.base(base_part(self.prepared.merger, self.pair, self.patch, rows, columns), self.pair)

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2surgery.auditing.faults import Case, Named, head_size, hypotheses, scalings
+from d2surgery.auditing.case import Case, Named
+from d2surgery.auditing.faults import hypotheses, scalings, strengths
+from d2surgery.auditing.orders import head_size
 from d2surgery.files.tensors import rounded
 from d2surgery.measures.fidelity import Comparison, bits, regress, strength_of
 
@@ -212,7 +214,7 @@ def _believed(sums: Comparison) -> bool:
 def _factor(case: Case, fit: Fit) -> str:
     """The usual mistake that gives this strength, where there is one."""
     near = max(SIGNIFICANT * fit.error, 2e-4 * abs(fit.strength))
-    for what, factor in scalings(case).items():
+    for what, factor in (strengths(case) | scalings(case)).items():
         if not case.adapter.normalises and abs(fit.strength - factor) <= near:
             return what
     return "a factor of its own"

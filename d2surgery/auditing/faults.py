@@ -4,62 +4,23 @@ In the form of recipes: a fault that gives the file's bits is the fault that was
 does not apply (a rectangular weight has no transposed delta) and several weights where it has several sizes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from d2surgery.adapters import Adapter, D2LoRA, DoRA, DualLoRA, LoRA
+from d2surgery.adapters import D2LoRA, DoRA, DualLoRA, LoRA
 from d2surgery.adapters.forwards import Axis
-from d2surgery.adapters.vectors import Triple
+from d2surgery.auditing.case import Case, Fault, Named
+from d2surgery.auditing.orders import fused, heads, misplaced
 from d2surgery.files.tensors import rounded
-from d2surgery.formats.layout import AdapterLayout
+from d2surgery.formats.layout import alpha_divisor
 from d2surgery.kinds import TABLE
 
-
-@dataclass(frozen=True)
-class Case:
-    """One weight, or a block of it, laid out (out_features, in_features), in the dtype of the work."""
-
-    module: str
-    base: Tensor
-    adapter: Adapter  # of the whole weight
-    part: Callable[[Adapter], Adapter]  # what of such an adapter lands in the block
-    triple: Callable[[Adapter], Triple | None]  # of vectors that reach beyond the block; None: there are none
-    strength: float
-    entry: AdapterLayout
-    base_config: Mapping[str, Any]
-    dtype: torch.dtype  # of the merged file
-    repacked: Adapter | None = None  # where experts share factors: the same with its columns taken in the other order
-
-    @cached_property
-    def delta(self) -> Tensor:
-        return self.delta_of(self.adapter)
-
-    @cached_property
-    def right(self) -> Tensor:
-        """The weight that a right merge rounds."""
-        return self.base + self.delta
-
-    def delta_of(self, adapter: Adapter) -> Tensor:
-        return self.part(adapter).delta(self.base, self.triple(adapter)) * self.strength
-
-    def with_(self, adapter: Adapter) -> Tensor:
-        return self.base + self.delta_of(adapter)
-
-
-class Named(NamedTuple):
-    """One hypothesis about a weight: its code, in words what was done, and the effective weight that it would give."""
-
-    code: str
-    what: str
-    weight: Callable[[], Tensor]
-
-
-Fault = Callable[[Case], Iterator[Named]]
+_RANKS = 8  # of other modules, each a rank by which a merger may have divided alpha
+_JOINED = (3, 4)  # query, key and value; those and an MLP: sd-scripts multiplies the rank, not alpha
 
 
 def hypotheses(case: Case) -> Iterator[Named]:
@@ -69,6 +30,8 @@ def hypotheses(case: Case) -> Iterator[Named]:
 
 
 def _strength(case: Case) -> Iterator[Named]:
+    for what, factor in strengths(case).items():
+        yield Named("WRONG_STRENGTH", what, lambda factor=factor: case.base + factor * case.delta)  # type: ignore[misc]
     yield Named("DELTA_NOT_APPLIED", "the base, without the adapter", lambda: case.base)
     yield Named("SIGN_FLIPPED", "the delta was subtracted", lambda: case.base - case.delta)
     yield Named("DELTA_APPLIED_TWICE", "the delta counts twice", lambda: case.base + 2 * case.delta)
@@ -89,16 +52,53 @@ def _again(case: Case, once: Tensor) -> Tensor:
 
 def scalings(case: Case) -> dict[str, float]:
     """What usually stands in the place of the scaling, and which factor too much that is."""
-    s = float(case.adapter.scaling)
-    wrong = dict(case.entry.misread) | {"1, no scaling": 1.0, "the scaling squared": s * s}
-    wrong["1/the scaling"] = 1 / s if s else 0.0
-    return {what: value / s for what, value in wrong.items() if s and abs(value / s - 1) > 1e-6}
+    s, rank = float(case.adapter.scaling), float(case.entry.divisor or alpha_divisor(case.entry.ranks))
+    if not s:
+        return {}
+    none = "1, no scaling: its alpha of 1 was forgotten" if abs(s * rank - 1) < 1e-6 and rank > 1 else "1, no scaling"
+    alpha = {} if "alpha" in case.entry.misread else {"alpha, not divided by the rank": s * rank}
+    wrong = {**case.entry.misread, none: 1.0, **alpha, "1/r, an alpha of 1": 1 / rank, "the scaling squared": s * s}
+    wrong |= {f"alpha over another module's rank, {other}": s * rank / other for other in sorted(case.ranks)[:_RANKS]}
+    wrong |= {f"alpha over {n} times the rank, as of joined modules": s / n for n in _JOINED}
+    alike: dict[str, dict[str, float]] = {}
+    for what, value in (wrong | {"1/the scaling": 1 / s}).items():
+        if abs(value / s - 1) > 1e-6:
+            alike.setdefault(f"{value / s:.9g}", {})[what] = value / s
+    return {" or ".join(words): next(iter(words.values())) for words in alike.values()}
+
+
+def strengths(case: Case) -> dict[str, float]:
+    """What became of a strength other than 1, and which factor too much that is."""
+    if case.strength in (0, 1):
+        return {}
+    return {"the strength counts twice, once per factor": case.strength, "the strength was ignored": 1 / case.strength}
 
 
 def _scaling(case: Case) -> Iterator[Named]:
     for what, factor in scalings(case).items():
-        other = replace(case.adapter, scaling=case.adapter.scaling * factor)
-        yield Named("WRONG_STRENGTH", what, lambda other=other: case.with_(other))  # type: ignore[misc]
+        yield Named("WRONG_STRENGTH", what, lambda factor=factor: _scaled(case, factor))  # type: ignore[misc]
+
+
+def _scaled(case: Case, factor: float) -> Tensor:
+    if not case.adapter.normalises:
+        return case.base + factor * case.delta
+    return case.with_(replace(case.adapter, scaling=case.adapter.scaling * factor))
+
+
+def _inside_the_norm(case: Case) -> Iterator[Named]:
+    if case.strength == 1:
+        return
+    weaker = replace(case.adapter, scaling=case.adapter.scaling * case.strength)
+    what = "the strength scaled the update before the norm, as PEFT and diffusers do"
+    yield Named("STRENGTH_OF_A_PART", what, lambda: case.base + case.whole(weaker))
+    if (dora := case.adapter).kind == "dora":
+        plain = _without_magnitude(case)
+        what = "the strength scaled the magnitude's gain alone, as LyCORIS does"
+        yield Named(
+            "STRENGTH_OF_A_PART",
+            what,
+            lambda: case.base + torch.lerp(case.whole(plain), case.whole(dora), case.strength),
+        )
 
 
 def _scaled_again(case: Case) -> Iterator[Named]:
@@ -133,9 +133,8 @@ def _packing(case: Case) -> Iterator[Named]:
 
 
 def _magnitude(case: Case) -> Iterator[Named]:
-    dora = case.adapter
+    dora, plain = case.adapter, _without_magnitude(case)
     assert isinstance(dora, DoRA)
-    plain = LoRA(A=dora.A, B=dora.B, scaling=dora.scaling)
     yield Named("MAGNITUDE_DROPPED", "merged as LoRA, without its magnitude", lambda: case.with_(plain))
     bare = replace(dora, B=torch.zeros_like(dora.B))
     yield Named("BRANCH_MISSING", "the magnitude alone, without the low-rank update", lambda: case.with_(bare))
@@ -159,8 +158,38 @@ def _magnitude(case: Case) -> Iterator[Named]:
             case.base + replace(here, magnitude=norms.to(here.magnitude.dtype)).delta(case.base, sums) * case.strength
         )
 
-    yield Named("MAGNITUDE_DROPPED", "divided by the norm of the base, not of base plus update", by_base_norm)
+    what = "divided by the norm of the base, not of base plus update, as ComfyUI does"
+    yield Named("MAGNITUDE_DROPPED", what, by_base_norm)
     yield Named("MAGNITUDE_DROPPED", "its magnitudes are the norms of the base, as before training", untrained)
+
+
+def _without_magnitude(case: Case) -> LoRA:
+    dora = case.adapter
+    assert isinstance(dora, DoRA)
+    return LoRA(A=dora.A, B=dora.B, scaling=dora.scaling)
+
+
+def _unscaled(case: Case) -> Iterator[Named]:
+    other = replace(case.adapter, scaling=1.0)
+    if case.adapter.scaling != 1:
+        yield Named("WRONG_STRENGTH", "1, no scaling, as AdapterHub merges DoRA", lambda: case.with_(other))
+
+
+def _low_norm(case: Case) -> Iterator[Named]:
+    """LyCORIS adds the epsilon of the dtype in which it merges to the norm: in bfloat16 1/128, much of a row."""
+    dora, low = case.part(case.adapter), case.dtype
+    assert isinstance(dora, DoRA)
+    if case.triple(case.adapter) is not None or low.itemsize > 2:
+        return
+
+    def merged() -> Tensor:
+        dim = 1 if dora.along == "out_features" else 0
+        both = case.base.to(low) + (dora.B.to(low) @ dora.A.to(low)) * dora.scaling
+        norm = both.norm(dim=dim, keepdim=True) + torch.finfo(low).eps
+        gain: Tensor = dora.magnitude.to(low).view_as(norm) / norm
+        return (both * gain).to(case.base.dtype)
+
+    yield Named("MAGNITUDE_DROPPED", "a 16-bit epsilon was added to its norm, as LyCORIS merges in 16 bits", merged)
 
 
 def _dora_twice(case: Case) -> Iterator[Named]:
@@ -230,45 +259,11 @@ def _unclipped(case: Case, dual: DualLoRA) -> Tensor:
     return case.delta_of(dual) - case.delta_of(replace(dual, B=-dual.B))
 
 
-# Rows in another order -------------------------------------------------------------------------------------------
-
-
-def _heads(case: Case) -> Iterator[Named]:
-    """Rotary embeddings in halves (transformers) or interleaved (the original Llama): rows of q and k, per head."""
-    size = head_size(case)
-    if size is None or case.base.shape[0] % size or size % 2:
-        return
-    rows = torch.arange(case.base.shape[0])
-    order = rows.view(-1, 2, size // 2).transpose(1, 2).reshape(-1)
-    for turned, words in ((order, "from halves to interleaved"), (order.argsort(), "from interleaved to halves")):
-        what = f"rows of each head permuted {words}"
-        yield Named(
-            "HEADS_PERMUTED", f"{what}, in the delta",
-            lambda turned=turned: case.base + case.delta[turned],  # type: ignore[misc]
-        )  # fmt: skip
-        yield Named(
-            "HEADS_PERMUTED", f"{what}, in base and delta",
-            lambda turned=turned: case.right[turned],  # type: ignore[misc]
-        )  # fmt: skip
-
-
-def head_size(case: Case) -> int | None:
-    """Rows per attention head of a query or key weight; None for another module."""
-    if not case.module.endswith(("q_proj", "k_proj", "query", "key", ".q", ".k", "wq", "wk")):
-        return None
-    text = case.base_config.get("text_config")
-    config = {**case.base_config, **(text if isinstance(text, Mapping) else {})}
-    size, heads, hidden = (config.get(key) for key in ("head_dim", "num_attention_heads", "hidden_size"))
-    if not size and heads and hidden:
-        size = hidden // heads
-    return size if isinstance(size, int) else None
-
-
 GENERAL: tuple[Fault, ...] = (_strength, _merged_twice)
 FAULTS: dict[str, tuple[Fault, ...]] = {  # of a kind; what is not listed may be wrong by its scaling
     "lora": (_packing, _scaling),
-    "dora": (_magnitude, _scaled_again, _scaling, _dora_twice),
+    "dora": (_magnitude, _low_norm, _scaled_again, _unscaled, _scaling, _inside_the_norm, _dora_twice),
     "duallora": (_direction, _scaling),
-    "d2lora": (_branches, _scaled_again, _scaling, _dora_twice),
+    "d2lora": (_branches, _scaled_again, _scaling, _inside_the_norm, _dora_twice),
 }
-LAST: tuple[Fault, ...] = (_transposed, _heads)
+LAST: tuple[Fault, ...] = (_transposed, heads, fused, misplaced)

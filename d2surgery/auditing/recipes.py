@@ -32,10 +32,11 @@ class Recipe:
     merge: Callable[[Operands], Tensor]
     seen: Callable[[Operands], Operands] = _as_stored
     mode: Mode | PluginMode | None = None  # of PEFT
+    axes: tuple[str | None, ...] = (None, "out_features")
 
     def fits(self, kind: str, axis: str | None = None) -> bool:
         """Whether its merger knows the kind, and the axis along which that rescales."""
-        return not self.kinds or (kind in self.kinds and axis in (None, "out_features"))
+        return not self.kinds or (kind in self.kinds and axis in self.axes)
 
     def load(self, stored: torch.dtype, file: torch.dtype) -> torch.dtype:
         """The dtype in which its merger holds the base."""
@@ -120,6 +121,24 @@ def _torchtune(it: Operands) -> Tensor:
     return merged
 
 
+def _kohya(it: Operands) -> Tensor:
+    """The product, s times it and the sum, each rounded to the file's dtype; there alpha and s are, too."""
+    assert isinstance(it.adapter, LoRA)
+    low, rank = it.adapter.to(dtype=it.dtype), it.adapter.A.shape[0]
+    scaling = torch.tensor(low.scaling * rank, dtype=it.dtype) / rank
+    return it.base.to(it.dtype) + (low.B @ low.A) * scaling
+
+
+def _lycoris_dora(it: Operands) -> Tensor:
+    """In float32, whose epsilon is added to the norm."""
+    dora, base = it.adapter, it.base.float()
+    assert isinstance(dora, DoRA)
+    both = base + (dora.B.float() @ dora.A.float()) * dora.scaling
+    norm = both.norm(dim=1 if dora.along == "out_features" else 0, keepdim=True) + torch.finfo(torch.float32).eps
+    gain: Tensor = dora.magnitude.float().view_as(norm) / norm
+    return (both * gain).to(it.dtype)
+
+
 def _addmm(it: Operands) -> Tensor:
     assert isinstance(it.adapter, LoRA)
     low = it.adapter
@@ -141,11 +160,24 @@ def _cast_first(it: Operands) -> Operands:
 
 
 LORA, DORA = ("lora",), ("dora",)
+_ALSO = {  # the same bits by others
+    "peft": "; diffusers fuse_lora, AdapterHub, kohya and LyCORIS in float32",
+    "peft-in-float32": "; ComfyUI, ai-toolkit",
+    "peft-low-autocast-bfloat16": "; LyCORIS merge_to of a model in bfloat16",
+    "peft-low-autocast-float16": "; LyCORIS merge_to of a model in float16",
+}
 _DORAS = frozenset(modes("dora"))
 RECIPES = (
     Recipe(OURS, "one precision above the output, rounded once", (), _ours),
     *(
-        Recipe(mode.name, mode.words, LORA + DORA if mode in _DORAS else LORA, mode.merge, mode.seen, mode)
+        Recipe(
+            mode.name,
+            mode.words + _ALSO.get(mode.name, ""),
+            LORA + DORA if mode in _DORAS else LORA,
+            mode.merge,
+            mode.seen,
+            mode,
+        )
         for mode in modes("lora")
     ),
     *(Recipe(mode.name, mode.words, (), mode.merge, mode.seen, mode) for mode in plugin_modes()),
@@ -166,6 +198,20 @@ RECIPES = (
     ),
     Recipe("scaled-first", "(s·B)·A in float32, added, rounded once", LORA, _scaled_once),
     Recipe("torchtune", "torchtune: all in the file's dtype, (s·B)·A first", LORA + DORA, _torchtune, _in_files_dtype),
+    Recipe(
+        "kohya",
+        "kohya's merge scripts in 16 bits: B·A, s, their product and the sum each rounded",
+        LORA,
+        _kohya,
+        _in_files_dtype,
+    ),
+    Recipe(
+        "lycoris-dora",
+        "LyCORIS merge_to of DoRA, ComfyUI's along in_features: float32, an epsilon at the norm",
+        DORA,
+        _lycoris_dora,
+        axes=(None, "out_features", "in_features"),
+    ),
     Recipe("addmm", "unsloth: addmm(W0, B, A, alpha=s) in float32, rounded once", LORA, _addmm),
     Recipe("float32", "everything in float32, rounded once", (), _in_float32),
     Recipe("delta-rounded", "delta rounded to the file's dtype, then added", (), _delta_rounded, _cast_first),

@@ -111,6 +111,8 @@ class Pass:
         """Of a tensor that no adapter patches."""
         self.found.through &= self._loaded_through(tile, stored, merged)
         ours, site = self.merger.merge(tile, stored).reshape(-1).view(merged.dtype), self.pair.output.site
+        if added := self.pair.info.added or self.pair.output.info.added:  # which cost one of the two its last bits
+            ours, merged = ((values.float() + added) - added for values in (ours, merged))
         if self._note(tile, ours, merged) is not None and site is not None and site.bias is not None:
             within = self._rounding_only(site.bias, tile, ours, merged)
             self.found.rounding = within and self.found.rounding is not False

@@ -1,6 +1,7 @@
 """What `convert --to` says of an adapter that was written in another format: what was exact, padded and folded."""
 
 from collections.abc import Iterator
+from itertools import chain
 from math import isclose
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,9 +43,10 @@ def rewrite(checkpoint: Checkpoint, out: Path, form: str, outputs: measured.Outp
         )
         for module, entry in before.items()
     }  # fmt: skip
-    told = _document(modules, form, out) | {"tokenizer": beside}
+    zeros = sorted(after.keys() - before.keys())  # rows of a joined module
+    told = _document(modules, form, out) | {"tokenizer": beside, "zeros": zeros}
     lines = _text(modules, measured.kinds(checkpoint), form, out, outputs.per_layer)
-    measured.show(outputs, told, lines, lambda: told["modules"])
+    measured.show(outputs, told, chain(lines, _zeros(zeros)), lambda: told["modules"])
 
 
 def _document(modules: dict[str, _Module], form: str, out: Path) -> dict[str, Any]:
@@ -77,6 +79,14 @@ def _text(modules: dict[str, _Module], kinds: str, form: str, out: Path, per_lay
                      f"{max(m.difference for m in each):.2g}"))  # fmt: skip
     yield from output.table(rows)
     yield f"  out  {output.printable(str(out))}"
+
+
+def _zeros(modules: list[str]) -> Iterator[str]:
+    """What was filled up so that a joined module is whole."""
+    if modules:
+        some = ", ".join(map(output.printable, modules[:3])) + ", …" * (len(modules) > 3)
+        count = output.count(len(modules), "module")
+        yield f"  zeros  {count} without an adapter, joined with others that have one: {some}"
 
 
 def _arrow(*pair: float | None) -> str:

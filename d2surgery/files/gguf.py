@@ -9,7 +9,7 @@ Shapes are torch's here: slowest first. Q8_0, blocks of 32 numbers with a scale,
 """
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -29,12 +29,12 @@ Field = str | int | float
 
 
 class Part(NamedTuple):
-    """A tensor to be written: its ggml type, its shape, its bytes."""
+    """A tensor to be written: its ggml type, its shape, its bytes when they are due."""
 
     name: str
     type: int
     shape: tuple[int, ...]
-    data: bytes
+    data: Callable[[], bytes]
 
 
 def read_gguf(path: Path) -> Header:
@@ -138,11 +138,12 @@ def gguf_bytes(fields: Mapping[str, Field], parts: Sequence[Part]) -> Iterator[b
     for part in parts:
         sizes = part.shape[::-1]
         head.append(_text(part.name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, part.type, offset))
-        offset = _aligned(offset + len(part.data), _ALIGNMENT)
+        offset = _aligned(offset + _size(part.type, part.shape)[1], _ALIGNMENT)
     start = sum(map(len, head))
     yield b"".join(head) + bytes(_aligned(start, _ALIGNMENT) - start)
     for part in parts:
-        yield part.data + bytes(-len(part.data) % _ALIGNMENT)
+        data = part.data()
+        yield data + bytes(-len(data) % _ALIGNMENT)
 
 
 def _text(value: str) -> bytes:

@@ -5,11 +5,16 @@
     blk.N.attn_{q,k,v,output}                 self_attn.{q,k,v,o}_proj, their biases too
     blk.N.attn_{q,k}_norm                     self_attn.{q,k}_norm
     blk.N.ffn_{gate,up,down}                  mlp.{gate,up,down}_proj
+    blk.N.ffn_{gate,up,down}_exps (E, …)      block_sparse_moe.experts.{0 … E-1}.{w1,w3,w2} of Mixtral, which is `llama`
+                                              with experts; mlp.experts.{0 … E-1}.{gate,up,down}_proj of Qwen 3 MoE
+    blk.N.ffn_gate_inp                        block_sparse_moe.gate; mlp.gate
+    Gemma 2, 3: blk.N.post_attention_norm, ffn_norm, post_ffw_norm
+                                              post_attention_, pre_feedforward_, post_feedforward_layernorm
 
 In the architecture `llama` the rows of q and k lie with the two halves of each head interleaved; they are read in
-transformers' order (`TensorInfo.heads`).  Architectures whose other tensors are stored as they are, those of
-`ARCHITECTURES`; Gemma's norms are stored with 1 added, so Gemma is refused.  rope_freqs follows from a config, and is
-left out; a config cannot be made from it, so a model with it needs its config.json.
+transformers' order (`TensorInfo.heads`).  Gemma's norms are stored with 1 added, which is taken off
+(`TensorInfo.added`).  rope_freqs follows from a config, and is left out; a config cannot be made from it, nor of what
+the files of Gemma 2 and 3 and Qwen 3 MoE say: such a model needs its config.json.  Quantised models are refused.
 
 Source: llama.cpp's convert_hf_to_gguf.py, through transformers' reading of its files.
 """
@@ -22,10 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from d2surgery.errors import Problem, raise_errors, refuse
-from d2surgery.files.gguf import read_gguf
+from d2surgery.files.gguf import QUANTIZED, read_gguf
 from d2surgery.files.header import Header, TensorInfo
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3")
+_CLASSES = {  # of what a config can be made: model_type and class
+    "llama": ("llama", "LlamaForCausalLM"), "mixtral": ("mixtral", "MixtralForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"), "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma": ("gemma", "GemmaForCausalLM"),
+}  # fmt: skip
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _PARTS = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
@@ -33,6 +43,12 @@ _PARTS = {
     "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+_NORMS = {  # of Gemma 2 and 3, which have four
+    "ffn_norm": "pre_feedforward_layernorm", "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}  # fmt: skip
+_MIXTRAL = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}
+_QWEN = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 _ROTATED = {"attn_q": "head_count", "attn_k": "head_count_kv"}  # in the architecture llama
 _LEFT = "rope_freqs.weight"
 _REAL = ("rms_norm_eps", "rope_theta")
@@ -42,6 +58,7 @@ _NUMBERS = {  # field of the config -> of the file, after the architecture
     "head_dim": "attention.key_length", "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base",
 }  # fmt: skip
+_OF_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 
 
 def read_gguf_base(path: Path) -> Header:
@@ -58,28 +75,67 @@ def read_gguf_base(path: Path) -> Header:
         )
     tensors: dict[str, TensorInfo] = {}
     problems: list[Problem] = []
+    family = _family(header.metadata)
     for name, info in header.tensors.items():
-        if name == _LEFT:
-            continue
-        part, _, leaf = name.rpartition(".")
-        if leaf not in ("weight", "bias") or not (module := _module(part)):
-            message = "no place in the models that are read"
-            problems.append(Problem(code="BAD_BASE", message=message, file=str(path), module=name))
-            continue
-        heads = _heads(header.metadata, part.rpartition(".")[2]) if architecture == "llama" else 0
-        if heads is None or (heads and info.shape[0] % (2 * heads)):
-            problems.append(Problem(code="BAD_BASE", message="how many heads it has", file=str(path), module=name))
-            continue
-        tensors[f"{module}.{leaf}"] = info._replace(heads=heads)
+        found = {} if name == _LEFT else dict(_named(name, info, family, header.metadata))
+        wrong = next((message for message, read in found.items() if read is None), "")
+        if wrong:
+            problems.append(Problem(code="BAD_BASE", message=wrong, file=str(path), module=name))
+        tensors |= {path: read for path, read in found.items() if read is not None}
     raise_errors(problems)
     return replace(header, tensors=tensors)
 
 
-def _module(part: str) -> str:
-    found = re.fullmatch(r"blk\.(\d+)\.(\w+)", part)
-    if found is None:
-        return _WHOLE.get(part, "")
-    return f"model.layers.{int(found[1])}.{_PARTS[found[2]]}" if found[2] in _PARTS else ""
+def _family(metadata: Mapping[str, str]) -> str:
+    """The architecture; `mixtral` for `llama` with experts."""
+    architecture = metadata.get("general.architecture", "")
+    experts = metadata.get("llama.expert_count", "0")
+    return "mixtral" if architecture == "llama" and experts not in ("0", "") else architecture
+
+
+def _named(
+    name: str, info: TensorInfo, family: str, metadata: Mapping[str, str]
+) -> Iterator[tuple[str, TensorInfo | None]]:
+    """transformers' names of a tensor with how each is read; or what is wrong with it, and None."""
+    part, _, leaf = name.rpartition(".")
+    block = re.fullmatch(r"blk\.(\d+)\.(\w+)", part)
+    layer, inside = (f"model.layers.{int(block[1])}.", block[2]) if block else ("", part)
+    parts = (_PARTS | _experts_of(family)[1] | (_NORMS if family in ("gemma2", "gemma3") else {})) if block else _WHOLE
+    experts = _experts_of(family)[0].get(inside)
+    if QUANTIZED + name in metadata:
+        yield "quantised (Q8_0)", None
+    elif block and experts and leaf == "weight" and len(info.shape) == 3:
+        yield from _apart(info, layer, experts)
+    elif leaf not in ("weight", "bias") or inside not in parts:
+        yield "no place in the models that are read", None
+    else:
+        heads = _heads(metadata, inside) if family in ("llama", "mixtral") else 0
+        if heads is None or (heads and info.shape[0] % (2 * heads)):
+            yield "how many heads it has", None
+        else:
+            is_norm = family.startswith("gemma") and name.endswith("norm.weight")
+            yield f"{layer}{parts[inside]}.{leaf}", info._replace(heads=heads, added=1.0 if is_norm else 0.0)
+
+
+def _experts_of(family: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The stacked tensors of a mixture's experts with the name of one expert's; its router."""
+    if family == "mixtral":
+        return {k: f"block_sparse_moe.experts.#.{leaf}" for k, leaf in _MIXTRAL.items()}, {
+            "ffn_gate_inp": "block_sparse_moe.gate"
+        }
+    if family == "qwen3moe":
+        return {k: f"mlp.experts.#.{leaf}" for k, leaf in _QWEN.items()}, {"ffn_gate_inp": "mlp.gate"}
+    return {}, {}
+
+
+def _apart(info: TensorInfo, layer: str, named: str) -> Iterator[tuple[str, TensorInfo]]:
+    """Every expert's matrix of a stacked tensor."""
+    count, *shape = info.shape
+    size = info.nbytes // max(count, 1)
+    for expert in range(count):
+        start = info.start + expert * size
+        name = layer + named.replace("#", str(expert))
+        yield f"{name}.weight", info._replace(shape=tuple(shape), start=start, stop=start + size)
 
 
 def _heads(metadata: Mapping[str, str], part: str) -> int | None:
@@ -93,25 +149,25 @@ def _heads(metadata: Mapping[str, str], part: str) -> int | None:
 def config_of(header: Header) -> dict[str, Any]:
     """A config.json of what a GGUF file says of its model; {} where it says less than a config has to."""
     metadata, files = header.metadata, header.files
-    architecture = metadata.get("general.architecture", "")
-    numbers = dict(_numbers(metadata, architecture))
+    architecture, family = metadata.get("general.architecture", ""), _family(metadata)
+    numbers = dict(_numbers(metadata, architecture, family))
     scaled = any(name.startswith(f"{architecture}.rope.scaling") for name in metadata)
-    if architecture not in ARCHITECTURES or scaled or _LEFT in read_gguf(files[0]).tensors:
+    if family not in _CLASSES or scaled or _LEFT in read_gguf(files[0]).tensors:
         return {}
     embedding = header.tensors.get("model.embed_tokens.weight")
     return {
-        "architectures": [ARCHITECTURES[architecture]],
-        "model_type": architecture,
+        "architectures": [_CLASSES[family][1]],
+        "model_type": _CLASSES[family][0],
         **numbers,
         "vocab_size": embedding.shape[0] if embedding else 0,
-        "hidden_act": "silu",
+        "hidden_act": "gelu_pytorch_tanh" if family == "gemma" else "silu",
         "attention_bias": any(name.endswith("q_proj.bias") for name in header.tensors),
         "tie_word_embeddings": "lm_head.weight" not in header.tensors,
     }
 
 
-def _numbers(metadata: Mapping[str, str], architecture: str) -> Iterator[tuple[str, int | float]]:
-    for field, name in _NUMBERS.items():
+def _numbers(metadata: Mapping[str, str], architecture: str, family: str) -> Iterator[tuple[str, int | float]]:
+    for field, name in (_NUMBERS | (_OF_EXPERTS if family == "mixtral" else {})).items():
         said = metadata.get(f"{architecture}.{name}")
         if said is not None and re.fullmatch(r"\d{1,15}(\.\d+)?(e[+-]?\d\d?)?", said):
             yield field, _shortest(float(said)) if field in _REAL else int(float(said))

@@ -60,6 +60,7 @@ class TensorInfo(NamedTuple):
     stop: int
     held: Held | None = None  # the file, where it has been kept open
     heads: int = 0  # that share its rows, each with its two halves interleaved: they are read one after the other
+    added: float = 0.0  # what the file has more than the model in every number
 
     @property
     def nbytes(self) -> int:

@@ -77,6 +77,8 @@ def read_part(info: TensorInfo, start: int, target: memoryview, *, once: bool = 
     try:
         held = info.held or Held(info.file)
         (_read_halves if info.heads else _read_plain)(info, held.fd, start, target)
+        if info.added and len(target):
+            torch.frombuffer(target, dtype=DTYPES[info.dtype]).sub_(info.added)
     except OSError as error:
         raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(info.file)) from None
     except D2SurgeryError as error:

@@ -57,6 +57,7 @@ FORMATS: tuple[Format, ...] = (
     _Lazy("peft"),
     _Lazy("lycoris"),
     _Lazy("kohya"),
+    _Lazy("comfyui"),
     _Lazy("mlx"),
     _Lazy("torchtune"),
     _Lazy("serving", name="peft-serving"),

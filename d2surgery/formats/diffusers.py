@@ -25,7 +25,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d2surgery.errors import Problem, brief, raise_errors
 from d2surgery.files.header import Header
@@ -36,6 +36,9 @@ from d2surgery.formats.kohya import scaling_of
 from d2surgery.formats.layout import About, Layout, Stored
 from d2surgery.formats.pairs import Group, Pairs
 from d2surgery.formats.peft.config import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "diffusers"
 TITLE, READS = "diffusers", "LoRA, DoRA, lora_bias; all old spellings, ComfyUI's `diffusion_model.`"
@@ -161,10 +164,12 @@ def write(checkpoint: Holding, directory: Path) -> None:
     )
     components = _components(layout)
     raise_errors([*held_whole(layout, NAME), *flattened(layout), *_cannot_hold(layout, components)])
-    tensors = {}
-    for module, entry in layout.adapters.items():
-        for slot, tensor in checkpoint.adapter(module).slots().items():
-            tensors[f"{module}.{leaves[slot]}"] = shaped(tensor, slot, entry)
+
+    def tensors() -> "Iterator[tuple[str, Tensor]]":
+        for module, entry in layout.adapters.items():
+            for slot, tensor in checkpoint.adapter(module).slots().items():
+                yield f"{module}.{leaves[slot]}", shaped(tensor, slot, entry)
+
     said: dict[str, Any] = {}
     for component in components:
         before = f"{component}." if component else ""

@@ -27,7 +27,7 @@ from d2surgery.formats.rows import cut, other_half_first, reordered
 
 Targets = tuple[str, ...]
 
-_TURNED = "~"  # before a target whose halves lie the other way round
+TURNED = "~"  # before a target whose halves lie the other way round
 _RULES = """
 D.img_attn.qkv D.img_attn_qkv: T.attn.to_q T.attn.to_k T.attn.to_v
 D.txt_attn.qkv D.txt_attn_qkv: T.attn.add_q_proj T.attn.add_k_proj T.attn.add_v_proj
@@ -99,7 +99,7 @@ _SHORT = {
     "D": "double_blocks.#", "S": "single_blocks.#", "T": "transformer_blocks.#", "U": "single_transformer_blocks.#",
     "L": "layers.#", "N": "noise_refiner.#", "C": "context_refiner.#",
 }  # fmt: skip
-_BLOCK = re.compile(r"^([a-z_]+)\.(\d+)\.")
+BLOCK = re.compile(r"^([a-z_]+)\.(\d+)\.")
 _ROOTS = ("diffusion_model.", "transformer.", "unet.", "model.diffusion_model.")
 
 
@@ -121,7 +121,7 @@ def apart(layout: Layout, tensors: Mapping[str, TensorInfo]) -> Layout:
 
 
 @cache
-def _rules() -> dict[str, list[tuple[str, Targets]]]:
+def rules() -> dict[str, list[tuple[str, Targets]]]:
     """First target -> originals and all their targets."""
     found: dict[str, list[tuple[str, Targets]]] = {}
     for line in _RULES.strip().splitlines():
@@ -130,7 +130,7 @@ def _rules() -> dict[str, list[tuple[str, Targets]]]:
             for side in line.split(":")
         )
         rules = ((original, tuple(targets)) for original in originals)
-        found.setdefault(targets[0].removeprefix(_TURNED), []).extend(rules)
+        found.setdefault(targets[0].removeprefix(TURNED), []).extend(rules)
     return found
 
 
@@ -140,12 +140,12 @@ class _Index:
     def __init__(self, paths: Iterable[str]) -> None:
         self.by_name: dict[str, list[Targets]] = {}
         held = dict.fromkeys(paths)  # in the base's order
-        rules = _rules()
+        known = rules()
         is_flux_2 = any(path.endswith(".to_qkv_mlp_proj") for path in held)  # of whose halves nothing was read
         for path in held:
-            number = _BLOCK.match(path)
+            number = BLOCK.match(path)
             template = f"{number[1]}.#.{path[number.end() :]}" if number else path
-            for original, targets in rules.get(template, ()):
+            for original, targets in known.get(template, ()):
                 self._add(original, targets, number[2] if number else "", held, turned=not is_flux_2)
             for name in sgm(path):
                 self.by_name.setdefault(name, []).append((path,))
@@ -154,7 +154,7 @@ class _Index:
 
     def _add(self, original: str, targets: Targets, number: str, held: Collection[str], *, turned: bool) -> None:
         filled = tuple(target.replace("#", number) for target in targets)
-        if all(target.removeprefix(_TURNED) in held for target in filled) and (turned or _TURNED not in filled[0]):
+        if all(target.removeprefix(TURNED) in held for target in filled) and (turned or TURNED not in filled[0]):
             self.by_name.setdefault(original.replace("#", number), []).append(filled)
 
     def ways(self, module: str) -> list[Targets]:
@@ -177,8 +177,8 @@ def _placed(
         return []
     (sizes,) = fitting
     first, *others = sizes
-    if first.startswith(_TURNED):
-        return [replace(reordered(entry, other_half_first), module=first.removeprefix(_TURNED))]
+    if first.startswith(TURNED):
+        return [replace(reordered(entry, other_half_first), module=first.removeprefix(TURNED))]
     if not others:
         return [replace(entry, module=first)]
     if entry.settings.get("along") == "in_features":
@@ -190,5 +190,5 @@ def _placed(
 
 def _parts(way: Targets, entry: AdapterLayout, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
     """Target -> its rows, where they are those of the entry together."""
-    sizes = {target: tensors[f"{target.removeprefix(_TURNED)}.weight"].shape[0] for target in way}
+    sizes = {target: tensors[f"{target.removeprefix(TURNED)}.weight"].shape[0] for target in way}
     return sizes if sum(sizes.values()) == entry.out_features else {}

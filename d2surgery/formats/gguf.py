@@ -16,7 +16,7 @@ a file that is written here also says it.  Architectures whose modules have Llam
 those of `ARCHITECTURES`.  Embeddings, heads and DoRA are not in the format.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -152,7 +152,7 @@ def write(checkpoint: Holding, directory: Path) -> None:
     import torch
 
     from d2surgery.files.tensors import NAMES
-    from d2surgery.formats.saving import brought_to, common, held_whole
+    from d2surgery.formats.saving import common, held_whole
 
     layout, model = checkpoint.layout, checkpoint.layout.about.model
     architecture = ARCHITECTURES.get(str(model.get("model_type")), "")
@@ -163,19 +163,37 @@ def write(checkpoint: Holding, directory: Path) -> None:
     numbers, parts = {name: number for number, (name, _) in TYPES.items()}, []
     for module, entry in layout.adapters.items():
         own, name = entry.ranks["update"], _key(module)
-        slots = brought_to(checkpoint.adapter(module), own, alpha / own)
-        if field := _PERMUTED.get((architecture, name.rpartition(".")[2])):
-            slots["B"] = interleaved(int(heads[f"llama.attention.{field}"]), slots["B"])
+        field = _PERMUTED.get((architecture, name.rpartition(".")[2]), "")
+        shared = int(heads[f"llama.attention.{field}"]) if field else 0
         for slot, leaf in (("A", "lora_a"), ("B", "lora_b")):
-            tensor = slots[slot].float() if slots[slot].dtype == torch.float64 else slots[slot]
-            data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-            parts.append(Part(f"{name}.weight.{leaf}", numbers[NAMES[tensor.dtype]], tuple(tensor.shape), data))
+            made = partial(_written, checkpoint, module, slot, alpha / own, shared)
+            tensor = made()
+            kind, data = numbers[NAMES[tensor.dtype]], partial(_bytes, made)
+            parts.append(Part(f"{name}.weight.{leaf}", kind, tuple(tensor.shape), data))
     fields = {"general.type": "adapter", _ARCHITECTURE: architecture, "adapter.type": "lora", _ALPHA: alpha}
     if layout.base_model:
         fields |= {"general.base_model.count": 1, _BASE: layout.base_model}
     fields |= {field: int(count) for field, count in heads.items()} if architecture == "llama" else {}
     directory.mkdir(parents=True, exist_ok=True)
     write_whole_bytes(directory / WEIGHTS, gguf_bytes(fields, parts))
+
+
+def _written(checkpoint: Holding, module: str, slot: str, scaling: float, heads: int) -> "Tensor":
+    """A factor as llama.cpp has it; heads: that share the rows of B, 0 where these lie as in transformers."""
+    import torch
+
+    from d2surgery.formats.saving import brought_to
+
+    adapter = checkpoint.adapter(module)
+    factor = brought_to(adapter, adapter.slots()["A"].shape[0], scaling)[slot]
+    factor = interleaved(heads, factor) if heads and slot == "B" else factor
+    return factor.float() if factor.dtype == torch.float64 else factor
+
+
+def _bytes(made: "Callable[[], Tensor]") -> bytes:
+    from d2surgery.files.tensors import as_bytes
+
+    return bytes(as_bytes(made().contiguous()))
 
 
 def _key(module: str) -> str:

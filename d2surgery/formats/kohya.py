@@ -29,16 +29,19 @@ from d2surgery.formats.flat import collisions, flat_name, known, parts
 from d2surgery.formats.format import Holding, Values, as_read
 from d2surgery.formats.layout import About, AdapterLayout, Layout, Stored, lies_transposed
 from d2surgery.formats.pairs import Group, Pairs
+from d2surgery.formats.rows import cut, other_half_first, reordered
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from d2surgery.adapters import Adapter
 
 NAME = "kohya"
 TITLE, READS = "kohya: sd-scripts, musubi-tuner, most tools for images", "LoRA and convolutions, alpha per module"
 WEIGHTS = "lora.safetensors"
 DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 LEAVES = (DOWN, UP, ALPHA)
-METADATA = "d2surgery"  # our key in the header: JSON {"modules": {name: path}}
+METADATA = "d2surgery"  # our key in the header: JSON {"modules": {name: path}}, or {name: [[path, rows], …]}
 
 Add = Callable[[Pairs, str, Group, str], None]  # one module's group, by its path; the last is its name in the file
 
@@ -61,7 +64,8 @@ def read(header: Header, values: Values, format: str, leaves: Iterable[str], add
     for name, group in pairs.groups({leaf: leaf for leaf in leaves}).items():
         add(pairs, listed.get(name) or known(name) or name, group, name)
     base = header.metadata.get("ss_base_model_version") or header.metadata.get("ss_sd_model_name")
-    return pairs.layout(format, About(base_model=base or None))
+    found = pairs.layout(format, About(base_model=base or None))
+    return replace(found, adapters={part.module: part for part in _taken_apart(found)})
 
 
 def network_args(header: Header) -> Mapping[str, Any]:
@@ -120,6 +124,26 @@ def _listed(header: Header) -> dict[str, str]:
     return {name: path for name, path in pairs.items() if parts(name) and name == _named_as(name, path, components)}
 
 
+def _taken_apart(found: Layout) -> Iterator[AdapterLayout]:
+    """Modules that a file written here joined, as their parts, where their rows are those together."""
+    try:
+        listed = json.loads(found.header.metadata[METADATA])["modules"]
+        lists = {name: [(str(path), int(rows)) for path, rows in parts] for name, parts in listed.items()
+                 if isinstance(parts, list)}  # fmt: skip
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        lists = {}
+    for module, entry in found.adapters.items():
+        parts = lists.get(module, [])
+        if not parts or sum(rows for _, rows in parts) != entry.out_features or min(rows for _, rows in parts) < 1:
+            yield entry
+        elif len(parts) == 1:
+            path = parts[0][0]
+            turned = reordered(entry, other_half_first) if path.startswith("~") else entry
+            yield replace(turned, module=path.removeprefix("~"))
+        else:
+            yield from cut(entry, parts)
+
+
 def _named_as(name: str, path: str, components: Iterable[str]) -> str:
     otherwise = "lycoris_" if name.startswith("lycoris_") else "lora_te_"
     return flat_name(path, components, otherwise=otherwise)
@@ -146,10 +170,12 @@ def write_file(
     components = {module.partition(".")[0] for module in entries}
     names = {module: flat_name(module, components, otherwise=otherwise) for module in entries}
     raise_errors([*held_whole(checkpoint.layout, format), *_collisions(names)])
-    tensors = {}
-    for module, entry in entries.items():
-        for leaf, tensor in _tensors(checkpoint, entry).items():
-            tensors[f"{names[module]}.{leaf}"] = tensor
+
+    def parts() -> "Iterator[tuple[str, Tensor]]":
+        for module, entry in entries.items():
+            for leaf, tensor in leaves(checkpoint.adapter(module), entry.kernel).items():
+                yield f"{names[module]}.{leaf}", tensor
+
     rank = max(entry.ranks["update"] for entry in entries.values())
     scaling = float(next(iter(entries.values())).scaling or 0)
     base = checkpoint.layout.base_model
@@ -159,7 +185,7 @@ def write_file(
         METADATA: json.dumps({"modules": {name: module for module, name in names.items()}}),
         **({"ss_sd_model_name": base} if base else {}),
     }
-    with saving(directory / WEIGHTS, tensors, {"format": "pt"} | dict(metadata) | said):
+    with saving(directory / WEIGHTS, parts, {"format": "pt"} | dict(metadata) | said):
         pass
 
 
@@ -169,18 +195,18 @@ def _collisions(names: Mapping[str, str]) -> Iterator[Problem]:
         yield Problem(code="FORMAT_CANNOT_HOLD", message=message, module=" and ".join(modules))
 
 
-def _tensors(checkpoint: Holding, entry: AdapterLayout) -> "dict[str, Tensor]":
+def leaves(adapter: "Adapter", kernel: tuple[int, ...]) -> "dict[str, Tensor]":
     """One module's tensors by leaf. An alpha is stored in float32 where that gives the scaling again."""
     import torch
 
-    adapter, rank = checkpoint.adapter(entry.module), entry.ranks["update"]
-    slots, scaling, ones = adapter.slots(), float(adapter.scaling), (1,) * len(entry.kernel[1:])
+    slots, scaling, ones = adapter.slots(), float(adapter.scaling), (1,) * len(kernel[1:])
+    rank = slots["A"].shape[0]
     alpha = torch.tensor(scaling * rank, dtype=torch.float32)
     if scaling == 0:
         slots["B"], alpha = torch.zeros_like(slots["B"]), torch.tensor(float(rank))  # an alpha of 0 is read as 1
     elif float(alpha) / rank != scaling:
         alpha = torch.tensor(scaling * rank, dtype=torch.float64)
-    found = {DOWN: slots["A"].reshape(rank, *entry.kernel) if entry.kernel else slots["A"],
+    found = {DOWN: slots["A"].reshape(rank, *kernel) if kernel else slots["A"],
              UP: slots["B"].reshape(*slots["B"].shape, *ones), ALPHA: alpha}  # fmt: skip
     if (magnitude := slots.get("magnitude")) is not None:
         by_row = adapter.along == "out_features"

@@ -150,19 +150,22 @@ def write(checkpoint: Holding, directory: Path) -> None:
     layout, entries = checkpoint.layout, checkpoint.layout.adapters
     raise_errors([*held_whole(layout, NAME), *flattened(layout), *_cannot_hold(layout)])
     rank, scaling = common(layout)
-    tensors: dict[str, Tensor] = {}
-    for module, entry in entries.items():
-        each = [brought_to(checkpoint.adapter(module, e), rank, scaling) for e in range(entry.experts)]
-        if entry.stored == "experts":
-            tensors |= _switch(_switch_of(module, layout.about.model), each)
-        else:
-            for slot, tensor in each[0].items():
-                tensors[f"{module}.{_NAMES[slot]}"] = tensor.T if tensor.dim() == 2 else tensor
+    switches = {m: _switch_of(m, layout.about.model) for m, entry in entries.items() if entry.stored == "experts"}
+
+    def tensors() -> "Iterator[tuple[str, Tensor]]":
+        for module, entry in entries.items():
+            each = [brought_to(checkpoint.adapter(module, e), rank, scaling) for e in range(entry.experts)]
+            if module in switches:
+                yield from _switch(switches[module], each).items()
+            else:
+                for slot, tensor in each[0].items():
+                    yield f"{module}.{_NAMES[slot]}", tensor.T if tensor.dim() == 2 else tensor
+
     config = {
         "fine_tune_type": next(iter(entries.values())).kind,
         "num_layers": -1,
         "lora_parameters": {"rank": rank, "scale": scaling, "dropout": layout.about.dropout or 0.0,
-                            "keys": sorted({name.rpartition(".")[0] for name in tensors})},
+                            "keys": sorted(name for m in entries for name in switches.get(m, [m]))},
         "model": layout.base_model,
     }  # fmt: skip
     with saving(directory / WEIGHTS, tensors, {"format": "mlx"}):

@@ -1,9 +1,10 @@
-"""What writers share: a file that stands whole or not at all, and factors brought to one rank and scaling."""
+"""What writers share: a file that stands whole or not at all, never held whole, and factors brought to one rank and
+scaling."""
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,16 +19,18 @@ from d2surgery.files.tensors import NAMES, as_bytes
 from d2surgery.files.whole import PARTIAL
 from d2surgery.formats.layout import Layout
 
+Parts = Callable[[], Iterable[tuple[str, Tensor]]]
+"""All tensors of a file by name, made anew each time: once for their shapes, once to be written."""
 UNFINISHED = ".adapter_model."  # how the name of a directory begins in which weights are written
 
 
 @contextmanager
-def saving(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[None]:
+def saving(path: Path, parts: Parts, metadata: Mapping[str, str]) -> Iterator[None]:
     """Tensors written beside a path, which they take when the block is done: what stands there describes them then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=UNFINISHED, suffix=PARTIAL, dir=path.parent) as beside:  # where nobody lays links
         weights = Path(beside) / path.name
-        _write(weights, tensors, metadata)
+        _write(weights, parts, metadata)
         yield
         weights.replace(path)
 
@@ -67,22 +70,24 @@ def held_whole(layout: Layout, name: str) -> Iterator[Problem]:
         yield Problem(code="FORMAT_CANNOT_HOLD", message=f"{name} has no place for {what}", module=module)
 
 
-def _write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _write(file: Path, parts: Parts, metadata: Mapping[str, str]) -> None:
     """A safetensors file as safetensors itself lays it out, wider dtypes first, then by name; its save_file holds all
     of it twice, and writes metadata in an order of chance. On disk, before it takes its name."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    infos = {name: (tensor.dtype, list(tensor.shape), tensor.nbytes) for name, tensor in parts()}
     end = 0
-    for name in ordered:
-        start, end = end, end + tensors[name].nbytes
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    for name in sorted(infos, key=lambda name: (-infos[name][0].itemsize, name)):
+        dtype, shape, nbytes = infos[name]
+        start, end = end, end + nbytes
+        header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
-        for name in ordered:
-            stream.write(as_bytes(tensors[name].cpu().contiguous()))
+        for name, tensor in parts():
+            assert (tensor.dtype, list(tensor.shape)) == infos[name][:2], name
+            stream.seek(8 + len(text) + header[name]["data_offsets"][0])
+            stream.write(as_bytes(tensor.cpu().contiguous()))
         stream.flush()
         os.fsync(stream.fileno())

@@ -11,7 +11,7 @@ R is the smallest of the ranks that vLLM allows which is none of the adapter's l
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d2surgery.errors import Problem, raise_errors
 from d2surgery.files.header import Header
@@ -21,6 +21,9 @@ from d2surgery.formats.engines import OUTPUTS, RANKS
 from d2surgery.formats.flat import flattened
 from d2surgery.formats.format import Holding, Values, as_read
 from d2surgery.formats.layout import Layout, Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME = "peft-serving"
 TITLE, READS = "PEFT for every engine: vLLM, SGLang, TGI …", "as `peft`"
@@ -56,13 +59,14 @@ def write(checkpoint: Holding, directory: Path) -> None:
     raise_errors([*held_whole(layout, NAME), *flattened(layout), *_cannot_hold(layout)])
     most, _ = common(layout)
     rank = next((allowed for allowed in RANKS if allowed >= most), most)
-    tensors = {}
-    for module in layout.adapters:
-        for slot, tensor in brought_to(checkpoint.adapter(module), rank, 1.0).items():
-            tensors[key_of(module, "lora", slot)] = tensor
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if len(dtypes) > 1:  # engines want one
-        tensors = {key: tensor.float() for key, tensor in tensors.items()}
+
+    def tensors() -> "Iterator[tuple[str, Tensor]]":
+        for module in layout.adapters:
+            for slot, tensor in brought_to(checkpoint.adapter(module), rank, 1.0).items():
+                yield key_of(module, "lora", slot), tensor
+
+    several = len({tensor.dtype for _, tensor in tensors()}) > 1  # and engines want one dtype
+    parts = (lambda: ((key, tensor.float()) for key, tensor in tensors())) if several else tensors
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": layout.base_model,
@@ -74,7 +78,7 @@ def write(checkpoint: Holding, directory: Path) -> None:
         "fan_in_fan_out": layout.about.transposed,
         "target_modules": sorted({module.rpartition(".")[2] for module in layout.adapters}),
     } | _NOTHING_MORE
-    with saving(directory / WEIGHTS, tensors, {"format": "pt"}):
+    with saving(directory / WEIGHTS, parts, {"format": "pt"}):
         write_whole(directory / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))
 
 

@@ -104,7 +104,7 @@ def test_rows_that_llama_cpp_did_not_permute_fail_the_audit(pair: tuple[Path, Pa
 
 @pytest.mark.parametrize(
     ("fields", "part"),
-    [({"general.architecture": "gemma3"}, "not read as a base"), ({"general.type": "adapter"}, "not read as a base"),
+    [({"general.architecture": "phi3"}, "not read as a base"), ({"general.type": "adapter"}, "not read as a base"),
      ({"llama.attention.head_count": "many"}, "how many heads"),
      ({"llama.attention.head_count": "5"}, "how many heads")],
 )  # fmt: skip
@@ -138,3 +138,85 @@ def test_the_file_itself_is_taken_where_it_is_alone(pair: tuple[Path, Path, Path
     (gguf / "other.gguf").write_bytes(b"")
     with pytest.raises(D2SurgeryError, match="among other weights"):
         BaseWeights(gguf / "model.gguf")
+
+
+# Gemma and mixtures ----------------------------------------------------------------------------------------------
+
+
+def gemma(directory: Path, out: Path, *, seed: int = 0, merged: Path | None = None) -> tuple[Path, Path]:
+    """A Gemma with small norms in both forms; llama.cpp's has 1 added to its norms, in float32, by its converter's
+    rule `name.endswith("norm.weight")`."""
+    tensors = {f"model.layers.0.{name}.weight": toy_llama.numbers(*shape, seed=at)
+               for at, (name, shape) in enumerate(toy_llama.SHAPES.items())}  # fmt: skip
+    tensors["model.embed_tokens.weight"] = toy_llama.numbers(20, HIDDEN, seed=50)
+    for at, norm in enumerate(
+        ("model.norm", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm")
+    ):
+        tensors[f"{norm}.weight"] = toy_llama.numbers(HIDDEN, seed=60 + at, size=1e-4)
+    if merged is not None:
+        tensors = {name: tensor.numpy() for name, tensor in load_file(merged / "model.safetensors").items()}
+    config = toy_llama.CONFIG | {"model_type": "gemma", "tie_word_embeddings": True}
+    if merged is None:
+        toy_llama.save(tensors, directory / "model.safetensors", {"format": "pt"})
+        (directory / "config.json").write_text(json.dumps(config))
+    arrays: dict[str, Any] = {}
+    for name, rows in tensors.items():
+        module = name.removesuffix(".weight")
+        inside = module.removeprefix("model.layers.0.")
+        stored = rows + np.float32(1) if name.endswith("norm.weight") else rows
+        arrays[f"{'blk.0.' * (inside != module)}{NAMES[inside]}.weight"] = stored
+    fields = {name.replace("llama.", "gemma."): value for name, value in FIELDS.items()}
+    whole = {"gemma.attention.head_count": "4", "gemma.attention.head_count_kv": "2"}
+    out.mkdir()
+    (out / "model.gguf").write_bytes(gguf_bytes(fields | whole | {"general.architecture": "gemma"}, arrays))
+    return directory, out
+
+
+def test_gemmas_norms_are_read_without_the_1_and_its_merges_audited(tmp_path: Path) -> None:
+    base, gguf = gemma(tmp_path / "base", tmp_path / "gguf")
+    one, other = BaseWeights(base), BaseWeights(gguf)
+    assert set(one) == set(other)
+    for name, tensor in one.items():
+        wanted = (tensor + 1) - 1 if "norm" in name else tensor
+        assert torch.equal(other[name], wanted), name
+        assert torch.equal(other.rows(name, 3, 7).reshape(wanted[3:7].shape), wanted[3:7])
+    assert other.config["hidden_act"] == "gelu_pytorch_tanh"
+    adapter = toy_llama.mlx(toy(), tmp_path / "adapter")
+    for where, into in ((base, "one"), (gguf, "other")):
+        d2surgery.merge(where, adapter, tmp_path / into)
+    _, merged = gemma(tmp_path / "unused", tmp_path / "merged", merged=tmp_path / "one")
+    ours, theirs = tmp_path / "one", tmp_path / "other"  # the other's norms lack the bits that 1 took
+    for which, out in ((base, ours), (base, merged), (gguf, ours), (gguf, theirs), (gguf, merged)):
+        assert d2surgery.audit(which, adapter, out, files=False).verdict == "pass", (which, out)
+    arrays = {name: tensor.numpy() for name, tensor in load_file(tmp_path / "one/model.safetensors").items()}
+    arrays["model.norm.weight"] = arrays["model.norm.weight"] + np.float32(1)  # added twice
+    toy_llama.save(arrays, tmp_path / "one/model.safetensors", {"format": "pt"})
+    _, wrong = gemma(tmp_path / "unused", tmp_path / "wrong", merged=tmp_path / "one")
+    found = d2surgery.audit(base, adapter, wrong, files=False)
+    assert [tensor.name for tensor in found.tensors.values() if tensor.code] == ["model.norm.weight"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3moe"])
+def test_experts_are_read_one_by_one(tmp_path: Path, family: str) -> None:
+    """By the converter's rule: the experts' matrices are stacked, in their order; Mixtral is llama with experts."""
+    architecture = "llama" if family == "mixtral" else family
+    shapes = {"ffn_gate_exps": (3, 48, 32), "ffn_up_exps": (3, 48, 32), "ffn_down_exps": (3, 32, 48)}
+    arrays = {
+        f"blk.1.{name}.weight": toy_llama.numbers(*shape, seed=at) for at, (name, shape) in enumerate(shapes.items())
+    }
+    arrays |= {"blk.1.ffn_gate_inp.weight": toy_llama.numbers(3, 32, seed=9)}
+    fields = {name.replace("llama.", f"{architecture}."): value for name, value in FIELDS.items()}
+    fields |= {"general.architecture": architecture, f"{architecture}.expert_count": 3.0,
+               f"{architecture}.expert_used_count": 2.0}  # fmt: skip
+    (tmp_path / "model.gguf").write_bytes(gguf_bytes(fields, arrays))
+    found = BaseWeights(tmp_path)
+    block = "model.layers.1." + ("block_sparse_moe" if family == "mixtral" else "mlp")
+    leaves = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    wanted = {f"{block}.gate.weight": arrays["blk.1.ffn_gate_inp.weight"]}
+    for name, leaf in zip(shapes, leaves, strict=True):
+        wanted |= {f"{block}.experts.{e}.{leaf}.weight": arrays[f"blk.1.{name}.weight"][e] for e in range(3)}
+    assert set(found) == set(wanted)
+    assert all(np.array_equal(found[name].numpy(), array) for name, array in wanted.items())
+    assert all(np.array_equal(found.rows(name, 1, 3).numpy(), array[1:3]) for name, array in wanted.items())
+    if family == "mixtral":
+        assert (found.config["model_type"], found.config["num_local_experts"]) == ("mixtral", 3)

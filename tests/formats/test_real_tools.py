@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,13 @@ import torch
 import toy_llama
 from models import llama, mixtral, qwen3_moe
 from safetensors.torch import load_file, save_file
+from tools import needs
 from torch import Tensor, nn
 
 import d2surgery
 from d2surgery.checkpoint import Checkpoint, differences, load
 from d2surgery.files.base import BaseWeights
 from d2surgery.formats import with_base
-
-
-def needs(*packages: str) -> pytest.MarkDecorator:
-    absent = [package for package in packages if find_spec(package) is None]
-    return pytest.mark.skipif(bool(absent), reason=f"not installed: {', '.join(absent)} (extra formats-tests)")
 
 
 def opened(adapter: Path, base: Path) -> Checkpoint:

@@ -250,7 +250,7 @@ def _by_kind() -> Iterator[Case]:
         ("dora", "magnitude", "norm of the base", formula(stale_norm), (*unexplained, "MAGNITUDE_DROPPED", *WRONG), ""),
         ("dora", "axis", "square modules", formula(other_axis, [Q, OUT]), ("WRONG_AXIS",), ""),
         ("lora", "rank", "half of it", formula(half_rank), (*unexplained, *WRONG, "ANOTHER_ADAPTER"), ""),
-        ("lora", "layers", "one too deep", next_layer, (*unexplained, "ANOTHER_ADAPTER"), ""),
+        ("lora", "layers", "one too deep", next_layer, ("DELTA_MISPLACED",), "the delta of"),
     ]
     for kind, group, name, change, codes, says in table:
         for dtype in DTYPES:

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from math import isclose, sqrt
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,12 @@ def write_files(checkpoint: Holding, directory: Path) -> None:
     """adapter_config.json and adapter_model.safetensors. Raises FORMAT_CANNOT_HOLD before anything is written."""
     layout = checkpoint.layout
     raise_errors([*_cannot_hold(layout), *flattened(layout)])
-    tensors = dict(tensors_of(checkpoint))
-    config = _config(layout, tensors)
+    infos = {k: TensorInfo(Path(), NAMES[t.dtype], tuple(t.shape), 0, t.nbytes) for k, t in tensors_of(checkpoint)}
+    config = _config(layout, infos)
     scaling = {module: entry.scaling for module, entry in layout.adapters.items()}
     history = {"history": list(layout.about.history)} if layout.about.history else {}
     ours = json.dumps({"config": config, "scaling": scaling} | history, sort_keys=True)
-    with saving(directory / WEIGHTS, tensors, {"format": "pt", METADATA: ours}):
+    with saving(directory / WEIGHTS, partial(tensors_of, checkpoint), {"format": "pt", METADATA: ours}):
         write_whole(directory / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))
 
 
@@ -124,17 +125,16 @@ def shaped(tensor: Tensor, slot: str, entry: AdapterLayout) -> Tensor:
 # The config ------------------------------------------------------------------------------------------------------
 
 
-def _config(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _config(layout: Layout, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """The config that was found where it still describes the adapters, else one made anew."""
     found = dict(layout.about.settings) if layout.format == "peft" else {}
-    if found and _describes(found, with_expert_layout(layout, "interleaved"), tensors):
+    if found and _describes(found, with_expert_layout(layout, "interleaved"), infos):
         return found
     return made_config(layout)
 
 
-def _describes(found: Mapping[str, Any], layout: Layout, tensors: Mapping[str, Tensor]) -> bool:
+def _describes(found: Mapping[str, Any], layout: Layout, infos: Mapping[str, TensorInfo]) -> bool:
     """Whether the file, read with this config, gives the same adapters; scalings but for alpha's rounding."""
-    infos = {k: TensorInfo(Path(), NAMES[t.dtype], tuple(t.shape), 0, t.nbytes) for k, t in tensors.items()}
     again = read(Header((layout.path,), infos, {}), found, exact={}, disagrees=False)
     said = (again.about, again.adapters.keys(), again.replacements.keys(), again.rows.keys())
     if said != (layout.about, layout.adapters.keys(), layout.replacements.keys(), layout.rows.keys()):
