@@ -50,15 +50,17 @@ print(json.dumps({"tensors": len(names), "elements": sum(ours[n].numel() for n i
 RUNS = {
     "cp": ("cp", ""),
     "PEFT LoRA": (PEFT, "lora"),
-    "d2surgery LoRA": (OURS, "lora"),
+    "d2surgery LoRA": (OURS, "lora", "--verify"),
+    "d2surgery LoRA, base hashed before": (OURS, "lora"),
     "d2surgery LoRA, no hashes, no fsync": (OURS, "lora", "--no-verify"),
     "PEFT DoRA": (PEFT, "dora"),
-    "d2surgery DoRA": (OURS, "dora"),
-    "d2surgery D2-LoRA": (OURS, "d2lora"),
-    "d2surgery Dual LoRA": (OURS, "duallora"),
+    "d2surgery DoRA": (OURS, "dora", "--verify"),
+    "d2surgery D2-LoRA": (OURS, "d2lora", "--verify"),
+    "d2surgery Dual LoRA": (OURS, "duallora", "--verify"),
 }
 RATIOS = [  # slow, fast, the target
     ("PEFT LoRA", "d2surgery LoRA", 3),
+    ("PEFT LoRA", "d2surgery LoRA, base hashed before", 5),
     ("PEFT LoRA", "d2surgery LoRA, no hashes, no fsync", 4),
     ("PEFT DoRA", "d2surgery DoRA", 4),
     ("PEFT DoRA", "d2surgery D2-LoRA", 4),
@@ -103,7 +105,7 @@ def study(work: Path, shape: dict[str, int], other_depths: tuple[int, ...], roun
     for layers in other_depths:
         for name in RUNS:
             every = shape is not TINY or name == "d2surgery LoRA"
-            if every and name.startswith("d2surgery") and "--no-verify" not in RUNS[name]:
+            if every and "--verify" in RUNS[name]:
                 runs.append({"round": 0, "layers": layers, "run": name} | measure(work / str(layers), name))
     return {
         "question": "How long and how much memory does merging take, against PEFT and cp?",
@@ -143,7 +145,8 @@ def measure(inputs: Path, name: str) -> dict[str, float]:
         command = [sys.executable, "-Pc", program, base, adapter, made]
     os.sync()
     began = time.monotonic()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    kept = os.environ | {"XDG_CACHE_HOME": str(inputs / "cache")}  # hashes, apart from the user's own
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=kept)
     said = child.stderr.read() if child.stderr else b""
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.monotonic() - began
