@@ -49,6 +49,7 @@ _NORMS = {  # of Gemma 2 and 3, which have four
 }  # fmt: skip
 _MIXTRAL = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}
 _QWEN = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+_MOST_EXPERTS = 4096  # of one layer: a file can say any number of those that have no elements
 _ROTATED = {"attn_q": "head_count", "attn_k": "head_count_kv"}  # in the architecture llama
 _LEFT = "rope_freqs.weight"
 _REAL = ("rms_norm_eps", "rope_theta")
@@ -104,7 +105,7 @@ def _named(
     experts = _experts_of(family)[0].get(inside)
     if QUANTIZED + name in metadata:
         yield "quantised (Q8_0)", None
-    elif block and experts and leaf == "weight" and len(info.shape) == 3:
+    elif block and experts and leaf == "weight" and len(info.shape) == 3 and 0 < info.shape[0] <= _MOST_EXPERTS:
         yield from _apart(info, layer, experts)
     elif leaf not in ("weight", "bias") or inside not in parts:
         yield "no place in the models that are read", None
@@ -131,7 +132,7 @@ def _experts_of(family: str) -> tuple[dict[str, str], dict[str, str]]:
 def _apart(info: TensorInfo, layer: str, named: str) -> Iterator[tuple[str, TensorInfo]]:
     """Every expert's matrix of a stacked tensor."""
     count, *shape = info.shape
-    size = info.nbytes // max(count, 1)
+    size = info.nbytes // count
     for expert in range(count):
         start = info.start + expert * size
         name = layer + named.replace("#", str(expert))

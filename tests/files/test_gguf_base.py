@@ -1,6 +1,7 @@
 """A model in GGUF is a base: names, rows and config as transformers has them; merged and audited as any other."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import d2surgery
 from d2surgery.cli import main
 from d2surgery.errors import D2SurgeryError
 from d2surgery.files.base import BaseWeights
+from d2surgery.files.gguf_base import read_gguf_base
 
 FIELDS: dict[str, Any] = {
     "general.architecture": "llama", "llama.embedding_length": 32.0, "llama.feed_forward_length": 48.0,
@@ -220,3 +222,16 @@ def test_experts_are_read_one_by_one(tmp_path: Path, family: str) -> None:
     assert all(np.array_equal(found.rows(name, 1, 3).numpy(), array[1:3]) for name, array in wanted.items())
     if family == "mixtral":
         assert (found.config["model_type"], found.config["num_local_experts"]) == ("mixtral", 3)
+
+
+@pytest.mark.parametrize("experts", [0, 4097, 1 << 40])
+def test_experts_without_elements_are_refused_at_once(tmp_path: Path, experts: int) -> None:
+    """Any number of them costs a file nothing, and would cost a reader a name each."""
+    arrays = {"blk.0.ffn_gate_exps.weight": np.ones((3, 0, 32), np.float32)}
+    content = gguf_bytes(FIELDS | {"llama.expert_count": 3.0}, arrays)
+    dims = struct.pack("<QQQ", 32, 0, 3)
+    assert content.count(dims) == 1
+    (tmp_path / "model.gguf").write_bytes(content.replace(dims, struct.pack("<QQQ", 32, 0, experts)))
+    with pytest.raises(D2SurgeryError, match="no place in the models") as error:
+        read_gguf_base(tmp_path / "model.gguf")
+    assert {problem.code for problem in error.value.problems} == {"BAD_BASE"}
