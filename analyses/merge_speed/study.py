@@ -51,7 +51,6 @@ RUNS = {
     "cp": ("cp", ""),
     "PEFT LoRA": (PEFT, "lora"),
     "d2surgery LoRA": (OURS, "lora", "--verify"),
-    "d2surgery LoRA, base hashed before": (OURS, "lora"),
     "d2surgery LoRA, no hashes, no fsync": (OURS, "lora", "--no-verify"),
     "PEFT DoRA": (PEFT, "dora"),
     "d2surgery DoRA": (OURS, "dora", "--verify"),
@@ -60,7 +59,6 @@ RUNS = {
 }
 RATIOS = [  # slow, fast, the target
     ("PEFT LoRA", "d2surgery LoRA", 3),
-    ("PEFT LoRA", "d2surgery LoRA, base hashed before", 5),
     ("PEFT LoRA", "d2surgery LoRA, no hashes, no fsync", 4),
     ("PEFT DoRA", "d2surgery DoRA", 4),
     ("PEFT DoRA", "d2surgery D2-LoRA", 4),
