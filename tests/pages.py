@@ -37,6 +37,9 @@ MASKS = (  # what differs from run to run: seconds, free disk, memory, the size 
     (r"\d+(\.\d+)? [KMG]iB at most", "# at most"),
     (r"\.html, \d+(\.\d+)? [KMG]iB", ".html, #"),
 )
+MEASURED = re.compile(
+    r"(?<![\w.,-])-?\d+\.\d+(?:e[+-]?\d+)?(?![\w.])|(?<![\w.,])\d{4,}(?![\w.,])|(?<![\w.])\d+e[+-]?\d+(?!\w)"
+)
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
@@ -146,17 +149,40 @@ def alike(shown: Sequence[str], printed: Sequence[str]) -> bool:
             parts[-1].append(line)
     rest = list(map(masked, printed))
     first, *others = parts
-    if rest[: len(first)] != first or (not others and len(rest) != len(first)):
+    if not same(rest[: len(first)], first) or (not others and len(rest) != len(first)):
         return False
     rest = rest[len(first) :]
     for at, part in enumerate(others):
         last = at == len(others) - 1
         starts = range(len(rest) - len(part) + 1)
-        found = next((s for s in (reversed(starts) if last else starts) if rest[s : s + len(part)] == part), None)
+        found = next((s for s in (reversed(starts) if last else starts) if same(rest[s : s + len(part)], part)), None)
         if found is None or (last and part and found + len(part) != len(rest)):
             return False
         rest = rest[found + len(part) :]
     return True
+
+
+def same(printed: Sequence[str], shown: Sequence[str]) -> bool:
+    """Word by word; numbers that another processor rounds otherwise by 1 % or a unit of the last digit shown. Counts
+    below a thousand are exact."""
+    if len(printed) != len(shown):
+        return False
+    for one, other in zip(printed, shown, strict=True):
+        (words, numbers), (right, wanted) = apart(one), apart(other)
+        if words != right or not all(map(near, numbers, wanted)):
+            return False
+    return True
+
+
+def apart(line: str) -> tuple[str, list[str]]:
+    """A line without its measured numbers and how far they are moved by their widths, and these."""
+    return re.sub(r" +", " ", MEASURED.sub("#", line)), MEASURED.findall(line)
+
+
+def near(number: str, wanted: str) -> bool:
+    digits = len(wanted.partition("e")[0].partition(".")[2])
+    unit = float(f"1e{-digits}") * float(f"1e{wanted.partition('e')[2] or 0}")
+    return abs(float(number) - float(wanted)) <= 1.0001 * max(unit, 0.01 * abs(float(wanted)))
 
 
 def masked(line: str) -> str:
