@@ -87,7 +87,9 @@ def _rule(tally: Tally, dtype: str, diagnosis: Diagnosis | None, limits: Thresho
     if diagnosis.code == "DELTA_UNEXPLAINED" and sums.mismatched <= FEW and sums.beyond:
         return _Ruling("wrong", "DELTA_UNEXPLAINED", _beyond(sums))  # a rank says nothing of a few elements
     if diagnosis.code and diagnosis.code != "WRONG_STRENGTH":
-        return _Ruling("wrong", diagnosis.code, diagnosis.what if diagnosis.exact else f"{diagnosis.what}; {said}")
+        rough = not diagnosis.fit and abs(sums.strength - 1) > FAR  # a number of that says nothing beside a name
+        told = diagnosis.what if diagnosis.exact or rough else f"{diagnosis.what}; {said}"
+        return _Ruling("wrong", diagnosis.code, told)
     ruling = _strength(sums, dtype, diagnosis, limits, said)
     if ruling is not None:
         return ruling
