@@ -28,11 +28,11 @@ class KeptHashes:
     """
 
     def __init__(self, tensors: Mapping[str, TensorInfo], *, again: bool = False) -> None:
-        old = time.time() - _TICK
+        old, folder = time.time() - _TICK, cache_folder()
         self._files: dict[Path, dict[str, TensorInfo]] = {}
         for name, info in tensors.items():
-            if info.held is not None and not info.heads and info.held.found.st_ctime < old:
-                self._files.setdefault(_place(info.held), {})[name] = info
+            if folder and info.held is not None and not info.heads and info.held.found.st_ctime < old:
+                self._files.setdefault(_place(folder, info.held), {})[name] = info
         self._kept = {place: _read(place) for place in self._files}
         self.known = {
             name: self._kept[place][where]
@@ -53,17 +53,21 @@ class KeptHashes:
                     _forget(place.parent)
 
 
-def cache_folder() -> Path:
-    """Where the user's programs keep what they can make again."""
+def cache_folder() -> Path | None:
+    """Where the user's programs keep what they can make again; None for a user without a home."""
     usual = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")  # the latter on Windows
-    return (Path(usual) if usual else Path.home() / ".cache") / "d2surgery"
+    try:
+        folder = Path(usual) if usual else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return folder / "d2surgery" if folder.is_absolute() else None
 
 
-def _place(held: Held) -> Path:
+def _place(folder: Path, held: Held) -> Path:
     """The file of the cache that stands for one as it was found."""
     found = held.found
     known_by = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    return cache_folder() / "sha256" / f"{hashlib.sha256(repr(known_by).encode()).hexdigest()[:32]}.json"
+    return folder / "sha256" / f"{hashlib.sha256(repr(known_by).encode()).hexdigest()[:32]}.json"
 
 
 def _where(info: TensorInfo) -> str:

@@ -46,7 +46,9 @@ def digests(path: Path) -> dict[str, str]:
 
 
 def places() -> Iterator[Path]:
-    return cache_folder().rglob("*.json")
+    folder = cache_folder()
+    assert folder is not None
+    return folder.rglob("*.json")
 
 
 @pytest.mark.usefixtures("_of_age")
@@ -106,6 +108,19 @@ def test_a_cache_that_cannot_be_written_is_not_missed(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     KeptHashes(tensors(base)).keep(digests(base))
     assert KeptHashes(tensors(base)).known == {}
+
+
+@pytest.mark.usefixtures("_of_age")
+def test_a_user_without_a_home_keeps_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative folder is none, as the XDG specification has it: it would be another one in each directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    for usual in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", usual)
+        KeptHashes(tensors(base)).keep(digests(base))
+        assert KeptHashes(tensors(base)).known == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 @pytest.mark.usefixtures("_of_age")
