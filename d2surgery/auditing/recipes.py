@@ -162,7 +162,6 @@ def _cast_first(it: Operands) -> Operands:
 LORA, DORA = ("lora",), ("dora",)
 _ALSO = {  # the same bits by others
     "peft": "; diffusers fuse_lora, AdapterHub, kohya and LyCORIS in float32",
-    "peft-in-float32": "; ComfyUI, ai-toolkit",
     "peft-low-autocast-bfloat16": "; LyCORIS merge_to of a model in bfloat16",
     "peft-low-autocast-float16": "; LyCORIS merge_to of a model in float16",
 }

@@ -58,26 +58,25 @@ def _places(command: click.Command) -> tuple[dict[str, click.Option], list[str]]
         name.lstrip("-"): parameter
         for parameter in command.params
         if isinstance(parameter, click.Option)
-        for name in parameter.opts
+        for name in (*parameter.opts, *parameter.secondary_opts)
         if name.startswith("--")
     }
     return options, [parameter.name or "" for parameter in command.params if isinstance(parameter, click.Argument)]
 
 
 def _words(option: click.Option, value: Any, path: Path, key: str) -> Iterator[str]:
-    name = max(option.opts, key=len)
     if option.is_flag:
         if not isinstance(value, bool):
             raise refuse("BAD_CONFIG", f"{key} is a switch", file=str(path), wanted="true or false", got=brief(value))
-        if value:
-            yield name
+        names = option.opts if value is not (f"--{key}" in option.secondary_opts) else option.secondary_opts
+        yield from sorted(names, key=len)[-1:]  # off is the default of a switch that has one side
         return
     if isinstance(value, list) and not option.multiple:
         raise refuse("BAD_CONFIG", f"{key} is one value", file=str(path), got=brief(value))
     if isinstance(value, bool | dict):
         raise refuse("BAD_CONFIG", f"{key} is a text or a number", file=str(path), got=brief(value))
     for each in _listed(value):
-        yield f"{name}={each}"
+        yield f"{max(option.opts, key=len)}={each}"
 
 
 def _listed(value: Any) -> list[Any]:

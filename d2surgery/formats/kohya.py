@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2surgery.errors import Problem, raise_errors
 from d2surgery.files.header import Header
+from d2surgery.formats.families import TURNED
 from d2surgery.formats.flat import collisions, flat_name, known, parts
 from d2surgery.formats.format import Holding, Values, as_read
 from d2surgery.formats.layout import About, AdapterLayout, Layout, Stored, lies_transposed
@@ -138,8 +139,8 @@ def _taken_apart(found: Layout) -> Iterator[AdapterLayout]:
             yield entry
         elif len(parts) == 1:
             path = parts[0][0]
-            turned = reordered(entry, other_half_first) if path.startswith("~") else entry
-            yield replace(turned, module=path.removeprefix("~"))
+            turned = reordered(entry, other_half_first) if path.startswith(TURNED) else entry
+            yield replace(turned, module=path.removeprefix(TURNED))
         else:
             yield from cut(entry, parts)
 

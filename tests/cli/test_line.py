@@ -130,6 +130,17 @@ def test_a_job_file_gives_the_options_and_the_line_wins(
     ).stat().st_size
 
 
+@pytest.mark.parametrize(
+    ("said", "hashed"),
+    [("verify = false", False), ("no-verify = true", False), ("no_verify = false", True), ("verify = true", True)],
+)
+def test_a_switch_of_two_sides_has_both_in_a_job_file(work: Path, tmp_path: Path, said: str, hashed: bool) -> None:
+    text = f"base = {str(work / 'base')!r}\nadapter = {str(work / 'lora')!r}\nout = {str(tmp_path / 'one')!r}\n"
+    assert main(["merge", job(tmp_path, f"{text}{said}\nquiet = true\n")]) == 0
+    receipt = json.loads((tmp_path / "one/d2surgery_merge.json").read_text())
+    assert bool(receipt["outputs"]["tensors"]) is hashed
+
+
 def test_a_job_file_gives_arguments_too(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = write_adapter(tmp_path / "other", seed=3)
     path = job(tmp_path, f"adapters = [{str(work / 'lora')!r}, {str(other)!r}]\nexact-signs = true\njson = true\n")

@@ -91,7 +91,7 @@ def cases() -> list[Case]:
 
 
 def part(whole: list[Case]) -> list[Case]:
-    """About a ninth: what is healthy but for most modes of what installs, one of each shape of damage, and each other
+    """About an eighth: what is healthy but for most modes of what installs, one of each shape of damage, and each other
     failure for an eighth of its kinds and dtypes, at least one."""
     alike: dict[tuple[str, str], list[Case]] = {}
     for case in whole:
