@@ -19,7 +19,7 @@ class Group(NamedTuple):
     rank: str = "r"  # the setting that holds its rank
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Kind:
     title: str  # as people write it
     groups: Mapping[str, Group]

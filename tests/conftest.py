@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from speaking import Speaker
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: `pytest -n auto` has a process per core
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of child processes would compile the package again
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="d2surgery-cache-")  # nothing is kept among the user's own
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 settings.register_profile("d2surgery", deadline=None)  # a busy machine is no failure

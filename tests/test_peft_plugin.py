@@ -244,21 +244,21 @@ def test_without_the_plug_in_peft_refuses_the_file_rather_than_load_half_of_it(t
     for name in names:
         get_peft_model(base(tmp_path / "base"), config(name)).save_pretrained(tmp_path / name)
     read = """
+import sys
 from peft import PeftConfig
-for name in sys.argv[1:]:
-    try:
-        print(PeftConfig.from_pretrained(name).peft_type.value)
-    except KeyError as error:
-        print("KeyError", error)
+def read():
+    for name in sys.argv[1:]:
+        try:
+            print(PeftConfig.from_pretrained(name).peft_type.value)
+        except KeyError as error:
+            print("KeyError", error)
+read()
+import d2surgery.peft_plugin
+read()
 """
-
-    def run(code: str) -> list[str]:
-        paths = [str(tmp_path / name) for name in names]
-        done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
-        return done.stdout.splitlines()
-
-    assert run(f"import sys\n{read}") == ["KeyError 'D2LORA'", "KeyError 'DUALLORA'"]
-    assert run(f"import sys\nimport d2surgery.peft_plugin\n{read}") == ["D2LORA", "DUALLORA"]
+    command = [sys.executable, "-c", read, *(str(tmp_path / name) for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["KeyError 'D2LORA'", "KeyError 'DUALLORA'", "D2LORA", "DUALLORA"]
 
 
 @every_config

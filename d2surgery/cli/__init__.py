@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from d2surgery.cli import guessing, jobs, output
+from d2surgery.cli import output
 from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.machine import uncollected
 
@@ -194,6 +194,8 @@ def _usage(error: click.ClickException) -> list[Problem]:
     context = getattr(error, "ctx", None)
     verb = context.command_path if context else "d2surgery"
     if isinstance(error, click.NoSuchOption):
+        from d2surgery.cli import guessing  # which a line without a mistake needs none of
+
         near = guessing.option(error.option_name, context.command) if context else []
         wanted = " or ".join(near) or f"{verb} --help lists what there is"
         return [Problem(code="USAGE", message="no such option", file=verb, wanted=wanted, got=error.option_name)]
@@ -213,10 +215,16 @@ class _Lazy(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """A mistyped verb is guessed; a job file after a verb gives its options."""
         if args and args[0] not in VERBS and not ctx.resilient_parsing and not args[0].startswith("-"):
+            from d2surgery.cli import guessing
+
             wanted = " or ".join(guessing.verb(args[0], VERBS)) or "d2surgery --help lists them"
             raise refuse("USAGE", "no such verb", file="d2surgery", wanted=wanted, got=args[0])
         name, command, rest = super().resolve_command(ctx, args)
-        return name, command, rest if command is None or ctx.resilient_parsing else jobs.expanded(command, rest)
+        if command is None or ctx.resilient_parsing or not (rest and rest[0].endswith(".toml")):
+            return name, command, rest
+        from d2surgery.cli import jobs  # and TOML with it
+
+        return name, command, jobs.expanded(command, rest)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem]":
         """Verbs from the table: to import each for its help would take seconds."""

@@ -16,7 +16,6 @@ from d2surgery.formats import open_layout, with_base
 from d2surgery.formats.engines import ENGINES, lands
 from d2surgery.formats.layout import AdapterLayout, Layout, Packing
 from d2surgery.kinds import TABLE
-from d2surgery.measures.table import MEASURES
 from d2surgery.surveying.order import in_order
 
 SEVERITIES = ("info", "warning", "error")  # from the mildest
@@ -319,6 +318,8 @@ def _range(values: list[float | None]) -> str:
 
 def _norms(group: list[AdapterLayout], numbers: Numbers) -> Iterator[str]:
     """The mean over the group of what the values tell of the updates."""
+    from d2surgery.measures.table import MEASURES  # which names and shapes alone need none of
+
     for name in ("frobenius_norm", "spectral_norm", "energy_entropy_rank"):
         known = [value for a in group if (value := numbers.get(a.module, {}).get(name)) is not None]
         yield f"{MEASURES[name].word} {output.number(sum(known) / len(known) if known else None)}"

@@ -24,11 +24,11 @@ OWN_FILES = ("train",)
 
 
 def expanded(command: click.Command, words: list[str]) -> list[str]:
-    """The words of a line, a job file that stands first among them replaced by what it says.
+    """The words of a line, the job file that stands first among them replaced by what it says.
 
     Raises D2SurgeryError BAD_CONFIG for a file that is no TOML, and for every key that the verb has no place for.
     """
-    if command.name in OWN_FILES or not words or not words[0].endswith(".toml"):
+    if command.name in OWN_FILES:
         return words
     path = Path(words[0])
     options, arguments = _places(command)

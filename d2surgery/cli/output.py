@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -35,8 +34,8 @@ def hush(package: str) -> None:
 
 def emit(line: str = "", *, err: bool = False) -> None:
     """One line. What could move the cursor is escaped, whoever's it is, and only what `style` coloured is coloured."""
-    parts = (_COLOURED.get(part) or printable(part) for part in _MARKS.split(line))
-    click.echo("".join(parts), err=err, color=False if os.environ.get("NO_COLOR") else None)
+    text = line if line.isprintable() else "".join(_COLOURED.get(char) or printable(char) for char in line)
+    click.echo(text, err=err, color=False if os.environ.get("NO_COLOR") else None)
 
 
 def emit_json(document: Mapping[str, Any]) -> None:
@@ -141,7 +140,6 @@ def _mark(colour: str) -> str:
 _COLOURED = {
     _mark(colour): click.style("", fg=colour, reset=False) for colour in COLOURS.values()
 } | {_mark(""): click.style("", reset=True)}  # fmt: skip
-_MARKS = re.compile(f"([{''.join(_COLOURED)}])")
 
 
 def printable(text: str) -> str:

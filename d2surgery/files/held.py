@@ -5,8 +5,8 @@ it is seen by its times: ctime is the kernel's own, and nobody sets it back.
 """
 
 import errno
-import importlib.util
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,7 +103,7 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, how)
     except OSError as error:
-        if error.errno != errno.EMFILE or importlib.util.find_spec("resource") is None:  # Windows has no such limit
+        if error.errno != errno.EMFILE or sys.platform == "win32":  # Windows has no such limit
             raise
     import resource
 

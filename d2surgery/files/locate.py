@@ -8,7 +8,6 @@ from typing import NamedTuple
 from d2surgery.errors import refuse
 from d2surgery.files.tokenizers import BEGINNINGS
 
-_PIN = re.compile(r"hf:/{1,2}(?:models/)?(.+)")  # hf://org/name@revision; a Path has lost one of the slashes
 _HUB_ID = re.compile(  # not a mistyped path, nor one that leads out of the cache
     r"(?!.*\.\.)\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.bin)(@\w[\w./-]*)?", re.ASCII
 )
@@ -24,7 +23,6 @@ _OF_AN_ADAPTER = [
     "adapter_config.json", *WEIGHTS, "*.safetensors", *TRAINED_WHOLE, *OTHERS, *(f"{name}*" for name in BEGINNINGS)
 ]  # fmt: skip
 _OF_A_MODEL = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
-_STEPS = re.compile(r"\d+_adapters\.(safetensors|npz)")  # MLX-LM's checkpoints on the way
 _STATES = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")  # what trainers leave beside weights
 
 
@@ -57,11 +55,12 @@ def hub_id_of(given: str | os.PathLike[str]) -> str | None:
 
     Raises D2SurgeryError USAGE for an hf:// that is no such id.
     """
-    name, pinned = os.fspath(given), _PIN.fullmatch(os.fspath(given))
-    if pinned:
-        if not _HUB_ID.fullmatch(pinned[1].rstrip("/")):
+    name = os.fspath(given)
+    if name.startswith("hf:/"):  # a Path has lost one of the slashes
+        hub_id = name.removeprefix("hf:").strip("/").removeprefix("models/")
+        if not _HUB_ID.fullmatch(hub_id):
             raise refuse("USAGE", "is no hub id", wanted="hf://org/name or hf://org/name@revision", got=name)
-        return pinned[1].rstrip("/")
+        return hub_id
     return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
@@ -80,7 +79,9 @@ def left_out(weights: Path) -> list[str]:
     kept = (
         name
         for name in beside
-        if not name.startswith((*_STATES, *model)) and name not in TRAINED_WHOLE and not _STEPS.fullmatch(name)
+        if not name.startswith((*_STATES, *model))
+        and name not in TRAINED_WHOLE
+        and not name.partition("_adapters.")[0].isdigit()  # MLX-LM's checkpoints on the way
     )
     return sorted({re.sub(r"-\d{5}-of-(\d{5})", r"-*-of-\1", name) for name in kept})
 

@@ -97,8 +97,7 @@ class AdapterLayout:
         return {name: slot.key for name, slot in self.slots.items()}
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Trained token rows: row `indices[i]` of the base tensor becomes row i of the tensor under `key`."""
 
     key: str

@@ -82,6 +82,7 @@ def merge_speed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any
     return json.loads((directory / "results" / "results.json").read_text()), done.stdout, directory
 
 
+@pytest.mark.long
 def test_merge_speed_measures_every_run(merge_speed: tuple[dict[str, Any], str, Path]) -> None:
     results, printed, _ = merge_speed
     names = [run["run"] for run in results["runs"] if run["layers"] == results["shape"]["num_hidden_layers"]]
@@ -97,6 +98,7 @@ def test_merge_speed_measures_every_run(merge_speed: tuple[dict[str, Any], str, 
 ADAPTERS = {f"{kind}/adapter_model.safetensors" for kind in ("lora", "dora", "d2lora", "duallora")}
 
 
+@pytest.mark.long
 def test_merge_speed_compares_with_pefts_merge(merge_speed: tuple[dict[str, Any], str, Path]) -> None:
     results, _, _ = merge_speed
     assert {one["run"] for one in results["agreement_with_peft"]} == {"d2surgery LoRA", "d2surgery DoRA"}
@@ -105,6 +107,7 @@ def test_merge_speed_compares_with_pefts_merge(merge_speed: tuple[dict[str, Any]
         assert one["differing"] <= one["elements"] / 1024
 
 
+@pytest.mark.long
 def test_merge_speed_draws_and_leaves_only_its_results(merge_speed: tuple[dict[str, Any], str, Path]) -> None:
     results, _, directory = merge_speed
     figure = (directory / "results" / "figure.svg").read_text()
@@ -173,6 +176,7 @@ def test_training_cost_begins_each_round_with_another_run(monkeypatch: pytest.Mo
 # four_kinds ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_four_kinds_chooses_rates_and_pairs_seeds(tmp_path: Path) -> None:
     results = run_tiny("four_kinds", tmp_path)
     arms = {one["arm"]: one for one in results["arms"]}
@@ -205,6 +209,7 @@ def test_four_kinds_asks_questions_and_keeps_items_apart(tmp_path: Path) -> None
 # audit_truth -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_audit_truth_runs_and_no_right_merge_failed(tmp_path: Path) -> None:
     command = [sys.executable, str(ANALYSES / "audit_truth" / "study.py"), "--tiny", "--results", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -227,6 +232,7 @@ def run_tiny(study: str, results: Path, *options: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_surgery_speed_errs_as_the_dense_svd_does(tmp_path: Path) -> None:
     results = run_tiny("surgery_speed", tmp_path, "--rounds", "1")
     committed = json.loads((ANALYSES / "surgery_speed" / "results.json").read_text())
@@ -237,6 +243,7 @@ def test_surgery_speed_errs_as_the_dense_svd_does(tmp_path: Path) -> None:
         assert all(run["peak_bytes"] > 0 for run in found["runs"])
 
 
+@pytest.mark.long
 def test_conversions_lose_what_they_say(tmp_path: Path) -> None:
     committed = json.loads((ANALYSES / "conversions" / "results.json").read_text())
     for found in (run_tiny("conversions", tmp_path), committed):
@@ -252,6 +259,7 @@ def test_conversions_lose_what_they_say(tmp_path: Path) -> None:
 # report_speed ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_report_speed_measures_every_run(tmp_path: Path) -> None:
     tiny = run_tiny("report_speed", tmp_path, "--rounds", "1")
     committed = json.loads((ANALYSES / "report_speed" / "results.json").read_text())

@@ -33,6 +33,7 @@ def bounds_hold(results: dict[str, Any]) -> None:
         assert 1 <= run["delta_energy_entropy_rank"] <= run["delta_entropy_rank"] <= run["full_rank"]
 
 
+@pytest.mark.long
 def test_it_measures_every_kind_in_every_layer(tiny: tuple[dict[str, Any], str, Path]) -> None:
     results, printed, _ = tiny
     runs = [(run["layer"], run["module"], run["kind"]) for run in results["runs"]]

@@ -1,9 +1,8 @@
 """What the audit says of merges that are right, and of merges that are wrong: no false pass, no false alarm.
 
-D2SURGERY_MUTATIONS=all runs every case of `mutations`, about eight times as many: a quarter of an hour on two cores.
+Every case of `mutations` is a test; most are long ones: `pytest -m ''`, a quarter of an hour on two cores.
 """
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from d2surgery.auditing.findings import Audit
 from d2surgery.errors import D2SurgeryError, Problem
 
 ALL = cases()
-CASES = ALL if os.environ.get("D2SURGERY_MUTATIONS") == "all" else part(ALL)
+SHORT = {case.id for case in part(ALL)}
 NAMED = ("axis", "magnitude", "branch", "projection", "direction", "heads", "transposed", "twice")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
 
@@ -26,7 +25,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("mutations"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case.id in SHORT else pytest.mark.long, id=case.id) for case in ALL]
+)
 def test_the_verdict_and_the_reason(world: World, tmp_path: Path, case: Case) -> None:
     setting = case.build(world, tmp_path / "merged")
     if case.verdict == "refused":
@@ -80,7 +81,7 @@ def _not_exact(found: Audit) -> str:
 
 
 def test_there_are_enough_cases_and_each_has_its_own_name() -> None:
-    assert len(CASES) >= 150
+    assert len(SHORT) >= 150
     assert len([case for case in ALL if case.verdict != "pass"]) >= 1200
     assert len([case for case in ALL if case.group == "healthy"]) >= 1500
     assert [name for name, count in Counter(case.id for case in ALL).items() if count > 1] == []

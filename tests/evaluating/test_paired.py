@@ -74,7 +74,7 @@ def test_wilsons_ends_solve_the_score_equation(items: int, data: st.DataObject) 
 
 
 @pytest.mark.parametrize("true", [(0.01, 0.01), (0.02, 0.005), (0.05, 0.05), (0.002, 0.002), (0.1, 0.06)])
-@pytest.mark.parametrize("items", [50, 200, 1000])
+@pytest.mark.parametrize("items", [50, 200, pytest.param(1000, marks=pytest.mark.long)])
 def test_equivalence_is_seldom_claimed_wrongly(true: tuple[float, float], items: int) -> None:
     """TOST at the true gap as the margin: a false claim in at most about 5 % of samples, by all likely outcomes."""
     b, c = true

@@ -260,6 +260,7 @@ def gaussian(layer: int, size: float, draw: int = 0) -> Drift:
     return delta_drift(lora_of(size * float(W.norm() / update.norm()) * update), W)
 
 
+@pytest.mark.long
 def test_the_correlation_of_random_updates_is_that_of_the_null() -> None:
     sizes = [0.01 + 0.0005 * (i * 7 % 12) for i in range(12)]
     measured = [

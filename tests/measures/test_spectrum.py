@@ -267,6 +267,7 @@ def small_delta(case: int) -> Tensor:
     return Delta(make(kind, W, axis, rank=4, gain=gain, seed=10 * case), W).dense(torch.float32)
 
 
+@pytest.mark.long
 def test_twice_the_standard_error_covers_the_truth_in_95_of_100_cases() -> None:
     """The share that is covered is checked per number; its own standard deviation is 1.3 % of so many matrices (of a
     thousand 0.7 %, which takes a minute)."""

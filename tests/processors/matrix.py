@@ -1,6 +1,6 @@
 """The numerical tests again, as other processors and libraries would compute them: each setting a child process.
 
-    python tests/processors/matrix.py                        every setting, every test marked numerical
+    python tests/processors/matrix.py                        every setting, every test marked numerical but long ones
     python tests/processors/matrix.py --only "MKL compatible" "2 threads" -- tests/measures -n 2
 
 A setting that this processor does not have, or does not heed, is reported as such. docs/processors.md says more.
@@ -118,7 +118,7 @@ def main(arguments: list[str]) -> int:
     failed = []
     for name, changes in settings(chosen):
         began = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "numerical", "-p", "no:cacheprovider", *tests]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "numerical and not long", "-p", "no:cacheprovider", *tests]
         done = subprocess.run(command, env=environment(SETTINGS[name]), cwd=ROOT, capture_output=True, text=True)
         failed += [name] * (done.returncode != 0)
         last = done.stdout.strip().splitlines()[-1:] or [done.stderr[-200:]]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from longer import one_in
 from processors.matrix import SETTINGS, environment, missing, used
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -66,7 +67,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=OTHERS)
+@pytest.fixture(scope="module", params=one_in(len(OTHERS), OTHERS))
 def elsewhere(request: pytest.FixtureRequest, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The merges of every kind and dtype as another library or processor makes them."""
     if reason := missing(SETTINGS[request.param]):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import trained as T
 from launched import TESTS, two_processes
+from longer import one_in
 from models import byte_tokenizer
 from trained import config_of, lines, same, tensors, write_base, write_items
 from transformers import AutoModelForCausalLM
@@ -233,7 +234,7 @@ def test_packed_rows_and_mixed_precision_and_recomputed_activations_learn_too(fo
 # Interrupted and resumed -----------------------------------------------------------------------------------------
 
 
-@every_kind
+@pytest.mark.parametrize("kind", one_in(2, KINDS))
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_adapter(folder: Path, kind: str) -> None:
     """Bit for bit, with dropout, and with the same metrics; killed in the middle of steps and of a checkpoint."""
     config = config_of(folder, kind, adapter={"dropout": 0.1}, optimizer={"accumulation": 2, "batch": 2})
@@ -271,7 +272,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(folder: Path) -> 
     assert lines(folder / "out") == lines(folder / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", one_in(2, [signal.SIGINT, signal.SIGTERM]))
 def test_ctrl_c_finishes_the_step_and_writes_a_checkpoint(folder: Path, number: signal.Signals) -> None:
     config = config_of(folder, "d2lora", adapter={"dropout": 0.1})
     train(to(config, "whole"))

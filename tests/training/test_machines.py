@@ -39,6 +39,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_fsdp2_trains_saves_and_resumes_as_accelerate_prepares_it(folder: Path) -> None:
     """Two processes, of which the second never holds the base, end with the loss of one, and again after a resume."""
     kinds, files = ("dora", "d2lora"), []  # those with norms of the base; test_fsdp2_spreads_adapted_models has all

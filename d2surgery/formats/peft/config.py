@@ -85,7 +85,7 @@ class Patterns:
         return self.matcher.fits(rf"(.*\.)?({pattern})$", module)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Config:
     """A config without the fields that make no sense, `unusable`."""
 

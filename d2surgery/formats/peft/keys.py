@@ -15,17 +15,16 @@ TOKENS = "trainable_tokens_delta"
 PARAMETER_ORDER = (
     "gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"
 )  # fmt: skip
-OTHER_METHODS = re.compile(
-    r"(^|\.)(lora_|hada_|lokr_|vera_|oft_|boft_|ia3_|hra_|prompt_embeddings|delora_|vblora_|randlora_)"
-)
+# No pattern is compiled here: most files need none.
+OTHER_METHODS = r"(^|\.)(lora_|hada_|lokr_|vera_|oft_|boft_|ia3_|hra_|prompt_embeddings|delora_|vblora_|randlora_)"
 # PEFT's wrapper of a saved module holds the untrained original and the trained weight.
-_ORIGINAL = re.compile(r"(?:^|(?<=\.))original_module\.")
-_SAVED = re.compile(r"(?:^|(?<=\.))modules_to_save\.")
+_ORIGINAL = r"(?:^|(?<=\.))original_module\."
+_SAVED = r"(?:^|(?<=\.))modules_to_save\."
 # What trainers put around a model: compiling, FSDP, checkpointing; DDP and DeepSpeed, Fabric, TRL's value heads.
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
-_AROUND = re.compile(r"\.?(?:(?:module|_forward_module|pretrained_model)\.)*")
+_WRAPPERS = r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)"
+_AROUND = r"\.?(?:(?:module|_forward_module|pretrained_model)\.)*"
 # PEFT's own prefix, again where a PEFT model was wrapped in another; what stands before it is a wrapper of any trainer.
-_ROOT = re.compile(r"(?:.*?\.)?base_model\.model\.(?:(?:(?:module|model)\.)?base_model\.model\.)*")
+_ROOT = r"(?:.*?\.)?base_model\.model\.(?:(?:(?:module|model)\.)?base_model\.model\.)*"
 
 
 class Leaf(NamedTuple):
@@ -62,8 +61,8 @@ def bare(key: str) -> str:
     """The key without the prefixes of PEFT and of training wrappers."""
     if key.startswith(PREFIX) and key.count("base_model") == 1 and "._" not in key:  # as nearly every key is
         return key[len(PREFIX) :]
-    name = _WRAPPERS.sub("", key)
-    before = _ROOT.match(name) or _AROUND.match(name)
+    name = re.sub(_WRAPPERS, "", key)
+    before = re.match(_ROOT, name) or re.match(_AROUND, name)
     return name[before.end() :] if before else name
 
 
@@ -73,12 +72,12 @@ def copies(names: Collection[str]) -> dict[str, str]:
     Beside `lm_head.weight` PEFT saves with the embeddings what its wrapper holds, the untrained original and the
     trained weight once more; loading, it takes `lm_head.weight` alone. A raw state dict has the wrapper's two only.
     """
-    saved = {name for name in names if "modules_to_save." in name and _SAVED.search(name)}
-    found = {name: plain for name in saved if (plain := _SAVED.sub("", name)) in names}
+    saved = {name for name in names if "modules_to_save." in name and re.search(_SAVED, name)}
+    found = {name: plain for name in saved if (plain := re.sub(_SAVED, "", name)) in names}
     trained = {target_of(name): name for name in saved - found.keys()}
     for name in names:
-        if "original_module." in name and _ORIGINAL.search(name):
-            plain = _ORIGINAL.sub("", name)
+        if "original_module." in name and re.search(_ORIGINAL, name):
+            plain = re.sub(_ORIGINAL, "", name)
             found[name] = plain if plain in names else trained.get(plain, "")
     return found
 

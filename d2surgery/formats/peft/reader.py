@@ -111,7 +111,7 @@ def _doubt_ranks(adapters: Mapping[str, AdapterLayout], say: Problems) -> None:
             say("RANK_DOUBTFUL", f"rank {rank} of {sides} at most", severity="warning", module=module)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Group:
     """The tensors found for one module, before they are known to fit."""
 
@@ -140,7 +140,7 @@ def _layout(
 # Keys ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Keys:
     """Every key in its place: a slot of a module, a replacement, token rows, a copy, or unread."""
 
@@ -171,7 +171,7 @@ class _Keys:
                 self._add_slot(module, leaf, key, info)
             elif TOKENS in name.split("."):
                 self._add_rows(name, key)
-            elif OTHER_METHODS.search(name) or not (_is_float(info) or self.config.declares(name)):
+            elif re.search(OTHER_METHODS, name) or not (_is_float(info) or self.config.declares(name)):
                 kinds = [kind.title for kind in reversed(TABLE.values())]
                 self._skip(key, "UNKNOWN_TENSOR", f"no slot of {', '.join(kinds[:-1])} or {kinds[-1]}")
             else:
@@ -247,7 +247,7 @@ def _is_float(info: TensorInfo) -> bool:
 # Modules ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Modules:
     """One module's tensors as its adapter."""
 
