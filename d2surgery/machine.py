@@ -79,6 +79,14 @@ def give_back(mapped_above: int | None = None) -> None:
             library.mallopt(-3, mapped_above)  # M_MMAP_THRESHOLD, which otherwise grows to 32 MB
 
 
+def trim() -> None:
+    """Where it is glibc: what is free in the heap back to the system, where blocks of many sizes leave holes."""
+    import ctypes
+
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """No search for garbage meanwhile: torch's import makes none, and would be searched again and again (0.2 s)."""

@@ -42,7 +42,7 @@ from d2surgery.auditing.loading import directory_problems, open_merged
 from d2surgery.auditing.marking import with_structure
 from d2surgery.auditing.pairing import Pairing, TensorPair, pair_up
 from d2surgery.auditing.receipts import has_receipt, other_receipt
-from d2surgery.auditing.replay import Replay
+from d2surgery.auditing.replay import ALIKE, Replay
 from d2surgery.auditing.settings import compare_settings
 from d2surgery.auditing.tally import Tally
 from d2surgery.checkpoint import Checkpoint
@@ -51,7 +51,7 @@ from d2surgery.evaluating.tasks import Task
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.tensors import DTYPES, read_tensor
 from d2surgery.formats.layout import Reading
-from d2surgery.machine import one_thread, peak_memory
+from d2surgery.machine import ahead, one_thread, peak_memory, trim, workers
 from d2surgery.merging.companions import companions
 from d2surgery.merging.prepared import Prepared, prepare
 from d2surgery.placement.fit import Fit, fit
@@ -227,25 +227,31 @@ def _judged(
         for module in dict.fromkeys(p.module for p in pair.output.site.patches) if pair.output.site else ():
             if pair.status != "tied":
                 tensors.setdefault(module, []).append(pair)
-    before = Diagnosis()
-    for module, tally in replay.modules.items():
-        if tally.comparison.elements:
-            held = tensors[module]
-            found = diagnosis_of(prepared, tally, before) if tally.first and tally.finite else None
-            before = found if found and found.code else before
-            names = tuple(pair.name for pair in held)
-            yield (
-                module,
-                judge_module(
-                    module,
-                    prepared.fit.layout.adapters[module].kind,
-                    names,
-                    _dtype(held[0], tally),
-                    tally,
-                    found,
-                    limits,
-                ),
-            )
+    tallies = {module: tally for module, tally in replay.modules.items() if tally.comparison.elements}
+    for module, found in _diagnosed(prepared, tallies):
+        held, tally = tensors[module], tallies[module]
+        names, kind = tuple(pair.name for pair in held), prepared.fit.layout.adapters[module].kind
+        yield module, judge_module(module, kind, names, _dtype(held[0], tally), tally, found, limits)
+
+
+def _diagnosed(prepared: Prepared, tallies: Mapping[str, Tally]) -> Iterator[tuple[str, Diagnosis | None]]:
+    """What is wrong with each module that no recipe gives; what was wrong with some is suspected of all the others."""
+    before, modules = Diagnosis(), list(tallies)
+
+    def diagnosed(module: str) -> Diagnosis | None:
+        tally = tallies[module]
+        return diagnosis_of(prepared, tally, before) if tally.first and tally.finite else None
+
+    for module in modules[:ALIKE]:
+        found = diagnosed(module)
+        before = found if found and found.code else before
+        yield module, found
+    rest = modules[ALIKE:]
+    for number, (module, found) in enumerate(zip(rest, ahead(diagnosed, rest, workers()), strict=True)):
+        if found is not None and number % ALIKE == 0:
+            trim()
+        yield module, found
+    trim()
 
 
 def _dtype(pair: TensorPair, tally: Tally) -> str:

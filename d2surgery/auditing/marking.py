@@ -14,6 +14,7 @@ from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.replay import Replay
 from d2surgery.auditing.structure import Marks, Structure, is_of_strength, low_rank, structure_of, tests_of
 from d2surgery.auditing.tally import Tally
+from d2surgery.machine import trim
 from d2surgery.merging.prepared import Prepared
 from d2surgery.placement.site import Patch
 
@@ -81,6 +82,7 @@ def _marked(
             second = Replay(replay.merger, frozenset((recipe,)), marking=True)
             second.run([p for p in patched if some & {*p.modules}], lambda done, total: None)
             yield from ((name, second.modules[name].marks) for name in group if name in some)
+            trim()
 
 
 def _apart(pairs: Sequence[TensorPair], names: Sequence[str]) -> Iterator[set[str]]:

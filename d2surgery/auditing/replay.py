@@ -6,6 +6,7 @@ Where no recipe gives every bit (`matching`), the nearest is what the file is me
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +19,10 @@ from d2surgery.auditing.tally import Found, Made, Mismatch, Tally
 from d2surgery.files.header import BITS, TensorInfo
 from d2surgery.files.tensors import DTYPES, as_bytes, read_part
 from d2surgery.machine import workers
-from d2surgery.measures.fidelity import Comparison, bits, compare, measured
+from d2surgery.measures.fidelity import Comparison, compare, differing, measured
 from d2surgery.merging.tiles import AdaptedTile, Steps, Tile, TileMerger, all_finite
 
-_ALIKE = 8  # modules that no recipe fits, after which the nearest to them is taken for that to all
+ALIKE = 8  # modules that no recipe fits, after which the nearest to them is taken for that to all
 
 
 @dataclass
@@ -38,20 +39,21 @@ class Replay:
     def run(self, pairs: Sequence[TensorPair], progress: Callable[[int, int], None]) -> None:
         """Compare every pair; progress(done, total) in bytes of the merge as ours would be.
 
-        Several at once, but one with an adapter before all others: the recipe that fits it is tried first on them.
+        Several at once, but of several recipes one pair with an adapter before all others: what fits it is tried first.
         Where none fits it, nor any of some more, and one is the nearest to all of these, no other is tried on the rest:
         one merger treats all modules alike.
         """
         total = sum(pair.output.entry.nbytes for pair in pairs)
         patched = [pair for pair in pairs if pair.output.site and pair.output.site.patches]
-        first, some = patched[:1], patched[1 :: max(len(patched) // _ALIKE, 1)]
+        first, some = patched[:1], patched[1 :: max(len(patched) // ALIKE, 1)]
         favourite, names, done = None, self.names, 0
         found: dict[str, Found] = {}
 
         def advance(nbytes: int) -> None:
             progress(done + nbytes, total)
 
-        for part in (first, some, [pair for pair in pairs if pair not in first and pair not in some]):
+        rest = [pair for pair in pairs if pair not in first and pair not in some]
+        for part in (first, some, rest) if len(names) > 1 else (pairs,):
             matchers = [Matcher(self.merger, names, pair, favourite, curious=part is first) for pair in part]
             passes = [Pass(self.merger, matcher, matcher.pair, self.marking) for matcher in matchers]
             work = [(one.pair.output, one.run) for one in passes]
@@ -61,7 +63,7 @@ class Replay:
                 self.also = self.also or one.matcher.also
             done += sum(pair.output.entry.nbytes for pair in part)
             nearest = {tally.nearest for result in found.values() for tally in result.modules.values()}
-            if len(found) >= _ALIKE and len(nearest) == 1 and (one_of_all := nearest.pop()) is not None:
+            if len(found) >= ALIKE and len(nearest) == 1 and (one_of_all := nearest.pop()) is not None:
                 names = frozenset((one_of_all.name,))
         for pair in pairs:
             self._add(pair, found[pair.name])
@@ -157,8 +159,10 @@ class Pass:
         self, tally: Tally, tile: AdaptedTile, base: Tensor, change: Tensor, wanted: Tensor, there: Tensor
     ) -> None:
         """In units of the grid, where both lie on it, and from the base as the nearest recipe holds it."""
-        grid = tally.grid or there.dtype
-        if all(torch.equal(values.to(grid).to(values.dtype), values) for values in (wanted, there)):
+        grid = tally.grid
+        if grid is not None and all(
+            torch.equal(values.to(grid).to(values.dtype), values) for values in (wanted, there)
+        ):
             wanted, there = wanted.to(grid), there.to(grid)
         base = tally.held.base(base, self.pair)
         if not self.marking:
@@ -189,13 +193,10 @@ class Pass:
         """Count mismatched elements; where in the tensor the tile's first is."""
         if equal(wanted, merged):
             return None
-        different = bits(wanted) != bits(merged)
-        count = int(torch.count_nonzero(different))
-        self.found.mismatched += count
+        different = differing(wanted, merged).numpy()
+        self.found.mismatched += int(np.count_nonzero(different))
         if merged.is_floating_point():
             self.found.finite &= all_finite(merged)
-        if not count:
-            return None
-        at = tile.element + int(different.to(torch.uint8).argmax())
+        at = tile.element + int(different.argmax())
         self.found.first = at if self.found.first is None else self.found.first
         return at

@@ -91,8 +91,8 @@ def cases() -> list[Case]:
 
 
 def part(whole: list[Case]) -> list[Case]:
-    """About a twelfth: a quarter of the kinds and dtypes of what is healthy, without most modes of what installs, one of
-    each shape of damage, and each other failure for an eighth of its kinds and dtypes; of everything at least one."""
+    """About a twelfth: a quarter of the kinds and dtypes of what is healthy, without most modes of what installs; one
+    of each shape of damage; each other failure for an eighth of its kinds and dtypes; of everything at least one."""
     alike: dict[tuple[str, str], list[Case]] = {}
     for case in whole:
         alike.setdefault((case.group, case.name), []).append(case)

@@ -118,7 +118,8 @@ def main(arguments: list[str]) -> int:
     failed = []
     for name, changes in settings(chosen):
         began = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "numerical and not long", "-p", "no:cacheprovider", *tests]
+        some = ("-m", "numerical and not long", "-p", "no:cacheprovider")
+        command = [sys.executable, "-m", "pytest", "-q", *some, *tests]
         done = subprocess.run(command, env=environment(SETTINGS[name]), cwd=ROOT, capture_output=True, text=True)
         failed += [name] * (done.returncode != 0)
         last = done.stdout.strip().splitlines()[-1:] or [done.stderr[-200:]]
