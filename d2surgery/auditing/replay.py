@@ -142,32 +142,33 @@ class Pass:
         wanted = self.matcher.wanted(tally, made)
         base, change = (m.T if patch.transposed else m for m in (made.base_weight, made.delta))
         there = merged.view(base.shape)
+        if self.marking:
+            self._mark(tally, made.tile, change, *self._beside(tally, base, wanted.view(base.shape), there))
+            return
         survival = measured(base, change, there, (self._space("change", base), self._space("product", base)))
         tally.survival += survival
-        if wanted is merged and not self.marking:
+        if wanted is merged:
             tally.comparison += Comparison(
                 elements=survival.elements, e_delta=survival.inner, ee=survival.applied_squared
             )
             return
-        self._beside(tally, made.tile, base, change, wanted.view(base.shape), there)
+        base, stored, there = self._beside(tally, base, wanted.view(base.shape), there)
+        tally.comparison += compare(base, change, stored, there)
         tally.finite &= all_finite(merged)
         element = self._note(made.tile, wanted, merged)
         if element is not None and tally.first is None:
             tally.first = Mismatch(pair, patch, element)
 
-    def _beside(
-        self, tally: Tally, tile: AdaptedTile, base: Tensor, change: Tensor, wanted: Tensor, there: Tensor
-    ) -> None:
-        """In units of the grid, where both lie on it, and from the base as the nearest recipe holds it."""
-        grid = tally.grid
-        if grid is not None and all(
-            torch.equal(values.to(grid).to(values.dtype), values) for values in (wanted, there)
-        ):
+    def _beside(self, tally: Tally, base: Tensor, wanted: Tensor, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The base as the nearest recipe holds it; wanted and there in units of the grid, where both lie on it."""
+        grid, both = tally.grid, (wanted, there)
+        if grid is not None and all(torch.equal(values.to(grid).to(values.dtype), values) for values in both):
             wanted, there = wanted.to(grid), there.to(grid)
-        base = tally.held.base(base, self.pair)
-        if not self.marking:
-            tally.comparison += compare(base, change, wanted, there)
-            return
+        return tally.held.base(base, self.pair), wanted, there
+
+    def _mark(
+        self, tally: Tally, tile: AdaptedTile, change: Tensor, base: Tensor, wanted: Tensor, there: Tensor
+    ) -> None:
         patch, tiles = tile.patch, slice(tile.first - tile.patch.start, tile.last - tile.patch.start)
         if patch.transposed:
             base, change, wanted, there = (m.T for m in (base, change, wanted, there))
