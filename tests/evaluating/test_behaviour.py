@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from longer import one_in
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def codes(found: Any) -> set[tuple[str, str]]:
 # Healthy ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("dtype", one_in(2, ["BF16", "F32"]))
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_right_merge_says_the_same(speaker: Speakers, kind: str, dtype: str) -> None:
     case = speaker(kind, dtype)
@@ -65,7 +66,7 @@ def test_a_right_merge_says_the_same(speaker: Speakers, kind: str, dtype: str) -
 
 
 @pytest.mark.parametrize("name", ["llama", "llama dora", "gpt2 dora", "llama embeddings", "tied saved head"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", one_in(2, [torch.bfloat16, torch.float32]))
 def test_what_peft_merges_rightly_is_right(
     built: Callable[[str], "Built"], name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -126,7 +127,7 @@ FAULTS = {  # what is broken -> (the change, the first module that differs)
 }
 
 
-@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("dtype", one_in(2, ["F32", "BF16"]))
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_first_module_that_differs_is_named(speaker: Speakers, fault: str, dtype: str, tmp_path: Path) -> None:
     case = speaker("lora", dtype)
@@ -145,7 +146,7 @@ def test_the_first_module_that_differs_is_named(speaker: Speakers, fault: str, d
 @pytest.mark.parametrize(
     ("dtype", "strength"), [("F32", 1.005), ("F32", 0.96), ("BF16", 1.3), ("BF16", 0.0), ("BF16", -1.0)]
 )
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", one_in(2, ["dora", "lora"]))
 def test_another_strength_is_measured(
     speaker: Speakers, kind: str, dtype: str, strength: float, tmp_path: Path
 ) -> None:

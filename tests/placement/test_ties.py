@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as T
+from longer import one_in
 from models import SIZES, Built, Case, bart, bert, gpt2, llama, t5
 from safetensors.torch import load_file, save_file
 
@@ -91,7 +92,7 @@ def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Built(case, tmp_path_factory.mktemp(request.param.replace(" ", "-"))), embedding, side
 
 
-@pytest.mark.parametrize("named", NAMED, indirect=True)
+@pytest.mark.parametrize("named", one_in(2, NAMED), indirect=True)
 def test_a_container_of_one_side_of_a_tie_has_its_own_weights(named: tuple[Built, str, str | None]) -> None:
     case, embedding, side = named
     answer = case.forward(case.load(case.merged))
