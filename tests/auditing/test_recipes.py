@@ -194,7 +194,7 @@ def test_a_dora_that_mlx_fused_onto_a_bfloat16_base_is_replayed(tmp_path: Path) 
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_mlx_on_a_cpu_rounds_each_product_before_it_is_added(dora: bool) -> None:
-    """By the formula in NumPy, which fuses nothing; torch's product fuses both and has other bits."""
+    """By the formula in NumPy, which fuses nothing; torch's product has other bits where the processor fuses both."""
     torch.manual_seed(0)
     W, A, B = torch.randn(64, 96), torch.randn(8, 96), torch.randn(64, 8)
     slots: dict[str, Any] = {"A": A, "B": B, "scaling": 3.0}
@@ -208,4 +208,5 @@ def test_mlx_on_a_cpu_rounds_each_product_before_it_is_added(dora: bool) -> None
     wanted = (W.norm(dim=1) / norm)[:, None] * both if dora else both
     operands = Operands(W, adapter, torch.float32)
     assert torch.equal(BY_NAME[name].merge(operands), wanted)
-    assert not torch.equal(BY_NAME[other].merge(operands), wanted)
+    fuses = not torch.equal((3 * B) @ A, torch.from_numpy(total))
+    assert not fuses or not torch.equal(BY_NAME[other].merge(operands), wanted)
