@@ -72,7 +72,7 @@ def give_back(mapped_above: int | None = None) -> None:
     blocks than this back to the system when they are freed, which costs time and saves what else is kept."""
     import ctypes
 
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)
         library.mallopt(-8, 1)  # M_ARENA_MAX
         if mapped_above is not None:
@@ -83,7 +83,7 @@ def trim() -> None:
     """Where it is glibc: what is free in the heap back to the system, where blocks of many sizes leave holes."""
     import ctypes
 
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # no glibc; TypeError where it is Windows
         ctypes.CDLL(None).malloc_trim(0)
 
 
