@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from longer import one_in
 from mutations import DTYPES, KINDS, Case, World, cases, part
 
 from d2surgery.auditing import audit, blocks
@@ -40,7 +41,7 @@ def test_the_verdict_and_the_reason(world: World, tmp_path: Path, case: Case) ->
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in ALL if case.group in NAMED and case.dtype == "F32"], ids=lambda case: case.id
+    "case", one_in(2, (case for case in ALL if case.group in NAMED and case.dtype == "F32")), ids=lambda case: case.id
 )
 def test_a_part_of_a_weight_names_the_cause(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case

@@ -64,7 +64,7 @@ def test_pefts_own_merge_of_tied_weights_is_wrong(built: Callable[[str], Built],
 
 
 @pytest.mark.parametrize("dtype", one_in(2, ["BF16", "F16"]))
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", one_in(2, CASES))
 def test_sixteen_bit_weights_are_rounded_once(
     built: Callable[[str], Built], tmp_path: Path, name: str, dtype: str
 ) -> None:
