@@ -15,7 +15,7 @@ from d2surgery.measures.table import MEASURES
 from d2surgery.reporting.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
 from d2surgery.surveying.adapter import labels, nominal_ranks
 from d2surgery.surveying.modules import places, spectra
-from d2surgery.surveying.zeros import zero_problems, zero_updates
+from d2surgery.surveying.zeros import problems_of_zeros, zero_updates
 
 if TYPE_CHECKING:
     from d2surgery.reporting.figures.parts import Plot
@@ -60,7 +60,8 @@ def command(
         return [*spectrum_rows(found, nominal, adapter), *singular_value_rows(found, adapter)]
 
     (label,) = labels([adapter])
-    measured.show(outputs, _document(checkpoint, base, found), _text(checkpoint, found, outputs.per_layer), rows)
+    told = _document(checkpoint, base, found)
+    measured.show(outputs, told, _text(checkpoint, found, told["zero_updates"], outputs.per_layer), rows)
     measured.draw(outputs, lambda: _figures(found, nominal, label), f"Spectra of {label}")
     return 0
 
@@ -109,11 +110,11 @@ def _record(record: Spectrum) -> dict[str, Any]:
     return told | {"standard_errors": dict(record.standard_errors), "quality": dict(record.quality)}
 
 
-def _text(checkpoint: Checkpoint, found: Found, per_layer: bool) -> Iterator[str]:
+def _text(checkpoint: Checkpoint, found: Found, zeros: list[str], per_layer: bool) -> Iterator[str]:
     nominal = nominal_ranks(checkpoint)
     yield from measured.prose(f"{_verdict(checkpoint, found, nominal)}")
     unknown = [problem for problem in checkpoint.layout.problems if problem.code == "SCALING_UNKNOWN"]
-    yield from output.problem_lines([*unknown, *zero_problems(checkpoint)])
+    yield from output.problem_lines([*unknown, *problems_of_zeros(checkpoint.layout, zeros)])
     yield ""
     rows = [["", *(MEASURES[name].word for name in ("nominal_rank", *SHOWN))]]
     for name, modules in measured.groups(found, per_layer).items():
