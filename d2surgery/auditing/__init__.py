@@ -47,7 +47,6 @@ from d2surgery.auditing.settings import compare_settings
 from d2surgery.auditing.tally import Tally
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, Problem, refuse
-from d2surgery.evaluating.tasks import Task
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.tensors import DTYPES, read_tensor
 from d2surgery.formats.layout import Reading
@@ -58,6 +57,7 @@ from d2surgery.placement.fit import Fit, fit
 
 if TYPE_CHECKING:
     from d2surgery.evaluating.behaviour import Behaviour, TaskGap
+    from d2surgery.evaluating.tasks import Task
 
 Directory = str | os.PathLike[str]
 
@@ -72,7 +72,7 @@ def audit(
     strength: float = 1.0,
     files: bool = True,
     prompts: Sequence[str] | None = None,
-    tasks: Sequence[Task] = (),
+    tasks: "Sequence[Task]" = (),
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
     **reading: Unpack[Reading],
@@ -156,7 +156,7 @@ def _not_checked(
 
 def _run(
     base: Directory, adapter: Checkpoint, merged: Directory, levels: tuple[str, ...], prompts: Sequence[str] | None,
-    tasks: Sequence[Task], device: str,
+    tasks: "Sequence[Task]", device: str,
 ) -> tuple["Behaviour | None", "TaskGap | None", list[Problem]]:  # fmt: skip
     """What the models say, where they were asked to and can be run, and what is wrong with it."""
     if not {"outputs", "logits", "task"} & {*levels}:

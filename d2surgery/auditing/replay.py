@@ -54,10 +54,11 @@ class Replay:
 
         rest = [pair for pair in pairs if pair not in first and pair not in some]
         for part in (first, some, rest) if len(names) > 1 else (pairs,):
-            matchers = [Matcher(self.merger, names, pair, favourite, curious=part is first) for pair in part]
-            passes = [Pass(self.merger, matcher, matcher.pair, self.marking) for matcher in matchers]
+            merger = self.merger.apart()  # this thread's memory serves the first pair, and none after it
+            matchers = [Matcher(merger, names, pair, favourite, curious=part is first) for pair in part]
+            passes = [Pass(merger, matcher, matcher.pair, self.marking) for matcher in matchers]
             work = [(one.pair.output, one.run) for one in passes]
-            for one, result in zip(passes, self.merger.over(work, workers(), advance), strict=True):
+            for one, result in zip(passes, merger.over(work, workers(), advance), strict=True):
                 found[one.pair.name] = result
                 favourite = one.matcher.favourite
                 self.also = self.also or one.matcher.also
@@ -145,7 +146,7 @@ class Pass:
         if self.marking:
             self._mark(tally, made.tile, change, *self._beside(tally, base, wanted.view(base.shape), there))
             return
-        survival = measured(base, change, there, (self._space("change", base), self._space("product", base)))
+        survival = measured(base, change, there, self._space("change", base))
         tally.survival += survival
         if wanted is merged:
             tally.comparison += Comparison(

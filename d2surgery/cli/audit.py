@@ -1,6 +1,6 @@
 """`d2surgery audit`: is the merged checkpoint the base with the adapter?"""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +22,6 @@ from d2surgery.cli.options import (
     scaling_options,
 )
 from d2surgery.errors import refuse
-from d2surgery.evaluating.items import read_prompts
-from d2surgery.evaluating.tasks import Progress, read_task
 from d2surgery.files.whole import require_folder, write_whole
 from d2surgery.formats.layout import Packing
 from d2surgery.machine import give_back
@@ -147,7 +145,10 @@ def command(
     return EXIT[found.verdict]
 
 
-def _by_weights(asked: Asked, progress: Progress) -> Audit:
+def _by_weights(asked: Asked, progress: Callable[[int, int], None]) -> Audit:
+    from d2surgery.evaluating.items import read_prompts
+    from d2surgery.evaluating.tasks import read_task
+
     give_back()
     base, adapter = _required("base", asked.base), _required("adapter", asked.adapter or None)
     right, wrong = asked.strength_pass, asked.strength_fail
@@ -179,7 +180,7 @@ def _required(name: str, value: Given | None) -> Given:
     return value
 
 
-def _by_receipt(asked: Asked, progress: Progress) -> Audit:
+def _by_receipt(asked: Asked, progress: Callable[[int, int], None]) -> Audit:
     if len(asked.adapter) > 1:
         raise refuse(
             "USAGE", "a receipt names one adapter", wanted="--adapter once at most", got=f"{len(asked.adapter)}"

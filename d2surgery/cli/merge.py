@@ -8,6 +8,7 @@ import click
 
 from d2surgery.cli import output
 from d2surgery.cli.options import job_options, progress_bar
+from d2surgery.machine import give_back
 from d2surgery.merging import merge
 
 
@@ -28,6 +29,7 @@ def command(out: Path, resume: bool, verify: bool | None, as_json: bool, quiet: 
     W0 + strength·delta is computed one precision above the output and rounded once. Memory does not grow with the
     model. OUT appears when everything is written; its d2surgery_merge.json has the sha256 of every tensor.
     """
+    give_back()
     with progress_bar("merging", show=not (as_json or quiet)) as progress:
         report = merge(out=out, resume=resume, verify=verify, progress=progress, **job)
     if as_json:

@@ -57,23 +57,23 @@ def survival(base: Tensor, delta: Tensor, dtype: torch.dtype) -> Survival:
     return measured(rounded(base, dtype).to(base.dtype), delta, rounded(base + delta, dtype))
 
 
-def measured(base: Tensor, delta: Tensor, merged: Tensor, spaces: tuple[Tensor, Tensor] | None = None) -> Survival:
+def measured(base: Tensor, delta: Tensor, merged: Tensor, space: Tensor | None = None) -> Survival:
     """As `survival`, of a merged weight that exists; base and delta in the dtype of the computation.
 
-    `spaces`: memory of that dtype and shape to work in; fresh memory costs more here than the arithmetic.
+    `space`: memory of that dtype and shape to work in; fresh memory costs more here than the arithmetic.
     """
-    first, second = spaces or (torch.empty_like(base), torch.empty_like(base))
-    applied = first.copy_(merged).sub_(base)
-    norm = torch.linalg.vector_norm
+    space = torch.empty_like(base) if space is None else space
+    if base.stride(0) < base.stride(1):  # sums of what does not lie together take four times as long
+        base, delta, merged, space = base.T, delta.T, merged.T, space.T
+    applied = space.copy_(merged).sub_(base)
+    changed, norm = count((applied != 0).cpu()), torch.linalg.vector_norm
     rows = [  # sums over rows in the dtype of the computation, over their sums in float64
-        torch.ne(applied, 0, out=second).sum(-1),  # ten times faster than `count_nonzero`
         norm(delta, dim=-1).square_(),
         norm(applied, dim=-1).square_(),
-        torch.mul(applied, delta, out=second).sum(-1),
+        torch.linalg.vecdot(applied, delta),
         norm(applied.sub_(delta), dim=-1).square_(),
     ]
-    changed, *sums = torch.stack(rows).sum(1, dtype=torch.float64).tolist()
-    return Survival(base.numel(), int(changed), *sums)
+    return Survival(base.numel(), changed, *torch.stack(rows).sum(1, dtype=torch.float64).tolist())
 
 
 _FEW = 1 / 16  # of the entries

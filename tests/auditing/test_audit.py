@@ -169,7 +169,7 @@ def test_one_unit_in_a_tensor_without_an_adapter_fails(inputs: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype_and_strength", one_in(3, [
+@pytest.mark.parametrize("dtype_and_strength", one_in(4, [
     ("F32", 0.9999), ("F32", 1.005), ("F32", -0.7), ("BF16", 1.01), ("BF16", 0.995), ("BF16", 1.4), ("F16", 0.3)
 ]))  # fmt: skip
 def test_a_strength_that_was_not_asked_for_fails(
@@ -258,7 +258,7 @@ def test_what_merge_left_out_is_partial(inputs: Path, tmp_path: Path) -> None:
 # Forms of checkpoints --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", one_in(2, CASES))
+@pytest.mark.parametrize("name", one_in(3, CASES))
 def test_every_architectures_merge_passes(built: Callable[[str], Built], name: str) -> None:
     case = built(name)
     found = audit(case.base, case.adapter, case.merged)
@@ -267,7 +267,7 @@ def test_every_architectures_merge_passes(built: Callable[[str], Built], name: s
     assert found.coverage["missing"] == found.coverage["extra"] == found.coverage["changed"] == 0
 
 
-@pytest.mark.parametrize("name", one_in(3, CASES))
+@pytest.mark.parametrize("name", one_in(4, CASES))
 def test_every_architectures_merge_at_another_strength_fails(
     built: Callable[[str], Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

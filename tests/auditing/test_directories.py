@@ -13,7 +13,7 @@ from d2surgery.auditing import audit
 from d2surgery.errors import D2SurgeryError
 
 ALL = mutations()
-SHORT = {(mutation.id, ARCHITECTURES[i % len(ARCHITECTURES)]) for i, mutation in enumerate(ALL[::2])}
+SHORT = {(mutation.id, ARCHITECTURES[i % len(ARCHITECTURES)]) for i, mutation in enumerate(ALL[::4])}
 TURNS = [
     pytest.param(
         mutation, name, id=f"{mutation.id}-{name}", marks=() if (mutation.id, name) in SHORT else pytest.mark.long

@@ -261,7 +261,8 @@ for kind in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize("kinds", [["duallora"], pytest.param(["lora", "dora", "d2lora"], marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kinds", [["duallora"], ["lora", "dora", "d2lora"]])
 def test_a_model_with_adapters_compiles_into_one_graph_and_warms_up_in_it(kinds: list[str]) -> None:
     """In its own process: the checks of test_adapters' import hook cannot be traced."""
     here = Path(__file__).parents[1]

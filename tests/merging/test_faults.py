@@ -27,6 +27,7 @@ WRITING = (
     "ftruncate",
 )  # fmt: skip
 READING = ("open", "pread", "preadv", "fstat", "stat")
+FAILING = [("pwrite", errno.ENOSPC), ("write", errno.EDQUOT), *((n, errno.EIO) for n in sorted({*WRITING, *READING}))]
 
 
 class Scene(NamedTuple):
@@ -96,15 +97,12 @@ class Failing:
 
 
 @pytest.mark.parametrize("once", one_in(2, [False, True]))
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [*((name, errno.EIO) for name in sorted({*WRITING, *READING})), ("pwrite", errno.ENOSPC), ("write", errno.EDQUOT)],
-)
+@pytest.mark.parametrize("call", one_in(2, FAILING))
 def test_whichever_call_fails_nothing_is_lost_and_nothing_looks_whole(
-    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, number: int, once: bool
+    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], call: tuple[str, int], once: bool
 ) -> None:
     """Which call it will be is found by trying: the first ones, and some of the later ones."""
-    seen = 0
+    (name, number), seen = call, 0
     for first in (*range(6), 9, 14):
         out = tmp_path / f"out {first}"
         with pytest.MonkeyPatch.context() as patch:

@@ -36,7 +36,7 @@ def test_the_merged_model_answers_as_the_unmerged_one(built: Callable[[str], Bui
         assert relative(without, unmerged) > 1e-4, "the adapter does nothing: this test would see nothing"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", one_in(2, CASES))
 def test_float32_weights_are_the_formula_to_two_units_in_the_last_place(
     built: Callable[[str], Built], name: str
 ) -> None:

@@ -91,8 +91,8 @@ def cases() -> list[Case]:
 
 
 def part(whole: list[Case]) -> list[Case]:
-    """About a twelfth: a quarter of the kinds and dtypes of what is healthy, without most modes of what installs; one
-    of each shape of damage; each other failure for an eighth of its kinds and dtypes; of everything at least one."""
+    """About a twentieth: an eighth of the kinds and dtypes of what is healthy, without most modes of what installs; one
+    of each shape of damage; each other failure for a sixteenth of its kinds and dtypes; of everything at least one."""
     alike: dict[tuple[str, str], list[Case]] = {}
     for case in whole:
         alike.setdefault((case.group, case.name), []).append(case)
@@ -104,7 +104,7 @@ def part(whole: list[Case]) -> list[Case]:
         elif key[0] == "shape":
             kept.append(same[number % len(same)])
         else:
-            one_in = 4 if key[0] == "healthy" else 8
+            one_in = 8 if key[0] == "healthy" else 16
             few = same[number % one_in :: one_in]
             kept += few or same[:1]
     return kept

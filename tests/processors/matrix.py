@@ -2,8 +2,10 @@
 
     python tests/processors/matrix.py                        every setting, every test marked numerical but long ones
     python tests/processors/matrix.py --only "MKL compatible" "2 threads" -- tests/measures -n 2
+    python tests/processors/matrix.py --whole --times 3 -- -n auto      the README's second command, thrice under each
 
-A setting that this processor does not have, or does not heed, is reported as such. docs/processors.md says more.
+With --together one child process has all of the settings. One that this processor does not have, or does not heed, is
+reported as such. docs/processors.md says more.
 """
 
 import argparse
@@ -113,13 +115,20 @@ def main(arguments: list[str]) -> int:
     own, tests = arguments[:at], arguments[at + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
-    chosen = parser.parse_args(own).only
+    parser.add_argument("--together", action="store_true", help="all of them at once")
+    parser.add_argument("--whole", action="store_true", help="every test but long ones, not only the numerical")
+    parser.add_argument("--times", type=int, default=1, metavar="N", help="in a row")
+    options = parser.parse_args(own)
+    chosen = options.only
+    if options.together:
+        chosen = [" + ".join(chosen)]
+        SETTINGS[chosen[0]] = {name: value for one in options.only for name, value in SETTINGS[one].items()}
     print("as it is:", used("as it is"), flush=True)
+    some = ("-p", "no:cacheprovider") if options.whole else ("-p", "no:cacheprovider", "-m", "numerical and not long")
+    command = [sys.executable, "-m", "pytest", "-q", *some, *tests]
     failed = []
-    for name, changes in settings(chosen):
+    for name, changes in (one for one in settings(chosen) for _ in range(options.times)):
         began = time.monotonic()
-        some = ("-m", "numerical and not long", "-p", "no:cacheprovider")
-        command = [sys.executable, "-m", "pytest", "-q", *some, *tests]
         done = subprocess.run(command, env=environment(SETTINGS[name]), cwd=ROOT, capture_output=True, text=True)
         failed += [name] * (done.returncode != 0)
         last = done.stdout.strip().splitlines()[-1:] or [done.stderr[-200:]]

@@ -456,6 +456,7 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(folder: Path) ->
         torch.testing.assert_close(tensors(folder / "halves")[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 def test_fsdp2_spreads_adapted_models() -> None:
     """torch's own, on CPU: accelerate begins FSDP on accelerators only."""
     found = [json.loads(line) for line in two_processes(str(TESTS / "sharded.py")).splitlines()]
