@@ -22,6 +22,8 @@ _HALF = 0.5  # of a fault's move must be in the file
 _LEAST = 0.1  # of a strength that leaves more than rounding: with less, something else was merged
 _FEW = 16  # elements that a fault must move, where it does not give every bit
 _PARTS = 4  # of which a fault must be seen in more than one
+_LOCAL = 16  # the part of rows or columns that is a few of them
+_FAR = 3.0  # noise of a row that was damaged
 _SAMPLE = 64  # rows on which most faults are seen not to have been made
 _RANK_SIDE = 384  # rows and columns of the block whose residual is decomposed
 
@@ -79,6 +81,8 @@ def diagnose(case: Case, merged: Tensor, before: Diagnosis) -> Diagnosis:
         return known.diagnosis(look.fit() if before.fit else None)
     if (what := _zeros(look.stored, merged)) and ("pruning" in what or not _steps(look.stored, merged)):
         return Diagnosis("ZEROED", what)
+    if look.in_few_vectors():
+        return look.of_few_vectors()
     fit = look.fit()
     if before.code == "WRONG_STRENGTH" and before.fit and fit.noise <= PLAIN and fit.like(before.fit):
         return replace(before, fit=fit)
@@ -128,6 +132,22 @@ class _Look:
         """‖merged − effective‖ in units of the noise of rounding once: the right merge or, if that makes more, this."""
         unit = max(self.unit, _unit(effective, self.merged.dtype))
         return _norm(self.merged.to(effective.dtype) - effective) / unit
+
+    def in_few_vectors(self) -> bool:
+        """Whether a few rows, or columns, are far off and the others right: what a merge does wrong it does to all."""
+        right = self.case.right
+        off = self.merged.to(right.dtype) - right
+        for dim in (1, 0):
+            noise = torch.linalg.vector_norm(off, dim=dim) / _units(right, self.merged.dtype, dim)
+            far = noise > _FAR
+            if 0 < int(far.sum()) <= len(far) / _LOCAL and float(noise[~far].square().mean()) <= PLAIN**2:
+                return True
+        return False
+
+    def of_few_vectors(self) -> Diagnosis:
+        """What is done to a few vectors has no strength and no rank that would say something of the module."""
+        what = self.base_rows() or ("" if self.sloppy() else "what is left lies in a few rows or columns")
+        return Diagnosis("DELTA_UNEXPLAINED", what) if what else Diagnosis()
 
     def best_fault(self, what: str = "") -> _Trial | None:
         """What is believed and leaves least, of all faults or of those so described."""
@@ -200,9 +220,14 @@ class _Look:
 
 def _unit(effective: Tensor, dtype: torch.dtype) -> float:
     """‖round(effective) − effective‖; in float32 also what sums in float32 cost."""
-    once = rounded(effective, dtype).to(effective.dtype) - effective
-    arithmetic = 1e-7 * _norm(effective) if dtype in (torch.float32, torch.float64) else 0.0
-    return max(_norm(once) + arithmetic, 1e-300)
+    return max(float(_units(effective, dtype, None)), 1e-300)
+
+
+def _units(effective: Tensor, dtype: torch.dtype, dim: int | None) -> Tensor:
+    """The same of each row (1), of each column (0) or of all."""
+    norm = torch.linalg.vector_norm
+    once: Tensor = norm(rounded(effective, dtype).to(effective.dtype) - effective, dim=dim)
+    return once + 1e-7 * norm(effective, dim=dim) if dtype in (torch.float32, torch.float64) else once
 
 
 def _believed(sums: Comparison) -> bool:

@@ -18,6 +18,7 @@ _VAGUE = (
     "WEIGHT_DECAYED",
     "ROW_SCALED",
 )
+_PLACES = 1 / 16  # of the elements
 _MOST = 0.5  # of the modules
 _UNLIKE = 0.03  # of delta's norm, which is left beside any strength and rounding
 _SOME = 0.2  # of them, where more than a factor is seen
@@ -38,7 +39,8 @@ def another_adapter(
 ) -> dict[str, ModuleAudit]:
     """Where most modules hold a change that no strength of the given delta explains, and what no adapter touches is
     the base's: an adapter like it, or unlike it. Noise leaves the strength at one, and has full rank."""
-    every = {name: _likeness(module, replay.modules[name]) for name, module in modules.items() if module.code in _VAGUE}
+    strange = {name: module for name, module in modules.items() if module.code in _VAGUE and not _in_places(module)}
+    every = {name: _likeness(module, replay.modules[name]) for name, module in strange.items()}
     vague = {name: like for name, like in every.items() if like is not None}
     low = [name for name in vague if 0 < (modules[name].residual_rank or 0) <= _LOW]
     other = {*low, *(name for name, like in vague.items() if like.rest > _UNLIKE)}
@@ -60,6 +62,12 @@ def another_adapter(
         else m
         for name, m in modules.items()
     }
+
+
+def _in_places(module: ModuleAudit) -> bool:
+    """Whether little differs, and that in known places: an adapter's change is everywhere."""
+    named = module.code in ("ROW_SCALED", "DELTA_UNEXPLAINED") and module.residual_rank is None
+    return named and module.mismatched_elements <= _PLACES * module.elements
 
 
 def _likeness(module: ModuleAudit, tally: Tally) -> _Likeness | None:

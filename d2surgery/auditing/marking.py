@@ -148,7 +148,8 @@ def _gain_of(tally: Tally, module: ModuleAudit) -> float:
 def _renamed(module: ModuleAudit, structure: Structure) -> ModuleAudit:
     strength = f"; {module.message.rpartition('; ')[2]}" if "; strength" in module.message else ""
     message = f"{structure.what}{strength}"
-    return replace(module, status="wrong", verdict="fail", code=structure.code, message=message)
+    rank = None if structure.places else module.residual_rank  # which says nothing of what lies in a few places
+    return replace(module, status="wrong", verdict="fail", code=structure.code, message=message, residual_rank=rank)
 
 
 # DoRA's magnitudes -----------------------------------------------------------------------------------------------

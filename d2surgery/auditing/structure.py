@@ -262,13 +262,14 @@ def structure_of(marks: Marks, tests: int, gain: float = 0.0) -> Structure | Non
         where = f" in {_where(local.axis, local.chosen)}" if local is not None and local.covers else ""
         return Structure("ZEROED", f"{marks.zeros} of {marks.elements} elements are zero{where}")
     by_size = None if everything.of_strength else _by_size(marks, limit)
+    gross = marks.far > 0.2 * marks.strays
     if local is not None and local.covers and (by_size is None or local.filled > 0.5 * by_size[1]):
-        return _named(local)
+        return _named(local, gross)
     if everything.of_strength:
         return None
     if by_size is not None:
         return by_size[0]
-    if (spread := _spread(everything, rows, columns, marks.far > 0.2 * marks.strays)) is not None:
+    if (spread := _spread(everything, rows, columns, gross)) is not None:
         return spread
     if local is not None and not bool(everything.restrained):
         what = f"what differs is not random in place: most in {_where(local.axis, local.chosen)}"
@@ -322,7 +323,8 @@ def _divisions(count: int) -> Iterator[Tensor]:
     yield from (every % step for step in _STEPS if step < count)
 
 
-def _named(place: _Place) -> Structure:
+def _named(place: _Place, gross: bool) -> Structure:
+    """gross: as in `_spread`."""
     parts, chosen, axis = place.parts, place.chosen, place.axis
     here = _Parts(parts.sums[:, chosen], parts.limit)
     n = float(here["strays"].sum())
@@ -330,7 +332,9 @@ def _named(place: _Place) -> Structure:
     way = max(ways, key=ways.__getitem__)
     where = _where(axis, chosen)
     numbers = tuple(int(i) for i in chosen.nonzero().flatten())
-    if ways[way] < 0.6:
+    by_factor = float((here["dE"].square() / here["EE"].clamp(min=1e-300)).sum())
+    by_another = way == "base" and gross and by_factor < 0.7 * float(here["dd"].sum())  # rows swapped, say
+    if ways[way] < 0.6 or by_another:
         return Structure(
             "DELTA_UNEXPLAINED", f"more than rounding differs in {where}, and not in the rest", axis, numbers
         )
@@ -414,11 +418,8 @@ def _where(axis: Axis, chosen: Tensor) -> str:
 
 def _times(factors: tuple[float, ...]) -> str:
     low, high = min(factors), max(factors)
-    return (
-        f"multiplied by {low:.4g}"
-        if high - low < 2e-3 * max(abs(high), 1)
-        else f"multiplied by {low:.4g} to {high:.4g}"
-    )
+    alike = high - low < 2e-3 * max(abs(high), 1)
+    return f"multiplied by {low:.4g}" + ("" if alike else f" to {high:.4g}")
 
 
 # Of low rank -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields, replace
+from functools import cache
 from itertools import pairwise
 from math import inf, nan, sqrt
 from operator import add
@@ -199,6 +200,7 @@ def strength_of(base: Tensor, delta: Tensor, merged: Tensor) -> tuple[float, flo
     def terms(strength: float) -> Tensor:
         return there.sub(rounded(base + strength * delta, merged.dtype)).mul_(delta)
 
+    @cache
     def missing(strength: float) -> float:  # falls as the strength grows: rounding is monotone
         return float(terms(strength).sum(dim=-1).sum(dtype=torch.float64))
 

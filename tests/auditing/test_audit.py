@@ -32,7 +32,7 @@ from d2surgery import (
     save,
     verify_receipt,
 )
-from d2surgery.auditing import blocks
+from d2surgery.auditing import blocks, diagnosis
 from d2surgery.auditing.findings import Audit
 from d2surgery.cli import demo
 from d2surgery.files.tensors import DTYPES
@@ -224,6 +224,24 @@ def test_a_damaged_row_of_every_module_is_one_cause(inputs: Path, tmp_path: Path
     wrong = rewritten(tmp_path / "merged", tmp_path / "wrong", damaged)
     found = audit(inputs / "base", tmp_path / "adapter", wrong)
     assert (found.verdict, codes(found)) == ("fail", {"ROW_SCALED"})
+
+
+@pytest.mark.parametrize(("dim", "code"), [(0, "ROW_SCALED"), (1, "COLUMN_SCALED")])
+def test_where_a_few_vectors_are_damaged_no_fault_of_merging_is_looked_for(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dim: int, code: str
+) -> None:
+    """Each of the faults costs a merge of the block; what a merge does wrong it does to all vectors."""
+
+    def damaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name in load(inputs / "lora"):
+            tensors[f"{name}.weight"].select(dim, 5).mul_(1.04)
+        return tensors
+
+    tried: list[str] = []
+    monkeypatch.setattr(diagnosis._Look, "_try", lambda look, named: tried.append(named.what))
+    wrong = rewritten(inputs / "merged-lora", tmp_path / "wrong", damaged)
+    found = audit(inputs / "base", inputs / "lora", wrong)
+    assert (found.verdict, codes(found), tried) == ("fail", {code}, [])
 
 
 def test_a_small_delta_in_bfloat16_passes_with_a_warning(inputs: Path, tmp_path: Path) -> None:

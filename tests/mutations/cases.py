@@ -91,8 +91,8 @@ def cases() -> list[Case]:
 
 
 def part(whole: list[Case]) -> list[Case]:
-    """About a twentieth: an eighth of the kinds and dtypes of what is healthy, without most modes of what installs; one
-    of each shape of damage; each other failure for a sixteenth of its kinds and dtypes; of everything at least one."""
+    """About a fifteenth: an eighth of the kinds and dtypes of what is healthy, without most modes of what installs; one
+    of each shape of damage, an eighth of these in all modules; a sixteenth of each other failure, and at least one."""
     alike: dict[tuple[str, str], list[Case]] = {}
     for case in whole:
         alike.setdefault((case.group, case.name), []).append(case)
@@ -101,8 +101,8 @@ def part(whole: list[Case]) -> list[Case]:
     for number, (key, same) in enumerate(alike.items()):
         if key in modes:
             kept += same[number % len(same) :][:1] if modes.index(key) % 12 == 0 else []
-        elif key[0] == "shape":
-            kept.append(same[number % len(same)])
+        elif key[0] in ("shape", "shape of all"):
+            kept += same[number % len(same) :][:1] if key[0] == "shape" or number % 8 == 0 else []
         else:
             one_in = 8 if key[0] == "healthy" else 16
             few = same[number % one_in :: one_in]
@@ -452,11 +452,15 @@ def _single() -> Iterator[Case]:
 
 
 def _shapes() -> Iterator[Case]:
-    """Every shape of damage, in a square weight and in one that is wider, of realistic weights."""
+    """Every shape of damage, in a square weight or in one that is wider, and in all, of realistic weights."""
     for name, (damage, codes) in SHAPES.items():
         for number, at in enumerate(_every()):
             module = (DOWN, Q)[number % 2]
             yield Case(group="shape", name=name, change=shaped(module, damage), codes=codes, where=module,
+                       also=("PARTIAL_MERGE",), real=True, verdict="fail", **at)  # fmt: skip
+        low = ("ANOTHER_ADAPTER",) if name == "columns shifted like a bias" else ()  # a change of rank one everywhere
+        for at in _every():
+            yield Case(group="shape of all", name=name, change=shaped("", damage), codes=(*codes, *low),
                        also=("PARTIAL_MERGE",), real=True, verdict="fail", **at)  # fmt: skip
 
 

@@ -327,13 +327,16 @@ def both(*changes: Change) -> Change:
 
 
 def shaped(module: str, damage: Callable[[Tensor, Tensor], Tensor]) -> Change:
-    """A right merge, exact before it was rounded, with a damage of some shape to one module."""
+    """A right merge, exact before it was rounded, with a damage of some shape to one module; to every one for ""."""
+
+    def damaged(setting: Setting, module: str) -> Tensor:
+        before = setting.weights()[f"{module}.weight"]
+        merged = torch.from_numpy(np.asarray(effective(setting.values[module], before), np.float64))
+        return rounded(damage(merged, before.double()), setting.dtype)
 
     def change(setting: Setting, out: Path) -> None:
-        name = f"{module}.weight"
-        before = setting.weights()[name]
-        merged = torch.from_numpy(np.asarray(effective(setting.values[module], before), np.float64))
-        rewrite(out, {name: rounded(damage(merged, before.double()), setting.dtype)})
+        modules = [module] if module else list(setting.values)
+        rewrite(out, {f"{name}.weight": damaged(setting, name) for name in modules})
 
     return change
 
