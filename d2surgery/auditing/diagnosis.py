@@ -92,7 +92,7 @@ def diagnose(case: Case, merged: Tensor, before: Diagnosis) -> Diagnosis:
     if own > EXCESS and (grid := _grid(look.stored, merged)):
         return Diagnosis("REQUANTIZED", grid)
     if what := look.base_rows():
-        return Diagnosis("DELTA_UNEXPLAINED", what)
+        return Diagnosis("DELTA_UNEXPLAINED", what)  # another adapter leaves some, too
     if fit.noise <= EXCESS or (fit.noise < 0.5 * own and abs(fit.strength) > _LEAST):
         off = abs(fit.strength - 1) > SIGNIFICANT * fit.error
         return Diagnosis("WRONG_STRENGTH", _factor(case, fit), fit=fit) if off else Diagnosis()
@@ -146,8 +146,10 @@ class _Look:
 
     def of_few_vectors(self) -> Diagnosis:
         """What is done to a few vectors has no strength and no rank that would say something of the module."""
-        what = self.base_rows() or ("" if self.sloppy() else "what is left lies in a few rows or columns")
-        return Diagnosis("DELTA_UNEXPLAINED", what) if what else Diagnosis()
+        if what := self.base_rows():
+            return Diagnosis("PARTIAL_MERGE", what)
+        what = "what is left lies in a few rows or columns"
+        return Diagnosis() if self.sloppy() else Diagnosis("DELTA_UNEXPLAINED", what)
 
     def best_fault(self, what: str = "") -> _Trial | None:
         """What is believed and leaves least, of all faults or of those so described."""

@@ -16,7 +16,7 @@ Bonferroni over all parts and directions. Beside significance a structure must m
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import log
+from math import log, sqrt
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -344,8 +344,9 @@ def _named(place: _Place, gross: bool) -> Structure:
         return Structure(code, f"{where} {_times(factors)}", axis, numbers, factors)
     if way == "up":
         return Structure("VALUES_SHIFTED", f"a constant was added to {where}", axis, numbers)
-    share = float(here["dD"].sum() / here["DD"].sum().clamp(min=1e-300))
-    if abs(share + 1) < 0.1:
+    size = float(here["DD"].sum().clamp(min=1e-300))
+    share, error = float(here["dD"].sum()) / size, sqrt(float(here["dd"].sum()) / size / float(here["count"].sum()))
+    if abs(share + 1) < max(0.1, 2 * error):
         return Structure("PARTIAL_MERGE", f"as in the base: {where}", axis, numbers)
     return Structure("WRONG_STRENGTH", f"strength {1 + share:.3g} in {where}", axis, numbers)
 
