@@ -67,16 +67,19 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def give_back(mapped_above: int | None = None) -> None:
-    """Where it is glibc: one heap for all threads, since each thread's own keeps what others could use; and larger
-    blocks than this back to the system when they are freed, which costs time and saves what else is kept."""
+def give_back(mapped_above: int = 1 << 25) -> None:
+    """Where it is glibc: one heap for all threads, since each thread's own keeps what others could use; and back to the
+    system go larger blocks than this (at most 32 MB) when they are freed, and what is free at the heap's end.
+
+    Blocks of the heap are used again; a block of its own costs a page fault for each page, each time.
+    """
     import ctypes
 
     with suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)
         library.mallopt(-8, 1)  # M_ARENA_MAX
-        if mapped_above is not None:
-            library.mallopt(-3, mapped_above)  # M_MMAP_THRESHOLD, which otherwise grows to 32 MB
+        library.mallopt(-3, mapped_above)  # M_MMAP_THRESHOLD
+        library.mallopt(-1, 1 << 23)  # M_TRIM_THRESHOLD
 
 
 def trim() -> None:
@@ -89,12 +92,19 @@ def trim() -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No search for garbage meanwhile: torch's import makes none, and would be searched again and again (0.2 s)."""
+    """No search for garbage meanwhile: torch's import makes none, and would be searched again and again (0.2 s).
+
+    What was made is old at once, as though it had been searched (0.3 s more); frozen, where something is frozen.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        frozen = gc.get_freeze_count()
+        gc.freeze()
+        if not frozen:
+            gc.unfreeze()
         if enabled:
             gc.enable()
 
