@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from d2surgery.live.loading import quiet
+from d2surgery.live import quiet
 
 _OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")

@@ -11,7 +11,7 @@ from d2surgery.auditing import audit
 from d2surgery.auditing.findings import LEVELS, Audit, Thresholds, document, several
 from d2surgery.auditing.receipts import verify_receipt
 from d2surgery.auditing.recipes import RECIPES
-from d2surgery.cli import measured, output
+from d2surgery.cli import output
 from d2surgery.cli.options import (
     BASE_HELP,
     Base,
@@ -146,9 +146,6 @@ def command(
 
 
 def _by_weights(asked: Asked, progress: Callable[[int, int], None]) -> Audit:
-    from d2surgery.evaluating.items import read_prompts
-    from d2surgery.evaluating.tasks import read_task
-
     give_back()
     base, adapter = _required("base", asked.base), _required("adapter", asked.adapter or None)
     right, wrong = asked.strength_pass, asked.strength_fail
@@ -167,11 +164,19 @@ def _by_weights(asked: Asked, progress: Callable[[int, int], None]) -> Audit:
         scale=asked.scale,
         alpha=asked.alpha,
         files=not asked.weights_only,
-        prompts=read_prompts(asked.prompts) if asked.prompts else None,
-        tasks=[read_task(path) for path in asked.tasks],
+        **(_material(asked) if asked.prompts or asked.tasks else {}),
         device=asked.device,
         progress=progress,
     )
+
+
+def _material(asked: Asked) -> dict[str, Any]:
+    """The texts and the tasks for the levels that ask for them, whose readers are imported with them."""
+    from d2surgery.evaluating.items import read_prompts
+    from d2surgery.evaluating.tasks import read_task
+
+    prompts = read_prompts(asked.prompts) if asked.prompts else None
+    return {"prompts": prompts, "tasks": [read_task(path) for path in asked.tasks]}
 
 
 def _required(name: str, value: Given | None) -> Given:
@@ -215,7 +220,7 @@ def describe(found: Audit, *, per_layer: bool = False) -> Iterator[str]:
         replayed = [module for module in found.modules.values() if module.status == "replayed"]
         yield f"recipe: {found.recipe}, bit for bit in {output.count(len(replayed), 'module')} ({words})"
         if found.also:
-            yield from measured.prose(f"the same bits, in the first module, as by {several(list(found.also))}")
+            yield from output.prose(f"the same bits, in the first module, as by {several(list(found.also))}")
     yield from _modules(found, per_layer)
     yield from _behaviour(found)
     counts = found.coverage

@@ -89,7 +89,7 @@ def _document(names: Sequence[str], weights: Sequence[float], shared: Sharing) -
 
 
 def _text(names: Sequence[str], shared: Sharing) -> Iterator[str]:
-    yield from measured.prose(f"{output.count(len(names), 'adapter')}: {shared.in_words()}.")
+    yield from output.prose(f"{output.count(len(names), 'adapter')}: {shared.in_words()}.")
     rows = [
         ["", "left in the sum"],
         *([name, measured.percent(kept)] for name, kept in zip(names, shared.kept, strict=True)),
@@ -108,7 +108,7 @@ def _text(names: Sequence[str], shared: Sharing) -> Iterator[str]:
     yield f"  the sum has {measured.percent(shared.energy)} of the energy that they have apart"
     if shared.error is not None:
         yield f"  cut to the ranks asked for it would lose {measured.percent(shared.error)}"
-    yield from measured.prose(
+    yield from output.prose(
         "left in the sum: of each, what the weighted sum has along it. φ in, φ out: share of one's input or output "
         "directions that the other uses too. ties drops the lighter side where signs disagree."
     )

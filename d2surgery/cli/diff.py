@@ -113,8 +113,8 @@ def _side(found: Shared | None) -> dict[str, Any] | None:
 
 def _text(found: Sequence[Compared], per_layer: bool) -> Iterator[str]:
     for compared in found:
-        yield from measured.prose(f"{output.printable(compared.first)} and {output.printable(compared.second)}:")
-        yield from measured.prose(f"  {verdict(compared.whole)}")
+        yield from output.prose(f"{output.printable(compared.first)} and {output.printable(compared.second)}:")
+        yield from output.prose(f"  {verdict(compared.whole)}")
         yield ""
         rows = [["", "cosine", "φ in", "φ out", "signs"], ["all modules", *_cells(compared.whole)]]
         for name, modules in measured.groups(compared.modules, per_layer).items():
@@ -122,13 +122,13 @@ def _text(found: Sequence[Compared], per_layer: bool) -> Iterator[str]:
         rows.append(["by chance", *_chance(compared.whole)])
         yield from output.table(rows)
         yield ""
-        yield from measured.prose(_coverage(compared))
+        yield from output.prose(_coverage(compared))
         if compared.whole.signs_error:
-            yield from measured.prose(
+            yield from output.prose(
                 f"signs: of {SAMPLE} entries of each large module, over all ± {compared.whole.signs_error:.1g} (one "
                 "standard error); --exact-signs counts every entry."
             )
-    yield from measured.prose(
+    yield from output.prose(
         "cosine: of the updates. φ in, φ out: share of one's input or output directions that the other uses too. "
         "signs: share of entries of equal sign; by chance is that of Gaussian entries with the same cosine."
     )

@@ -88,19 +88,19 @@ def _record(record: Drift) -> dict[str, Any]:
 
 
 def _text(checkpoint: Checkpoint, found: Found, related: Correlation, per_layer: bool) -> Iterator[str]:
-    yield from measured.prose(_verdict(checkpoint, found))
+    yield from output.prose(_verdict(checkpoint, found))
     yield ""
     rows = [["", "update", "drift", "least", "most", "1 − cos"]]
     for name, modules in measured.groups(found, per_layer).items():
         rows.append([name, *_numbers([found[module] for module in modules])])
     yield from output.table(rows)
     yield ""
-    yield from measured.prose(
+    yield from output.prose(
         "update: ‖delta‖/‖W0‖. drift: mean change of a vector's length, ‖w′‖/‖w‖ − 1; least and most: of any vector. "
         f"1 − cos: mean change of direction.{'' if per_layer else ' Means over a line.'}"
     )
     yield from _correlation(related)
-    yield from measured.prose(_coverage(found))
+    yield from output.prose(_coverage(found))
 
 
 def _verdict(checkpoint: Checkpoint, found: Found) -> str:
@@ -126,7 +126,7 @@ def _numbers(records: list[Drift]) -> list[str]:
 
 def _correlation(related: Correlation) -> Iterator[str]:
     if related.pearson == related.pearson:
-        yield from measured.prose(
+        yield from output.prose(
             f"ΔM against ΔD over {related.modules} modules: Pearson {related.pearson:+.2f}; random updates of the same "
             f"sizes give {related.null_mean:+.2f} ± {related.null_sd:.2f}."
         )

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from torch import nn
 
-from d2surgery.cli import measured, output
+from d2surgery.cli import output
 from d2surgery.cli.options import BASE_HELP, DTYPE_NAMES, Base, device_option, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.evaluating.behaviour import compare_scores
@@ -243,7 +243,7 @@ def _items(answered: dict[str, list[Score]]) -> str:
 def _text(document: dict[str, Any]) -> Iterator[str]:
     models = document["models"]
     for name, model in models.items():
-        yield from measured.prose(_verdict(name, model))
+        yield from output.prose(_verdict(name, model))
         yield ""
         rows = [["", "items", "right", "95 %", "chance", "unanswered"]]
         rows += [_row(task) for task in model["tasks"]]
@@ -275,7 +275,7 @@ def _row(task: dict[str, Any]) -> list[str]:
 
 def _gap(gap: dict[str, Any]) -> Iterator[str]:
     low, high = gap["ci_pp"]
-    yield from measured.prose(
+    yield from output.prose(
         f"merged − unmerged: {gap['gap_pp']:+.2f} points on average (95 % {low:+.2f} to {high:+.2f}), at worst "
         f"{gap['worst_gap_pp']:+.2f} ({gap['worst_task']}). {gap['gained']} answers became right, {gap['lost']} wrong; "
         f"McNemar p = {gap['mcnemar_p']:.2g}."
@@ -295,7 +295,7 @@ def _gap(gap: dict[str, Any]) -> Iterator[str]:
         yield ""
         colour = output.COLOURS[problem["severity"]]
         details = "; ".join(f"{k} {problem[k]}" for k in ("wanted", "got") if problem[k])
-        yield from measured.prose(
+        yield from output.prose(
             f"{output.style(problem['severity'], colour)} {problem['code']}{' ' * bool(problem['module'])}"
             f"{problem['module']}: {problem['message']} ({details})"
         )

@@ -1,7 +1,6 @@
 """What spectrum, drift and diff share: where their numbers go, and how a table of modules is put together."""
 
 import importlib.util
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
@@ -159,11 +158,6 @@ def mean(values: Iterable[float | int | None]) -> float | None:
 
 def kinds(checkpoint: Checkpoint) -> str:
     return " and ".join(TABLE[kind].title for kind in checkpoint.layout.kinds)
-
-
-def prose(text: str) -> Iterator[str]:
-    """Wrapped at the terminal's width."""
-    yield from textwrap.wrap(text, output.columns(), break_on_hyphens=False)
 
 
 def percent(value: float | None, sign: str = "") -> str:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from io import TextIOWrapper
@@ -36,6 +37,11 @@ def emit(line: str = "", *, err: bool = False) -> None:
     """One line. What could move the cursor is escaped, whoever's it is, and only what `style` coloured is coloured."""
     text = line if line.isprintable() else "".join(_COLOURED.get(char) or printable(char) for char in line)
     click.echo(text, err=err, color=False if os.environ.get("NO_COLOR") else None)
+
+
+def prose(text: str) -> Iterator[str]:
+    """Wrapped at the terminal's width."""
+    yield from textwrap.wrap(text, columns(), break_on_hyphens=False)
 
 
 def emit_json(document: Mapping[str, Any]) -> None:

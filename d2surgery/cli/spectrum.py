@@ -112,7 +112,7 @@ def _record(record: Spectrum) -> dict[str, Any]:
 
 def _text(checkpoint: Checkpoint, found: Found, zeros: list[str], per_layer: bool) -> Iterator[str]:
     nominal = nominal_ranks(checkpoint)
-    yield from measured.prose(f"{_verdict(checkpoint, found, nominal)}")
+    yield from output.prose(f"{_verdict(checkpoint, found, nominal)}")
     unknown = [problem for problem in checkpoint.layout.problems if problem.code == "SCALING_UNKNOWN"]
     yield from output.problem_lines([*unknown, *problems_of_zeros(checkpoint.layout, zeros)])
     yield ""
@@ -122,12 +122,12 @@ def _text(checkpoint: Checkpoint, found: Found, zeros: list[str], per_layer: boo
     yield from output.table(rows)
     yield ""
     note = "" if per_layer else " Means over a line."
-    yield from measured.prose(
+    yield from output.prose(
         f"rank: {CONVENTIONS['nominal_rank']}. rank used: {CONVENTIONS['energy_entropy_rank']}. stable: σ-energy over "
         f"that of the first, {CONVENTIONS['stable_rank']}. k90, k99: directions that hold 90, 99 % of Σσ². RMS: "
         f"{CONVENTIONS['rms_entry']}.{note}"
     )
-    yield from measured.prose(_coverage(found))
+    yield from output.prose(_coverage(found))
 
 
 def _verdict(checkpoint: Checkpoint, found: Found, nominal: Mapping[str, int | None]) -> str:

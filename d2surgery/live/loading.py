@@ -6,8 +6,7 @@ can hold (embeddings, convolutions, experts, added biases, replaced weights and 
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from d2surgery.files.header import Header
 from d2surgery.files.tensors import DTYPES, rounded
 from d2surgery.files.tokenizers import TOKENIZER_CONFIG, VOCABULARIES
 from d2surgery.formats.layout import About, AdapterLayout
+from d2surgery.live import quiet
 from d2surgery.live.attaching import attach, name_in
 from d2surgery.live.layers import is_linear
 from d2surgery.live.quantization import Quantization, by_bitsandbytes, loading_options, quantization_of
@@ -195,22 +195,6 @@ def _dtype_option() -> str:
 
     release = tuple(map(int, transformers.__version__.split(".")[:2]))
     return "dtype" if release >= (4, 56) else "torch_dtype"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' bars and load reports: what they say is refused here."""
-    from transformers.utils import logging
-
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:
