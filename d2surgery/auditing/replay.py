@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2surgery.auditing.matching import Matcher, equal
 from d2surgery.auditing.pairing import TensorPair
-from d2surgery.auditing.recipes import RECIPES
+from d2surgery.auditing.recipes import RECIPES, Recipe
 from d2surgery.auditing.structure import Marks
 from d2surgery.auditing.structure import Tile as Marked
 from d2surgery.auditing.tally import Found, Made, Mismatch, Tally
@@ -54,20 +54,32 @@ class Replay:
 
         rest = [pair for pair in pairs if pair not in first and pair not in some]
         for part in (first, some, rest) if len(names) > 1 else (pairs,):
-            merger = self.merger.apart()  # this thread's memory serves the first pair, and none after it
-            matchers = [Matcher(merger, names, pair, favourite, curious=part is first) for pair in part]
-            passes = [Pass(merger, matcher, matcher.pair, self.marking) for matcher in matchers]
-            work = [(one.pair.output, one.run) for one in passes]
-            for one, result in zip(passes, merger.over(work, workers(), advance), strict=True):
-                found[one.pair.name] = result
-                favourite = one.matcher.favourite
-                self.also = self.also or one.matcher.also
+            passed, favourite = self._pass(part, names, favourite, curious=part is first, progress=advance)
+            found |= passed
             done += sum(pair.output.entry.nbytes for pair in part)
             nearest = {tally.nearest for result in found.values() for tally in result.modules.values()}
             if len(found) >= ALIKE and len(nearest) == 1 and (one_of_all := nearest.pop()) is not None:
                 names = frozenset((one_of_all.name,))
         for pair in pairs:
             self._add(pair, found[pair.name])
+
+    def _pass(
+        self,
+        part: Sequence[TensorPair],
+        names: frozenset[str],
+        favourite: Recipe | None,
+        *,
+        curious: bool,
+        progress: Callable[[int], None],
+    ) -> tuple[dict[str, Found], Recipe | None]:
+        """What is found of these pairs, and what to try first on the next; in memory that ends with it."""
+        merger = self.merger.apart()
+        matchers = [Matcher(merger, names, pair, favourite, curious=curious) for pair in part]
+        work = [(one.pair.output, Pass(merger, one, one.pair, self.marking).run) for one in matchers]
+        results = merger.over(work, workers(), progress)
+        found = {pair.name: result for pair, result in zip(part, results, strict=True)}
+        self.also = self.also or next((one.also for one in matchers if one.also), ())
+        return found, matchers[-1].favourite if matchers else favourite
 
     def _add(self, pair: TensorPair, found: Found) -> None:
         self.tensors[pair.name] = found
