@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -118,6 +119,31 @@ def test_collection_is_off_inside_and_afterwards_as_it_was(enabled: bool, error:
         assert gc.isenabled() is enabled
     finally:
         gc.enable() if before else gc.disable()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_made_meanwhile_is_old_at_once_and_frozen_only_where_something_is(frozen: bool) -> None:
+    try:
+        if frozen:
+            gc.freeze()
+        with uncollected():
+            made: list[object] = []
+        assert bool(gc.get_freeze_count()) is frozen
+        assert any(one is made for one in gc.get_objects(generation=2)) is not frozen
+    finally:
+        gc.unfreeze()
+
+
+def test_garbage_made_meanwhile_is_collected_afterwards() -> None:
+    with uncollected():
+        made: set[object] = set()
+        lost: list[object] = [made]
+        lost.append(lost)
+        alive = weakref.ref(made)
+    assert alive() is not None
+    del made, lost
+    gc.collect()
+    assert alive() is None
 
 
 # Other systems ---------------------------------------------------------------------------------------------------
