@@ -9,7 +9,6 @@ import errno
 import gc
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
@@ -144,6 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return PIPE_CLOSED
     except BaseException as error:
         if DEBUG in arguments:
+            import traceback
+
             for line in "".join(traceback.format_exception(error)).splitlines():
                 output.emit(line, err=True)
         return _fail(_problems_of(error), as_json="--json" in wanted)

@@ -1,10 +1,8 @@
 """What every verb prints with: JSON documents, problem lines, tables that fit the terminal."""
 
 import json
-import logging
 import os
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from io import TextIOWrapper
@@ -30,6 +28,8 @@ def tolerate_any_text() -> None:
 
 def hush(package: str) -> None:
     """Errors only of a package that logs each forward, as bitsandbytes does in 8 bit."""
+    import logging  # as long in the import as all of a format
+
     logging.getLogger(package).setLevel(logging.ERROR)
 
 
@@ -41,6 +41,8 @@ def emit(line: str = "", *, err: bool = False) -> None:
 
 def prose(text: str) -> Iterator[str]:
     """Wrapped at the terminal's width."""
+    import textwrap  # which few verbs need
+
     yield from textwrap.wrap(text, columns(), break_on_hyphens=False)
 
 
