@@ -83,8 +83,8 @@ class Header:
 
     @cached_property
     def names(self) -> str:
-        """The tensors' names and those of the metadata, a line each."""
-        return "\n".join((*self.tensors, *self.metadata, ""))
+        """The tensors' names and those of the metadata, a line break before and after each."""
+        return "\n".join(("", *self.tensors, *self.metadata, ""))
 
     @property
     def usual_dtype(self) -> str | None:

@@ -19,7 +19,7 @@ from d2surgery.formats.layout import Layout, Packing, with_expert_layout, with_s
 class _Lazy:
     """A format whose module is imported when more is asked than its name: describing a PEFT file needs three of them.
 
-    marks: what some key has in it in every file of the format; none: any file may be of it.
+    marks: what some key, between line breaks, has in it in every file of the format; none: any file may be of it.
     """
 
     def __init__(self, module: str, *marks: str, name: str = "") -> None:
@@ -41,17 +41,17 @@ FORMATS: tuple[Format, ...] = (
     _Lazy("megatron", ".adapter."),
     _Lazy("adapterhub", ".loras."),
     _Lazy("tinker", "unembed_tokens.", ".experts.w"),
-    _Lazy("litgpt", "transformer.h."),
+    _Lazy("litgpt", ".lora_A\n", ".lora_B\n"),
     _Lazy("loralib", ".lora_A\n"),
     _Lazy(
         "diffusers",
         "lora_adapter_metadata",
         ".down.weight",
         ".up.weight",
-        "unet.",
-        "text_encoder",
-        "transformer",
-        "diffusion_model.",
+        "\nunet.",
+        "\ntext_encoder",
+        "\ntransformer",
+        "\ndiffusion_model.",
     ),
     _Lazy("peft_methods", ".hada_", ".lokr_", ".delora_", ".vera_", name="peft-methods"),
     _Lazy("peft"),
