@@ -242,13 +242,15 @@ def _verdict(layout: Layout) -> list[str]:
 
 
 def _step(step: Mapping[str, Any]) -> str:
-    """One step of what surgery made the file: `convert of adapter_model.safetensors 1a2b3c4d, error 3.9%`."""
+    """One step of what surgery made the file: `convert of adapter_model.safetensors 1a2b3c4d on model.safetensors
+    5e6f7a8b, error 3.9%`."""
     inputs = step.get("inputs")
     files = [entry for entry in inputs if isinstance(entry, dict)] if isinstance(inputs, list) else []
-    of = " and ".join(f"{entry.get('file')} {str(entry.get('sha256'))[:8]}" for entry in files)
+    named = [(entry.get("what"), f"{entry.get('file')} {str(entry.get('sha256'))[:8]}") for entry in files]
+    of, on = (" and ".join(name for what, name in named if (what == "base") is is_base) for is_base in (False, True))
     error = step.get("relative_error")
     said = f", error {100 * error:.3g}%" if isinstance(error, int | float) and not step.get("exact") else ", exact"
-    return f"by {step.get('method')!s}{f' of {of}' if of else ''}{said}"
+    return f"by {step.get('method')!s}{f' of {of}' if of else ''}{f' on {on}' if on else ''}{said}"
 
 
 def _trained(layout: Layout) -> Iterator[str]:

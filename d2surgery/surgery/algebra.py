@@ -20,7 +20,7 @@ from d2surgery.placement.parameters import parameters
 from d2surgery.surgery.certificate import Certificate, Form, Loss, dense, form, loss
 from d2surgery.surgery.combining import ENTRYWISE, Recipe, combined
 from d2surgery.surgery.converting import bound_of, rank_of
-from d2surgery.surgery.provenance import history, inputs_of
+from d2surgery.surgery.provenance import files_of, history, inputs_of
 from d2surgery.surgery.rebuilding import by_place, no_progress, over_modules, rebuilt, threads, with_tensors
 from d2surgery.surgery.truncation import ALL, Keep
 from d2surgery.surveying.modules import BaseMatrices, Place, Progress, places
@@ -67,7 +67,7 @@ def combine(
     made, losses = by_place(one, union, threads(checkpoints, base), progress)
     settings = {"weights": list(weights), "recipe": recipe.method, "meaning": "sum of true deltas"} | _chosen(recipe)
     certificate = Certificate(method="combine", settings=settings, losses=losses)
-    steps = history(checkpoints[0], certificate, checkpoints[1:])
+    steps = history(checkpoints, certificate, base)
     return rebuilt(checkpoints, made, steps, lambda number, module: weights[number]), certificate
 
 
@@ -88,12 +88,7 @@ def audit_combination(
     weights = settings.get("weights") if isinstance(settings, dict) else None
     if step.get("method") != "combine" or not isinstance(settings, dict) or not isinstance(weights, list):
         raise refuse("USAGE", "its header tells of no combination", file=str(made.layout.path))
-    stated, inputs = step.get("max_relative_error"), step.get("inputs")
-    files = [entry for part in parts for entry in inputs_of(part)]
-    problems: list[Problem] = []
-    if inputs != files:
-        got = ", ".join(f"{entry['file']} {entry['sha256'][:8]}" for entry in files)
-        problems.append(Problem(code="OTHER_PARTS", message="by their sha256", file=str(made.layout.path), got=got))
+    stated, problems = step.get("max_relative_error"), list(_other_parts(made, step, parts, base))
     choices = {name: settings[name] for name in ("density", "space", "seed") if name in settings}
     recipe = Recipe(method=settings.get("recipe", ""), keep=Keep(by="energy", value=1.0), **choices)
     whole, _ = combine(parts, [float(weight) for weight in weights], recipe, base, progress=progress)
@@ -112,6 +107,22 @@ def audit_combination(
             problems.append(Problem(code="OTHER_COMBINATION", message="an error above the stated one",
                                     module=place.name, wanted=wanted_, got=measured))  # fmt: skip
     return Certificate(method="audit of a combination", settings=dict(settings), losses=losses), problems
+
+
+def _other_parts(
+    made: Checkpoint, step: Mapping[str, Any], parts: Sequence[Checkpoint], base: BaseWeights | None
+) -> Iterator[Problem]:
+    """By the sha256 of their files, and of the base's where the header tells of one."""
+    inputs = step.get("inputs")
+    told = [entry for entry in inputs if isinstance(entry, dict)] if isinstance(inputs, list) else []
+    files = [entry for part in parts for entry in inputs_of(part)]
+    if base is not None and any(entry.get("what") == "base" for entry in told):
+        files += files_of(base.header.files, "base")
+    else:
+        told = [entry for entry in told if entry.get("what") != "base"]
+    if told != files:
+        got = ", ".join(f"{entry['file']} {entry['sha256'][:8]}" for entry in files)
+        yield Problem(code="OTHER_PARTS", message="by their sha256", file=str(made.layout.path), got=got)
 
 
 def _chosen(recipe: Recipe) -> dict[str, Any]:

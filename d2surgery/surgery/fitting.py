@@ -1,5 +1,6 @@
 """An adapter from two weights, a base and what came of it."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ SETTLED = 1e-4
 """The step of the alternation that ends it, relative to what the fit still misses."""
 SETTLED_IN_ROUNDING = 0.03
 _MOST_STEPS, _MOST_IN_ROUNDING = 200, 40
+_MORE = 16  # triplets than are kept, which are followed from turn to turn and tell how many stand above a threshold
 _OVER = 1.8  # of the way to what rounds to the target; below 2, beyond which it would not settle
 
 
@@ -61,8 +63,9 @@ def _settled(W: Tensor, T: Tensor, keep: Keep) -> _Fit:
 def _within(W: Tensor, T: Tensor, slack: Tensor, fit: _Fit) -> _Fit:
     """The fit that comes nearest to lying within the slack, from one that lies near the middle."""
     keep, best, least = Keep(rank=fit.rank or 1), fit, float("inf")
+    lowest, highest = T - slack, T + slack
     for _ in range(_MOST_IN_ROUNDING):
-        wrong = torch.clamp(fit.fitted, T - slack, T + slack) - fit.fitted
+        wrong = torch.clamp(fit.fitted, lowest, highest).sub_(fit.fitted)
         missed = float(wrong.norm())
         if least - missed <= SETTLED_IN_ROUNDING * missed:
             break
@@ -74,13 +77,14 @@ def _within(W: Tensor, T: Tensor, slack: Tensor, fit: _Fit) -> _Fit:
 def _turn(W: Tensor, aim: Tensor, keep: Keep, before: _Fit | None) -> _Fit:
     U = aim / _lengths(aim)[:, None]
     left = without_rounding((W.norm(dim=1) if before is None else before.lengths)[:, None] * U - W, W)
-    fixed = before is not None and keep.by is None and before.found.U.shape[1] == keep.rank
-    found = improved(left, before.found) if before is not None and fixed else triplets(left, keep)
-    rank = keep.count(found) or 0
-    A, B = found.factors(rank)
+    found = improved(left, before.found.leading(before.rank + _MORE)) if before is not None else None
+    if found is None or (rank := keep.count(found)) is None:
+        found = triplets(left, replace(keep, extra=keep.extra + _MORE))
+        rank = keep.count(found)
+    A, B = found.factors(rank or 0)
     V = torch.addmm(W, B, A)
     magnitude = (aim * V).sum(1) / _lengths(V)
-    return _Fit(found, rank, (V * U).sum(1), magnitude, V * (magnitude / _lengths(V))[:, None])
+    return _Fit(found, rank or 0, (V * U).sum(1), magnitude, V * (magnitude / _lengths(V))[:, None])
 
 
 def without_rounding(difference: Tensor, of: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d2surgery.checkpoint import Checkpoint
+from d2surgery.files.base import BaseWeights
 from d2surgery.surgery.certificate import Certificate, Loss
 
 _POINTS = 65  # of a curve that are written
@@ -15,11 +16,17 @@ _MODULES = 2000  # whose losses are written; of more the file's own numbers stay
 Step = Mapping[str, Any]
 
 
-def history(checkpoint: Checkpoint, certificate: Certificate, others: Sequence[Checkpoint] = ()) -> tuple[Step, ...]:
-    """What the file was before, and this step; modules are told of the last step only."""
-    inputs = [entry for each in (checkpoint, *others) for entry in inputs_of(each)]
+def history(
+    checkpoints: Sequence[Checkpoint], certificate: Certificate, base: BaseWeights | None = None
+) -> tuple[Step, ...]:
+    """What the first of them was before, and this step; modules are told of the last step only.
+
+    base: where its values decided what was made.
+    """
+    inputs = [entry for each in checkpoints for entry in inputs_of(each)]
+    inputs += files_of(base.header.files, "base") if base is not None else ()
     before = [{name: value for name, value in step.items() if name != "modules"}
-              for step in checkpoint.layout.about.history]  # fmt: skip
+              for step in checkpoints[0].layout.about.history]  # fmt: skip
     return (*before, step_of(certificate, inputs))
 
 

@@ -54,7 +54,7 @@ def over_modules(
 
     made, losses = by_place(one, places(checkpoint), threads([checkpoint], base), progress)
     certificate = Certificate(method=method, settings=settings, losses=losses)
-    return rebuilt([checkpoint], made, history(checkpoint, certificate), bias), certificate
+    return rebuilt([checkpoint], made, history([checkpoint], certificate, base), bias), certificate
 
 
 def threads(checkpoints: Sequence[Checkpoint], base: BaseWeights | None) -> int:

@@ -55,7 +55,7 @@ def rescale(
         losses[place.name] = loss(wanted, got, rank_of(update))
         progress(done, len(places(checkpoint)))
     certificate = Certificate(method="rescale", settings={"dtype": dtype}, losses=losses)
-    return rebuilt([checkpoint], updates, history(checkpoint, certificate)), certificate
+    return rebuilt([checkpoint], updates, history([checkpoint], certificate, base)), certificate
 
 
 def _parts(adapter: Adapter, base_weight: Weight) -> tuple[DoRA, LoRA]:

@@ -117,6 +117,12 @@ class Triplets(NamedTuple):
         root = self.sigma[:rank].sqrt()
         return root[:, None] * self.Vh[:rank], self.U[:, :rank] * root
 
+    def leading(self, count: int) -> "Triplets":
+        """So many of them, or all there are."""
+        if count >= self.U.shape[1]:
+            return self
+        return Triplets(self.U[:, :count], self.sigma[:count], self.Vh[:count], self.energy, complete=False)
+
     def reweighted(self, weights: Float[Tensor, " in_features"]) -> "Triplets":
         """Of a matrix whose columns were multiplied by the weights: Vᵀ of the matrix itself, no longer orthonormal."""
         return self._replace(Vh=self.Vh / weights.double())

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def test_a_dora_becomes_a_lora_with_its_error(world: Path, tmp_path: Path, capsy
     assert "Error against rank" in (tmp_path / "a.html").read_text()
     code, out, _ = run(capsys, "inspect", tmp_path / "a")
     assert code == 0
-    assert re.search(r"made +by convert of adapter_model.safetensors [0-9a-f]{8}, error", out)
+    of, on = (rf"{name}\.safetensors [0-9a-f]{{8}}" for name in ("adapter_model", "model"))
+    assert re.search(rf"made +by convert of {of} on {on}, error", out)
 
 
 def test_resize_by_every_wish(world: Path, tmp_path: Path, capsys: Any) -> None:
@@ -235,6 +237,20 @@ def test_a_combination_is_audited_against_its_parts(world: Path, tmp_path: Path,
     code, _, said = run(capsys, "combine", world / "lora", world / "another", "--audit", world / "lora")
     assert code == 2
     assert "no combination" in said
+
+
+def test_a_combination_on_a_base_is_audited_on_that_base(world: Path, tmp_path: Path, capsys: Any) -> None:
+    parts, base, other = (world / "lora", world / "dora"), world / "base", tmp_path / "base"
+    whole = ("--method", "svd", "--rank", 16)
+    assert run(capsys, "combine", *parts, "--base", base, *whole, "--out", tmp_path / "both")[0] == 0
+    audit = ("combine", *parts, "--audit", tmp_path / "both", "--base")
+    assert as_json(capsys, *audit, base)["verdict"] == "pass"
+    shutil.copytree(base, other)
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    code, said, _ = run(capsys, *audit, other)
+    assert code == 1
+    assert "OTHER_PARTS" in said
 
 
 def test_a_part_of_a_d2lora_is_scaled_in_one_file(world: Path, tmp_path: Path, capsys: Any) -> None:

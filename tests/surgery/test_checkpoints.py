@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,10 @@ def test_dora_as_lora_has_the_error_that_it_states(world: Path, tmp_path: Path) 
         assert loss.rank == 6
     assert logits(world / "base", tmp_path / "lora").isfinite().all()
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["use_dora"] is False
+    (step,) = load(tmp_path / "lora").layout.about.history
+    files = (world / "dora" / "adapter_model.safetensors", world / "base" / "model.safetensors")
+    assert [entry["sha256"] for entry in step["inputs"]] == [sha256(file.read_bytes()).hexdigest() for file in files]
+    assert [entry["what"] for entry in step["inputs"]] == ["adapter", "base"]
 
 
 def test_dora_as_lora_is_exact_on_a_rescaled_base(world: Path, tmp_path: Path) -> None:

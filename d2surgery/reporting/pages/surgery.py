@@ -35,8 +35,13 @@ def surgery_section(label: str, steps: Sequence[Step], figures: Figures) -> Iter
 def _step(step: Step) -> str:
     inputs = step.get("inputs")
     files = [entry for entry in inputs if isinstance(entry, dict)] if isinstance(inputs, list) else []
-    of = joined([f"{monospace(str(entry.get('file')))} {safe(str(entry.get('sha256'))[:8])}" for entry in files])
+    named = [
+        (entry.get("what"), f"{monospace(str(entry.get('file')))} {safe(str(entry.get('sha256'))[:8])}")
+        for entry in files
+    ]
+    of, on = (joined([name for what, name in named if (what == "base") is is_base]) for is_base in (False, True))
     error = step.get("relative_error")
     said = "exact" if step.get("exact") else f"error {100 * error:.3g} %" if isinstance(error, int | float) else ""
     by = safe(str(step.get("d2surgery")))
-    return f"<b>{safe(str(step.get('method')))}</b>{f' of {of}' if files else ''}: {said}, by d2surgery {by}"
+    where = f"{f' of {of}' if of else ''}{f' on {on}' if on else ''}"
+    return f"<b>{safe(str(step.get('method')))}</b>{where}: {said}, by d2surgery {by}"
