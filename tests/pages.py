@@ -29,13 +29,16 @@ ELSEWHERE = {
 }  # fmt: skip
 """Programs that pages name and this does not run, and what does."""
 
-MASKS = (  # what differs from run to run: seconds, free disk, memory, the size of pages, which plotly's version decides
+MASKS = (
+    # What differs from run to run: seconds, free disk, memory, the size of pages, which plotly's version decides; and
+    # from one processor to another: which other orders of summing happen to give the same bits.
     (r"\d+(\.\d+)? s\b", "# s"),
     (r"\d+(\.\d+)? s each", "# s each"),
     (r"of \d+(\.\d+)? \w+ free", "of # free"),
     (r"about \d+(\.\d+)? [KMG]iB$", "about #"),
     (r"\d+(\.\d+)? [KMG]iB at most", "# at most"),
     (r"\.html, \d+(\.\d+)? [KMG]iB", ".html, #"),
+    (r"^the same bits, in the first module, as by .+", "the same bits, in the first module, as by #"),
 )
 MEASURED = re.compile(
     r"(?<![\w.,-])-?\d+\.\d+(?:e[+-]?\d+)?(?![\w.])|(?<![\w.,])\d{4,}(?![\w.,])|(?<![\w.])\d+e[+-]?\d+(?!\w)"
