@@ -77,9 +77,10 @@ def _within(W: Tensor, T: Tensor, slack: Tensor, fit: _Fit) -> _Fit:
 def _turn(W: Tensor, aim: Tensor, keep: Keep, before: _Fit | None) -> _Fit:
     U = aim / _lengths(aim)[:, None]
     left = without_rounding((W.norm(dim=1) if before is None else before.lengths)[:, None] * U - W, W)
-    found = improved(left, before.found.leading(before.rank + _MORE)) if before is not None else None
+    more = 0 if keep.by is None else _MORE
+    found = improved(left, before.found.leading(before.rank + more)) if before is not None else None
     if found is None or (rank := keep.count(found)) is None:
-        found = triplets(left, replace(keep, extra=keep.extra + _MORE))
+        found = triplets(left, replace(keep, extra=keep.extra + more))
         rank = keep.count(found)
     A, B = found.factors(rank or 0)
     V = torch.addmm(W, B, A)
