@@ -23,7 +23,7 @@ from d2surgery.training.loop import train
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
