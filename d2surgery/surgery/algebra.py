@@ -51,8 +51,9 @@ def combine(
     if len(checkpoints) != len(weights) or not checkpoints:
         raise refuse("USAGE", "a weight for each adapter", wanted=str(len(checkpoints)), got=str(len(weights)))
     raise_errors(problem for each in checkpoints for problem in each.layout.problems)
-    if base is None and (names := [m for c in checkpoints for m, e in c.layout.adapters.items() if e.axis]):
-        raise refuse("USAGE", "the delta depends on the base weights", module=names[0], wanted="a base", got="none")
+    needing = [m for each in checkpoints for m, entry in each.layout.adapters.items() if entry.axis]
+    if base is None and needing:
+        raise refuse("USAGE", "the delta depends on the base weights", module=needing[0], wanted="a base", got="none")
     raise_errors(_misfits(checkpoints))
     where = [BaseMatrices(each, base) if base is not None else None for each in checkpoints]
 
@@ -67,7 +68,7 @@ def combine(
     made, losses = by_place(one, union, threads(checkpoints, base), progress)
     settings = {"weights": list(weights), "recipe": recipe.method, "meaning": "sum of true deltas"} | _chosen(recipe)
     certificate = Certificate(method="combine", settings=settings, losses=losses)
-    steps = history(checkpoints, certificate, base)
+    steps = history(checkpoints, certificate, base if needing else None)
     return rebuilt(checkpoints, made, steps, lambda number, module: weights[number]), certificate
 
 
