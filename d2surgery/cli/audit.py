@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -27,6 +27,9 @@ from d2surgery.formats.layout import Packing
 from d2surgery.machine import give_back
 from d2surgery.reporting import audit_files
 from d2surgery.surveying.order import in_order
+
+if TYPE_CHECKING:
+    from d2surgery.evaluating.tasks import Task
 
 Given = TypeVar("Given")
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -153,6 +156,7 @@ def _by_weights(asked: Asked, progress: Callable[[int, int], None]) -> Audit:
         raise refuse("USAGE", "strengths", wanted="0 <= --strength-pass <= --strength-fail", got=f"{right}, {wrong}")
     if ("task" in asked.levels) != bool(asked.tasks):
         raise refuse("USAGE", "--level task and --tasks belong together")
+    prompts, tasks = _material(asked)
     return audit(
         base,
         adapter,
@@ -164,19 +168,21 @@ def _by_weights(asked: Asked, progress: Callable[[int, int], None]) -> Audit:
         scale=asked.scale,
         alpha=asked.alpha,
         files=not asked.weights_only,
-        **(_material(asked) if asked.prompts or asked.tasks else {}),
+        prompts=prompts,
+        tasks=tasks,
         device=asked.device,
         progress=progress,
     )
 
 
-def _material(asked: Asked) -> dict[str, Any]:
-    """The texts and the tasks for the levels that ask for them, whose readers are imported with them."""
+def _material(asked: Asked) -> "tuple[list[str] | None, list[Task]]":
+    """The texts and the tasks, whose readers are imported where there are some."""
+    if not (asked.prompts or asked.tasks):
+        return None, []
     from d2surgery.evaluating.items import read_prompts
     from d2surgery.evaluating.tasks import read_task
 
-    prompts = read_prompts(asked.prompts) if asked.prompts else None
-    return {"prompts": prompts, "tasks": [read_task(path) for path in asked.tasks]}
+    return read_prompts(asked.prompts) if asked.prompts else None, [read_task(path) for path in asked.tasks]
 
 
 def _required(name: str, value: Given | None) -> Given:
