@@ -1,7 +1,6 @@
 """The machine: threads whose results come in order, the memory in use, and importing what makes many objects."""
 
 import gc
-import mmap
 import os
 import sys
 from collections import deque
@@ -122,4 +121,4 @@ def peak_memory() -> int:
 def resident_memory() -> int:
     """Bytes of resident memory that this process has now; at most, where the system does not say."""
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else peak_memory()
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if statm.exists() else peak_memory()

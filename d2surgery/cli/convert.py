@@ -7,7 +7,7 @@ import click
 
 from d2surgery.adapters.forwards import Axis
 from d2surgery.cli import formats, measured, surgical
-from d2surgery.cli.options import BASE_HELP, Adapter, Base, Number, progress_bar, scaling_options
+from d2surgery.cli.options import BASE_HELP, Adapter, Base, Engine, Number, progress_bar, scaling_options
 from d2surgery.errors import refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.formats.engines import ENGINES
@@ -28,7 +28,7 @@ from d2surgery.surgery.truncation import ALL
 @click.option("--tau", type=Number(), help="D2-LoRA's τ. Default: the adapter's, else 0.5.")
 @click.option("--rescale-base", type=surgical.DIRECTORY, help="Write a rescaled base here: LoRA is then exact.")
 @click.option("--to", "form", type=click.Choice(formats.WRITTEN), help="The format to write, read back and compared.")
-@click.option("--for", "engine", type=click.Choice(list(ENGINES)), help="The format that this engine takes.")
+@click.option("--for", "engine", type=Engine(), help="The format that this engine takes.")
 @scaling_options
 @measured.output_options
 def command(

@@ -5,18 +5,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from d2surgery.cli import output
-from d2surgery.cli.options import Adapter, Base, expert_layout_option, scaling_options
+from d2surgery.cli.options import Adapter, Base, Engine, expert_layout_option, scaling_options
 from d2surgery.errors import Problem
 from d2surgery.formats import open_layout, with_base
-from d2surgery.formats.engines import ENGINES, lands
 from d2surgery.formats.layout import AdapterLayout, Layout, Packing
 from d2surgery.kinds import TABLE
 from d2surgery.surveying.order import in_order
+
+if TYPE_CHECKING:
+    from d2surgery.formats.engines import Landing
 
 SEVERITIES = ("info", "warning", "error")  # from the mildest
 NUMBERS = ("frobenius_norm", "spectral_norm", "energy_entropy_rank", "entropy_rank", "stable_rank", "energy_rank_90")
@@ -31,7 +33,7 @@ Numbers = Mapping[str, Mapping[str, float | int | None]]  # module -> name -> va
 @expert_layout_option
 @scaling_options
 @click.option("--base", type=Base(), help="Also check that it fits this model directory.")
-@click.option("--for", "engine", type=click.Choice(list(ENGINES)), help="Also say what this engine makes of it.")
+@click.option("--for", "engine", type=Engine(), help="Also say what this engine makes of it.")
 @click.option(
     "--fail-on",
     type=click.Choice([*SEVERITIES, "never"]),
@@ -69,7 +71,7 @@ def command(
         values, found = _read_numbers(layout)
         problems += found
     problems += misfits
-    landing = lands(layout, engine) if engine is not None else None
+    landing = _landing(layout, engine)
     problems += landing.problems if landing else ()
     layout = replace(layout, adapters=in_order(layout.adapters), problems=tuple(problems))
     if as_json:
@@ -81,10 +83,16 @@ def command(
         if touched is not None and not quiet:
             output.emit(f"{output.count(touched, 'tensor')} of {output.printable(str(base))} would change.")
         if landing is not None and not quiet:
-            output.emit(
-                f"{ENGINES[landing.engine].title} applies {landing.applied} of {len(landing.fates)} as trained."
-            )
+            output.emit(f"{landing.title} applies {landing.applied} of {len(landing.fates)} as trained.")
     return int(_worst(problems) >= [*SEVERITIES, "never"].index(fail_on))
+
+
+def _landing(layout: Layout, engine: str | None) -> "Landing | None":
+    if engine is None:
+        return None
+    from d2surgery.formats.engines import lands  # a fiftieth of what it takes to describe an adapter
+
+    return lands(layout, engine)
 
 
 def _worst(problems: Iterable[Problem]) -> int:

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -78,6 +79,19 @@ class Dtype(click.Choice[str]):
             return str(dtype_name(value))
         except D2SurgeryError:  # click says what there is to choose from
             return DTYPE_NAMES[super().convert(value, param, ctx)]
+
+
+class Engine(click.Choice[str]):
+    """One of the engines that adapters are served or trained on; the table of them is read where one is asked for."""
+
+    def __init__(self) -> None:
+        self.case_sensitive = True  # all that Choice's own sets beside the choices
+
+    @cached_property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        from d2surgery.formats.engines import ENGINES
+
+        return tuple(ENGINES)
 
 
 class Adapter(click.ParamType[str]):

@@ -8,9 +8,6 @@ from typing import NamedTuple
 from d2surgery.errors import refuse
 from d2surgery.files.tokenizers import BEGINNINGS
 
-_HUB_ID = re.compile(  # not a mistyped path, nor one that leads out of the cache
-    r"(?!.*\.\.)\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.bin)(@\w[\w./-]*)?", re.ASCII
-)
 WEIGHTS = (  # PEFT's; MLX-LM's; diffusers'; kohya's and llama.cpp's as written here; AdapterHub's; litgpt's
     "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapters.npz",
     "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "lora.safetensors", "adapter.gguf",
@@ -58,10 +55,16 @@ def hub_id_of(given: str | os.PathLike[str]) -> str | None:
     name = os.fspath(given)
     if name.startswith("hf:/"):  # a Path has lost one of the slashes
         hub_id = name.removeprefix("hf:").strip("/").removeprefix("models/")
-        if not _HUB_ID.fullmatch(hub_id):
+        if not _is_hub_id(hub_id):
             raise refuse("USAGE", "is no hub id", wanted="hf://org/name or hf://org/name@revision", got=name)
         return hub_id
-    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+    return name if not Path(name).exists() and _is_hub_id(name) else None
+
+
+def _is_hub_id(name: str) -> bool:
+    """Not a mistyped path, nor one that leads out of the cache."""
+    pattern = r"(?!.*\.\.)\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.bin)(@\w[\w./-]*)?"
+    return bool(re.fullmatch(pattern, name, re.ASCII))
 
 
 def left_out(weights: Path) -> list[str]:

@@ -110,6 +110,11 @@ class Landing(NamedTuple):
     problems: tuple[Problem, ...]
 
     @property
+    def title(self) -> str:
+        """The engine's own name."""
+        return ENGINES[self.engine].title
+
+    @property
     def applied(self) -> int:
         return sum(fate == "applied" for fate in self.fates.values())
 
