@@ -67,18 +67,18 @@ class TensorInfo(NamedTuple):
         return self.stop - self.start
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Header:
     """The names and shapes of one or several safetensors files, or of tensors at hand."""
 
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
-    loaded: "Mapping[str, Tensor] | None" = field(default=None, repr=False)
+    loaded: "Mapping[str, Tensor] | None" = field(default=None, compare=False, repr=False)
     """The tensors themselves where they cannot be read one by one: of a pickle, or of no file at all."""
-    problems: tuple[Problem, ...] = field(default=(), repr=False)
+    problems: tuple[Problem, ...] = field(default=(), compare=False, repr=False)
     """Warnings of the directory: which of its files these are."""
-    seen: tuple[Seen, ...] = field(default=(), repr=False)
+    seen: tuple[Seen, ...] = field(default=(), compare=False, repr=False)
     """What it was read from, as it was then: the files of tensors held open, and an index beside them."""
 
     @cached_property

@@ -104,7 +104,7 @@ class Rows(NamedTuple):
     indices: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class About:
     """What an adapter says of itself beside its tensors, in no format's words."""
 
@@ -115,13 +115,16 @@ class About:
     transposed: bool = False  # its writer took base weights to lie (in, out)
     saved_modules: tuple[str, ...] = ()  # trained whole: see `saves`
     version: str | None = None  # of what wrote it
-    alpha: float | None = None  # as its config has it, for modules that no pattern names
-    dropout: float | None = None
-    model: Mapping[str, Any] = field(default_factory=dict)  # its base's config, where that is at hand
+    alpha: float | None = field(default=None, compare=False)  # as its config has it, for modules that no pattern names
+    dropout: float | None = field(default=None, compare=False)
+    model: Mapping[str, Any] = field(default_factory=dict, compare=False)  # its base's config, where that is at hand
     training: Mapping[str, Any] = field(default_factory=dict)  # how it was trained, for the record
     settings: Mapping[str, Any] = field(default_factory=dict)  # the format's own, read by that format's module alone
-    history: tuple[Mapping[str, Any], ...] = ()  # what surgery made it, the last step last
-    targets: Callable[[str], bool | None] = field(default=lambda module: None, repr=False)
+    history: tuple[Mapping[str, Any], ...] = field(
+        default=(), compare=False
+    )  # what surgery made it, the last step last
+
+    targets: Callable[[str], bool | None] = field(default=lambda module: None, compare=False, repr=False)
     """Whether it asks for factors on a module, by its name; None where it names none."""
 
     def saves(self, tensor: str) -> bool:
@@ -129,7 +132,7 @@ class About:
         return lies_within(self.saved_modules, tensor)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Layout:
     """An adapter by names and shapes. `format` is "" for one that was not read from a file."""
 
