@@ -4,8 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from d2surgery.codes import CODES
-
 Severity = Literal["info", "warning", "error"]
 Value = TypeVar("Value")
 
@@ -23,10 +21,12 @@ class Problem:
     got: str = ""
 
     def __post_init__(self) -> None:
-        CODES[self.code]  # a code nobody can explain is a bug
+        _ = self.remedy  # a code nobody can explain is a bug
 
     @property
     def remedy(self) -> str:
+        from d2surgery.codes import CODES  # where nothing is wrong, its text is not read
+
         return CODES[self.code].remedy
 
     def __str__(self) -> str:

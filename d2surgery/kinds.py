@@ -19,8 +19,10 @@ class Group(NamedTuple):
     rank: str = "r"  # the setting that holds its rank
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Kind:
+    """What sets a kind apart from LoRA, in names."""
+
     title: str  # as people write it
     groups: Mapping[str, Group]
     vectors: tuple[str, ...] = ()  # slots that hold one number per vector

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from d2surgery.errors import refuse
-from d2surgery.files.tokenizers import BEGINNINGS
 
 WEIGHTS = (  # PEFT's; MLX-LM's; diffusers'; kohya's and llama.cpp's as written here; AdapterHub's; litgpt's
     "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors", "adapters.npz",
@@ -16,9 +15,6 @@ WEIGHTS = (  # PEFT's; MLX-LM's; diffusers'; kohya's and llama.cpp's as written 
 PICKLES = (".bin", ".pt", ".pth", ".lora")
 TRAINED_WHOLE = ("non_lora_trainables.bin", "non_lora_state_dict.bin")  # LLaVA's and its followers' second file
 OTHERS = ("new_embeddings.safetensors", "new_embeddings.bin")  # vLLM's: rows of added tokens, without their numbers
-_OF_AN_ADAPTER = [
-    "adapter_config.json", *WEIGHTS, "*.safetensors", *TRAINED_WHOLE, *OTHERS, *(f"{name}*" for name in BEGINNINGS)
-]  # fmt: skip
 _OF_A_MODEL = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
 _STATES = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")  # what trainers leave beside weights
 
@@ -37,7 +33,7 @@ def locate(adapter: str | os.PathLike[str]) -> AdapterFiles:
     """
     path = Path(adapter)
     if (hub_id := hub_id_of(adapter)) is not None:
-        path = _download(hub_id, _OF_AN_ADAPTER)
+        path = _download(hub_id, _of_an_adapter())
     if path.is_dir():
         path = _weights_in(path)
     elif not path.exists():
@@ -131,6 +127,13 @@ def _weights_in(directory: Path) -> Path:
     if len(found) > 1:
         raise refuse("SEVERAL_WEIGHTS", "which one?", file=str(directory), got=", ".join(p.name for p in found[:8]))
     return found[0]
+
+
+def _of_an_adapter() -> list[str]:
+    from d2surgery.files.tokenizers import BEGINNINGS  # what lies here needs none of it
+
+    beside = (f"{name}*" for name in BEGINNINGS)
+    return ["adapter_config.json", *WEIGHTS, "*.safetensors", *TRAINED_WHOLE, *OTHERS, *beside]
 
 
 def _download(hub_id: str, patterns: list[str]) -> Path:

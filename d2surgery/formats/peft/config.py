@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
 from types import MappingProxyType
@@ -85,12 +84,12 @@ class Patterns:
         return self.matcher.fits(rf"(.*\.)?({pattern})$", module)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Config:
     """A config without the fields that make no sense, `unusable`."""
 
-    found: Mapping[str, Any]
-    exact: Mapping[str, float]  # module -> the scaling to its last bit, from the file's own header
+    def __init__(self, found: Mapping[str, Any], exact: Mapping[str, float]) -> None:
+        self.found = found
+        self.exact = exact  # module -> the scaling to its last bit, from the file's own header
 
     @cached_property
     def matcher(self) -> Matcher:

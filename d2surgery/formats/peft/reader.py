@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -38,19 +38,21 @@ def read(header: Header, found: Mapping[str, Any], *, exact: Mapping[str, float]
     """The layout of a file. exact: scalings to the last bit; disagrees: the config inside the file is another."""
     config = Config(found, exact)
     say = Problems(header.files[0].name if header.files else "")
+    keys = _Keys(header, config, say)
     if disagrees:
         say("CONFIG_DISAGREES", "adapter_config.json is not the config inside the file", severity="warning")
     method = found.get("peft_type")
     if isinstance(method, str) and method not in methods():
         why = next((f": {why}" for why, names in _WHY.items() if method in names), "")
         say("UNSUPPORTED_METHOD", f"peft_type is {method}{why}", wanted=", ".join(methods()), got=str(method))
-        return _layout(header, config, _Keys(header, config, say, unread=[*header.tensors]), {}, say)
+        keys.unread += header.tensors
+        return _layout(header, config, keys, {}, say)
     if not found:
         say("MISSING_CONFIG", "no adapter_config.json: ranks are known, scaling is not")
     say.all += config.problems(say.file)
     if found.get("enable_lora"):
-        return _layout(header, config, _Keys(header, config, say, unread=[*header.tensors]), {}, say)
-    keys = _Keys(header, config, say)
+        keys.unread += header.tensors
+        return _layout(header, config, keys, {}, say)
     keys.sort()
     modules = _Modules(config, say, Counter(unwrapped(name) for name in keys.groups))
     adapters: dict[str, AdapterLayout] = {}
@@ -111,13 +113,13 @@ def _doubt_ranks(adapters: Mapping[str, AdapterLayout], say: Problems) -> None:
             say("RANK_DOUBTFUL", f"rank {rank} of {sides} at most", severity="warning", module=module)
 
 
-@dataclass(eq=False, repr=False)
 class _Group:
     """The tensors found for one module, before they are known to fit."""
 
-    stored: Stored = "linear"
-    keys: dict[str, str] = field(default_factory=dict)  # slot -> key
-    infos: dict[str, TensorInfo] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.stored: Stored = "linear"
+        self.keys: dict[str, str] = {}  # slot -> key
+        self.infos: dict[str, TensorInfo] = {}
 
 
 def _layout(
@@ -140,19 +142,17 @@ def _layout(
 # Keys ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False, repr=False)
 class _Keys:
     """Every key in its place: a slot of a module, a replacement, token rows, a copy, or unread."""
 
-    header: Header
-    config: Config
-    say: Problems
-    groups: dict[str, _Group] = field(default_factory=dict)
-    replacements: dict[str, str] = field(default_factory=dict)
-    rows: dict[str, Rows] = field(default_factory=dict)
-    superseded: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)
-    adapter_name: str = ""
+    def __init__(self, header: Header, config: Config, say: Problems) -> None:
+        self.header, self.config, self.say = header, config, say
+        self.groups: dict[str, _Group] = {}
+        self.replacements: dict[str, str] = {}
+        self.rows: dict[str, Rows] = {}
+        self.superseded: list[str] = []
+        self.unread: list[str] = []
+        self.adapter_name = ""
 
     def sort(self) -> None:
         known, names = leaves(), {key: bare(key) for key in self.header.tensors}
@@ -247,16 +247,15 @@ def _is_float(info: TensorInfo) -> bool:
 # Modules ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False, repr=False)
 class _Modules:
     """One module's tensors as its adapter."""
 
-    config: Config
-    say: Problems
-    wrappers: Mapping[str, int]  # how many wrap each module: one per adapted parameter
-    methods: Mapping[str, tuple[str, ...]] = field(default_factory=methods)  # peft_type -> kinds
-    told: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
-    sound: set[tuple[Any, ...]] = field(default_factory=set)  # forms in which nothing is wrong: most modules share one
+    def __init__(self, config: Config, say: Problems, wrappers: Mapping[str, int]) -> None:
+        self.config, self.say = config, say
+        self.wrappers = wrappers  # how many wrap each module: one per adapted parameter
+        self.methods = methods()  # peft_type -> kinds
+        self.told: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self.sound: set[tuple[Any, ...]] = set()  # forms in which nothing is wrong: most modules share one
 
     def adapter(self, name: str, group: _Group) -> AdapterLayout | None:
         """None when something is wrong with it."""
