@@ -16,7 +16,8 @@ Bonferroni over all parts and directions. Beside significance a structure must m
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import log, sqrt
+from math import log, log2, sqrt
+from types import EllipsisType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from d2surgery.files.tensors import rounded
-from d2surgery.measures.fidelity import bits, differing, halfway, spacing
+from d2surgery.measures.fidelity import SPARSE, bits, count, differing, exponents, halfway, pieces, spacing
 
 ALARM = 1e-6  # chance of a false alarm in one audit
 SLOPPY = 1 / 256  # of delta, which products in 16 bits lose
@@ -38,7 +39,7 @@ _BLOCKS = (8, 16, 32, 64, 128, 256)  # neighbouring rows or columns: heads
 _STEPS = tuple(range(2, 17))  # every n-th row or column
 
 _OF_STRAYS = ("strays", "base", "delta", "up", "dE", "dD", "d", "dd")
-_SUMS = (*_OF_STRAYS, "count", "expected", "EE", "DD")  # then those of all elements
+_SUMS = (*_OF_STRAYS, "expected", "count", "EE", "DD")  # then those of all elements
 Axis = Literal["row", "column"]
 
 
@@ -82,58 +83,55 @@ class Marks:
 
     def add(self, tile: Tile) -> None:
         """The strays of a tile: what differs, but where other sums of the same terms round it so."""
-        base, delta, wanted, there, rows, columns = tile
-        self.fine = there.itemsize > 2
-        expected = wanted.to(base.dtype)
-        unit = spacing(torch.maximum(base.abs(), expected.abs()), there.dtype)
-        changes = delta.square()
-        i, j, terms = self._strays(tile, expected, unit, float(changes.sum()))
-        likely = self._likely(tile, expected, unit, changes, (i, j))
-        everywhere = (likely, expected.square(), changes)
-        for sums, where, dim, at in ((self.rows, rows, 1, i), (self.columns, columns, 0, j)):
-            here = sums[:, where]
-            here[: len(_OF_STRAYS)].index_add_(1, at, terms)
-            here[len(_OF_STRAYS)] += expected.shape[dim]
-            for number, term in enumerate(everywhere, len(_OF_STRAYS) + 1):
-                here[number] += term.sum(dim).double()
+        self.fine = tile.there.itemsize > 2
+        size = float(torch.linalg.vector_norm(tile.delta, dim=-1).norm()) / max(tile.delta.numel(), 1) ** 0.5
+        for piece in _pieces(tile):
+            self._add(piece, size)
 
-    def _strays(self, tile: Tile, expected: Tensor, unit: Tensor, change: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Their rows, columns and terms (sums of strays, strays) in float64; `change`: ‖delta‖²."""
-        size = (change / max(tile.delta.numel(), 1)) ** 0.5
-        flat = torch.from_numpy(np.flatnonzero(differing(tile.wanted, tile.there).numpy()))
-        i, j = flat // expected.shape[1], flat % expected.shape[1]
-        base, delta, there, expected, unit = (m[i, j] for m in (tile.base, tile.delta, tile.there, expected, unit))
-        d = there.to(base.dtype) - expected
-        stray = ~halfway(base, delta, expected, d, size)
+    def _add(self, tile: Tile, size: float) -> None:
+        """`size`: the root mean square of delta."""
+        expected, other = tile.wanted.to(tile.base.dtype), differing(tile.wanted, tile.there)
+        squares, changes = _by_part(expected.square()), _by_part(tile.delta.square())
+        for dim, into in enumerate(self._sums(tile)):
+            into[_SUMS.index("count")] += expected.shape[1 - dim]
+            into[_SUMS.index("EE")] += squares[dim]
+            into[_SUMS.index("DD")] += changes[dim]
+        kind = _kind(tile, expected, *changes)
+        bins = _octave(expected, -24, _SIZES, parts=8).mul_(_CLASSES).add_(kind)
+        elements, strays = _counted(bins), torch.zeros(_SIZES, _CLASSES, dtype=torch.int64)
+        if bool(other.any()):
+            at = _gathered(other)
+            stray, terms = self._strays(other[at], tile.base[at], tile.delta[at], expected[at], tile.there[at], size)
+            strays = _counted(bins[at][stray])
+            # As likely is each to stray as those of its class in the tile.
+            share = strays.sum(0) / elements.sum(0).clamp(min=1).double()
+            likely = _by_part(torch.from_numpy(np.take(share.to(expected.dtype).numpy(), kind.numpy(), mode="clip")))
+            for dim, into in enumerate(self._sums(tile)):
+                into[: len(_OF_STRAYS)] += _summed(terms, at, dim, expected.shape)
+                into[_SUMS.index("expected")] += likely[dim]
+            self.sizes[2] += elements.double() @ share
+        self.sizes[:2] += torch.stack((elements.sum(1), strays.sum(1)))
+        where = tile.rows if tile.rows != slice(None) else tile.columns
+        self.classes.append((where, elements.sum(0), strays.sum(0)))
+
+    def _sums(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Of the tile's rows, and of its columns."""
+        return self.rows[:, tile.rows], self.columns[:, tile.columns]
+
+    def _strays(
+        self, other: Tensor, base: Tensor, delta: Tensor, expected: Tensor, there: Tensor, size: float
+    ) -> tuple[Tensor, Tensor]:
+        """Which they are, and their terms (sums of strays, …), 0 for what is none."""
+        d, unit = there.to(base.dtype) - expected, spacing(base, expected, there.dtype)
+        stray = other & ~halfway(base, delta, expected, d, size)
         if self.fine:
             stray &= d.abs() > 8 * unit + 4e-6 * size
-        i, j, delta, expected, unit, d, there = (v[stray] for v in (i, j, delta, expected, unit, d, there))
-        self.far += int(torch.count_nonzero(d.abs() > 1.5 * unit + delta.abs() / 64 + size / 256))
-        self.zeros += int(torch.count_nonzero(there == 0))
-        d, delta, expected = d.double(), delta.double(), expected.double()
-        sign = d.sign()
-        ways = (torch.ones_like(d), sign * expected.sign(), sign * delta.sign(), sign)
-        return i, j, torch.stack((*ways, d * expected, d * delta, d, d.square()))
-
-    def _likely(
-        self, tile: Tile, expected: Tensor, unit: Tensor, changes: Tensor, strays: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """How likely each element is to stray, as those of its ratio of delta to the spacing do in its tile;
-        `changes`: delta²."""
-        row, column = changes.sum(1, keepdim=True).sqrt_(), changes.sum(0, keepdim=True).sqrt_()
-        ratio = (row * (column / (float(row.norm()) or 1.0))).add_(tile.delta.abs()).div_(unit)
-        kind = _octave(ratio, -16, _CLASSES)
-        size = _octave(expected.abs(), -24, _SIZES, parts=8)
-        both = torch.add(kind, size, alpha=_CLASSES).flatten()
-        count = torch.bincount(both, minlength=_CLASSES * _SIZES).view(_SIZES, _CLASSES)
-        of_class = torch.bincount(kind[strays], minlength=_CLASSES)
-        share = of_class / count.sum(0).clamp(min=1).double()
-        self.sizes[0] += count.sum(1)
-        self.sizes[1] += torch.bincount(size[strays], minlength=_SIZES)
-        self.sizes[2] += count.double() @ share
-        where = tile.rows if tile.rows != slice(None) else tile.columns
-        self.classes.append((where, count.sum(0), of_class))
-        return torch.from_numpy(np.take(share.to(expected.dtype).numpy(), kind.numpy(), mode="clip"))  # quicker
+        d.mul_(stray)
+        self.far += count(d.abs() > delta.abs().mul_(1 / 64).add_(unit, alpha=1.5).add_(size / 256))
+        self.zeros += count(stray & (there == 0))
+        of_base, of_delta = d * expected, d * delta
+        ways = (stray.to(d.dtype), of_base.sign(), of_delta.sign(), d.sign())
+        return stray, torch.stack((*ways, of_base, of_delta, d, d.square()))
 
     def evened(self, along_rows: bool) -> None:
         """What is expected of each tile, as in the whole."""
@@ -146,11 +144,60 @@ class Marks:
         self.classes.clear()
 
 
-def _octave(values: Tensor, lowest: int, count: int, parts: int = 1) -> Tensor:
-    """Which octave above 2**lowest, or which of its parts (a power of two of equal ones), from 0 to count − 1."""
+_At = tuple[Tensor, Tensor] | EllipsisType
+
+
+def _pieces(tile: Tile) -> Iterator[Tile]:
+    """Some rows or columns at a time: what is made of them stays in the cache."""
+    dim = int(tile.rows == slice(None))
+    first = (tile.rows, tile.columns)[dim].start
+    for base, delta, wanted, there in pieces(dim, tile.base, tile.delta, tile.wanted, tile.there):
+        last = first + base.shape[dim]
+        rows, columns = (tile.rows, slice(first, last)) if dim else (slice(first, last), tile.columns)
+        yield Tile(base, delta, wanted, there, rows, columns)
+        first = last
+
+
+def _gathered(other: Tensor) -> _At:
+    """The rows and columns of few elements; all where they are more, which are sooner looked at than gathered."""
+    if count(other) >= SPARSE * other.numel():
+        return ...
+    flat = torch.from_numpy(np.flatnonzero(other.numpy()))
+    return flat // other.shape[1], flat % other.shape[1]
+
+
+def _summed(terms: Tensor, at: _At, dim: int, shape: torch.Size) -> Tensor:
+    """Sums of terms (terms, …) by row (dim 0) or column, in float64."""
+    if isinstance(at, EllipsisType):
+        return terms.sum(2 - dim).double()
+    return torch.zeros(len(terms), shape[dim], dtype=torch.float64).index_add_(1, at[dim], terms.double())
+
+
+def _by_part(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums by row and by column."""
+    return values.sum(1), values.sum(0)
+
+
+def _counted(bins: Tensor) -> Tensor:
+    return torch.bincount(bins.flatten(), minlength=_CLASSES * _SIZES).view(_SIZES, _CLASSES)
+
+
+def _kind(tile: Tile, expected: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    """The class of each element: the octave of delta, as it is and as it is usual in its row and column, over the
+    spacing of the stored numbers. across, down: sums of delta² by row and by column."""
+    usual = across.sqrt()[:, None] * (down.sqrt() / (float(across.sum()) ** 0.5 or 1.0))
+    mantissa = {4: 23, 8: 52}[expected.itemsize]
+    octaves = (bits(usual.add_(tile.delta.abs())) - exponents(tile.base, expected, tile.there.dtype)) >> mantissa
+    return octaves.add_(16 - round(log2(torch.finfo(tile.there.dtype).eps))).clamp_(0, _CLASSES - 1).short()
+
+
+def _octave(values: Tensor, lowest: int, count: int, parts: int) -> Tensor:
+    """In which of `parts` (a power of two of equal ones) of which octave above 2**lowest a size lies, from 0 to
+    count − 1."""
     mantissa, bias = {4: (23, 127), 8: (52, 1023)}[values.itemsize]
     fine = parts.bit_length() - 1
-    return (bits(values) >> (mantissa - fine)).sub_(parts * (bias + lowest)).clamp_(0, count - 1).short()
+    size = bits(values) & torch.iinfo(bits(values).dtype).max
+    return (size >> (mantissa - fine)).sub_(parts * (bias + lowest)).clamp_(0, count - 1).short()
 
 
 class Structure(NamedTuple):
@@ -429,7 +476,7 @@ def _times(factors: tuple[float, ...]) -> str:
 def low_rank(right: Tensor, delta: Tensor, merged: Tensor, *, tries: int = 5, margin: float = 1.3) -> bool:
     """Whether the errors of a block have a direction that errors of the same sizes with random signs do not have."""
     expected = rounded(right, merged.dtype).to(torch.float64)
-    unit = spacing(torch.maximum((right - delta).abs(), right.abs()), merged.dtype).double()
+    unit = spacing(right - delta, right, merged.dtype).double()
     errors = ((merged.double() - expected) / unit).clamp_(-2, 2)
     if not bool(errors.any()):
         return False

@@ -77,7 +77,7 @@ def measured(base: Tensor, delta: Tensor, merged: Tensor, space: Tensor | None =
     return Survival(base.numel(), changed, *torch.stack(rows).sum(1, dtype=torch.float64).tolist())
 
 
-_FEW = 1 / 16  # of the entries
+SPARSE = 1 / 16  # of the entries: gathering more takes longer than looking at all
 _PIECE = 1 << 17  # entries compared at once: what is made of them stays in the cache, and in memory that malloc keeps
 ULPS = (1, 2, 4, 16)  # upper ends of the bins of Comparison.ulps; the last bin has no end
 
@@ -134,22 +134,25 @@ def compare(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comp
     """Of one tile. `base` and `delta` in the dtype of the computation; `wanted` and `merged` as stored, one dtype."""
     if torch.equal(bits(wanted), bits(merged)):
         return regress(base, delta, wanted, merged)
-    size = sqrt(_square(delta) / delta.numel())
-    return sum((_compared(*piece, size) for piece in _pieces(base, delta, wanted, merged)), Comparison())
+    return _over_pieces(base, delta, wanted, merged, sqrt(_square(delta) / delta.numel()))
 
 
 def regress(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor) -> Comparison:
     """As `compare`, without looking at single entries: `ulps`, `beyond`, `halfway` stay 0, and it takes a third."""
-    return sum((_compared(*piece, None) for piece in _pieces(base, delta, wanted, merged)), Comparison())
+    return _over_pieces(base, delta, wanted, merged, None)
 
 
-def _pieces(
-    base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The same rows of each, or columns of matrices that lie so."""
+def _over_pieces(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, size: float | None) -> Comparison:
     dim = int(base.stride(0) < base.stride(1))
-    step = max(_PIECE * base.shape[dim] // max(base.numel(), 1), 1)
-    yield from zip(*(torch.split(values, step, dim) for values in (base, delta, wanted, merged)), strict=True)
+    some = pieces(dim, base, delta, wanted, merged)
+    return sum((_compared(w0, change, e, m, size) for w0, change, e, m in some), Comparison())
+
+
+def pieces(dim: int, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each (dim 0), or columns, some at a time."""
+    first = matrices[0]
+    step = max(_PIECE * first.shape[dim] // max(first.numel(), 1), 1)
+    yield from zip(*(torch.split(values, step, dim) for values in matrices), strict=True)
 
 
 def _compared(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, size: float | None) -> Comparison:
@@ -175,14 +178,14 @@ def _compared(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, size:
     )
     if size is None:
         return sums
-    if mismatched < _FEW * sums.elements:  # gathering more takes longer than looking at all
+    if mismatched < SPARSE * sums.elements:
         base, delta, wanted, merged, expected, d = (m[other] for m in (base, delta, wanted, merged, expected, d))
         other = other[other]
     distances = ulps(wanted, merged).numpy()
     within = [int(np.count_nonzero(distances <= edge)) for edge in ULPS]
     edges: tuple[int, ...] = (other.numel() - mismatched, *within, other.numel())
     bins = (upper - lower for lower, upper in pairwise(edges))
-    beyond = other & ~_by_rounding(base, delta, expected, d, torch.finfo(wanted.dtype), size)
+    beyond = other & ~_by_rounding(base, delta, expected, d, wanted.dtype, size)
     between = other & halfway(base, delta, expected, d, size)
     return replace(sums, ulps=tuple(bins), beyond=count(beyond), halfway=count(between))
 
@@ -222,11 +225,10 @@ def strength_of(base: Tensor, delta: Tensor, merged: Tensor) -> tuple[float, flo
     return strength, sqrt(float(left.sum()) + entry) / slope
 
 
-def _by_rounding(base: Tensor, delta: Tensor, expected: Tensor, d: Tensor, stored: torch.finfo, size: float) -> Tensor:
+def _by_rounding(base: Tensor, delta: Tensor, expected: Tensor, d: Tensor, stored: torch.dtype, size: float) -> Tensor:
     """Which entries are off by no more than 4 units in the last place of the larger of W0 and E, 1/64 of delta, and
     1/256 of delta's `size`, its root mean square (products in TF32 err by the size of their terms). NaN is not."""
-    largest = torch.maximum(base.abs(), expected.abs()).clamp_(min=stored.tiny)
-    bound = _power_of_two(largest).mul_(4 * stored.eps).add_(delta.abs(), alpha=1 / 64).add_(size / 256)
+    bound = spacing(base, expected, stored).mul_(4).add_(delta.abs(), alpha=1 / 64).add_(size / 256)
     return _at_most(d.abs(), bound)
 
 
@@ -239,16 +241,16 @@ def halfway(base: Tensor, delta: Tensor, expected: Tensor, d: Tensor, size: floa
     return _at_most((base + delta).sub_(middle).abs_(), largest.mul_(32 * torch.finfo(base.dtype).eps))
 
 
-def spacing(sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """One unit in the last place of numbers of these sizes (0 or more), in `dtype`."""
-    info = torch.finfo(dtype)
-    return _power_of_two(sizes.clamp(min=info.tiny)).mul_(info.eps)
+def spacing(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """One unit in the last place of the larger of two numbers in `dtype`, each entry; a and b in float32 or float64."""
+    return exponents(a, b, dtype).view(a.dtype).mul_(torch.finfo(dtype).eps)
 
 
-def _power_of_two(values: Tensor) -> Tensor:
-    """The largest that is not above; of positive normal numbers in float32 or float64."""
-    exponent = {4: 0x7F800000, 8: 0x7FF0000000000000}[values.itemsize]
-    return (bits(values) & exponent).view(values.dtype)
+def exponents(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bits of the larger exponent of two numbers, no smaller than those of normal ones in `dtype`."""
+    exponent, least = {4: 0x7F800000, 8: 0x7FF0000000000000}[a.itemsize], torch.finfo(dtype).tiny
+    larger = torch.maximum(bits(a) & exponent, bits(b) & exponent)
+    return larger.clamp_(min=int(bits(torch.tensor(least, dtype=a.dtype))))
 
 
 def bits(values: Tensor) -> Tensor:
