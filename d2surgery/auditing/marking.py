@@ -12,7 +12,8 @@ from d2surgery.auditing.findings import ModuleAudit
 from d2surgery.auditing.judgement import NOISY, noise
 from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.replay import Replay
-from d2surgery.auditing.structure import Marks, Structure, is_of_strength, low_rank, structure_of, tests_of
+from d2surgery.auditing.strays import Marks
+from d2surgery.auditing.structure import Structure, is_of_strength, low_rank, structure_of, tests_of
 from d2surgery.auditing.tally import Tally
 from d2surgery.machine import trim
 from d2surgery.merging.prepared import Prepared

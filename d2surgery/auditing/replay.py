@@ -13,8 +13,8 @@ from torch import Tensor
 from d2surgery.auditing.matching import Matcher, equal
 from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.recipes import RECIPES, Recipe
-from d2surgery.auditing.structure import Marks
-from d2surgery.auditing.structure import Tile as Marked
+from d2surgery.auditing.strays import Marks
+from d2surgery.auditing.strays import Tile as Marked
 from d2surgery.auditing.tally import Found, Made, Mismatch, Tally
 from d2surgery.files.header import BITS, TensorInfo
 from d2surgery.files.tensors import DTYPES, as_bytes, read_part

@@ -15,17 +15,16 @@ Bonferroni over all parts and directions. Beside significance a structure must m
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from math import log, log2, sqrt
-from types import EllipsisType
+from dataclasses import dataclass
+from math import log, sqrt
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from d2surgery.auditing.strays import SIZES, SUMS, Marks
 from d2surgery.files.tensors import rounded
-from d2surgery.measures.fidelity import SPARSE, bits, count, differing, exponents, halfway, pieces, spacing
+from d2surgery.measures.fidelity import spacing
 
 ALARM = 1e-6  # chance of a false alarm in one audit
 SLOPPY = 1 / 256  # of delta, which products in 16 bits lose
@@ -33,171 +32,10 @@ FLOAT32 = 1e-6  # of the weight, which sums and gains in float32 lose
 LOCAL = 1 / 64  # of delta's strength in a row: factors in 16 bits make it as uneven
 _FEW = 1 / 64  # of the rows
 _NEARLY = 0.95  # of the strays
-_CLASSES = 24  # of the ratio of delta to the spacing
-_SIZES = 256  # of an element, eight equal ones to an octave
 _BLOCKS = (8, 16, 32, 64, 128, 256)  # neighbouring rows or columns: heads
 _STEPS = tuple(range(2, 17))  # every n-th row or column
 
-_OF_STRAYS = ("strays", "base", "delta", "up", "dE", "dD", "d", "dd")
-_SUMS = (*_OF_STRAYS, "expected", "count", "EE", "DD")  # then those of all elements
 Axis = Literal["row", "column"]
-
-
-class Tile(NamedTuple):
-    """Some rows and columns of a weight (out_features, in_features), in the dtype of the work but `wanted`, `there`."""
-
-    base: Tensor
-    delta: Tensor
-    wanted: Tensor
-    there: Tensor
-    rows: slice
-    columns: slice
-
-
-@dataclass
-class Marks:
-    """Sums over the strays of one patch, per row, per column and per size of the element."""
-
-    rows: Tensor  # (sums, out_features) in float64
-    columns: Tensor  # (sums, in_features)
-    sizes: Tensor = field(
-        default_factory=lambda: torch.zeros(3, _SIZES, dtype=torch.float64)
-    )  # count, strays, expected
-    classes: list[tuple[slice, Tensor, Tensor]] = field(default_factory=list)  # rows or columns, elements, strays
-    far: int = 0  # strays off by more than one unit in the last place and what 16-bit products lose
-    zeros: int = 0  # strays that are zero
-    fine: bool = False  # stored in more than 16 bits
-
-    @classmethod
-    def of(cls, out_features: int, in_features: int) -> "Marks":
-        rows, columns = (torch.zeros(len(_SUMS), size, dtype=torch.float64) for size in (out_features, in_features))
-        return cls(rows, columns)
-
-    @property
-    def strays(self) -> int:
-        return int(self.rows[_SUMS.index("strays")].sum())
-
-    @property
-    def elements(self) -> int:
-        return int(self.rows[_SUMS.index("count")].sum())
-
-    def add(self, tile: Tile) -> None:
-        """The strays of a tile: what differs, but where other sums of the same terms round it so."""
-        self.fine = tile.there.itemsize > 2
-        size = float(torch.linalg.vector_norm(tile.delta, dim=-1).norm()) / max(tile.delta.numel(), 1) ** 0.5
-        for piece in _pieces(tile):
-            self._add(piece, size)
-
-    def _add(self, tile: Tile, size: float) -> None:
-        """`size`: the root mean square of delta."""
-        expected, other = tile.wanted.to(tile.base.dtype), differing(tile.wanted, tile.there)
-        squares, changes = _by_part(expected.square()), _by_part(tile.delta.square())
-        for dim, into in enumerate(self._sums(tile)):
-            into[_SUMS.index("count")] += expected.shape[1 - dim]
-            into[_SUMS.index("EE")] += squares[dim]
-            into[_SUMS.index("DD")] += changes[dim]
-        kind = _kind(tile, expected, *changes)
-        bins = _octave(expected, -24, _SIZES, parts=8).mul_(_CLASSES).add_(kind)
-        elements, strays = _counted(bins), torch.zeros(_SIZES, _CLASSES, dtype=torch.int64)
-        if bool(other.any()):
-            at = _gathered(other)
-            stray, terms = self._strays(other[at], tile.base[at], tile.delta[at], expected[at], tile.there[at], size)
-            strays = _counted(bins[at][stray])
-            # As likely is each to stray as those of its class in the tile.
-            share = strays.sum(0) / elements.sum(0).clamp(min=1).double()
-            likely = _by_part(torch.from_numpy(np.take(share.to(expected.dtype).numpy(), kind.numpy(), mode="clip")))
-            for dim, into in enumerate(self._sums(tile)):
-                into[: len(_OF_STRAYS)] += _summed(terms, at, dim, expected.shape)
-                into[_SUMS.index("expected")] += likely[dim]
-            self.sizes[2] += elements.double() @ share
-        self.sizes[:2] += torch.stack((elements.sum(1), strays.sum(1)))
-        where = tile.rows if tile.rows != slice(None) else tile.columns
-        self.classes.append((where, elements.sum(0), strays.sum(0)))
-
-    def _sums(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Of the tile's rows, and of its columns."""
-        return self.rows[:, tile.rows], self.columns[:, tile.columns]
-
-    def _strays(
-        self, other: Tensor, base: Tensor, delta: Tensor, expected: Tensor, there: Tensor, size: float
-    ) -> tuple[Tensor, Tensor]:
-        """Which they are, and their terms (sums of strays, …), 0 for what is none."""
-        d, unit = there.to(base.dtype) - expected, spacing(base, expected, there.dtype)
-        stray = other & ~halfway(base, delta, expected, d, size)
-        if self.fine:
-            stray &= d.abs() > 8 * unit + 4e-6 * size
-        d.mul_(stray)
-        self.far += count(d.abs() > delta.abs().mul_(1 / 64).add_(unit, alpha=1.5).add_(size / 256))
-        self.zeros += count(stray & (there == 0))
-        of_base, of_delta = d * expected, d * delta
-        ways = (stray.to(d.dtype), of_base.sign(), of_delta.sign(), d.sign())
-        return stray, torch.stack((*ways, of_base, of_delta, d, d.square()))
-
-    def evened(self, along_rows: bool) -> None:
-        """What is expected of each tile, as in the whole."""
-        count = torch.stack([of_class for _, of_class, _ in self.classes]).sum(0)
-        strays = torch.stack([of_class for _, _, of_class in self.classes]).sum(0)
-        share = strays / count.clamp(min=1)
-        sums = self.rows if along_rows else self.columns
-        for where, of_class, own in self.classes:
-            sums[_SUMS.index("expected"), where] *= float((share * of_class).sum()) / max(float(own.sum()), 1e-300)
-        self.classes.clear()
-
-
-_At = tuple[Tensor, Tensor] | EllipsisType
-
-
-def _pieces(tile: Tile) -> Iterator[Tile]:
-    """Some rows or columns at a time: what is made of them stays in the cache."""
-    dim = int(tile.rows == slice(None))
-    first = (tile.rows, tile.columns)[dim].start
-    for base, delta, wanted, there in pieces(dim, tile.base, tile.delta, tile.wanted, tile.there):
-        last = first + base.shape[dim]
-        rows, columns = (tile.rows, slice(first, last)) if dim else (slice(first, last), tile.columns)
-        yield Tile(base, delta, wanted, there, rows, columns)
-        first = last
-
-
-def _gathered(other: Tensor) -> _At:
-    """The rows and columns of few elements; all where they are more, which are sooner looked at than gathered."""
-    if count(other) >= SPARSE * other.numel():
-        return ...
-    flat = torch.from_numpy(np.flatnonzero(other.numpy()))
-    return flat // other.shape[1], flat % other.shape[1]
-
-
-def _summed(terms: Tensor, at: _At, dim: int, shape: torch.Size) -> Tensor:
-    """Sums of terms (terms, …) by row (dim 0) or column, in float64."""
-    if isinstance(at, EllipsisType):
-        return terms.sum(2 - dim).double()
-    return torch.zeros(len(terms), shape[dim], dtype=torch.float64).index_add_(1, at[dim], terms.double())
-
-
-def _by_part(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums by row and by column."""
-    return values.sum(1), values.sum(0)
-
-
-def _counted(bins: Tensor) -> Tensor:
-    return torch.bincount(bins.flatten(), minlength=_CLASSES * _SIZES).view(_SIZES, _CLASSES)
-
-
-def _kind(tile: Tile, expected: Tensor, across: Tensor, down: Tensor) -> Tensor:
-    """The class of each element: the octave of delta, as it is and as it is usual in its row and column, over the
-    spacing of the stored numbers. across, down: sums of delta² by row and by column."""
-    usual = across.sqrt()[:, None] * (down.sqrt() / (float(across.sum()) ** 0.5 or 1.0))
-    mantissa = {4: 23, 8: 52}[expected.itemsize]
-    octaves = (bits(usual.add_(tile.delta.abs())) - exponents(tile.base, expected, tile.there.dtype)) >> mantissa
-    return octaves.add_(16 - round(log2(torch.finfo(tile.there.dtype).eps))).clamp_(0, _CLASSES - 1).short()
-
-
-def _octave(values: Tensor, lowest: int, count: int, parts: int) -> Tensor:
-    """In which of `parts` (a power of two of equal ones) of which octave above 2**lowest a size lies, from 0 to
-    count − 1."""
-    mantissa, bias = {4: (23, 127), 8: (52, 1023)}[values.itemsize]
-    fine = parts.bit_length() - 1
-    size = bits(values) & torch.iinfo(bits(values).dtype).max
-    return (size >> (mantissa - fine)).sub_(parts * (bias + lowest)).clamp_(0, count - 1).short()
 
 
 class Structure(NamedTuple):
@@ -219,7 +57,7 @@ class _Parts:
     gain: float = 0.0  # by which a row may be scaled in rounding its magnitude
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.sums[_SUMS.index(name)]
+        return self.sums[SUMS.index(name)]
 
     @property
     def allowed(self) -> Tensor:
@@ -285,7 +123,7 @@ class _Parts:
 def tests_of(out_features: int, in_features: int) -> int:
     """How many tests are made of a patch."""
     divisions = 2 + len(_BLOCKS) + len(_STEPS)
-    return 4 * divisions * (out_features + in_features) + 8 * _SIZES
+    return 4 * divisions * (out_features + in_features) + 8 * SIZES
 
 
 def is_of_strength(marks: Marks, tests: int) -> bool:
@@ -351,7 +189,7 @@ def _places(axis: Axis, parts: _Parts) -> Iterator[_Place]:
     """Rows or columns that stand out, by themselves, in blocks, or every n-th."""
     total, count = float(parts["strays"].sum()), parts.sums.shape[1]
     for group in _divisions(count):
-        among = torch.zeros(len(_SUMS), int(group.max()) + 1, dtype=torch.float64).index_add_(1, group, parts.sums)
+        among = torch.zeros(len(SUMS), int(group.max()) + 1, dtype=torch.float64).index_add_(1, group, parts.sums)
         out = _Parts(among, parts.limit, parts.gain).out
         if bool(out.any()) and not bool(out.all()):
             chosen = out[group] & (parts["strays"] > 0)
@@ -412,7 +250,7 @@ def _by_size(marks: Marks, limit: float) -> tuple[Structure, float] | None:
         chance = n - twice - n * log(max(n, 1) / max(twice, 1e-12)) if n else 0.0
         few = float(above[enough]) <= 0.2 * marks.elements
         if n > 4 and few and n > twice and chance < limit and n > 0.1 * float(above[enough]):
-            grown = float(marks.rows[_SUMS.index("base")].sum())
+            grown = float(marks.rows[SUMS.index("base")].sum())
             how = "grown" if grown > 0.6 * total else "shrunk" if grown < -0.6 * total else "changed"
             return Structure("LARGEST_CHANGED", f"{int(total)} of the {noun} elements have {how}"), n / float(
                 above[enough]
@@ -447,7 +285,7 @@ def _single(marks: Marks) -> Structure:
     what = f"{n} of {marks.elements} elements differ, {marks.far} by more than rounding; all else is replayed"
     top = marks.sizes[0].flip(0).cumsum(0)
     least = int(marks.sizes[1].nonzero()[0])
-    largest = n > 2 and float(top[_SIZES - 1 - least]) <= 4 * n
+    largest = n > 2 and float(top[SIZES - 1 - least]) <= 4 * n
     return Structure("LARGEST_CHANGED" if largest else "DELTA_UNEXPLAINED", what)
 
 

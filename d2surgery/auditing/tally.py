@@ -10,7 +10,7 @@ from d2surgery.adapters import Adapter
 from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.pefts import Operands
 from d2surgery.auditing.recipes import Recipe
-from d2surgery.auditing.structure import Marks
+from d2surgery.auditing.strays import Marks
 from d2surgery.measures.fidelity import Comparison, Survival
 from d2surgery.merging.tiles import AdaptedTile
 from d2surgery.placement.site import Patch

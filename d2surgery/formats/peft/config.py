@@ -88,8 +88,7 @@ class Config:
     """A config without the fields that make no sense, `unusable`."""
 
     def __init__(self, found: Mapping[str, Any], exact: Mapping[str, float]) -> None:
-        self.found = found
-        self.exact = exact  # module -> the scaling to its last bit, from the file's own header
+        self.found, self.exact = found, exact  # exact: module -> scaling to its last bit, from the file's own header
 
     @cached_property
     def matcher(self) -> Matcher:

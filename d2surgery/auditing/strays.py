@@ -1,0 +1,173 @@
+"""What differs from the nearest recipe (strays), summed up: by row, by column, and by size of the element."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import log2
+from types import EllipsisType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2surgery.measures.fidelity import SPARSE, bits, count, differing, exponents, halfway, pieces, spacing
+
+SIZES = 256  # of an element, eight equal ones to an octave
+_CLASSES = 24  # of the ratio of delta to the spacing
+_OF_STRAYS = ("strays", "base", "delta", "up", "dE", "dD", "d", "dd")
+SUMS = (*_OF_STRAYS, "expected", "count", "EE", "DD")  # the last three of all elements
+
+
+class Tile(NamedTuple):
+    """Some rows and columns of a weight (out_features, in_features), in the dtype of the work but `wanted`, `there`."""
+
+    base: Tensor
+    delta: Tensor
+    wanted: Tensor
+    there: Tensor
+    rows: slice
+    columns: slice
+
+
+@dataclass
+class Marks:
+    """Sums over the strays of one patch, per row, per column and per size of the element."""
+
+    rows: Tensor  # (sums, out_features) in float64
+    columns: Tensor  # (sums, in_features)
+    sizes: Tensor = field(default_factory=lambda: torch.zeros(3, SIZES, dtype=torch.float64))  # count, strays, expected
+    classes: list[tuple[slice, Tensor, Tensor]] = field(default_factory=list)  # rows or columns, elements, strays
+    far: int = 0  # strays off by more than one unit in the last place and what 16-bit products lose
+    zeros: int = 0  # strays that are zero
+    fine: bool = False  # stored in more than 16 bits
+
+    @classmethod
+    def of(cls, out_features: int, in_features: int) -> "Marks":
+        rows, columns = (torch.zeros(len(SUMS), size, dtype=torch.float64) for size in (out_features, in_features))
+        return cls(rows, columns)
+
+    @property
+    def strays(self) -> int:
+        return int(self.rows[SUMS.index("strays")].sum())
+
+    @property
+    def elements(self) -> int:
+        return int(self.rows[SUMS.index("count")].sum())
+
+    def add(self, tile: Tile) -> None:
+        """The strays of a tile: what differs, but where other sums of the same terms round it so."""
+        self.fine = tile.there.itemsize > 2
+        size = float(torch.linalg.vector_norm(tile.delta, dim=-1).norm()) / max(tile.delta.numel(), 1) ** 0.5
+        for piece in _pieces(tile):
+            self._add(piece, size)
+
+    def _add(self, tile: Tile, size: float) -> None:
+        """`size`: the root mean square of delta."""
+        expected, other = tile.wanted.to(tile.base.dtype), differing(tile.wanted, tile.there)
+        squares, changes = _by_part(expected.square()), _by_part(tile.delta.square())
+        for dim, into in enumerate(self._sums(tile)):
+            into[SUMS.index("count")] += expected.shape[1 - dim]
+            into[SUMS.index("EE")] += squares[dim]
+            into[SUMS.index("DD")] += changes[dim]
+        kind = _kind(tile, expected, *changes)
+        bins = _octave(expected, -24, SIZES, parts=8).mul_(_CLASSES).add_(kind)
+        elements, strays = _counted(bins), torch.zeros(SIZES, _CLASSES, dtype=torch.int64)
+        if bool(other.any()):
+            at = _gathered(other)
+            stray, terms = self._strays(other[at], tile.base[at], tile.delta[at], expected[at], tile.there[at], size)
+            strays = _counted(bins[at][stray])
+            # As likely is each to stray as those of its class in the tile.
+            share = strays.sum(0) / elements.sum(0).clamp(min=1).double()
+            likely = _by_part(torch.from_numpy(np.take(share.to(expected.dtype).numpy(), kind.numpy(), mode="clip")))
+            for dim, into in enumerate(self._sums(tile)):
+                into[: len(_OF_STRAYS)] += _summed(terms, at, dim, expected.shape)
+                into[SUMS.index("expected")] += likely[dim]
+            self.sizes[2] += elements.double() @ share
+        self.sizes[:2] += torch.stack((elements.sum(1), strays.sum(1)))
+        where = tile.rows if tile.rows != slice(None) else tile.columns
+        self.classes.append((where, elements.sum(0), strays.sum(0)))
+
+    def _sums(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Of the tile's rows, and of its columns."""
+        return self.rows[:, tile.rows], self.columns[:, tile.columns]
+
+    def _strays(
+        self, other: Tensor, base: Tensor, delta: Tensor, expected: Tensor, there: Tensor, size: float
+    ) -> tuple[Tensor, Tensor]:
+        """Which they are, and their terms (sums of strays, …), 0 for what is none."""
+        d, unit = there.to(base.dtype) - expected, spacing(base, expected, there.dtype)
+        stray = other & ~halfway(base, delta, expected, d, size)
+        if self.fine:
+            stray &= d.abs() > 8 * unit + 4e-6 * size
+        d.mul_(stray)
+        self.far += count(d.abs() > delta.abs().mul_(1 / 64).add_(unit, alpha=1.5).add_(size / 256))
+        self.zeros += count(stray & (there == 0))
+        of_base, of_delta = d * expected, d * delta
+        ways = (stray.to(d.dtype), of_base.sign(), of_delta.sign(), d.sign())
+        return stray, torch.stack((*ways, of_base, of_delta, d, d.square()))
+
+    def evened(self, along_rows: bool) -> None:
+        """What is expected of each tile, as in the whole."""
+        count = torch.stack([of_class for _, of_class, _ in self.classes]).sum(0)
+        strays = torch.stack([of_class for _, _, of_class in self.classes]).sum(0)
+        share = strays / count.clamp(min=1)
+        sums = self.rows if along_rows else self.columns
+        for where, of_class, own in self.classes:
+            sums[SUMS.index("expected"), where] *= float((share * of_class).sum()) / max(float(own.sum()), 1e-300)
+        self.classes.clear()
+
+
+_At = tuple[Tensor, Tensor] | EllipsisType
+
+
+def _pieces(tile: Tile) -> Iterator[Tile]:
+    """Some rows or columns at a time: what is made of them stays in the cache."""
+    dim = int(tile.rows == slice(None))
+    first = (tile.rows, tile.columns)[dim].start
+    for base, delta, wanted, there in pieces(dim, tile.base, tile.delta, tile.wanted, tile.there):
+        last = first + base.shape[dim]
+        rows, columns = (tile.rows, slice(first, last)) if dim else (slice(first, last), tile.columns)
+        yield Tile(base, delta, wanted, there, rows, columns)
+        first = last
+
+
+def _gathered(other: Tensor) -> _At:
+    """The rows and columns of few elements; all where they are more, which are sooner looked at than gathered."""
+    if count(other) >= SPARSE * other.numel():
+        return ...
+    flat = torch.from_numpy(np.flatnonzero(other.numpy()))
+    return flat // other.shape[1], flat % other.shape[1]
+
+
+def _summed(terms: Tensor, at: _At, dim: int, shape: torch.Size) -> Tensor:
+    """Sums of terms (terms, …) by row (dim 0) or column, in float64."""
+    if isinstance(at, EllipsisType):
+        return terms.sum(2 - dim).double()
+    return torch.zeros(len(terms), shape[dim], dtype=torch.float64).index_add_(1, at[dim], terms.double())
+
+
+def _by_part(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums by row and by column."""
+    return values.sum(1), values.sum(0)
+
+
+def _counted(bins: Tensor) -> Tensor:
+    return torch.bincount(bins.flatten(), minlength=_CLASSES * SIZES).view(SIZES, _CLASSES)
+
+
+def _kind(tile: Tile, expected: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    """The class of each element: the octave of delta, as it is and as it is usual in its row and column, over the
+    spacing of the stored numbers. across, down: sums of delta² by row and by column."""
+    usual = across.sqrt()[:, None] * (down.sqrt() / (float(across.sum()) ** 0.5 or 1.0))
+    mantissa = {4: 23, 8: 52}[expected.itemsize]
+    octaves = (bits(usual.add_(tile.delta.abs())) - exponents(tile.base, expected, tile.there.dtype)) >> mantissa
+    return octaves.add_(16 - round(log2(torch.finfo(tile.there.dtype).eps))).clamp_(0, _CLASSES - 1).short()
+
+
+def _octave(values: Tensor, lowest: int, count: int, parts: int) -> Tensor:
+    """In which of `parts` (a power of two of equal ones) of which octave above 2**lowest a size lies, from 0 to
+    count − 1."""
+    mantissa, bias = {4: (23, 127), 8: (52, 1023)}[values.itemsize]
+    fine = parts.bit_length() - 1
+    size = bits(values) & torch.iinfo(bits(values).dtype).max
+    return (size >> (mantissa - fine)).sub_(parts * (bias + lowest)).clamp_(0, count - 1).short()
