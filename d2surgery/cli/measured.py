@@ -58,14 +58,16 @@ def output_options(command: Command) -> Command:
 def checked_outputs(**options: Any) -> Outputs:
     """Refuses before any work what could not be written after it."""
     outputs = Outputs(**options)
-    for path in filter(None, (outputs.csv, outputs.plot)):
-        require_folder(path)
+    if outputs.csv is not None:
+        require_folder(outputs.csv)
     if outputs.plot is not None:
-        _check_figures(outputs.plot)
+        check_figures(outputs.plot)
     return outputs
 
 
-def _check_figures(path: Path) -> None:
+def check_figures(path: Path) -> None:
+    """Refuses a file that figures could not be written into."""
+    require_folder(path)
     if path.suffix.lower() not in (".html", *IMAGES):
         raise refuse("USAGE", "--plot", wanted="a file name that ends in .html, .png, .svg or .pdf", got=path.name)
     if path.suffix.lower() in IMAGES and importlib.util.find_spec("kaleido") is None:

@@ -2,9 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import MISSING, asdict
+from dataclasses import MISSING, asdict, replace
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -93,6 +93,11 @@ def _in_words(default: Any) -> str:
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--lrs", type=Numbers(float), help="A sweep: a run for each of these, as 1e-4,2e-4, under OUTPUT.")
 @click.option("--seeds", type=Numbers(int), help="A sweep: and for each of these seeds, as 0,1,2. Finished runs stay.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw losses, gradients, learning rate and speed of each run: one .html page, or .png, .svg or .pdf images.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the output, if there is one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print warnings only.")
@@ -100,6 +105,7 @@ def command(
     config: Path | None,
     lrs: tuple[float, ...] | None,
     seeds: tuple[int, ...] | None,
+    plot: Path | None,
     resume: bool,
     as_json: bool,
     quiet: bool,
@@ -116,8 +122,13 @@ def command(
     """
     given = {name: dict(v) if name == "lr_ratio" else v for name, v in options.items() if v is not None and v != ()}
     chosen = read_config(config, given)
+    if plot is not None:
+        from d2surgery.cli.measured import check_figures  # torch
+
+        check_figures(plot)
     if lrs or seeds:
-        return _sweep(chosen, lrs or (chosen.optimizer.lr,), seeds or (chosen.run.seed,), as_json=as_json, quiet=quiet)
+        rates, of = lrs or (chosen.optimizer.lr,), seeds or (chosen.run.seed,)
+        return _sweep(chosen, rates, of, plot=plot, as_json=as_json, quiet=quiet)
     from d2surgery.training.loop import train  # here: --help and a bad config wait for no model library
     from d2surgery.training.planning import TrainPlan  # here: --help and a bad config wait for no model library
 
@@ -144,16 +155,41 @@ def command(
         output.emit_json(asdict(report) | {"problems": [output.record(problem) for problem in report.problems]})
     for line in () if silent else _after(chosen, report):
         output.emit(line)
+    if os.environ.get("RANK", "0") == "0":
+        _draw([Path(chosen.output)], plot, quiet=silent)
     return 0
 
 
-def _sweep(config: TrainConfig, lrs: tuple[float, ...], seeds: tuple[int, ...], *, as_json: bool, quiet: bool) -> int:
+def _draw(runs: Sequence[Path], plot: Path | None, *, quiet: bool) -> None:
+    """The curves of one or several runs."""
+    if plot is None:
+        return
+    from d2surgery.cli.measured import write_figures, wrote  # plotly
+    from d2surgery.reporting.figures.training import run_curves
+    from d2surgery.training.disk import read_metrics
+
+    plots = [replace(run_curves(read_metrics(run), run.name), name=run.name) for run in runs]
+    files = write_figures(plots, plot, "How it was trained")
+    for line in () if quiet else wrote(files):
+        output.emit(line)
+
+
+def _sweep(
+    config: TrainConfig,
+    lrs: tuple[float, ...],
+    seeds: tuple[int, ...],
+    *,
+    plot: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
     """Every learning rate with every seed."""
     from d2surgery.training.sweep import sweep  # as above
 
     _hush()
     with progress_bar("sweeping", show=not (as_json or quiet), unit="run") as progress:
         found = sweep(config, lrs, seeds, progress=progress)
+    _draw([Path(found.out) / cell["out"] for cell in found.cells], plot, quiet=as_json or quiet)
     if as_json:
         output.emit_json(asdict(found))
         return 0

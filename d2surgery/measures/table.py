@@ -120,6 +120,28 @@ MEASURES = {
         "√Σ_{i>k} σᵢ²/√Σσ²: the least relative error of any matrix of rank k",
         "0 to 1. No method does better.",
     ),
+    # Of a training run.
+    "loss": Measure(
+        "training loss",
+        "mean cross-entropy of the answers' tokens over the steps since the last line, in nats",
+        "0 and more. It moves with the rows that a step had; held-out loss tells more.",
+    ),
+    "eval_loss": Measure(
+        "held-out loss",
+        "mean cross-entropy of the answers' tokens of the held-out items, in nats",
+        "0 and more. Where it rises while the training loss falls, the run learns its items by heart.",
+    ),
+    "grad_norm": Measure(
+        "gradient norm",
+        "√Σ g² over all trained parameters, before clipping",
+        "0 and more. Steps of many times the usual are clipped, where max_grad_norm says so.",
+    ),
+    "lr": Measure("learning rate", "of the step, by its schedule", "What the optimizer multiplies its step with."),
+    "tokens_per_second": Measure(
+        "tokens a second",
+        "tokens of the batches over seconds of the steps, without evaluations and checkpoints",
+        "Compare runs of one machine, base and length.",
+    ),
     # Of a merge.
     "gain": Measure(
         "gain",

@@ -14,13 +14,16 @@ from safetensors import SafetensorError
 
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.lock import sole_writer
+from d2surgery.files.reading import parse_json, read_small
 from d2surgery.files.whole import PARTIAL
 from d2surgery.formats.saving import UNFINISHED
 
 PREFIX = "checkpoint-"
 CONFIG = "train.toml"
+METRICS = "metrics.jsonl"
 BEST = "best"
 
+_MAX_METRICS = 1 << 28  # bytes; a line has about 160
 _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk's end, the quota's, the limit of a file
 _WORDS = (  # Rust's writer, of safetensors; and torch's, which gives no number
     *(f"(os error {number})" for number in _NUMBERS), "No space left",
@@ -69,6 +72,21 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; one that a kill cut short is left out, as is what no run wrote."""
+    path = out / METRICS
+    lines = read_small(path, _MAX_METRICS).splitlines() if path.exists() else []
+    return [line for line in map(_parsed, lines) if type(line.get("step")) is int]
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        value = parse_json(line)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -27,11 +27,13 @@ from d2surgery.training.data import Collate, Corpus, Rows, read_corpus
 from d2surgery.training.disk import (
     BEST,
     CONFIG,
+    METRICS,
     check_whole,
     checkpoints,
     full_disk_named,
     keep_newest,
     read_json,
+    read_metrics,
     step_of,
     written_alone,
 )
@@ -124,7 +126,7 @@ def _train(
         train_whole(model, made_up)
     if config.data.batching == "packed":
         check_packing(model)
-    from d2surgery.training.trainer import forget_after, read_metrics  # transformers, accelerate
+    from d2surgery.training.trainer import forget_after  # transformers, accelerate
 
     resumed_from = None if checkpoint is None else step_of(checkpoint)
     plan = plan_of(config, model, corpus, schedule, resumed_from)
@@ -165,8 +167,6 @@ def _check_packages(config: TrainConfig) -> None:
 
 def _begin_in(out: Path, config: TrainConfig, resume: bool) -> Path | None:
     """The checkpoint to go on from, where there is one."""
-    from d2surgery.training.trainer import METRICS, read_metrics
-
     found = checkpoints(out)
     if not resume:
         there = [path for path in (out / "adapter_model.safetensors", *found) if path.exists()]

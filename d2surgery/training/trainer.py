@@ -35,9 +35,8 @@ from d2surgery.evaluating.freeform import macro_f1, matthews
 from d2surgery.files.whole import PARTIAL, write_whole
 from d2surgery.formats.layout import About
 from d2surgery.live.attaching import adapted, set_warmup, snapshot, trained_whole
-from d2surgery.training.disk import BEST, PREFIX, keep_newest, remove
+from d2surgery.training.disk import BEST, METRICS, PREFIX, keep_newest, read_metrics, remove
 
-METRICS = "metrics.jsonl"
 JUDGED = ("accuracy", "matthews", "macro_f1")  # of a classifier, beside its loss
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -335,13 +334,6 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
         if len(line) > 1 and state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({name: _plain(value) for name, value in line.items()}) + "\n")
-
-
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that a kill cut short is left out."""
-    path = out / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def forget_after(out: Path, step: int) -> None:

@@ -11,6 +11,7 @@ from d2surgery.auditing.findings import Audit
 from d2surgery.errors import refuse
 from d2surgery.files.whole import require_folder, write_whole
 from d2surgery.surveying.adapter import Named, survey
+from d2surgery.training.disk import read_metrics
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -64,7 +65,9 @@ def report(
         audited = audit(base, names[0], merged, progress=progress("audit"))
     from d2surgery.reporting.pages.report import report_page  # plotly, which is not needed to import this
 
-    page = Report(adapters=names, html=report_page(found, audited), audit=audited)
+    logs = {m.label: read_metrics(m.layout.path.parent) for m in found.measured}
+    runs = {label: lines for label, lines in logs.items() if lines}
+    page = Report(adapters=names, html=report_page(found, audited, runs), audit=audited)
     if out is not None:
         page.save(out, force=force)
     return page

@@ -1,7 +1,11 @@
 """`d2surgery train` as a user meets it."""
 
+import base64
+import csv
+import io
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -66,11 +70,47 @@ def test_its_json_is_one_document_and_the_adapter_goes_on_to_other_verbs(
     assert main(["merge", "--base", str(folder / "base"), "--adapter", str(out), "--out", str(folder / "merged")]) == 0
 
 
+def test_its_curves_are_those_of_the_log(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, page = folder / "drawn", folder / "run.html"
+    assert run(folder / "run.toml", "--output", out, "--plot", page) == 0
+    assert f"wrote {page}" in capsys.readouterr().out
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert _drawn(page) == sorted(
+        (name, line["step"], line[name])
+        for line in log
+        for name in ("loss", "eval_loss", "lr", "grad_norm")
+        if name in line
+    )
+    assert main(["report", str(out), "--out", str(folder / "report.html"), "--quiet"]) == 0
+    assert "How drawn was trained" in (folder / "report.html").read_text()
+    assert set(_drawn(page)) <= set(_drawn(folder / "report.html"))
+
+
+def _drawn(page: Path) -> list[tuple[str, int, float]]:
+    """The numbers of a page's CSV files that a log has."""
+    texts = [
+        base64.b64decode(data).decode() for data in re.findall(r"data:text/csv;base64,([\w+/=]+)", page.read_text())
+    ]
+    rows = [row for text in texts for row in csv.DictReader(io.StringIO(text)) if row["method"] == "logged"]
+    kept = [row for row in rows if row["metric"] != "tokens_per_second"]
+    return sorted((row["metric"], int(row["index"]), float(row["value"])) for row in kept)
+
+
+def test_a_sweep_draws_each_of_its_runs(folder: Path) -> None:
+    page = folder / "sweep.html"
+    assert (
+        run(folder / "run.toml", "--output", folder / "several", "--lrs", "1e-3,1e-2", "--plot", page, "--quiet") == 0
+    )
+    assert {"lr0.001-seed0", "lr0.01-seed0"} <= set(re.findall(r"lr[\d.]+-seed0", page.read_text()))
+
+
 @pytest.mark.parametrize(("arguments", "parts"), [
     (["--rank", "0", "--lr", "-1"], ["BAD_CONFIG", "adapter.rank", "optimizer.lr"]),
     (["--lr-ratio", "B"], ["USAGE", "B=16"]),
     (["--kind", "loha"], ["USAGE", "duallora"]),
     (["--targets", "nothing"], ["TARGETS_UNMATCHED", "q_proj"]),
+    (["--plot", "curves.txt"], ["USAGE", ".html", "curves.txt"]),
+    (["--plot", "nowhere/curves.html"], ["FILE_MISSING", "nowhere"]),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_exit_code_2(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]

@@ -16,8 +16,10 @@ from d2surgery.measures.likeness import likeness
 from d2surgery.measures.ranks import Spectrum
 from d2surgery.measures.spectrum import update_spectrum
 from d2surgery.measures.subspace import intruders
+from d2surgery.measures.table import MEASURES
 from d2surgery.reporting.figures import drifts as drift_figures
 from d2surgery.reporting.figures import spectra as spectrum_figures
+from d2surgery.reporting.figures import training as training_figures
 from d2surgery.reporting.figures.likeness import similarity_by_depth, similarity_matrix, subspaces_by_depth
 from d2surgery.reporting.figures.parts import OKABE_ITO, Plot
 from d2surgery.reporting.tidy import (
@@ -306,6 +308,35 @@ HOSTILE = [
     "layers.3.%{y}<a href='javascript:alert(4)'>x</a>",
     "layers.4.\u202e\x1b[31m" + "n" * 5000,
 ]
+
+
+LOG: list[dict[str, Any]] = [
+    {"step": 10, "loss": 2.0, "lr": 1e-4, "grad_norm": None, "tokens": 1000, "seconds": 2.0},
+    {"step": 10, "eval_loss": 2.5, "accuracy": 0.5},
+    {"step": 20, "loss": 1.0, "lr": 5e-5, "grad_norm": 0.25, "tokens": 3000, "seconds": 3.0},
+    {"step": 30, "loss": "<b>", "lr": True, "grad_norm": float("inf"), "tokens": 3500, "seconds": 1.0},
+]
+
+
+def test_a_run_is_drawn_as_far_as_its_log_holds_numbers() -> None:
+    """Speed is between two lines: a resumed run counts its seconds anew, so that none is between those."""
+    plot = training_figures.run_curves(LOG, "mine")
+    found = {(row["metric"], row["index"]): row["value"] for row in plot.rows}
+    assert found == {
+        ("loss", 10): 2.0, ("loss", 20): 1.0, ("eval_loss", 10): 2.5, ("lr", 10): 1e-4, ("lr", 20): 5e-5,
+        ("grad_norm", 20): 0.25, ("tokens_per_second", 10): 500.0, ("tokens_per_second", 20): 2000.0,
+    }  # fmt: skip
+    assert all(row["convention"] and row["adapter"] == "mine" for row in plot.rows)
+    drawn = {(trace.name, x): y for trace in plot.figure.data for x, y in zip(trace.x, trace.y, strict=True)}
+    assert drawn == {(MEASURES[str(metric)].word, step): value for (metric, step), value in found.items()}
+
+
+def test_a_long_run_is_thinned_and_says_so() -> None:
+    log = [{"step": step, "loss": 1.0} for step in range(1, 10_001)]
+    plot = training_figures.run_curves(log)
+    assert (len(plot.rows), plot.rows[0]["index"], plot.rows[-1]["index"]) == (2000, 1, 10_000)
+    assert "2000 of 10000 lines" in plot.caption
+    assert training_figures.run_curves([]).rows == []
 
 
 def test_names_reach_plotly_without_markup(found: dict[str, Spectrum], moved: dict[str, Drift]) -> None:

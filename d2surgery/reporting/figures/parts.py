@@ -245,8 +245,8 @@ def deepest_layer(modules: Iterable[str]) -> int:
     return max([layer for module in modules if (layer := address(module).layer) is not None], default=0)
 
 
-def thinned(modules: Sequence[str], most: int) -> list[str]:
+def thinned(every: Sequence[Key], most: int) -> list[Key]:
     """At most so many, evenly spaced, the first and the last among them."""
-    if len(modules) <= most:
-        return list(modules)
-    return [modules[round(i * (len(modules) - 1) / (most - 1))] for i in range(most)]
+    if len(every) <= most:
+        return list(every)
+    return [every[round(i * (len(every) - 1) / (most - 1))] for i in range(most)]

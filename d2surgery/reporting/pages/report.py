@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isfinite, sqrt
 from statistics import median
+from typing import Any
 
 from d2surgery.auditing.findings import Audit
 from d2surgery.kinds import TABLE
@@ -16,6 +17,7 @@ from d2surgery.measures.table import MEASURES
 from d2surgery.reporting.figures import drifts, spectra
 from d2surgery.reporting.figures.likeness import MOST_PAIRS, similarity_by_depth, similarity_matrix
 from d2surgery.reporting.figures.parts import Plot, named
+from d2surgery.reporting.figures.training import run_curves
 from d2surgery.reporting.pages.audit import audit_section
 from d2surgery.reporting.pages.parts import (
     Figures,
@@ -45,10 +47,14 @@ SHOWN = (
     "spectral_norm",
 )  # of every module, in the table
 Alike = Mapping[tuple[int, int], Likeness]
+Log = Sequence[Mapping[str, Any]]
 
 
-def report_page(survey: Survey, found: Audit | None = None) -> str:
-    """The whole report of one or more adapters, with the audit of a merge where there is one."""
+def report_page(survey: Survey, found: Audit | None = None, runs: Mapping[str, Log] | None = None) -> str:
+    """The whole report of one or more adapters, with the audit of a merge where there is one.
+
+    runs: by an adapter's label, the lines that its training logged.
+    """
     measured = survey.measured
     alike = {key: likeness(differences) for key, differences in survey.shared.items()}
     figures = Figures()
@@ -62,6 +68,7 @@ def report_page(survey: Survey, found: Audit | None = None) -> str:
         *(_standing_out(m, several=len(measured) > 1) for m in measured),
         *([audit_section(found, figures)] if found is not None else []),
         *(part for m in measured for part in surgery_section(m.label, m.layout.about.history, figures)),
+        *(_trained(label, log, figures) for label, log in (runs or {}).items()),
         *([_together(survey, alike, figures)] if alike else []),
         *_by_measure(measured, figures),
         "<h2>Every module</h2>",
@@ -322,6 +329,10 @@ def _drift_cells(record: Drift | None) -> list[str]:
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
+
+
+def _trained(label: str, log: Log, figures: Figures) -> str:
+    return f"<h2>How {safe(label)} was trained</h2>{figures.add(run_curves(log, label))}"
 
 
 def _together(survey: Survey, alike: Alike, figures: Figures) -> str:
