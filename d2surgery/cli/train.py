@@ -169,7 +169,8 @@ def _draw(runs: Sequence[Path], plot: Path | None, *, quiet: bool) -> None:
     from d2surgery.training.disk import read_metrics
 
     plots = [replace(run_curves(read_metrics(run), run.name), name=run.name) for run in runs]
-    files = write_figures(plots, plot, "How it was trained")
+    title = runs[0].name if len(runs) == 1 else runs[0].parent.name
+    files = write_figures(plots, plot, f"Training of {title}")
     for line in () if quiet else wrote(files):
         output.emit(line)
 
