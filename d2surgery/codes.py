@@ -394,6 +394,10 @@ CODES: dict[str, Code] = {
         "Lower the learning rate or the scaling, or train in bf16 or fp32; the last checkpoint, where there is one, is "
         "whole and loads as an adapter.",
     ),
+    "NO_DATASETS": Code(
+        "Tables (.parquet, .csv, .arrow) and datasets of the hub are read by the Python package datasets.",
+        "Run `pip install 'd2surgery[data]'`, or give JSON or JSON lines.",
+    ),
     "NO_TRAINER": Code(
         "Training uses transformers' Trainer, and a package it needs is missing.",
         "Run `pip install 'd2surgery[train]'`.",

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from d2surgery.evaluating.items import Item, Template, encode
+from d2surgery.errors import brief, refuse
+from d2surgery.evaluating.forms import Item
+from d2surgery.evaluating.items import Template, encode
 from d2surgery.evaluating.paired import DRAWS, Interval, percentile_interval
 from d2surgery.evaluating.tasks import BATCH_TOKENS, Progress, generate, log_likelihoods, silent
 
@@ -56,7 +58,9 @@ def answers(
     seed: int = 0,
 ) -> Answers:
     """What a model says to each item, against its answer. progress(done, total) counts items, each twice."""
-    prompts = [encode(item.prompt, tokenizer, template) for item in items]
+    if text := next((item for item in items if not item.prompt), None):
+        raise refuse("BAD_DATA", "a text that nobody asks for has no answer", got=brief(text.answer))
+    prompts = [encode(item, tokenizer, template) for item in items]
     wanted = [[list(tokenizer(item.answer, add_special_tokens=False)["input_ids"])] for item in items]
     total = 2 * len(items)
     sums = log_likelihoods(model, prompts, wanted, batch_tokens, lambda done: progress(done, total))

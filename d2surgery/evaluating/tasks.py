@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from d2surgery.errors import Problem, raise_errors, refuse
-from d2surgery.evaluating.items import Item, Template, encode, read_items
+from d2surgery.evaluating.forms import Item
+from d2surgery.evaluating.items import Template, encode, read_items
 from d2surgery.evaluating.paired import Interval, wilson
 
 By = Literal["likelihood", "normalised", "generation"]
@@ -111,7 +112,7 @@ def score(
     gold = tuple(item.choices.index(item.answer) for item in task.items)
     chance = sum(1 / len(item.choices) for item in task.items) / len(task.items)
     same: dict[str, Any] = {"task": task.name, "gold": gold, "chance": chance}
-    prompts = [encode(item.prompt, tokenizer, template) for item in task.items]
+    prompts = [encode(item, tokenizer, template) for item in task.items]
     choices = [[_tokens(tokenizer, choice) for choice in item.choices] for item in task.items]
     _check(model, task, prompts, choices)
     total = _rounds(by) * len(task.items)

@@ -10,8 +10,8 @@ fit without any is left out; both are counted.
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from itertools import count as naturals
 from math import ceil
@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from d2surgery.errors import refuse
-from d2surgery.evaluating.items import Item, Template, encode, read_items, render
+from d2surgery.evaluating.forms import Item
+from d2surgery.evaluating.items import Template, chat, encode, is_chat, read_entries, render
 from d2surgery.training.settings import Batching, DataSettings
 
 IGNORED = -100
@@ -73,9 +74,12 @@ def read_corpus(settings: DataSettings, tokenizer: Any, seed: int) -> Corpus:
     for file in settings.held_out:
         held_out += _drawn(file, generator)[: settings.held_out_limit]
     labels = _labels(settings, [*train, *held_out]) if settings.goal == "labels" else ()
-    asked = {item.prompt for _, item in held_out}
-    train = [(name, item) for name, item in train if item.prompt not in asked]
-    parts = [[_encoded(name, item, tokenizer, settings) for name, item in part] for part in (train, held_out)]
+    asked = {item.opening for _, item in held_out}
+    train = [(name, item) for name, item in train if item.opening not in asked]
+    parts = [
+        [each for name, item in part for each in _encoded(name, item, tokenizer, settings)]
+        for part in (train, held_out)
+    ]
     kept_train, kept_held_out = (tuple(item for item, _ in part if item.tokens) for part in parts)
     if not kept_train or (held_out and not kept_held_out):
         which = "train on" if not kept_train else "evaluate on"
@@ -200,21 +204,36 @@ def tokens_of(items: Sequence[Encoded], rows: Sequence[Row]) -> int:
 
 def _drawn(file: str, generator: torch.Generator) -> list[tuple[str, Item]]:
     """A file's items with their names, in an order drawn under the seed."""
-    items = read_items(file)
-    order = torch.randperm(len(items), generator=generator).tolist()
-    return [(f"{Path(file).name}, item {at + 1}", items[at]) for at in order]
+    entries = read_entries(file)
+    order = torch.randperm(len(entries), generator=generator).tolist()
+    return [
+        (f"{Path(file).name}, item {at + 1}{f', answer {number}' if len(entries[at]) > 1 else ''}", item)
+        for at in order
+        for number, item in enumerate(entries[at], 1)
+    ]
 
 
-def _encoded(name: str, item: Item, tokenizer: Any, settings: DataSettings) -> tuple[Encoded, bool]:
+def _encoded(name: str, item: Item, tokenizer: Any, settings: DataSettings) -> Iterator[tuple[Encoded, bool]]:
     """The item as tokens, none where its answer does not fit; and whether its prompt was cut, of a text with a label at
-    its end."""
+    its end. A text without a question in as many pieces as it takes."""
     if settings.goal == "labels":
         tokens = list(tokenizer(item.prompt)["input_ids"])
         kept = list(tokenizer(item.prompt, truncation=True, max_length=settings.max_length)["input_ids"])
-        return Encoded(tuple(kept), item.choices.index(item.answer), name), len(kept) < len(tokens)
+        yield Encoded(tuple(kept), item.choices.index(item.answer), name), len(kept) < len(tokens)
+        return
+    if not item.prompt:
+        for piece in _pieces([*encode(item, tokenizer), *answer_tokens(item, tokenizer, "auto")], settings.max_length):
+            yield Encoded(piece, len(piece) - 1, name), False
+        return
     answer = answer_tokens(item, tokenizer, settings.template)
-    prompt, whole = _fitting(item.prompt, settings.max_length - len(answer), tokenizer, settings.template)
-    return Encoded((*prompt, *answer) if prompt else (), len(answer), name), not whole
+    prompt, whole = _fitting(item, settings.max_length - len(answer), tokenizer, settings.template)
+    yield Encoded((*prompt, *answer) if prompt else (), len(answer), name), not whole
+
+
+def _pieces(tokens: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
+    """Each begins with the last token of the one before, so that every token but the first is predicted once."""
+    for start in range(0, len(tokens) - 1, most - 1):
+        yield tuple(tokens[start : start + most])
 
 
 def _labels(settings: DataSettings, items: Sequence[tuple[str, Item]]) -> tuple[str, ...]:
@@ -227,19 +246,33 @@ def _labels(settings: DataSettings, items: Sequence[tuple[str, Item]]) -> tuple[
     return labels
 
 
-def _fitting(question: str, room: int, tokenizer: Any, template: Template) -> tuple[list[int], bool]:
-    """The prompt with as much of the question's end as there is room for, and whether that is all; [] for no room."""
-    tokens = encode(question, tokenizer, template)
-    if len(tokens) <= room:
-        return tokens, True
-    fits, does_not, tokens = len(question), 0, encode("", tokenizer, template)  # characters left out
+def _fitting(item: Item, room: int, tokenizer: Any, template: Template) -> tuple[list[int], bool]:
+    """The prompt as far as there is room for it, and whether that is all; [] for no room. A conversation loses its
+    first turns before its last question the beginning; neither loses what the system says."""
+    shorter = _shorter(item)
+    for number, one in enumerate(shorter):
+        tokens = encode(one, tokenizer, template)
+        if len(tokens) <= room:
+            return tokens, number == 0
+    one = shorter[-1]
+    fits, does_not = len(one.prompt), 0  # characters left out
+    tokens = encode(replace(one, prompt=""), tokenizer, template)
     if not tokens or len(tokens) > room:
         return [], True
     while fits - does_not > 1:
         middle = (fits + does_not) // 2
-        shorter = encode(question[middle:], tokenizer, template)
-        fits, does_not, tokens = (middle, does_not, shorter) if len(shorter) <= room else (fits, middle, tokens)
+        less = encode(replace(one, prompt=one.prompt[middle:]), tokenizer, template)
+        fits, does_not, tokens = (middle, does_not, less) if len(less) <= room else (fits, middle, tokens)
     return tokens, False
+
+
+def _shorter(item: Item) -> list[Item]:
+    """The item, and without its first turns: each begins with what the system says and a turn of the user."""
+    start = next((at for at, turn in enumerate(item.before) if turn.role in ("user", "assistant")), len(item.before))
+    system, said = item.before[:start], item.before[start:]
+    begins = [at for at, turn in enumerate(said) if turn.role == "user" and at]
+    rests = [said[at:] for at in begins] + [()] * bool(said)
+    return [item, *(replace(item, before=(*system, *rest)) for rest in rests)]
 
 
 def answer_tokens(item: Item, tokenizer: Any, template: Template) -> list[int]:
@@ -253,11 +286,10 @@ def answer_tokens(item: Item, tokenizer: Any, template: Template) -> list[int]:
 
 def _end_of_turn(item: Item, tokenizer: Any, template: Template) -> str:
     """What the chat template puts after an answer, "" where it does not put the answer after the prompt."""
-    if template not in ("auto", "chat") or not getattr(tokenizer, "chat_template", None):
+    if not is_chat(item, tokenizer, template) or not getattr(tokenizer, "chat_template", None):
         return ""
-    turns = [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.answer}]
-    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    before = render(item.prompt, tokenizer, template) + item.answer
+    whole = chat(item, tokenizer, {"role": "assistant", "content": item.answer})
+    before = render(item, tokenizer, template) + item.answer
     return whole.removeprefix(before).rstrip() if whole.startswith(before) else ""
 
 

@@ -76,10 +76,13 @@ class AdapterSettings:
 class DataSettings:
     """Questions with answers; the loss is on the answers."""
 
-    train: Annotated[tuple[str, ...], Hint("Files of items: JSON or JSON lines, plain or gzip.")]
+    train: Annotated[
+        tuple[str, ...],
+        Hint("Items: files of JSON or JSON lines, .parquet or .csv, hub datasets org/name[:config][:split]."),
+    ]
     limit: Annotated[int, Hint("At most so many items of each file, drawn under the seed.", POSITIVE)] = 5000
     held_out: Annotated[
-        tuple[str, ...], Hint("Files of held-out items. None: some of the training files' are kept aside.")
+        tuple[str, ...], Hint("Held-out items, likewise. None: some of each training file's are kept aside.")
     ] = ()
     held_out_limit: Annotated[
         int, Hint("At most so many held-out items of each file; 0: no evaluation.", NOT_NEGATIVE)

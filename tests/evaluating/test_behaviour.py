@@ -15,7 +15,7 @@ from torch import Tensor
 from d2surgery import merge
 from d2surgery.errors import D2SurgeryError
 from d2surgery.evaluating.behaviour import compare_outputs, compare_scores, compare_tasks
-from d2surgery.evaluating.items import Item
+from d2surgery.evaluating.forms import Item
 from d2surgery.evaluating.tasks import Score, Task
 from d2surgery.files.plain import plain
 

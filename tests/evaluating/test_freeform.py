@@ -8,8 +8,8 @@ import pytest
 import torch
 from models import byte_tokenizer, llama
 
+from d2surgery.evaluating.forms import Item
 from d2surgery.evaluating.freeform import answers, class_f1, exact_match, macro_f1, matthews, rouge_l, token_f1
-from d2surgery.evaluating.items import Item
 
 PAIRS = [  # text, wanted, exact, F1, ROUGE-L: counted by hand
     ("The cat sat.", "the cat sat", True, 1.0, 1.0),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2surgery.errors import D2SurgeryError
-from d2surgery.evaluating.items import Item, encode, read_items, read_prompts, render
+from d2surgery.evaluating.forms import Item, Turn
+from d2surgery.evaluating.items import encode, read_entries, read_items, read_prompts, render
 
 COMMONSENSE = {
     "instruction": "Choose.\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2",
@@ -123,10 +125,72 @@ def test_options_are_worded_as_the_output_is(tmp_path: Path) -> None:
     assert item == BOTH[0]
 
 
+USER, BOT = {"role": "user", "content": "2 and 2?"}, {"role": "assistant", "content": "four"}
+LETTERED = {"label": ["A", "B"], "text": ["Rome", "Paris"]}
+FORMS: list[tuple[dict[str, Any], list[Item]]] = [
+    ({"messages": [USER, BOT]}, [Item("2 and 2?", "four")]),
+    ({"messages": [USER, BOT, USER], "prompt": "an id"}, [Item("2 and 2?", "four")]),
+    (
+        {"conversations": [{"from": "human", "value": "2 and 2?"}, {"from": "gpt", "value": "four"}, USER, BOT]},
+        [
+            Item("2 and 2?", "four"),
+            Item("2 and 2?", "four", before=(Turn("user", "2 and 2?"), Turn("assistant", "four"))),
+        ],
+    ),
+    (
+        {
+            "messages": [
+                {"role": "system", "content": ""},
+                {"role": "user", "content": [{"type": "text", "text": "a"}]},
+                BOT,
+            ]
+        },
+        [Item("a", "four", before=(Turn("system", ""),))],
+    ),
+    ({"prompt": "def f", "completion": "(): ..."}, [Item("def f", "(): ...", bare=True)]),
+    ({"prompt": "def f", "response": "(): ..."}, [Item("def f", "(): ...", bare=True)]),
+    (
+        {"prompt": [USER, BOT, USER], "completion": [BOT]},
+        [Item("2 and 2?", "four", before=(Turn("user", "2 and 2?"), Turn("assistant", "four")))],
+    ),
+    (
+        {"instruction": "Who?", "context": "A cat.", "response": "A cat", "category": "qa"},
+        [Item("Who?\nA cat.", "A cat")],
+    ),
+    ({"instruction": "Who?", "input": "", "output": "A cat", "text": "all of it"}, [Item("Who?", "A cat")]),
+    ({"question": "2 and 2?", "answer": "four"}, [Item("2 and 2?", "four")]),
+    ({"question": "Capital of France?", "choices": LETTERED, "answerKey": "B"}, BOTH[1:]),
+    ({"text": "Once upon a time", "id": 3}, [Item("", "Once upon a time", bare=True)]),
+]
+
+
+@pytest.mark.parametrize(("value", "wanted"), FORMS)
+def test_data_are_read_as_people_have_them(tmp_path: Path, value: dict[str, Any], wanted: list[Item]) -> None:
+    assert read_items(write(tmp_path / "items", [value])) == wanted
+    assert read_entries(write(tmp_path / "items", [value, QUESTION], lines=True)) == [wanted, BOTH[1:]]
+
+
 MALFORMED = [  # (a value, part of the message)
     ([], "not an object but list"),
     ({}, "but no field"),
-    ({"text": "x"}, "neither instruction and output nor question and answer, but text"),
+    ({"label": "x"}, "none of messages, conversations, instruction, question, prompt, text, but label"),
+    ({"text": "x", "label": 1}, "a text with a label: wanted question, choices and answer"),
+    ({"text": " "}, "text is empty"),
+    ({"prompt": "x", "chosen": "y"}, "completion is missing"),
+    ({"prompt": [USER], "completion": "x"}, "completion is not a list of turns"),
+    (QUESTION | {"choices": LETTERED, "answerKey": "C"}, "the answerKey 'C' is none of the labels ['A', 'B']"),
+    (QUESTION | {"choices": LETTERED | {"label": ["A"]}}, "choices has no label for each text"),
+    ({"messages": "x"}, "messages is not a list of turns"),
+    ({"messages": []}, "no turn of the assistant"),
+    ({"messages": [USER]}, "no turn of the assistant"),
+    ({"messages": [BOT]}, "turn 1 is of the assistant and answers no turn of the user"),
+    ({"messages": [USER, BOT, BOT]}, "turn 3 is of the assistant and answers no turn of the user"),
+    ({"messages": [USER, {"role": "tool", "content": "4"}, BOT]}, "turn 2 of messages is of tool, none of system, "),
+    ({"messages": [USER, {"role": "assistant", "tool_calls": []}]}, "the text of turn 2 of messages is missing"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, BOT]},
+        "turn 1 of messages has a part that is no ",
+    ),
     (COMMONSENSE | {"output": None}, "output is missing"),
     (COMMONSENSE | {"output": 3}, "output is not a text but int"),
     (COMMONSENSE | {"instruction": " "}, "instruction is empty"),
@@ -162,7 +226,7 @@ def test_all_malformed_items_are_named_at_once(tmp_path: Path) -> None:
 
 
 def test_thousands_of_malformed_items_are_counted(tmp_path: Path) -> None:
-    found = faults(write(tmp_path / "items", [{"text": "x"}] * 1000))
+    found = faults(write(tmp_path / "items", [{"label": "x"}] * 1000))
     assert len(found) == 21
     assert found[-1] == "BAD_DATA : and 980 more"
 
@@ -193,6 +257,78 @@ def test_what_is_no_file_is_said(tmp_path: Path) -> None:
         read_items(tmp_path / "absent")
     with pytest.raises(D2SurgeryError, match="FILE_UNREADABLE"):
         read_items(tmp_path)
+
+
+# Tables and datasets ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_a_table_is_read_through_datasets(tmp_path: Path, ending: str) -> None:
+    pytest.importorskip("datasets", reason="datasets is not installed: the extra `data`")
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    rows = [{"question": f"{n} and {n}?", "answer": f"it is {2 * n}"} for n in range(3)]
+    table, path = pyarrow.Table.from_pylist(rows), str(tmp_path / f"items.{ending}")
+    pyarrow.parquet.write_table(table, path) if ending == "parquet" else pyarrow.csv.write_csv(table, path)
+    assert read_items(tmp_path / f"items.{ending}") == [Item(row["question"], row["answer"]) for row in rows]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(D2SurgeryError, match=r"BAD_DATA .*bad.parquet: not such a table"):
+        read_items(tmp_path / "bad.parquet")
+    with pytest.raises(D2SurgeryError, match="FILE_MISSING"):
+        read_items(tmp_path / "none.parquet")
+
+
+class Datasets(SimpleNamespace):
+    """The library, offline: what it is asked for, and what it gives or raises."""
+
+    def __init__(self, given: list[Any] | Exception) -> None:
+        faults = SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
+        super().__init__(disable_progress_bars=lambda: None, exceptions=faults)
+        self.given = given
+        self.asked: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+
+    def load_dataset(self, *names: str, **choices: Any) -> list[Any]:
+        self.asked.append((names, choices))
+        if isinstance(self.given, Exception):
+            raise self.given
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("source", "names", "choices"),
+    [
+        ("org/data", ("org/data",), {"split": "train", "revision": None}),
+        ("org/data:test", ("org/data",), {"split": "test", "revision": None}),
+        ("org/data@v1.0:ARC-Easy:train[:10%]", ("org/data", "ARC-Easy"), {"split": "train[:10%]", "revision": "v1.0"}),
+        ("hf://datasets/org/data", ("org/data",), {"split": "train", "revision": None}),
+    ],
+)
+def test_a_dataset_of_the_hub_is_named_as_there(
+    monkeypatch: pytest.MonkeyPatch, source: str, names: tuple[str, ...], choices: dict[str, Any]
+) -> None:
+    library = Datasets([QUESTION, QUESTION | {"answer": "Oslo"}])
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    with pytest.raises(D2SurgeryError, match=r"BAD_DATA .*, row 2: the answer 'Oslo' is not one of its choices"):
+        read_items(source)
+    assert library.asked == [(names, choices)]
+    library.given = [QUESTION]
+    assert read_items(source) == BOTH[1:]
+
+
+def test_a_dataset_that_cannot_be_had_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", Datasets(FileNotFoundError("Dataset 'org/data' doesn't exist")))
+    with pytest.raises(D2SurgeryError, match=r"HUB_UNREACHABLE org/data: .*Dataset 'org/data' doesn't exist"):
+        read_items("org/data")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(D2SurgeryError, match="NO_DATASETS org/data"):
+        read_items("org/data")
+    for path in ("data/items.json", "data/items.jsonl.gz", "data/a/items"):  # no id of the hub
+        with pytest.raises(D2SurgeryError, match="FILE_MISSING"):
+            read_items(path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    assert read_items(write(Path("org/data"), [QUESTION])) == BOTH[1:]  # what lies here is not looked for there
 
 
 PROMPTS = [  # (content, prompts)

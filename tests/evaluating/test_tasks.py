@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from models import byte_tokenizer, llama, scatter
 
 from d2surgery.errors import D2SurgeryError
-from d2surgery.evaluating.items import Item, encode
+from d2surgery.evaluating.forms import Item
+from d2surgery.evaluating.items import encode
 from d2surgery.evaluating.tasks import (
     NEW_TOKENS,
     WAYS,

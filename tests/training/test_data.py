@@ -3,7 +3,9 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from models import byte_tokenizer, llama, scatter
 from trained import CHAT
 
 from d2surgery.errors import D2SurgeryError
-from d2surgery.evaluating.items import Item
+from d2surgery.evaluating.forms import Item
 from d2surgery.training.data import IGNORED, Collate, Corpus, Encoded, answer_tokens, read_corpus, rows, tokens_of
 from d2surgery.training.settings import Batching, DataSettings
 
@@ -88,6 +90,98 @@ def test_a_cut_question_keeps_the_header_of_a_chat(tmp_path: Path) -> None:
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(D2SurgeryError, match=r"BAD_DATA .*nothing to train on"):
         corpus(tmp_path, [("q", "an answer")], max_length=4)
+
+
+# Conversations and texts -----------------------------------------------------------------------------------------
+
+SAID = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2 and 2?"},
+    {"role": "assistant", "content": "four"},
+    {"role": "user", "content": "and 3?"},
+    {"role": "assistant", "content": "seven"},
+]
+MARKED = (  # as CHAT, and what the assistant writes is marked as transformers asks for it
+    "{% for m in messages %}{{ '<' + m['role'] + '>' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<end>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<end>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def file_of(tmp_path: Path, *values: Any) -> str:
+    (tmp_path / "data.json").write_text(json.dumps(values))
+    return str(tmp_path / "data.json")
+
+
+def of_file(file: str, tokenizer: Any = TOKENIZER, **options: Any) -> Corpus:
+    chosen = {"held_out_limit": 0, **options}
+    return read_corpus(DataSettings(train=(file,), **chosen), tokenizer, seed=0)
+
+
+def test_a_conversation_carries_loss_where_the_assistant_speaks_each_turn_once(tmp_path: Path) -> None:
+    """transformers' own mask of the assistant's tokens is the reference."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = MARKED
+    found = of_file(file_of(tmp_path, {"messages": SAID}), tokenizer).train
+    whole = tokenizer.apply_chat_template(SAID, return_dict=True, return_assistant_tokens_mask=True)
+    assert [item.name for item in found] == ["data.json, item 1, answer 1", "data.json, item 1, answer 2"]
+    mask = [0] * len(whole["input_ids"])
+    for item in found:
+        assert list(item.tokens) == whole["input_ids"][: len(item.tokens)]
+        for at in range(len(item.tokens) - item.answer, len(item.tokens)):
+            mask[at] += 1
+    assert mask == whole["assistant_masks"]
+
+
+def test_a_long_conversation_loses_its_first_turns_and_not_what_the_system_says(tmp_path: Path) -> None:
+    found = of_file(file_of(tmp_path, {"messages": SAID}), chatting(), max_length=66)
+    said = {TOKENIZER.decode(item.tokens) for item in found.train}
+    assert said == {
+        "<system>Be brief.<end>\n<user>2 and 2?<end>\n<assistant>four<end>",
+        "<system>Be brief.<end>\n<user>and 3?<end>\n<assistant>seven<end>",
+    }
+    assert (found.prompts_cut, found.left_out) == (1, ())
+
+
+def test_a_conversation_is_held_out_whole(tmp_path: Path) -> None:
+    talks = [{"messages": [turn | {"content": f"{n}: {turn['content']}"} for turn in SAID]} for n in range(20)]
+    found = of_file(file_of(tmp_path, *talks), chatting(), held_out_limit=7, max_length=200)
+    parts = [{item.name.rpartition(",")[0] for item in part} for part in (found.train, found.held_out)]
+    assert len(found.held_out) == 7
+    assert not parts[0] & parts[1]
+    assert len(found.train) == 2 * (20 - 4)
+
+
+def test_without_a_chat_template_a_system_may_speak_and_nobody_else(tmp_path: Path) -> None:
+    found = of_file(file_of(tmp_path, {"messages": SAID[:3]}), template="plain")
+    assert TOKENIZER.decode(found.train[0].tokens) == "<s>Be brief.\n\n2 and 2?\nfour</s>"
+    with pytest.raises(D2SurgeryError, match=r"BAD_DATA and 3\?: a conversation needs a chat template"):
+        of_file(file_of(tmp_path, {"messages": SAID}), template="plain")
+
+
+def test_what_a_chat_template_refuses_is_named(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(D2SurgeryError, match=r"BAD_DATA 2 and 2\?: the chat template refuses it: System role not"):
+        of_file(file_of(tmp_path, {"messages": SAID[:3]}), tokenizer)
+
+
+def test_a_completion_follows_its_prompt_as_it_is_written(tmp_path: Path) -> None:
+    file = file_of(tmp_path, {"prompt": "def f", "completion": "(): ..."})
+    (pair,) = read_back(Collate(257, packed=False)([list(of_file(file, chatting()).train)]))
+    assert pair == ("<s>def f(): ...</s>", "(): ...</s>")
+    (pair,) = read_back(Collate(257, packed=False)([list(of_file(file, chatting(), template="chat").train)]))
+    assert pair == ("<user>def f<end>\n<assistant>(): ...<end>", "(): ...<end>")
+
+
+@given(st.text("abc ", min_size=1, max_size=60).filter(str.strip), st.integers(2, 20))
+def test_every_token_of_a_text_but_the_first_is_predicted_once(text: str, most: int) -> None:
+    with TemporaryDirectory() as folder:
+        found = of_file(file_of(Path(folder), {"text": text}), max_length=most).train
+    whole = [*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id]
+    assert [token for item in found for token in item.tokens[len(item.tokens) - item.answer :]] == whole[1:]
+    assert all(len(item.tokens) <= most and item.answer == len(item.tokens) - 1 for item in found)
+    assert all(before.tokens[-1] == after.tokens[0] for before, after in pairwise(found))
 
 
 # What is drawn ---------------------------------------------------------------------------------------------------
