@@ -6,6 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_jobs: ContextVar[int] = ContextVar("jobs", default=0)
 
 
 def ahead(
@@ -47,8 +49,21 @@ def ahead(
                 future.cancel()
 
 
+@contextmanager
+def jobs(count: int) -> Iterator[None]:
+    """So many `workers` meanwhile."""
+    before = _jobs.set(count)
+    try:
+        yield
+    finally:
+        _jobs.reset(before)
+
+
 def workers() -> int:
-    """Threads for work on many tensors: one for each core that this process may use, up to eight."""
+    """Threads for work on many tensors: as many as `jobs` says, else one for each core that this process may use, up to
+    eight."""
+    if asked := _jobs.get():
+        return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 8)
 

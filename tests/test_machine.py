@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,8 +17,11 @@ from hypothesis import strategies as st
 from measuring import write_adapter, write_base
 
 from d2surgery import machine
+from d2surgery.cli import main
 from d2surgery.files import positioned
 from d2surgery.machine import ahead, uncollected
+from d2surgery.merging import tiles
+from d2surgery.surveying import modules
 
 
 @given(st.lists(st.integers(), max_size=30), st.integers(1, 4), st.none() | st.integers(1, 40))
@@ -40,6 +44,38 @@ def test_no_more_items_are_taken_than_may_be_in_hand(threads: int, in_hand: int 
     with closing(ahead(lambda item: item, items(), threads, in_hand=in_hand)) as results:
         for seen, _ in enumerate(results):
             assert taken - seen <= (in_hand or threads + 1)
+
+
+@pytest.mark.parametrize("verb", ["merge", "audit", "spectrum", "report"])
+def test_jobs_are_the_threads_of_this_verb_and_change_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter", "lora")
+    asked: list[int] = []
+
+    def seen(work: Any, items: Any, threads: int = 1, **choices: Any) -> Any:
+        asked.append(threads)
+        return ahead(work, items, threads, **choices)
+
+    for module in (tiles, modules):
+        monkeypatch.setattr(module, "ahead", seen)
+    pair = ["--base", str(base), "--adapter", str(adapter)]
+    assert main(["merge", *pair, "--out", str(tmp_path / "merged"), "--jobs", "1", "--quiet"]) == 0
+    for jobs in ("1", "3"):
+        line = {
+            "merge": [*pair, "--out", str(tmp_path / jobs), "--quiet"],
+            "audit": [*pair, "--merged", str(tmp_path / "merged")],
+            "spectrum": [str(adapter)],
+            "report": [str(adapter), "--out", str(tmp_path / f"{jobs}.html"), "--quiet"],
+        }
+        asked.clear()
+        assert main([verb, *line[verb], "--jobs", jobs]) == 0
+        assert max(asked, default=1) == int(jobs)
+    assert main([verb, *line[verb], "--jobs", "0"]) == 2
+    assert "--jobs" in capsys.readouterr().err
+    assert machine.workers() == min(len(os.sched_getaffinity(0)), 8)
+    if verb == "merge":
+        assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in ("1", "3", "merged")}) == 1
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])

@@ -18,6 +18,7 @@ from d2surgery.cli.options import (
     Number,
     device_option,
     expert_layout_option,
+    jobs_option,
     progress_bar,
     scaling_options,
 )
@@ -125,6 +126,7 @@ class Pages:
 @click.option("--html", type=_FILE, help="Write the audit as one page: verdict, causes, layers, every tensor.")
 @click.option("--junit", type=_FILE, help="Write JUnit XML, a test case per module and tensor.")
 @click.option("--sarif", type=_FILE, help="Write SARIF 2.1.0, a result per reason.")
+@jobs_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print the verdict only.")
 def command(

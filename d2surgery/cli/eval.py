@@ -60,7 +60,9 @@ class Questions:
 @click.option("--base", type=Base(), required=True, help=f"{BASE_HELP}.")
 @click.option("--adapter", help="File, directory or hub id org/name[@revision]; live in the base, not merged.")
 @click.option("--merged", type=_PATH, help="Merged model directory. With --adapter: the gap between the two.")
-@click.option("--tasks", "files", type=_PATH, multiple=True, help="JSON or JSONL items; repeatable.")
+@click.option(
+    "--tasks", "files", type=_PATH, multiple=True, help="JSON or JSONL items, a table, a hub dataset; repeatable."
+)
 @click.option("--harness", multiple=True, help="Task of lm-eval, by name or YAML file; repeatable. Needs the extra.")
 @click.option("--free", type=_PATH, multiple=True, help="Items to answer in its own words: perplexity, F1, ROUGE-L.")
 @click.argument("more", type=_PATH, nargs=-1, metavar="[FILE]...")
@@ -89,7 +91,8 @@ def command(as_json: bool, quiet: bool, items_file: Path | None, **options: Any)
     also have Matthews' correlation and macro F1.
 
     A task is a JSON list or JSON lines, plain or gzip, of {"question", "choices", "answer"} or of the commonsense
-    form {"instruction", "input", "output", "answer"}.
+    form {"instruction", "input", "output", "answer"}; with the extra `data` also a table (.parquet, .csv) or a dataset
+    of the hub, such as allenai/ai2_arc:ARC-Easy:test.
     """
     models = _models(options)
     questions = Questions(**options)

@@ -11,6 +11,7 @@ import click
 
 from d2surgery.checkpoint import Checkpoint, load
 from d2surgery.cli import output
+from d2surgery.cli.options import jobs_option
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.plain import plain
@@ -31,6 +32,7 @@ _OPTIONS = (
     click.option("--csv", type=_FILE, help="Write every number as a tidy table: one number a row, with its meaning."),
     click.option("--plot", type=_FILE, help="Write figures: one .html page, or .png, .svg or .pdf images."),
     click.option("--quiet", is_flag=True, help="Print nothing; for --csv and --plot."),
+    jobs_option,
 )
 
 

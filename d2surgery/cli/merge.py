@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from d2surgery.cli import output
-from d2surgery.cli.options import job_options, progress_bar
+from d2surgery.cli.options import job_options, jobs_option, progress_bar
 from d2surgery.machine import give_back
 from d2surgery.merging import merge
 
@@ -21,6 +21,7 @@ from d2surgery.merging import merge
     help="Hash the base again, though an earlier merge hashed the same file; or neither hash nor fsync: faster, but no "
     "hashes in the receipt.",
 )
+@jobs_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print warnings only.")
 def command(out: Path, resume: bool, verify: bool | None, as_json: bool, quiet: bool, **job: Any) -> int:

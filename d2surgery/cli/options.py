@@ -15,6 +15,7 @@ from d2surgery.errors import D2SurgeryError
 from d2surgery.files.dtypes import DTYPE_NAMES as DTYPE_NAMES
 from d2surgery.files.dtypes import dtype_name
 from d2surgery.files.locate import locate_base
+from d2surgery.machine import jobs
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem  # which a shell asks for, and nobody else
@@ -126,6 +127,13 @@ cache_option = click.option(
 )
 exact_signs_option = click.option(
     "--exact-signs", is_flag=True, help="Count the signs of every entry of large modules too: minutes for an 8B model."
+)
+jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    expose_value=False,
+    callback=lambda ctx, param, value: value and ctx.with_resource(jobs(value)),
+    help="Threads that share the tensors. Default: one for each core, up to eight.",
 )
 expert_layout_option = click.option(
     "--expert-layout",

@@ -9,7 +9,7 @@ import click
 
 from d2surgery.cli import measured, output
 from d2surgery.cli.audit import EXIT, verdict_line
-from d2surgery.cli.options import BASE_HELP, Adapter, Base, cache_option, exact_signs_option, progress_bar
+from d2surgery.cli.options import BASE_HELP, Adapter, Base, cache_option, exact_signs_option, jobs_option, progress_bar
 from d2surgery.measures.ranks import Method
 from d2surgery.verbs.reporting import check_page
 from d2surgery.verbs.reporting import report as write
@@ -25,6 +25,7 @@ from d2surgery.verbs.reporting import report as write
 @cache_option
 @click.option("--intruders", is_flag=True, help="With --base, also intruder dimensions: slow on large models.")
 @exact_signs_option
+@jobs_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @click.option("--quiet", is_flag=True, help="Print nothing.")
 def command(

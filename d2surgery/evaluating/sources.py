@@ -16,7 +16,7 @@ _MAX_BYTES, _MAX_GROUPS, _PIECE = 128_000_000, 1_000_000, 1 << 20  # of a file; 
 _LFS = b"version https://git-lfs"
 _TABLES = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 _DATASET = re.compile(  # and no mistyped path of a file
-    r"(?:hf://)?(?:datasets/)?(\w[\w.-]*/\w[\w.-]*)(?<!\.json)(?<!\.jsonl)(?<!\.gz)(?<!\.txt)(?:@(\w[\w./-]*))?"
+    r"(?:hf:/{1,2})?(?:datasets/)?(\w[\w.-]*/\w[\w.-]*)(?<!\.json)(?<!\.jsonl)(?<!\.gz)(?<!\.txt)(?:@(\w[\w./-]*))?"
     r"((?::[\w.-]+(?:\[[\w%:-]*\])?){0,2})",
     re.ASCII,
 )
