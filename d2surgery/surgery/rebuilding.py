@@ -39,9 +39,10 @@ def over_modules(
     settings: Mapping[str, Any],
     progress: Progress = no_progress,
     bias: Callable[[int, str], float] = unchanged,
+    chosen_by: BaseWeights | None = None,
 ) -> tuple[Checkpoint, Certificate]:
     """`operate` on every adapter, with the base weight that it lands on; a core does a module from end to end. `bias`
-    as `weight` of `rebuilt`.
+    as `weight` of `rebuilt`; chosen_by: the base that decided the settings, where `operate` needs none.
 
     Raises D2SurgeryError with the problems of the layout and of its place in the base; `operate`'s name the module.
     """
@@ -54,7 +55,9 @@ def over_modules(
 
     made, losses = by_place(one, places(checkpoint), threads([checkpoint], base), progress)
     certificate = Certificate(method=method, settings=settings, losses=losses)
-    return rebuilt([checkpoint], made, history([checkpoint], certificate, base), bias), certificate
+    return rebuilt(
+        [checkpoint], made, history([checkpoint], certificate, chosen_by if base is None else base), bias
+    ), certificate
 
 
 def threads(checkpoints: Sequence[Checkpoint], base: BaseWeights | None) -> int:

@@ -63,10 +63,9 @@ def convert(
         )
         return as_kind(adapter, weight if needs_base(adapter, wish.kind) else None, wish)
 
-    settings = _settings(kind, keep, along, tau, weights)
-    found = over_modules(
-        checkpoint, base if needed else None, operate, "convert" if kind else "resize", settings, progress
-    )
+    method, settings = "convert" if kind else "resize", _settings(kind, keep, along, tau, weights)
+    chosen_by = None if isinstance(keep, Keep) else base
+    found = over_modules(checkpoint, base if needed else None, operate, method, settings, progress, chosen_by=chosen_by)
     if max_error is not None:
         raise_errors(_too_large(found[1], max_error))
     return found

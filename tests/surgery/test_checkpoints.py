@@ -23,7 +23,7 @@ from d2surgery.surgery.algebra import choose, combine, scale
 from d2surgery.surgery.combining import Recipe
 from d2surgery.surgery.extracting import extract
 from d2surgery.surgery.rescaling import rescale
-from d2surgery.surgery.resizing import budget, convert
+from d2surgery.surgery.resizing import against_base, budget, convert, resize
 from d2surgery.surgery.truncation import Keep
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -90,6 +90,14 @@ def test_dora_as_lora_has_the_error_that_it_states(world: Path, tmp_path: Path) 
     files = (world / "dora" / "adapter_model.safetensors", world / "base" / "model.safetensors")
     assert [entry["sha256"] for entry in step["inputs"]] == [sha256(file.read_bytes()).hexdigest() for file in files]
     assert [entry["what"] for entry in step["inputs"]] == ["adapter", "base"]
+
+
+def test_a_base_is_named_where_it_decided_something(world: Path) -> None:
+    """Ranks of a LoRA need none, unless they were chosen by it."""
+    lora, base = load(world / "lora"), BaseWeights(world / "base")
+    for keep, whats in ((against_base(lora, 0.01, base), ["adapter", "base"]), (Keep(rank=2), ["adapter"])):
+        (step,) = resize(lora, base, keep=keep)[0].layout.about.history
+        assert [entry["what"] for entry in step["inputs"]] == whats
 
 
 def test_dora_as_lora_is_exact_on_a_rescaled_base(world: Path, tmp_path: Path) -> None:
