@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from html import escape
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 
@@ -27,27 +28,40 @@ MOST_ROWS = 5000  # of a figure's table inside the page
 
 
 def whole_page(title: str, parts: Iterable[str]) -> str:
-    """The template, its marks replaced in one pass: what is filled in is not searched for marks."""
-    body = _unbroken(_with_contents("\n".join(parts)))
-    filling = {"title": safe(title), "body": f"{body}\n{_footer()}", "plotly": get_plotlyjs()}
-    template = files("d2surgery").joinpath("report.html").read_text(encoding="utf-8")
-    return re.sub("<!--(title|body|plotly)-->", lambda found: filling[found[1]], template)
+    """The template, its marks replaced in one pass: what is filled in is not searched for marks.
 
-
-def _with_contents(body: str) -> str:
-    """Every section with an anchor, and where there are several, a list of the others after the first."""
+    A part at a time: the page of ten adapters has 60 MB, and each further copy of it as much again.
+    """
     titles: list[str] = []
+    body = [_unbroken(_anchored(part, titles)) for part in parts]
+    if len(titles) > 2:
+        _add_contents(body, titles)
+    filling = {
+        "title": [safe(title)],
+        "body": [*chain.from_iterable((part, "\n") for part in body), _footer()],
+        "plotly": [get_plotlyjs()],
+    }
+    template = files("d2surgery").joinpath("report.html").read_text(encoding="utf-8")
+    pieces = re.split("<!--(title|body|plotly)-->", template)
+    return "".join(chain.from_iterable(filling[p] if at % 2 else [p] for at, p in enumerate(pieces)))
+
+
+def _anchored(part: str, titles: list[str]) -> str:
+    """Every section with an anchor; its title goes to the others."""
 
     def anchored(found: re.Match[str]) -> str:
         titles.append(found[1])
         return f'<h2 id="section{len(titles)}">{found[1]}</h2>'
 
-    body = re.sub(r"<h2>(.*?)</h2>", anchored, body)
-    if len(titles) < 3:
-        return body
+    return re.sub(r"<h2>(.*?)</h2>", anchored, part)
+
+
+def _add_contents(body: list[str], titles: Sequence[str]) -> None:
+    """A list of the sections after the first of them."""
     items = "".join(f'<li><a href="#section{at}">{title}</a></li>' for at, title in enumerate(titles, 1))
-    contents = f'<nav aria-label="Contents"><ol>{items}</ol></nav>'
-    return re.sub(r'(?:<figure\b[^>]*>)?<h2 id="section2">', lambda found: contents + found[0], body, count=1)
+    contents = _unbroken(f'<nav aria-label="Contents"><ol>{items}</ol></nav>')
+    at = next(at for at, part in enumerate(body) if '<h2 id="section2">' in part)
+    body[at] = re.sub(r'(?:<figure\b[^>]*>)?<h2 id="section2">', lambda found: contents + found[0], body[at], count=1)
 
 
 _PROSE = re.compile(r"<(p|li|figcaption)\b[^>]*>.*?</\1>", re.DOTALL)

@@ -56,28 +56,36 @@ def report_page(survey: Survey, found: Audit | None = None, runs: Mapping[str, L
     runs: by an adapter's label, the lines that its training logged.
     """
     measured = survey.measured
+    title = " and ".join(m.label for m in measured) if len(measured) < 3 else f"{_number_word(len(measured))} adapters"
+    return whole_page(f"Report: {title}", _parts(survey, title, found, runs or {}))
+
+
+def _parts(survey: Survey, title: str, found: Audit | None, runs: Mapping[str, Log]) -> Iterator[str]:
+    measured = survey.measured
     alike = {key: likeness(differences) for key, differences in survey.shared.items()}
     figures = Figures()
-    title = " and ".join(m.label for m in measured) if len(measured) < 3 else f"{_number_word(len(measured))} adapters"
-    parts = [
-        f"<h1>What {safe(title)} {'does' if len(measured) == 1 else 'do'}</h1>",
-        f"<p>{_what(measured, survey.base)}</p>",
-        _facts(measured),
-        "<h2>What stands out</h2>",
-        *([_alike(measured, alike)] if alike else []),
-        *(_standing_out(m, several=len(measured) > 1) for m in measured),
-        *([audit_section(found, figures)] if found is not None else []),
-        *(part for m in measured for part in surgery_section(m.label, m.layout.about.history, figures)),
-        *(_trained(label, log, figures) for label, log in (runs or {}).items()),
-        *([_together(survey, alike, figures)] if alike else []),
-        *_by_measure(measured, figures),
-        "<h2>Every module</h2>",
-        _module_table(measured),
-        "<h2>How this was measured</h2>",
-        _method(measured),
-        _files(measured),
-    ]
-    return whole_page(f"Report: {title}", parts)
+    yield f"<h1>What {safe(title)} {'does' if len(measured) == 1 else 'do'}</h1>"
+    yield f"<p>{_what(measured, survey.base)}</p>"
+    yield _facts(measured)
+    yield "<h2>What stands out</h2>"
+    if alike:
+        yield _alike(measured, alike)
+    for m in measured:
+        yield _standing_out(m, several=len(measured) > 1)
+    if found is not None:
+        yield audit_section(found, figures)
+    for m in measured:
+        yield from surgery_section(m.label, m.layout.about.history, figures)
+    for label, log in runs.items():
+        yield _trained(label, log, figures)
+    if alike:
+        yield _together(survey, alike, figures)
+    yield from _by_measure(measured, figures)
+    yield "<h2>Every module</h2>"
+    yield _module_table(measured)
+    yield "<h2>How this was measured</h2>"
+    yield _method(measured)
+    yield _files(measured)
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
@@ -374,11 +382,14 @@ def _by_measure(measured: Sequence[Measured], figures: Figures) -> Iterator[str]
     if not moved:
         sections.insert(0, (measured, lambda m: spectra.size_map(m.spectra, top=largest)))
     for shown, draw in sections:
-        drawn = [(m, named(draw(m), m.label)) for m in shown]
-        if drawn:
-            inside = "".join(figures.add(p, m.label if len(measured) > 1 else "", caption=False) for m, p in drawn)
-            captions = "".join(f'<p class="soft">{safe(c)}</p>' for c in dict.fromkeys(p.caption for _, p in drawn))
-            yield f'<h2>{safe(drawn[0][1].title)}</h2>{captions}<div class="grid">{inside}</div>'
+        titles, captions, inside = dict[str, None](), dict[str, None](), list[str]()
+        for m in shown:  # one at a time: a figure takes a hundred times what is written of it
+            plot = named(draw(m), m.label)
+            titles[plot.title] = captions[plot.caption] = None
+            inside.append(figures.add(plot, m.label if len(measured) > 1 else "", caption=False))
+        if inside:
+            said = "".join(f'<p class="soft">{safe(caption)}</p>' for caption in captions)
+            yield f'<h2>{safe(next(iter(titles)))}</h2>{said}<div class="grid">{"".join(inside)}</div>'
 
 
 def _files(measured: Sequence[Measured]) -> str:
