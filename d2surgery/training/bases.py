@@ -77,7 +77,7 @@ def _loaded(kind: Any, config: TrainConfig, **options: Any) -> Any:
 def check_fit(config: TrainConfig, model: Any, corpus: Corpus) -> None:
     """The rows and their tokens are ones that the model has."""
     every = [*corpus.train, *corpus.held_out]
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = _longest(model)
     longest = max(len(item.tokens) for item in every)
     if most is not None and longest > most:
         raise refuse("BAD_CONFIG", "rows longer than the model's context", module="data.max_length",
@@ -86,6 +86,16 @@ def check_fit(config: TrainConfig, model: Any, corpus: Corpus) -> None:
     if largest >= vocabulary:
         message = f"its tokenizer has tokens that the model has not ({largest} of {vocabulary})"
         raise refuse("BAD_BASE", message, file=config.base)
+
+
+def _longest(model: Any) -> int | None:
+    """The tokens that a row may have: of RoBERTa and its kin fewer than max_position_embeddings, for they count
+    positions from the one after the padding's."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.num_embeddings - module.padding_idx - 1)
+    most: int | None = getattr(model.config, "max_position_embeddings", None)
+    return most
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Classifiers: an encoder or a decoder with a head that is trained whole beside the adapters."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from trained import config_of, lines, same
 from d2surgery import load
 from d2surgery.errors import D2SurgeryError
 from d2surgery.live.loading import unmerged
+from d2surgery.training.bases import check_fit
+from d2surgery.training.data import Corpus, Encoded
 from d2surgery.training.loop import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -72,6 +75,22 @@ def test_a_classifier_that_is_resumed_is_the_same(tmp_path: Path) -> None:
     assert train(config, resume=True).resumed_from == 3
     train(replace(config, output=str(tmp_path / "whole")))
     assert same(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("length", "fits"), [(32, True), (33, False)])
+def test_a_model_that_counts_positions_from_its_padding_has_fewer(tmp_path: Path, length: int, fits: bool) -> None:
+    """RoBERTa of 34 positions, two of which are no token's: transformers fails on 33 tokens."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = RobertaForSequenceClassification(RobertaConfig(vocab_size=300, max_position_embeddings=34, **sizes)).eval()
+    row = tuple(range(3, 3 + length))
+    found = Corpus(train=(Encoded(row, 0, "x"),), held_out=(), prompts_cut=0, left_out=())
+    config = config_of(tmp_path)
+    with nullcontext() if fits else pytest.raises(D2SurgeryError, match=r"longer than the model's .*at most 32"):
+        check_fit(config, model, found)
+    with nullcontext() if fits else pytest.raises((IndexError, RuntimeError)):
+        model(torch.tensor([row]))
 
 
 def test_labels_are_shared_by_all_items_and_rows_are_not_packed(tmp_path: Path) -> None:
