@@ -102,10 +102,13 @@ def entries(source: str | os.PathLike[str]) -> Iterator[Entry]:
 
 
 def _rows(source: str | os.PathLike[str], *names: str, **choices: Any) -> Iterator[Entry]:
+    local = "data_files" in choices
     try:
         import datasets
     except ImportError:
-        raise refuse("NO_DATASETS", "the Python package datasets is not installed", file=os.fspath(source)) from None
+        missing = "the Python package datasets, which reads it, is not installed"
+        what = missing if local else f"there is no such path, and if it is a dataset of the hub, {missing}"
+        raise refuse("NO_DATASETS", what, file=os.fspath(source)) from None
     datasets.disable_progress_bars()
     try:
         for number, row in enumerate(datasets.load_dataset(*names, **choices), 1):
@@ -114,7 +117,6 @@ def _rows(source: str | os.PathLike[str], *names: str, **choices: Any) -> Iterat
                 raise refuse("BAD_DATA", f"more than {_MAX_GROUPS} rows", file=os.fspath(source), wanted=wanted)
             yield Entry(row, Path(source), f"row {number}")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        local = "data_files" in choices
         code, what = ("BAD_DATA", "not such a table") if local else ("HUB_UNREACHABLE", "no such path, nor a dataset")
         reason = " ".join(str(error).split())[:300]
         raise refuse(code, f"{what}: {reason}", file=os.fspath(source)) from None
