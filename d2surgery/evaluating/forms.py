@@ -54,9 +54,10 @@ def items_of(value: Any) -> list[Item]:
     """One, but of a conversation one for each answer. Raises Malformed."""
     if not isinstance(value, dict):
         raise Malformed(f"not an object but {type(value).__name__}")
-    for field, form in _FORMS.items():
-        if field in value:
-            return form(value)
+    there = [name for name in _FORMS if name in value]
+    filled = [name for name in there if value[name] is not None]  # a table has every column in every row
+    for name in filled or there:
+        return _FORMS[name](value)
     known = ", ".join(map(brief, list(value)[:6])) or "no field"
     raise Malformed(f"none of {', '.join(_FORMS)}, but {known}")
 
@@ -149,7 +150,8 @@ def _options(instruction: str) -> tuple[str, ...]:
 
 def _question(value: Mapping[str, Any]) -> list[Item]:
     question = _text(value, "question")
-    choices, answer = value.get("choices", []), value.get("answer")
+    choices, answer = value.get("choices"), value.get("answer")
+    choices = [] if choices is None else choices
     if isinstance(choices, dict):
         choices, answer = _lettered(choices, value.get("answerKey"))
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):

@@ -158,7 +158,7 @@ FORMS: list[tuple[dict[str, Any], list[Item]]] = [
         [Item("Who?\nA cat.", "A cat")],
     ),
     ({"instruction": "Who?", "input": "", "output": "A cat", "text": "all of it"}, [Item("Who?", "A cat")]),
-    ({"question": "2 and 2?", "answer": "four"}, [Item("2 and 2?", "four")]),
+    ({"messages": None, "question": "2 and 2?", "answer": "four", "choices": None}, [Item("2 and 2?", "four")]),
     ({"question": "Capital of France?", "choices": LETTERED, "answerKey": "B"}, BOTH[1:]),
     ({"text": "Once upon a time", "id": 3}, [Item("", "Once upon a time", bare=True)]),
 ]
@@ -180,6 +180,7 @@ MALFORMED = [  # (a value, part of the message)
     ({"prompt": [USER], "completion": "x"}, "completion is not a list of turns"),
     (QUESTION | {"choices": LETTERED, "answerKey": "C"}, "the answerKey 'C' is none of the labels ['A', 'B']"),
     (QUESTION | {"choices": LETTERED | {"label": ["A"]}}, "choices has no label for each text"),
+    ({"question": None}, "question is missing"),
     ({"messages": "x"}, "messages is not a list of turns"),
     ({"messages": []}, "no turn of the assistant"),
     ({"messages": [USER]}, "no turn of the assistant"),
