@@ -94,7 +94,7 @@ class Comparison:
     mismatched: int = 0  # entries whose bits differ from the wanted ones
     ulps: tuple[int, ...] = (0,) * (len(ULPS) + 1)  # mismatched entries by distance in units in the last place
     beyond: int = 0  # entries whose difference is more than rounding and sloppy products make
-    halfway: int = 0  # mismatched entries whose exact value lies halfway: another order of summing rounds them so
+    halfway: int = 0  # mismatched entries whose exact value lies halfway, where none is `beyond`: see `halfway`
     e_delta: float = 0.0  # <e, delta>
     d_delta: float = 0.0  # <d, delta>
     ee: float = 0.0  # ‖e‖²
@@ -161,33 +161,31 @@ def _compared(base: Tensor, delta: Tensor, wanted: Tensor, merged: Tensor, size:
     mismatched, expected = count(other), wanted.to(base.dtype)
     e = expected - base  # not in place: `to` may give `wanted` itself
     e_delta = e * delta
-    sums = Comparison(elements=base.numel(), e_delta=_sum(e_delta), ee=_square(e))
+    sums = Comparison(elements=base.numel(), mismatched=mismatched, e_delta=_sum(e_delta), ee=_square(e))
     if not mismatched:
         return sums
-    d = merged.to(base.dtype) - expected
-    d_delta = d * delta
-    sums = replace(
-        sums,
-        mismatched=mismatched,
-        d_delta=_sum(d_delta),
-        de=_sum(d * e),
-        dd=_square(d),
-        ee_delta2=_square(e_delta),
-        de_delta2=_sum(e_delta.mul_(d_delta)),
-        dd_delta2=_square(d_delta),
-    )
+    there, ee_delta2 = merged.to(base.dtype), _square(e_delta)
+    sums = replace(sums, ee_delta2=ee_delta2)
+    if np.array_equal(there.numpy(), base.numpy()):  # the adapter was lost, as in most wrong merges: d is −e
+        d = e.neg_()
+        sums = replace(sums, d_delta=-sums.e_delta, de=-sums.ee, dd=sums.ee, de_delta2=-ee_delta2, dd_delta2=ee_delta2)
+    else:
+        d = there - expected
+        d_delta = d * delta
+        sums = replace(sums, d_delta=_sum(d_delta), de=_sum(e.mul_(d)), dd=_square(d))
+        sums = replace(sums, de_delta2=_sum(e_delta.mul_(d_delta)), dd_delta2=_square(d_delta))
     if size is None:
         return sums
     if mismatched < SPARSE * sums.elements:
         base, delta, wanted, merged, expected, d = (m[other] for m in (base, delta, wanted, merged, expected, d))
         other = other[other]
-    distances = ulps(wanted, merged).numpy()
+    distances = _distances(wanted, merged)
     within = [int(np.count_nonzero(distances <= edge)) for edge in ULPS]
     edges: tuple[int, ...] = (other.numel() - mismatched, *within, other.numel())
     bins = (upper - lower for lower, upper in pairwise(edges))
-    beyond = other & ~_by_rounding(base, delta, expected, d, wanted.dtype, size)
-    between = other & halfway(base, delta, expected, d, size)
-    return replace(sums, ulps=tuple(bins), beyond=count(beyond), halfway=count(between))
+    beyond = count(other & ~_by_rounding(base, delta, expected, d, wanted.dtype, size))
+    between = 0 if beyond else count(other & halfway(base, delta, expected, d, size))
+    return replace(sums, ulps=tuple(bins), beyond=beyond, halfway=between)
 
 
 def strength_of(base: Tensor, delta: Tensor, merged: Tensor) -> tuple[float, float]:
@@ -262,6 +260,15 @@ def ulps(a: Tensor, b: Tensor) -> Tensor:
     """How many floating-point numbers lie between two of one dtype, each entry; 0 between 0 and −0."""
     wide = torch.int32 if a.itemsize < 4 else torch.int64
     return _ordinal(a).to(wide).sub_(_ordinal(b)).abs_()
+
+
+def _distances(a: Tensor, b: Tensor) -> "np.ndarray[Any, Any]":
+    """`ulps` as far as the bins of ULPS tell distances apart, of finite numbers: in 16 bits those above 32767 wrap, to no
+    fewer than 258."""
+    if a.itemsize != 2:
+        return ulps(a, b).numpy()
+    apart = _ordinal(a).sub_(_ordinal(b)).numpy().view(np.uint16)
+    return np.minimum(apart, -apart)
 
 
 def _ordinal(values: Tensor) -> Tensor:
