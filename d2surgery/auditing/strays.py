@@ -14,6 +14,7 @@ from d2surgery.measures.fidelity import SPARSE, bits, count, differing, exponent
 
 SIZES = 256  # of an element, eight equal ones to an octave
 _CLASSES = 24  # of the ratio of delta to the spacing
+_EVERY = 8  # of the rows or columns of a piece in which nothing strays, one counts for so many
 _OF_STRAYS = ("strays", "base", "delta", "up", "dE", "dD", "d", "dd")
 SUMS = (*_OF_STRAYS, "expected", "count", "EE", "DD")  # the last three of all elements
 
@@ -27,6 +28,10 @@ class Tile(NamedTuple):
     there: Tensor
     rows: slice
     columns: slice
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.there.dtype
 
 
 @dataclass
@@ -62,30 +67,35 @@ class Marks:
             self._add(piece, size)
 
     def _add(self, tile: Tile, size: float) -> None:
-        """`size`: the root mean square of delta."""
+        """`size`: the root mean square of delta. Where nothing strays, some rows or columns are counted for all."""
         expected, other = tile.wanted.to(tile.base.dtype), differing(tile.wanted, tile.there)
         squares, changes = _by_part(expected.square()), _by_part(tile.delta.square())
         for dim, into in enumerate(self._sums(tile)):
             into[SUMS.index("count")] += expected.shape[1 - dim]
             into[SUMS.index("EE")] += squares[dim]
             into[SUMS.index("DD")] += changes[dim]
-        kind = _kind(tile, expected, *changes)
-        bins = _octave(expected, -24, SIZES, parts=8).mul_(_CLASSES).add_(kind)
-        elements, strays = _counted(bins), torch.zeros(SIZES, _CLASSES, dtype=torch.int64)
-        if bool(other.any()):
+        everything, any_stray = slice(None), bool(other.any())
+        some = everything if any_stray else slice(None, None, _EVERY)
+        where = (everything, some) if _dim(tile) else (some, everything)
+        across, down = changes[0].sqrt(), changes[1].sqrt() / (float(changes[0].sum()) ** 0.5 or 1.0)
+        usual, unit = across[where[0], None] * down[where[1]], exponents(tile.base[where], expected[where], tile.dtype)
+        kind = _kind(usual.add_(tile.delta[where].abs()), unit, tile.dtype)
+        bins = _octave(expected[where], -24, SIZES, parts=8).mul_(_CLASSES).add_(kind)
+        elements = _counted(bins) * (expected.numel() / max(bins.numel(), 1))
+        strays = torch.zeros_like(elements)
+        if any_stray:
             at = _gathered(other)
             stray, terms = self._strays(other[at], tile.base[at], tile.delta[at], expected[at], tile.there[at], size)
             strays = _counted(bins[at][stray])
             # As likely is each to stray as those of its class in the tile.
-            share = strays.sum(0) / elements.sum(0).clamp(min=1).double()
+            share = strays.sum(0) / elements.sum(0).clamp(min=1)
             likely = _by_part(torch.from_numpy(np.take(share.to(expected.dtype).numpy(), kind.numpy(), mode="clip")))
             for dim, into in enumerate(self._sums(tile)):
                 into[: len(_OF_STRAYS)] += _summed(terms, at, dim, expected.shape)
                 into[SUMS.index("expected")] += likely[dim]
-            self.sizes[2] += elements.double() @ share
+            self.sizes[2] += elements @ share
         self.sizes[:2] += torch.stack((elements.sum(1), strays.sum(1)))
-        where = tile.rows if tile.rows != slice(None) else tile.columns
-        self.classes.append((where, elements.sum(0), strays.sum(0)))
+        self.classes.append(((tile.rows, tile.columns)[_dim(tile)], elements.sum(0), strays.sum(0)))
 
     def _sums(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """Of the tile's rows, and of its columns."""
@@ -122,13 +132,18 @@ _At = tuple[Tensor, Tensor] | EllipsisType
 
 def _pieces(tile: Tile) -> Iterator[Tile]:
     """Some rows or columns at a time: what is made of them stays in the cache."""
-    dim = int(tile.rows == slice(None))
+    dim = _dim(tile)
     first = (tile.rows, tile.columns)[dim].start
     for base, delta, wanted, there in pieces(dim, tile.base, tile.delta, tile.wanted, tile.there):
         last = first + base.shape[dim]
         rows, columns = (tile.rows, slice(first, last)) if dim else (slice(first, last), tile.columns)
         yield Tile(base, delta, wanted, there, rows, columns)
         first = last
+
+
+def _dim(tile: Tile) -> int:
+    """Whether the tile is some rows of its weight (0) or some columns."""
+    return int(tile.rows == slice(None))
 
 
 def _gathered(other: Tensor) -> _At:
@@ -152,16 +167,14 @@ def _by_part(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _counted(bins: Tensor) -> Tensor:
-    return torch.bincount(bins.flatten(), minlength=_CLASSES * SIZES).view(SIZES, _CLASSES)
+    return torch.bincount(bins.flatten(), minlength=_CLASSES * SIZES).view(SIZES, _CLASSES).double()
 
 
-def _kind(tile: Tile, expected: Tensor, across: Tensor, down: Tensor) -> Tensor:
-    """The class of each element: the octave of delta, as it is and as it is usual in its row and column, over the
-    spacing of the stored numbers. across, down: sums of delta² by row and by column."""
-    usual = across.sqrt()[:, None] * (down.sqrt() / (float(across.sum()) ** 0.5 or 1.0))
-    mantissa = {4: 23, 8: 52}[expected.itemsize]
-    octaves = (bits(usual.add_(tile.delta.abs())) - exponents(tile.base, expected, tile.there.dtype)) >> mantissa
-    return octaves.add_(16 - round(log2(torch.finfo(tile.there.dtype).eps))).clamp_(0, _CLASSES - 1).short()
+def _kind(size: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
+    """The class of each element: the octave of delta, as it is and as it is usual in its row and column together
+    (`size`), over the spacing of the stored numbers, whose exponent `unit` is."""
+    octaves = (bits(size) - unit) >> {4: 23, 8: 52}[size.itemsize]
+    return octaves.add_(16 - round(log2(torch.finfo(dtype).eps))).clamp_(0, _CLASSES - 1).short()
 
 
 def _octave(values: Tensor, lowest: int, count: int, parts: int) -> Tensor:

@@ -263,8 +263,8 @@ def ulps(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _distances(a: Tensor, b: Tensor) -> "np.ndarray[Any, Any]":
-    """`ulps` as far as the bins of ULPS tell distances apart, of finite numbers: in 16 bits those above 32767 wrap, to no
-    fewer than 258."""
+    """`ulps` of finite numbers, as far as the bins of ULPS tell distances apart: in 16 bits those above 32767 wrap, to
+    258 and more."""
     if a.itemsize != 2:
         return ulps(a, b).numpy()
     apart = _ordinal(a).sub_(_ordinal(b)).numpy().view(np.uint16)
