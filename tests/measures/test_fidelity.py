@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from d2surgery import KINDS, BaseWeights, from_adapters, merge, plan, save
@@ -123,9 +125,11 @@ def test_a_delta_that_does_not_reach_the_file_has_no_strength() -> None:
     assert strength_of(base, 0 * delta, base.bfloat16()) == (1.0, inf)
 
 
-def test_comparisons_are_numpys_sums_and_add_up_over_tiles() -> None:
+@pytest.mark.parametrize("strength", [1.05, 0.0])
+def test_comparisons_are_numpys_sums_and_add_up_over_tiles(strength: float) -> None:
+    """Also of a merge that lost the adapter, of which half of the sums are known from the other half."""
     base, delta = base_and_delta(0.01)
-    wanted, merged = merged_at(1, base, delta, torch.bfloat16), merged_at(1.05, base, delta, torch.bfloat16)
+    wanted, merged = (merged_at(each, base, delta, torch.bfloat16) for each in (1, strength))
     whole = compare(base, delta, wanted, merged)
     tiles = [slice(i, i + 50) for i in range(0, 256, 50)]
     added = sum((compare(base[t], delta[t], wanted[t], merged[t]) for t in tiles), Comparison())
@@ -146,6 +150,22 @@ def test_distances_count_the_numbers_between(dtype: torch.dtype) -> None:
     beyond = torch.nextafter(one, torch.tensor(9.0, dtype=dtype))
     assert ulps(one, beyond).tolist() == [1, 1, 1, 1]
     assert ulps(torch.tensor([-0.0], dtype=dtype), torch.tensor([0.0], dtype=dtype)).tolist() == [0]
+
+
+@given(st.lists(st.tuples(*[st.integers(0, (1 << 16) - 1)] * 2), min_size=1, max_size=40))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_bins_hold_the_distances_of_all_finite_numbers(dtype: torch.dtype, patterns: list[tuple[int, int]]) -> None:
+    bits = np.array(patterns, dtype=np.uint16)
+    values = torch.from_numpy(bits.view(np.int16).copy()).view(dtype)
+    kept = torch.isfinite(values).all(1) & (values[:, 0] != values[:, 1])
+    if not bool(kept.any()):
+        return
+    a, b = values[kept].T.contiguous()[:, None]
+    place = np.where(bits >> 15, -(bits & 0x7FFF).astype(np.int64), bits & 0x7FFF)[kept.numpy()]
+    distances = np.abs(place[:, 0] - place[:, 1])
+    bins, _ = np.histogram(distances, [1, 2, 3, 5, 17, 1 << 17])
+    found = compare(torch.zeros(a.shape), torch.ones(a.shape), a, b)
+    assert found.ulps == tuple(bins)
 
 
 def test_one_changed_element_is_one_and_a_large_change_is_beyond_rounding() -> None:
