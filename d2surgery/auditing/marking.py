@@ -21,7 +21,7 @@ from d2surgery.placement.site import Patch
 
 _OPEN = ("OTHER_ROUNDING", "ROUNDING_EXCESS", "STRENGTH_UNCERTAIN")  # passed, or nearly, unless there is structure
 _VAGUE = (*_OPEN, "DELTA_UNEXPLAINED", "WRONG_STRENGTH")  # what a structure may explain better
-_NAMED = 12  # wrong modules that are looked at again for a better name
+_FEW, _SOME = 12, 4  # wrong modules of one code: so few are all looked at for a better name, of more first some
 _AT_ONCE = 16  # modules of which marks are held
 _RANK = 0.01  # share of differing elements from which a change of low rank can be seen among them
 
@@ -31,11 +31,20 @@ def with_structure(
 ) -> dict[str, ModuleAudit]:
     """Modules whose differences are not random in place and size, by the name of what they are."""
     again = [name for name in modules if _looked_at(modules[name], replay.modules[name])]
-    wrong = [name for name in again if modules[name].verdict == "fail"]
-    found = _looked_into(prepared, replay, pairs, modules, [name for name in again if name not in wrong[_NAMED:]])
-    if sum(found[name].code != modules[name].code for name in wrong[:_NAMED]) > _NAMED / 2:  # it pays
-        found = _looked_into(prepared, replay, pairs, found, wrong[_NAMED:])
-    return found
+    wrong: dict[str, list[str]] = {}
+    for name in again:
+        if modules[name].verdict == "fail":
+            wrong.setdefault(modules[name].code, []).append(name)
+    later = [names[_SOME:] if len(names) > _FEW else [] for names in wrong.values()]
+    left = {name for names in later for name in names}
+    found = _looked_into(prepared, replay, pairs, modules, [name for name in again if name not in left])
+    rest = [
+        name
+        for names, others in zip(wrong.values(), later, strict=True)
+        if sum(found[name].code != modules[name].code for name in names[:_SOME]) > _SOME / 2  # it pays
+        for name in others
+    ]
+    return _looked_into(prepared, replay, pairs, found, rest)
 
 
 def _looked_into(
