@@ -171,7 +171,10 @@ MEASURES = {
 
 def find(word: str) -> str | None:
     """The measure of this name, or whose word this is: `energy-entropy-rank`, `rank used`, `ΔM`, `k90`."""
-    name = word.strip().lower().replace("-", "_").replace(" ", "_")
-    words = {measure.word.lower().replace(" ", "_"): key for key, measure in MEASURES.items()}
+    name, words = _plain(word), {_plain(measure.word): key for key, measure in MEASURES.items()}
     plain = {"dm": "delta_magnitude", "dd": "delta_direction", "used": "energy_entropy_rank"}
     return name if name in MEASURES else words.get(name) or plain.get(name)
+
+
+def _plain(word: str) -> str:
+    return word.strip().lower().replace("-", "_").replace(" ", "_")
