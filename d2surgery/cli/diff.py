@@ -10,6 +10,7 @@ from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import Adapter, exact_signs_option, progress_bar
 from d2surgery.errors import refuse
+from d2surgery.machine import give_back
 from d2surgery.measures.likeness import SAMPLE, SIDES, Difference, Likeness, Shared, closest, likeness, phi
 from d2surgery.reporting.tidy import Row, difference_rows
 from d2surgery.surveying.adapter import labels
@@ -39,6 +40,7 @@ def command(adapters: tuple[str, ...], exact_signs: bool, **options: Any) -> int
     each number stands what two unrelated adapters would give. The signs of large modules are a sample's, with its
     standard error; all else is exact.
     """
+    give_back()
     outputs = measured.checked_outputs(**options)
     if len(adapters) < 2:
         raise refuse("USAGE", "one adapter has nothing to be compared with", wanted="two or more", got="1")

@@ -11,6 +11,7 @@ from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import BASE_HELP, Adapter, Base, device_option, progress_bar
 from d2surgery.files.base import BaseWeights
+from d2surgery.machine import give_back
 from d2surgery.measures.drift import Correlation, Drift, correlation
 from d2surgery.reporting.tidy import QUANTILES, drift_rows, quantiles
 from d2surgery.surveying.adapter import labels
@@ -34,6 +35,7 @@ def command(adapter: str, base: Path, along: Axis | None, device: str, **options
     --along out_features: a vector is a row of the (out, in) weight; in_features: a column. Without it DoRA and D2-LoRA
     use the axis they normalise along, the others out_features.
     """
+    give_back()
     outputs = measured.checked_outputs(**options)
     weights = BaseWeights(base)
     checkpoint = measured.open_adapter(adapter, weights)

@@ -10,6 +10,7 @@ import click
 from d2surgery.cli import measured, output
 from d2surgery.cli.audit import EXIT, verdict_line
 from d2surgery.cli.options import BASE_HELP, Adapter, Base, cache_option, exact_signs_option, jobs_option, progress_bar
+from d2surgery.machine import give_back
 from d2surgery.measures.ranks import Method
 from d2surgery.verbs.reporting import check_page
 from d2surgery.verbs.reporting import report as write
@@ -47,6 +48,7 @@ def command(
     drawing library plotly.js. With --merged the audit's verdict is printed and decides the exit code: 0 pass, 1 fail,
     3 inconclusive.
     """
+    give_back()
     check_page(out, force=force)
     with ExitStack() as stack:
 

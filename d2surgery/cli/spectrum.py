@@ -10,6 +10,7 @@ from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import BASE_HELP, Adapter, Base, cache_option, device_option, progress_bar, scaling_options
 from d2surgery.files.base import BaseWeights
+from d2surgery.machine import give_back
 from d2surgery.measures.ranks import NUMBERS, Method, Of, Spectrum
 from d2surgery.measures.table import MEASURES
 from d2surgery.reporting.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
@@ -49,6 +50,7 @@ def command(
     The update is scaling times B times A, before any normalisation; the delta is the effective weight minus the base.
     Of a LoRA they are the same, and exact from the factors in a moment. DoRA's and D2-LoRA's delta needs --base.
     """
+    give_back()
     outputs = measured.checked_outputs(**options)
     weights = BaseWeights(base) if base is not None else None
     checkpoint = measured.open_adapter(adapter, weights, scale=scale, alpha=alpha, up_to_scale=True)

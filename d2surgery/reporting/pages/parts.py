@@ -30,7 +30,7 @@ MOST_ROWS = 5000  # of a figure's table inside the page
 def whole_page(title: str, parts: Iterable[str]) -> str:
     """The template, its marks replaced in one pass: what is filled in is not searched for marks.
 
-    A part at a time: the page of ten adapters has 60 MB, and each further copy of it as much again.
+    A part at a time: the page of ten adapters has 20 MB, and each further copy of it as much again.
     """
     titles: list[str] = []
     body = [_unbroken(_anchored(part, titles)) for part in parts]
