@@ -10,6 +10,7 @@ from d2surgery.checkpoint import Checkpoint, load
 from d2surgery.errors import raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.formats.layout import Layout
+from d2surgery.machine import trim
 from d2surgery.measures.drift import Drift
 from d2surgery.measures.likeness import Difference
 from d2surgery.measures.ranks import Method, Spectrum
@@ -99,6 +100,7 @@ def survey(
         for given, label, checkpoint in zip(adapters, labels(adapters), checkpoints, strict=True)
     ]  # fmt: skip
     shared = compare(checkpoints, exact_signs=exact_signs, progress=progress("comparing"))
+    trim()
     return Survey(measured=measured, shared=shared, base=None if base is None else str(base))
 
 
@@ -119,7 +121,7 @@ def measure(
         where = BaseMatrices(checkpoint, base)
         for at in places(checkpoint):
             found[at.name] = intruders(checkpoint.adapter(at.module, at.expert or 0), where[at])
-    return Measured(
+    measured = Measured(
         given=given,
         label=label,
         layout=replace(
@@ -134,6 +136,8 @@ def measure(
         drifts=dict(drifts(checkpoint, base, progress=progress(f"drift of {label}"))) if base is not None else {},
         intruders=found,
     )
+    trim()  # what is kept of each module leaves holes in the heap
+    return measured
 
 
 def _sha256(path: Path) -> str:
