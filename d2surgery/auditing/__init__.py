@@ -51,9 +51,8 @@ from d2surgery.files.base import BaseWeights
 from d2surgery.files.tensors import DTYPES, read_tensor
 from d2surgery.formats.layout import Reading
 from d2surgery.machine import ahead, one_thread, peak_memory, trim, workers
-from d2surgery.merging.companions import companions
 from d2surgery.merging.prepared import Prepared, prepare
-from d2surgery.placement.fit import Fit, fit
+from d2surgery.placement.fit import fit
 
 if TYPE_CHECKING:
     from d2surgery.evaluating.behaviour import Behaviour, TaskGap
@@ -94,7 +93,7 @@ def audit(
     modules, tensors, also = _compared(prepared, pairing, thresholds, found.header.usual_dtype or "", progress)
     reasons += [*directory_problems(found, prepared.fit.base), *pairing.problems]
     reasons += reasons_of(modules, tensors.values())
-    reasons += compare_settings(found, *_expected_files(prepared.fit, found), tied=pairing.tied) if files else ()
+    reasons += compare_settings(prepared.fit, found, tied=pairing.tied) if files else ()
     failing = verdict_of(tuple(reasons)) == "fail"
     reasons += other_receipt(found.directory, prepared.fit.base, hashes, strength, thorough=failing)
     behaviour, gap, problems = _run(base, prepared.merger.checkpoint, merged, levels, prompts, tasks, device)
@@ -185,13 +184,6 @@ def _unless_refused(problems: list[Problem]) -> Iterator[None]:
         yield
     except D2SurgeryError as error:
         problems.append(replace(error.problems[0], code="NOT_RUNNABLE", severity="warning"))
-
-
-def _expected_files(fit: Fit, merged: BaseWeights) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """What merge would have written beside weights of these dtypes: with the adapter's tokenizer, with the base's."""
-    theirs, ours = merged.header.usual_dtype, fit.base.header.usual_dtype
-    dtype = theirs if theirs != ours else None
-    return companions(fit, dtype, "adapter"), companions(fit, dtype, "base")
 
 
 def _settle_recipes(replay: Replay, pairs: tuple[TensorPair, ...]) -> None:

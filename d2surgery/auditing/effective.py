@@ -5,6 +5,7 @@ All of it is asked of transformers itself, offline and with no code of the direc
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,11 +33,14 @@ _PROBES = (
 
 
 @contextmanager
-def as_directory(files: Mapping[str, bytes]) -> Iterator[Path]:
-    """Files that stand nowhere yet, where transformers can read them."""
+def as_directory(files: Mapping[str, bytes | Path]) -> Iterator[Path]:
+    """Contents, and files of other directories, together where transformers can read them."""
     with TemporaryDirectory() as folder:
         for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
+            if isinstance(content, Path):
+                shutil.copyfile(content, Path(folder) / name)
+            else:
+                (Path(folder) / name).write_bytes(content)
         yield Path(folder)
 
 

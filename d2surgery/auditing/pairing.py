@@ -1,6 +1,5 @@
 """Which tensor of a merged checkpoint should be which output of the merge: by names and ties, from headers only."""
 
-import json
 from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from math import prod
@@ -14,7 +13,7 @@ from d2surgery.errors import Problem
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import FLOATS, TensorInfo
 from d2surgery.files.tensors import DTYPES
-from d2surgery.merging.companions import companions
+from d2surgery.merging.companions import merged_config
 from d2surgery.merging.prepared import Prepared
 from d2surgery.merging.tiles import Output
 from d2surgery.placement.fit import Fit
@@ -140,7 +139,7 @@ def _match(
     if not (expected.keys() ^ there.keys()) - ties:
         return Matching(names)
     left, spare = [*(expected.keys() - names.keys())], there.keys() - names.keys()
-    model = model_of(merged, json.loads(companions(fit, None).get("config.json", b"{}")).get("architectures"))
+    model = model_of(merged, merged_config(fit, None).get("architectures"))
     problems: list[Problem] = []
     unused, again = frozenset[str](), dict[str, str]()
     if isinstance(model, Model):

@@ -13,6 +13,8 @@ from d2surgery.auditing.effective import as_directory, config_in, generation_in
 from d2surgery.auditing.tokenizers import either_tokenizer, read_object
 from d2surgery.errors import Problem, Severity
 from d2surgery.files.base import BaseWeights
+from d2surgery.merging.companions import find_companions, merged_config
+from d2surgery.placement.fit import Fit
 from d2surgery.placement.ties import tie_flag
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -41,12 +43,15 @@ _NEEDED = frozenset((
 ))  # fmt: skip
 
 
-def compare_settings(
-    merged: BaseWeights, expected: Mapping[str, bytes], or_tokenizer: Mapping[str, bytes], *, tied: bool
-) -> list[Problem]:
-    """All files beside the weights. `expected`: name -> content, with the adapter's tokenizer where it brings one;
-    `or_tokenizer`: the same with the base's; tied: the file leaves an output to its tie."""
-    tokenizers = either_tokenizer(expected, or_tokenizer, merged.directory)
+def compare_settings(fit: Fit, merged: BaseWeights, *, tied: bool) -> list[Problem]:
+    """All files beside the weights, and those that merge would have written beside weights of these dtypes; tied: the
+    file leaves an output to its tie."""
+    theirs, ours = merged.header.usual_dtype, fit.base.header.usual_dtype
+    found = find_companions(fit).paths
+    expected = {name: path.read_bytes() for name, path in found.items() if name == GENERATION or path.suffix == ".py"}
+    if fit.base.config:
+        expected[CONFIG] = json.dumps(merged_config(fit, theirs if theirs != ours else None)).encode()
+    tokenizers = either_tokenizer(found, find_companions(fit, "base").paths, merged.directory)
     want, got = read_object(expected.get(CONFIG)), merged.config
     if not want:
         return [*_generation(expected, merged.directory), *tokenizers]

@@ -1,5 +1,6 @@
 """Whether a merged checkpoint's tokenizer does what the adapter's, or the base's, does."""
 
+import filecmp
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from d2surgery.files.tokenizers import CHAT_TEMPLATE, TOKENIZER_CONFIG, VOCABULA
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
 
 
-def either_tokenizer(adapters: Mapping[str, bytes], bases: Mapping[str, bytes], merged: Path) -> Iterator[Problem]:
+def either_tokenizer(adapters: Mapping[str, Path], bases: Mapping[str, Path], merged: Path) -> Iterator[Problem]:
     """The adapter's tokenizer is the right one; the base's beside the merged weights may have been meant."""
     found = list(compare_tokenizers(adapters, merged))
     if found and bases != adapters and not list(compare_tokenizers(bases, merged)):
@@ -22,18 +23,21 @@ def either_tokenizer(adapters: Mapping[str, bytes], bases: Mapping[str, bytes], 
         yield from found
 
 
-def compare_tokenizers(expected: Mapping[str, bytes], merged: Path) -> Iterator[Problem]:
-    """By what transformers makes of both where a file differs; what it does not load is compared as it is written."""
-    files = {name: content for name, content in expected.items() if is_of_tokenizer(name)}
-    there = {path.name: path.read_bytes() for path in sorted(merged.iterdir())
-             if is_of_tokenizer(path.name) and path.is_file()}  # fmt: skip
-    if not files or _same_content(files, there):
+def compare_tokenizers(expected: Mapping[str, Path], merged: Path) -> Iterator[Problem]:
+    """By what transformers makes of both where a file differs; what it does not load is compared as it is written.
+
+    expected: by name, all files beside the weights; a tokenizer's config may be in them.
+    """
+    paths = {name: path for name, path in expected.items() if is_of_tokenizer(name)}
+    others = {path.name: path for path in sorted(merged.iterdir()) if is_of_tokenizer(path.name) and path.is_file()}
+    if not paths or _same_content(paths, others):
         return
+    files, there = ({name: path.read_bytes() for name, path in those.items()} for those in (paths, others))
     wanted_files = [name for name in VOCABULARIES if name in files]
     if wanted_files and not {*VOCABULARIES} & there.keys():
         yield _changed("there is no tokenizer", wanted=wanted_files[0], got="none of its files")
         return
-    with as_directory(files | {name: expected[name] for name in ("config.json",) if name in expected}) as directory:
+    with as_directory(paths | {name: path for name, path in expected.items() if name == "config.json"}) as directory:
         whole = _model(files) != _model(there)
         wanted = tokenizing_in(directory, whole=whole) if wanted_files else "there is none"
     if isinstance(wanted, str):
@@ -46,12 +50,16 @@ def compare_tokenizers(expected: Mapping[str, bytes], merged: Path) -> Iterator[
         yield from compare_tokenizing(wanted, found)
 
 
-def _same_content(files: Mapping[str, bytes], there: Mapping[str, bytes]) -> bool:
-    """The same files, and in each the same bytes or the same JSON."""
+def _same_content(files: Mapping[str, Path], there: Mapping[str, Path]) -> bool:
+    """The same files, and in each the same bytes, of which few are held at once, or the same JSON."""
+    filecmp.clear_cache()  # it takes equal times for equal bytes
     return files.keys() == there.keys() and all(
-        content == there[name] or (name.endswith(".json") and read_object(content) == read_object(there[name]) != {})
-        for name, content in files.items()
+        filecmp.cmp(path, there[name], shallow=False) or _same_object(path, there[name]) for name, path in files.items()
     )
+
+
+def _same_object(one: Path, other: Path) -> bool:
+    return one.suffix == ".json" and read_object(one.read_bytes()) == read_object(other.read_bytes()) != {}
 
 
 def _model(files: Mapping[str, bytes]) -> tuple[Any, ...]:

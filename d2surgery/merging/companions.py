@@ -43,11 +43,15 @@ class Companions:
     def copied(self) -> tuple[str, ...]:
         return tuple(sorted(self.files))
 
+    @property
+    def paths(self) -> dict[str, Path]:
+        return {name: file.path for name, file in self.files.items()}
+
     def contents(self, fit: Fit, dtype: str | None) -> dict[str, bytes]:
         """Name -> content, that of config.json with what merging changed. `dtype`: of all weights, None the base's."""
         contents = {name: file.path.read_bytes() for name, file in self.files.items()}
         if fit.base.config:
-            contents["config.json"] = json.dumps(_config(fit, dtype), indent=2).encode() + b"\n"
+            contents["config.json"] = json.dumps(merged_config(fit, dtype), indent=2).encode() + b"\n"
         return contents
 
 
@@ -66,11 +70,6 @@ def find_companions(fit: Fit, tokenizer: Tokenizer = "adapter") -> Companions:
         files |= brought
     problems = (*_tokenizer_problems(differ, tokenizer), *(_without_rows(fit, files) if differ else ()))
     return Companions(files, tuple(sorted(left)), problems)
-
-
-def companions(fit: Fit, dtype: str | None, tokenizer: Tokenizer = "adapter") -> dict[str, bytes]:
-    """Name -> content of all that merge would write beside the weights but the index and the receipt."""
-    return find_companions(fit, tokenizer).contents(fit, dtype)
 
 
 def _is_of_model(path: Path) -> bool:
@@ -116,7 +115,7 @@ def _same(one: Seen, other: Seen) -> bool:
     return one.found.st_size == other.found.st_size and one.path.read_bytes() == other.path.read_bytes()
 
 
-def _config(fit: Fit, dtype: str | None) -> dict[str, Any]:
+def merged_config(fit: Fit, dtype: str | None) -> dict[str, Any]:
     """The base's config with what merging changed: the tie, the vocabulary, the dtype, a new head and its labels."""
     config = dict(fit.base.config)
     changes: dict[str, Any] = {}
