@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields, replace
-from functools import cache
 from itertools import pairwise
 from math import inf, nan, sqrt
 from operator import add
@@ -196,14 +195,10 @@ def strength_of(base: Tensor, delta: Tensor, merged: Tensor) -> tuple[float, flo
     """
     from scipy.optimize import brentq  # half a second, which a right merge need not spend
 
-    there = merged.to(base.dtype)
+    values, known = (base, delta, merged), dict[float, float]()  # nothing of these in a closure, which brentq keeps
 
-    def terms(strength: float) -> Tensor:
-        return there.sub(rounded(base + strength * delta, merged.dtype)).mul_(delta)
-
-    @cache
-    def missing(strength: float) -> float:  # falls as the strength grows: rounding is monotone
-        return float(terms(strength).sum(dim=-1).sum(dtype=torch.float64))
+    def missing(strength: float) -> float:
+        return _missing(strength, values, known)
 
     each = missing(0.0) - missing(1.0)
     if not each > 0:
@@ -216,11 +211,23 @@ def strength_of(base: Tensor, delta: Tensor, merged: Tensor) -> tuple[float, flo
         high, reach = high + reach, 2 * reach
     if not missing(low) >= 0 >= missing(high):
         return 1.0, inf
-    strength = float(brentq(missing, low, high, xtol=1e-7, rtol=1e-7))
+    strength = float(brentq(_missing, low, high, args=(values, known), xtol=1e-7, rtol=1e-7))
     slope = max((missing(strength - 0.01) - missing(strength + 0.01)) / 0.02, 0.0) or each
-    one, left = terms(1.0).square(), terms(strength).square()
+    one, left = _missed(1.0, *values).square(), _missed(strength, *values).square()
     entry = float(one.sum()) / max(int(torch.count_nonzero(one)), 1)
     return strength, sqrt(float(left.sum()) + entry) / slope
+
+
+def _missing(strength: float, values: tuple[Tensor, Tensor, Tensor], known: dict[float, float]) -> float:
+    """<merged − round(W0 + λ·delta), delta>, which falls as λ grows: rounding is monotone. `known` is filled."""
+    if strength not in known:
+        known[strength] = float(_missed(strength, *values).sum(dim=-1).sum(dtype=torch.float64))
+    return known[strength]
+
+
+def _missed(strength: float, base: Tensor, delta: Tensor, merged: Tensor) -> Tensor:
+    """Its terms."""
+    return merged.to(base.dtype).sub(rounded(base + strength * delta, merged.dtype)).mul_(delta)
 
 
 def _by_rounding(base: Tensor, delta: Tensor, expected: Tensor, d: Tensor, stored: torch.dtype, size: float) -> Tensor:
