@@ -89,7 +89,7 @@ def _marked(
     patched = [p for p in pairs if p.status != "tied" and p.output.site and p.output.site.patches]
     for recipe, group in by_recipe.items():
         for some in _apart(patched, group):
-            second = Replay(replay.merger, frozenset((recipe,)), marking=True)
+            second = Replay(replay.merger, frozenset((recipe,)), before=replay.modules)
             second.run([p for p in patched if some & {*p.modules}], lambda done, total: None)
             yield from ((name, second.modules[name].marks) for name in group if name in some)
             trim()

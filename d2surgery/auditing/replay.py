@@ -3,8 +3,10 @@
 Where no recipe gives every bit (`matching`), the nearest is what the file is measured against.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from math import isfinite, sqrt
 
 import numpy as np
 import torch
@@ -13,14 +15,15 @@ from torch import Tensor
 from d2surgery.auditing.matching import Matcher, equal
 from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.recipes import RECIPES, Recipe
-from d2surgery.auditing.strays import Marks
+from d2surgery.auditing.strays import EVERY, Marks
 from d2surgery.auditing.strays import Tile as Marked
 from d2surgery.auditing.tally import Found, Made, Mismatch, Tally
 from d2surgery.files.header import BITS, TensorInfo
 from d2surgery.files.tensors import DTYPES, as_bytes, read_part
 from d2surgery.machine import workers
 from d2surgery.measures.fidelity import Comparison, compare, differing, measured
-from d2surgery.merging.tiles import AdaptedTile, Steps, Tile, TileMerger, all_finite
+from d2surgery.merging.tiles import AdaptedTile, Steps, Tile, TileMerger, all_finite, row_ranges
+from d2surgery.placement.site import Patch
 
 ALIKE = 8  # modules that no recipe fits, after which the nearest to them is taken for that to all
 
@@ -33,7 +36,7 @@ class Replay:
     names: frozenset[str] = frozenset(recipe.name for recipe in RECIPES)
     modules: dict[str, Tally] = field(default_factory=dict)
     tensors: dict[str, Found] = field(default_factory=dict)
-    marking: bool = False  # what differs is looked at for structure
+    before: Mapping[str, Tally] | None = None  # of a pass before; what differs is now looked at for structure
     also: tuple[str, ...] = ()  # recipes that give the bits of the first module, too, in the rows that were compared
 
     def run(self, pairs: Sequence[TensorPair], progress: Callable[[int, int], None]) -> None:
@@ -75,7 +78,7 @@ class Replay:
         """What is found of these pairs, and what to try first on the next; in memory that ends with it."""
         merger = self.merger.apart()
         matchers = [Matcher(merger, names, pair, favourite, curious=curious) for pair in part]
-        work = [(one.pair.output, Pass(merger, one, one.pair, self.marking).run) for one in matchers]
+        work = [(one.pair.output, Pass(merger, one, one.pair, self.before).run) for one in matchers]
         results = merger.over(work, workers(), progress)
         found = {pair.name: result for pair, result in zip(part, results, strict=True)}
         self.also = self.also or next((one.also for one in matchers if one.also), ())
@@ -94,18 +97,35 @@ class Pass:
     merger: TileMerger
     matcher: Matcher
     pair: TensorPair
-    marking: bool
+    before: Mapping[str, Tally] | None
     found: Found = field(default_factory=Found)
 
     def run(self, steps: Steps) -> Found:
+        weights = cache(self._weights)
         for tile, stored in steps:
-            merged = self._read(self.pair.info, tile, "merged")
-            if isinstance(tile, AdaptedTile):
-                self._compare_adapted(self._made(tile, stored, merged))
-            else:
+            weight = weights(tile.patch).get(tile.first, 1.0) if isinstance(tile, AdaptedTile) else 1.0
+            merged = self._read(self.pair.info, tile, "merged") if weight else stored
+            if not isinstance(tile, AdaptedTile):
                 self._compare(tile, stored, merged)
+            elif weight:
+                self._compare_adapted(self._made(tile, stored, merged), weight)
+            if self.before is not None and isinstance(tile, AdaptedTile) and tile.last == tile.patch.stop:
+                self._marks(tile.patch).evened(along_rows=not tile.patch.transposed)
+        for tally in self.found.modules.values():
+            tally.clean = tally.clean if tally.comparison.mismatched else {}
         self.matcher.forget()
         return self.found
+
+    def _weights(self, patch: Patch) -> dict[int, float]:
+        """By first row: for how many a tile counts that the nearest recipe gives to the bit; 0 where another does."""
+        if self.before is None:
+            return {}
+        tally, width = self.before[patch.module], self.pair.output.matrix[1]
+        clean = {*tally.clean.get((self.pair.name, tally.nearest.name if tally.nearest else ""), ())}
+        sizes = {first: last - first for first, last in row_ranges(patch.start, patch.stop, width) if first in clean}
+        looked = list(sizes)[::EVERY]
+        weight = sum(sizes.values()) / max(sum(sizes[first] for first in looked), 1)
+        return dict.fromkeys(sizes, 0.0) | dict.fromkeys(looked, weight)
 
     def _read(self, info: TensorInfo, tile: Tile, purpose: str) -> Tensor:
         """The tile's elements in a tensor of the merged file, flat, in memory of this thread."""
@@ -146,7 +166,7 @@ class Pass:
             if low != source and all(equal(values[part].to(low).to(merged.dtype), merged[part]) for part in parts)
         )
 
-    def _compare_adapted(self, made: Made) -> None:
+    def _compare_adapted(self, made: Made, weight: float) -> None:
         pair, patch, merged = self.pair, made.tile.patch, made.merged
         if pair.status == "tied":  # its module is judged where it is not tied
             if pair.twin is None or not equal(self._read(pair.twin, made.tile, "twin"), merged):
@@ -156,22 +176,33 @@ class Pass:
         wanted = self.matcher.wanted(tally, made)
         base, change = (m.T if patch.transposed else m for m in (made.base_weight, made.delta))
         there = merged.view(base.shape)
-        if self.marking:
-            self._mark(tally, made.tile, change, *self._beside(tally, base, wanted.view(base.shape), there))
+        if self.before is not None:
+            self._mark(made.tile, change, *self._beside(tally, base, wanted.view(base.shape), there), weight)
             return
         survival = measured(base, change, there, self._space("change", base))
         tally.survival += survival
+        recipe = tally.nearest or self.matcher.favourite
         if wanted is merged:
-            tally.comparison += Comparison(
-                elements=survival.elements, e_delta=survival.inner, ee=survival.applied_squared
-            )
-            return
-        base, stored, there = self._beside(tally, base, wanted.view(base.shape), there)
-        tally.comparison += compare(base, change, stored, there)
-        tally.finite &= all_finite(merged)
-        element = self._note(made.tile, wanted, merged)
-        if element is not None and tally.first is None:
-            tally.first = Mismatch(pair, patch, element)
+            sums = Comparison(elements=survival.elements, e_delta=survival.inner, ee=survival.applied_squared)
+        else:
+            base, stored, there = self._beside(tally, base, wanted.view(base.shape), there)
+            sums = compare(base, change, stored, there, sqrt(survival.delta_squared / max(survival.elements, 1)))
+        tally.comparison += sums
+        if not sums.mismatched and recipe is not None:
+            tally.clean.setdefault((pair.name, recipe.name), []).append(made.tile.first)
+        elif sums.mismatched:
+            self._differs(tally, made, wanted, sums)
+
+    def _differs(self, tally: Tally, made: Made, wanted: Tensor, sums: Comparison) -> None:
+        """Count what differs in a tile of a module, and where it first does."""
+        finite = isfinite(sums.ee + sums.dd) or all_finite(made.merged)
+        tally.finite &= finite
+        self.found.finite &= finite
+        self.found.mismatched += sums.mismatched
+        if tally.first is None:
+            at = made.tile.element + int(differing(wanted, made.merged).numpy().argmax())
+            tally.first = Mismatch(self.pair, made.tile.patch, at)
+            self.found.first = at if self.found.first is None else self.found.first
 
     def _beside(self, tally: Tally, base: Tensor, wanted: Tensor, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The base as the nearest recipe holds it; wanted and there in units of the grid, where both lie on it."""
@@ -181,17 +212,18 @@ class Pass:
         return tally.held.base(base, self.pair), wanted, there
 
     def _mark(
-        self, tally: Tally, tile: AdaptedTile, change: Tensor, base: Tensor, wanted: Tensor, there: Tensor
+        self, tile: AdaptedTile, change: Tensor, base: Tensor, wanted: Tensor, there: Tensor, weight: float
     ) -> None:
         patch, tiles = tile.patch, slice(tile.first - tile.patch.start, tile.last - tile.patch.start)
         if patch.transposed:
             base, change, wanted, there = (m.T for m in (base, change, wanted, there))
-        size = (patch.stop - patch.start, self.pair.output.matrix[1])
-        marks = tally.marks.setdefault((self.pair.name, patch), Marks.of(*(size[::-1] if patch.transposed else size)))
         where = (slice(None), tiles) if patch.transposed else (tiles, slice(None))
-        marks.add(Marked(base, change, wanted, there, *where))
-        if tile.last == patch.stop:
-            marks.evened(along_rows=not patch.transposed)
+        self._marks(patch).add(Marked(base, change, wanted, there, *where), weight)
+
+    def _marks(self, patch: Patch) -> Marks:
+        size = (patch.stop - patch.start, self.pair.output.matrix[1])
+        marks = self.found.modules[patch.module].marks
+        return marks.setdefault((self.pair.name, patch), Marks.of(*(size[::-1] if patch.transposed else size)))
 
     def _rounding_only(self, module: str, tile: Tile, wanted: Tensor, merged: Tensor) -> bool:
         """Whether base + s·bias differs by no more than rounding a product and a sum."""

@@ -14,7 +14,7 @@ from d2surgery.measures.fidelity import SPARSE, bits, count, differing, exponent
 
 SIZES = 256  # of an element, eight equal ones to an octave
 _CLASSES = 24  # of the ratio of delta to the spacing
-_EVERY = 8  # of the rows or columns of a piece in which nothing strays, one counts for so many
+EVERY = 8  # of the rows or columns of a piece in which nothing strays, and of such tiles, one counts for so many
 _OF_STRAYS = ("strays", "base", "delta", "up", "dE", "dD", "d", "dd")
 SUMS = (*_OF_STRAYS, "expected", "count", "EE", "DD")  # the last three of all elements
 
@@ -59,29 +59,31 @@ class Marks:
     def elements(self) -> int:
         return int(self.rows[SUMS.index("count")].sum())
 
-    def add(self, tile: Tile) -> None:
-        """The strays of a tile: what differs, but where other sums of the same terms round it so."""
+    def add(self, tile: Tile, weight: float = 1.0) -> None:
+        """The strays of a tile: what differs, but where other sums of the same terms round it so. Of a tile that has
+        none `weight` says for how many it counts, for those that are left out."""
         self.fine = tile.there.itemsize > 2
         size = float(torch.linalg.vector_norm(tile.delta, dim=-1).norm()) / max(tile.delta.numel(), 1) ** 0.5
         for piece in _pieces(tile):
-            self._add(piece, size)
+            self._add(piece, size, weight)
 
-    def _add(self, tile: Tile, size: float) -> None:
+    def _add(self, tile: Tile, size: float, weight: float) -> None:
         """`size`: the root mean square of delta. Where nothing strays, some rows or columns are counted for all."""
         expected, other = tile.wanted.to(tile.base.dtype), differing(tile.wanted, tile.there)
         squares, changes = _by_part(expected.square()), _by_part(tile.delta.square())
         for dim, into in enumerate(self._sums(tile)):
-            into[SUMS.index("count")] += expected.shape[1 - dim]
-            into[SUMS.index("EE")] += squares[dim]
-            into[SUMS.index("DD")] += changes[dim]
+            many = 1.0 if dim == _dim(tile) else weight
+            into[SUMS.index("count")] += many * expected.shape[1 - dim]
+            into[SUMS.index("EE")] += many * squares[dim]
+            into[SUMS.index("DD")] += many * changes[dim]
         everything, any_stray = slice(None), bool(other.any())
-        some = everything if any_stray else slice(None, None, _EVERY)
+        some = everything if any_stray else slice(None, None, EVERY)
         where = (everything, some) if _dim(tile) else (some, everything)
         across, down = changes[0].sqrt(), changes[1].sqrt() / (float(changes[0].sum()) ** 0.5 or 1.0)
         usual, unit = across[where[0], None] * down[where[1]], exponents(tile.base[where], expected[where], tile.dtype)
         kind = _kind(usual.add_(tile.delta[where].abs()), unit, tile.dtype)
         bins = _octave(expected[where], -24, SIZES, parts=8).mul_(_CLASSES).add_(kind)
-        elements = _counted(bins) * (expected.numel() / max(bins.numel(), 1))
+        elements = _counted(bins) * (weight * expected.numel() / max(bins.numel(), 1))
         strays = torch.zeros_like(elements)
         if any_stray:
             at = _gathered(other)
@@ -117,11 +119,17 @@ class Marks:
         return stray, torch.stack((*ways, of_base, of_delta, d, d.square()))
 
     def evened(self, along_rows: bool) -> None:
-        """What is expected of each tile, as in the whole."""
+        """What is expected of each tile, as in the whole; rows of tiles that were left out are as large as the others
+        of their kind."""
         count = torch.stack([of_class for _, of_class, _ in self.classes]).sum(0)
         strays = torch.stack([of_class for _, _, of_class in self.classes]).sum(0)
         share = strays / count.clamp(min=1)
-        sums = self.rows if along_rows else self.columns
+        sums, across = (self.rows, self.columns) if along_rows else (self.columns, self.rows)
+        left = sums[SUMS.index("count")] == 0
+        for name in ("EE", "DD") if bool(left.any()) else ():
+            of_all, of_others = (float(those[SUMS.index(name)].sum()) for those in (across, sums))
+            sums[SUMS.index(name), left] = (of_all - of_others) / int(left.sum())
+        sums[SUMS.index("count")], across[SUMS.index("count")] = across.shape[1], sums.shape[1]
         for where, of_class, own in self.classes:
             sums[SUMS.index("expected"), where] *= float((share * of_class).sum()) / max(float(own.sum()), 1e-300)
         self.classes.clear()

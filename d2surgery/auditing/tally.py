@@ -68,6 +68,8 @@ class Tally:
     grid: torch.dtype | None = None  # coarser than the file's, on which all values of its first tile lie
     first: Mismatch | None = None
     finite: bool = True
+    clean: dict[tuple[str, str], list[int]] = field(default_factory=dict)  # by tensor and recipe that gives every bit:
+    # the first rows of these tiles, where any is given by none
     marks: dict[tuple[str, Patch], Marks] = field(default_factory=dict)  # by tensor and patch, where they are asked for
 
     @property
@@ -86,6 +88,7 @@ class Tally:
             self.grid or other.grid,
             self.first or other.first,
             self.finite and other.finite,
+            self.clean | other.clean,
             self.marks | other.marks,
         )
 

@@ -11,9 +11,10 @@ import pytest
 from longer import one_in
 from mutations import DTYPES, KINDS, Case, World, cases, part
 
-from d2surgery.auditing import audit, blocks
+from d2surgery.auditing import audit, blocks, replay, strays
 from d2surgery.auditing.findings import Audit
 from d2surgery.errors import D2SurgeryError, Problem
+from d2surgery.merging import tiles
 
 ALL = cases()
 SHORT = {case.id for case in part(ALL)}
@@ -59,6 +60,24 @@ def test_a_part_of_a_weight_names_the_cause(
     monkeypatch.setattr(blocks, "_HEAD", 16)
     setting = case.build(world, tmp_path / "merged")
     assert complaint(case, audit(setting.base, setting.adapter, tmp_path / "merged")) == ""
+
+
+@pytest.mark.parametrize(
+    "case",
+    one_in(60, (case for case in ALL if case.group == "shape" and case.id not in OPEN)),
+    ids=lambda case: case.id,
+)
+def test_tiles_in_which_nothing_differs_are_left_out_and_the_answer_is_the_same(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
+    setting = case.build(world, tmp_path / "merged")
+    monkeypatch.setattr(tiles, "TILE_ENTRIES", 1 << 9)  # four rows: weights here would be one tile
+    found = []
+    for every in (1, strays.EVERY):
+        monkeypatch.setattr(replay, "EVERY", every)
+        found.append(audit(setting.base, setting.adapter, tmp_path / "merged"))
+    assert complaint(case, found[1]) == ""
+    assert found[1].modules == found[0].modules
 
 
 def complaint(case: Case, found: Audit) -> str:
