@@ -6,7 +6,6 @@ python analyses/architectures/study.py [--results DIR] [--part I/N] [--tiny] [MO
 import argparse
 import hashlib
 import json
-import platform
 import re
 import shutil
 import signal
@@ -16,7 +15,6 @@ import warnings
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from copy import deepcopy
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,11 @@ from transformers.pytorch_utils import Conv1D
 
 from d2surgery import D2SurgeryError, merge
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from studying import machine, versions, write  # noqa: E402
 from tiny import architectures, config_of, inputs_of  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
 
 SEED = 0
 RIGHT = 1e-6  # ‖ours − PEFT's‖∞/‖PEFT's‖∞, of outputs in float64 and of weights
@@ -52,8 +52,7 @@ def main() -> None:
     part, parts = map(int, options.part.split("/"))
     chosen = options.types or (FEW if options.tiny else list(architectures()))
     results = study(chosen[part::parts])
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(results, options.results)
     print(table(results))
 
 
@@ -70,8 +69,8 @@ def study(types: list[str]) -> dict[str, Any]:
         print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
     return {
         "question": "Does every adapter that PEFT saves land where PEFT put it?",
-        "machine": {"python": platform.python_version()},
-        "versions": {name: version(name) for name in ("d2surgery", "transformers", "peft", "torch")},
+        "machine": machine(),
+        "versions": versions("transformers", "peft"),
         "seed": SEED,
         "right": RIGHT,
         "inputs_sha256": {"model types": hashlib.sha256(" ".join(types).encode()).hexdigest()},

@@ -6,14 +6,11 @@ python analyses/audit_truth/study.py [--base DIR] [--results DIR] [--tiny]
 import argparse
 import hashlib
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2surgery import LoRA, audit, from_adapters, save
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from studying import machine, versions, write
 
 HERE = Path(__file__).resolve().parent
 SEED, RANK, SIZE, SHAPE = 0, 8, 0.01, (192, 256)  # SIZE: of the delta, ‖delta‖/‖W0‖
@@ -101,8 +101,8 @@ def main() -> None:
         runs, alarms, digests = _measured(Path(folder), options.base, damages, changes, dtypes)
     results = {
         "question": "the smallest change that the audit sees, per dtype and structure; false alarms",
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "versions": {name: version(name) for name in ("torch", "d2surgery")} | {"python": platform.python_version()},
+        "machine": machine(),
+        "versions": versions(),
         "seed": SEED,
         "setting": {"rank": RANK, "size": SIZE, "shape": list(SHAPE), "modules": len(MODULES)},
         "base": "rows of " + options.base.name if options.base else "synthetic",
@@ -111,8 +111,7 @@ def main() -> None:
         "right_merges": alarms,
         "seconds": round(time.monotonic() - began),
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(results, options.results)
     subprocess.run([sys.executable, str(HERE / "figure.py"), str(options.results)], check=True)
     print(table(results))
 

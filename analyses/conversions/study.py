@@ -6,13 +6,10 @@ python analyses/conversions/study.py --tiny
 
 import argparse
 import gzip
-import hashlib
 import json
-import os
-import platform
+import sys
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,9 @@ import torch
 
 import d2surgery
 from d2surgery import KINDS, BaseWeights, Checkpoint, Keep, from_adapters
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from studying import machine, sha256, versions, write
 
 HERE = Path(__file__).resolve().parent
 SEED, LIMIT, RANK = 0, 16, 16
@@ -41,8 +41,7 @@ def main() -> None:
             options.limit = 4
             options.base, options.dora, options.d2lora, options.items = tiny(Path(work))
         results = study(options.base, options.dora, options.d2lora, options.items, options.limit)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(results, options.results)
     print(table(results))
 
 
@@ -66,8 +65,8 @@ def study(base: Path, dora: Path, d2lora: Path, items: Path, limit: int) -> dict
              "d2lora": d2lora / "adapter_model.safetensors", "items": items}  # fmt: skip
     return {
         "question": QUESTION,
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("d2surgery", "torch", "transformers", "peft")},
+        "machine": machine(),
+        "versions": versions("transformers", "peft"),
         "seed": SEED,
         "questions": len(questions),
         "inputs_sha256": {name: sha256(file) for name, file in files.items()},
@@ -200,11 +199,6 @@ def tiny(work: Path) -> tuple[Path, Path, Path, Path]:
     items = [{"instruction": f"is {n} even?", "answer": f"answer{1 + n % 2}"} for n in range(4)]
     (work / "items.json").write_text(json.dumps(items))
     return base, work / "dora", work / "d2lora", work / "items.json"
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def table(results: dict[str, Any]) -> str:

@@ -9,10 +9,8 @@ training in a process of its own and stays when it is done: the same command goe
 
 import argparse
 import gzip
-import hashlib
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -20,10 +18,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from studying import machine, sha256, versions, write
 
 HERE = Path(__file__).resolve().parent
 SEED, CHOOSING, CONTROL = 0, 100, "LoRA r16, alpha doubled"
@@ -74,8 +74,7 @@ def main() -> None:
         if not (options.base and options.data and options.work):
             parser.error("--base, --data and --work, or --tiny")
         results = study(options)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(results, options.results)
     print(table(results))
 
 
@@ -99,12 +98,10 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "question": "Do the kinds learn free-form answers better, or more steadily, than LoRA of equal parameters?",
         "budget": options.budget,
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                    "device": options.device, "python": platform.python_version()},
-        "versions": {name: version(name) for name in ("d2surgery", "torch", "transformers")},
+        "machine": machine(device=options.device),
+        "versions": versions("transformers"),
         "seed": SEED,
-        "inputs_sha256": {Path(file).name: hashlib.sha256(Path(file).read_bytes()).hexdigest()
-                          for file in files.values()},
+        "inputs_sha256": {Path(file).name: sha256(Path(file)) for file in files.values()},
         "learning_rates_tried": chosen,
         "cells": found,
         "arms": [judged(found, base, arm) for base in dict.fromkeys(r["base"] for r in found) for arm in arms],

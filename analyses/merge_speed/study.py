@@ -9,16 +9,15 @@ memory. This process stays small and imports neither torch nor d2surgery: a chil
 import argparse
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from studying import machine, process, python, versions, write
 
 HERE = Path(__file__).resolve().parent
 SEED, RANK, ROUNDS = 0, 16, 5
@@ -82,8 +81,7 @@ def main() -> None:
             results = study(work, TINY, TINY_OTHER_DEPTHS, rounds=1)
         else:
             results = study(work, SHAPE, OTHER_DEPTHS, options.rounds)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(results, options.results)
     python(HERE / "figure.py", options.results)
     print(table(results))
 
@@ -108,7 +106,7 @@ def study(work: Path, shape: dict[str, int], other_depths: tuple[int, ...], roun
     return {
         "question": "How long and how much memory does merging take, against PEFT and cp?",
         "machine": machine(),
-        "versions": {name: version(name) for name in ("d2surgery", "torch", "transformers", "peft", "safetensors")},
+        "versions": versions("transformers", "peft", "safetensors"),
         "seed": SEED,
         "rank": RANK,
         "shape": shape,
@@ -129,7 +127,7 @@ def build(directory: Path, shape: dict[str, int], layers: int) -> dict[str, str]
 
 
 def measure(inputs: Path, name: str) -> dict[str, float]:
-    """Seconds and peak resident bytes of one whole process. PEFT's output stays until ours is compared with it."""
+    """Of one whole process. PEFT's output stays until ours is compared with it."""
     program, adapter, *options = RUNS[name]
     out = inputs / name
     shutil.rmtree(out, ignore_errors=True)
@@ -142,20 +140,18 @@ def measure(inputs: Path, name: str) -> dict[str, float]:
     else:
         command = [sys.executable, "-Pc", program, base, adapter, made]
     os.sync()
-    began = time.monotonic()
     kept = os.environ | {"XDG_CACHE_HOME": str(inputs / "cache")}  # hashes, apart from the user's own
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=kept)
-    said = child.stderr.read() if child.stderr else b""
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.monotonic() - began
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"{name} failed:\n{said.decode()}")
+    try:
+        found = process(command, env=kept)
+    except RuntimeError as error:
+        raise RuntimeError(f"{name} failed: {error}") from None
     if not name.startswith("PEFT") and name not in ("d2surgery LoRA", "d2surgery DoRA"):
         shutil.rmtree(out)
-    cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-    print(f"{inputs.name:>3} layers  {name:36} {seconds:7.2f} s {peak / 1e6:8.0f} MB", file=sys.stderr)
-    return {"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3), "peak_bytes": peak}
+    print(
+        f"{inputs.name:>3} layers  {name:36} {found['seconds']:7.2f} s {found['peak_bytes'] / 1e6:8.0f} MB",
+        file=sys.stderr,
+    )
+    return found
 
 
 def compare(inputs: Path, name: str, depth: int) -> dict[str, int]:
@@ -167,28 +163,12 @@ def compare(inputs: Path, name: str, depth: int) -> dict[str, int]:
     return found
 
 
-def python(*arguments: object) -> str:
-    return subprocess.run([sys.executable, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
 def ratio(runs: list[dict[str, Any]], depth: int, slow: str, fast: str, target: int | None) -> dict[str, Any]:
     """Of the two runs of each round."""
     seconds = {(run["run"], run["round"]): run["seconds"] for run in runs if run["layers"] == depth}
     each = [seconds[slow, number] / seconds[fast, number] for name, number in seconds if name == slow]
     values = {"median": median(each), "min": min(each), "max": max(each)}
     return {"slow": slow, "fast": fast, "target": target} | {key: round(value, 2) for key, value in values.items()}
-
-
-def machine() -> dict[str, Any]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "memory_gb": round(memory / 1e9),
-        "python": platform.python_version(),
-    }
 
 
 def table(results: dict[str, Any]) -> str:

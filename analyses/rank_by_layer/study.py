@@ -7,14 +7,10 @@ And how much faster is a spectrum from the factors than from the formed matrix?
 
 import argparse
 import hashlib
-import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -23,6 +19,9 @@ import torch
 from torch import Generator, Tensor
 
 from d2surgery import KINDS, Adapter, LoRA, delta_spectrum, update_spectrum
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from studying import machine, versions, write
 
 HERE = Path(__file__).resolve().parent
 SEED = 0
@@ -59,8 +58,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a few seconds; the numbers mean nothing")
     options = parser.parse_args()
     results = study(TINY if options.tiny else FULL)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(results, options.results)
     subprocess.run([sys.executable, str(HERE / "figure.py"), str(options.results)], check=True)
     print(table(results))
 
@@ -80,8 +78,8 @@ def study(setting: Setting) -> dict[str, Any]:
             print(f"layer {layer} {name}", file=sys.stderr)
     return {
         "question": "What rank do the four kinds reach, layer by layer, fitted to the same change of the weights?",
-        "machine": {"cores": os.cpu_count(), "threads": 1, "python": platform.python_version(), "cpu": cpu()},
-        "versions": {name: version(name) for name in ("d2surgery", "torch")},
+        "machine": machine(threads=1),
+        "versions": versions(),
         "seed": SEED,
         "setting": setting._asdict() | {"ranks": RANKS, "size": SIZE, "decay": DECAY, "base_decay": BASE_DECAY},
         "inputs_sha256": {"bases and targets": digest.hexdigest()},
@@ -159,11 +157,6 @@ def speed(name: str, shape: tuple[int, int], rank: int) -> dict[str, Any]:
         "dense_seconds": round(dense_seconds, 3), "ratio": round(dense_seconds / min(seconds)),
         "largest_difference": float(f"{agreement:.2g}"),
     }  # fmt: skip
-
-
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(results: dict[str, Any]) -> str:

@@ -5,13 +5,9 @@ python analyses/real_adapters/study.py --tiny
 """
 
 import argparse
-import hashlib
-import json
-import os
-import platform
+import sys
 import tempfile
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, quantiles
 from typing import Any
@@ -20,6 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 import d2surgery
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from studying import machine, sha256, versions, write
 
 HERE = Path(__file__).resolve().parent
 SEED = 0
@@ -39,8 +38,7 @@ def main() -> None:
         if not options.adapters:
             parser.error("some adapters, or --tiny")
         results = study(options.adapters, options.base)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(results, options.results)
     print(table(results))
 
 
@@ -55,10 +53,10 @@ def study(adapters: list[Path], base: Path | None) -> dict[str, Any]:
     on_base = [one for path in alone if base and (one := onto(base, path))]
     return {
         "question": QUESTION,
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("d2surgery", "torch", "safetensors")},
+        "machine": machine(),
+        "versions": versions("safetensors"),
         "seed": SEED,
-        "inputs_sha256": {path.name: sha256(path) for path in adapters},
+        "inputs_sha256": {path.name: sha256(weights(path)) for path in adapters},
         "adapters": list(alone.values()),
         "refused": refused,
         "on_base": {"base": base.name if base else "", "rows": on_base},
@@ -98,10 +96,9 @@ def middle(values: Iterable[float]) -> list[float]:
     return quantiles(held, n=4, method="inclusive") if len(held) > 1 else held * 3
 
 
-def sha256(path: Path) -> str:
-    """Of the weights' file, whatever it is called."""
-    file = path if path.is_file() else next(iter(sorted(path.glob("*.safetensors"))), None)
-    return hashlib.sha256(file.read_bytes() if file else b"").hexdigest()
+def weights(path: Path) -> Path:
+    """The file that holds them, whatever it is called; what there is instead where none does."""
+    return path if path.is_file() else next(iter([*sorted(path.glob("*.safetensors")), *sorted(path.iterdir())]))
 
 
 # On its base, and beside another --------------------------------------------------------------------------------------

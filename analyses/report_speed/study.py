@@ -7,18 +7,15 @@ peak resident memory. This process imports neither torch nor d2surgery.
 """
 
 import argparse
-import hashlib
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from studying import machine, process, python, sha256, versions, write
 
 HERE = Path(__file__).resolve().parent
 SEED, ROUNDS, RANK, MANY = 0, 3, 16, 10
@@ -62,8 +59,7 @@ def main() -> None:
         options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work, prefix="report_speed_") as name:
         results = study(Path(name).resolve(), options.rounds, options.before, tiny=options.tiny)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(results, options.results)
     print(table(results))
 
 
@@ -83,7 +79,7 @@ def study(work: Path, rounds: int, before: Path | None, *, tiny: bool) -> dict[s
     return {
         "question": "How long and how much memory do diff and report take on adapters of an 8-billion-parameter model?",
         "machine": machine(),
-        "versions": {name: version(name) for name in ("d2surgery", "torch", "safetensors", "plotly")},
+        "versions": versions("safetensors", "plotly"),
         "seed": SEED,
         "inputs_sha256": hashes,
         "shapes": shapes,
@@ -113,19 +109,8 @@ def commands(work: Path, before: Path | None, *, tiny: bool) -> dict[str, list[s
 
 
 def measure(words: list[str], checkout: Path | None) -> dict[str, float]:
-    """Seconds, CPU seconds and peak bytes of one process, which finds the package of the directory it stands in."""
-    began = time.monotonic()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "d2surgery", *words], cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    said = child.stderr.read() if child.stderr else b""
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.monotonic() - began
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"{words} failed:\n{said.decode()}")
-    cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-    return {"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3), "peak_bytes": peak}
+    """Of one process, which finds the package of the directory it stands in."""
+    return process([sys.executable, "-m", "d2surgery", *words], cwd=checkout)
 
 
 def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -139,22 +124,6 @@ def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {"run": name, "median": round(median(each), 2), "min": round(min(each), 2), "max": round(max(each), 2)}
         for name, each in found.items()
     ]
-
-
-def python(*arguments: object) -> str:
-    return subprocess.run([sys.executable, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def machine() -> dict[str, Any]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": model, "cores": os.cpu_count(), "memory_gb": round(memory / 1e9), "load": os.getloadavg()[0]}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -7,19 +7,18 @@ memory. Errors of all are measured by one program. This process imports neither 
 """
 
 import argparse
-import hashlib
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from studying import machine, process, python, sha256, versions, write
 
 HERE = Path(__file__).resolve().parent
 SEED, ROUNDS, RANK, KEPT = 0, 3, 64, 16
@@ -141,8 +140,7 @@ def main() -> None:
         options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work, prefix="surgery_speed_") as name:
         results = study(Path(name).resolve(), options.rounds, options.mergekit, tiny=options.tiny)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(results, options.results)
     print(table(results))
 
 
@@ -178,7 +176,7 @@ def study(work: Path, rounds: int, mergekit: str | None, *, tiny: bool) -> dict[
         "question": "How long, how much memory and how exact are resizing and extracting, against the dense SVD, PEFT "
         "and mergekit?",
         "machine": machine(),
-        "versions": {name: version(name) for name in ("d2surgery", "torch", "transformers", "peft", "safetensors")},
+        "versions": versions("transformers", "peft", "safetensors"),
         "seed": SEED,
         "inputs_sha256": hashes,
         "shapes": {"large": large, "small": small, "model": model},
@@ -216,39 +214,14 @@ def commands(work: Path, kept: int, mergekit: str | None) -> dict[str, tuple[lis
 
 
 def measure(work: Path, asked: tuple[list[str], tuple[Path, ...]]) -> dict[str, float]:
-    """Seconds, CPU seconds and peak resident bytes of one whole process, and the relative error of what it wrote."""
+    """Of one whole process, with the relative error of what it wrote."""
     command, against = asked
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
-    began = time.monotonic()
-    child = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    said = child.stderr.read() if child.stderr else b""
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.monotonic() - began
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"{command} failed:\n{said.decode()}")
+    found = process([*command, str(out)])
     made = out / "new" if (out / "new").exists() else out
-    error = float(python("-c", ERRORS, made, *against))
-    cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-    return {"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3), "peak_bytes": peak, "error": error}
-
-
-def python(*arguments: object) -> str:
-    return subprocess.run([sys.executable, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def machine() -> dict[str, Any]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": model, "cores": os.cpu_count(), "memory_gb": round(memory / 1e9), "load": os.getloadavg()[0]}
+    return found | {"error": float(python("-c", ERRORS, made, *against))}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -9,16 +9,16 @@ round is one process, and begins with another run.
 import argparse
 import hashlib
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from studying import machine, versions, write
 
 HERE = Path(__file__).resolve().parent
 SEED, ROUNDS, STEPS, WARM_UP = 0, 5, 5, 1
@@ -77,8 +77,7 @@ def main() -> None:
     shapes = TINY if options.tiny else GPU if options.device == "cuda" else CPU
     shapes = {name: sizes for name, sizes in shapes.items() if name in (options.shape or shapes)}
     results = study(shapes, options.device, 1 if options.tiny else options.rounds, eager=options.eager)
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(results, options.results)
     subprocess.run([sys.executable, str(HERE / "figure.py"), str(options.results)], check=True)
     print(table(results))
 
@@ -98,8 +97,8 @@ def study(shapes: dict[str, dict[str, int]], device: str, rounds: int, *, eager:
     return {
         "question": "What does a training step of each kind cost, against LoRA and PEFT?",
         "device": runs[0].pop("device"),
-        "machine": {"cpu": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "versions": {name: version(name) for name in ("d2surgery", "torch", "transformers", "peft")},
+        "machine": machine(),
+        "versions": versions("transformers", "peft"),
         "seed": SEED,
         "shapes": shapes,
         "inputs_sha256": hashes,
@@ -286,11 +285,6 @@ def useful_work(sizes: dict[str, int]) -> float:
 
 
 # What is said ---------------------------------------------------------------------------------------------------------
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(results: dict[str, Any]) -> str:

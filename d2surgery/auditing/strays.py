@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2surgery.measures.fidelity import SPARSE, bits, count, differing, exponents, halfway, pieces, spacing
+from d2surgery.measures.fidelity import MANTISSA, SPARSE, bits, count, differing, exponents, halfway, pieces, spacing
 
 SIZES = 256  # of an element, eight equal ones to an octave
 _CLASSES = 24  # of the ratio of delta to the spacing
@@ -181,14 +181,14 @@ def _counted(bins: Tensor) -> Tensor:
 def _kind(size: Tensor, unit: Tensor, dtype: torch.dtype) -> Tensor:
     """The class of each element: the octave of delta, as it is and as it is usual in its row and column together
     (`size`), over the spacing of the stored numbers, whose exponent `unit` is."""
-    octaves = (bits(size) - unit) >> {4: 23, 8: 52}[size.itemsize]
+    octaves = (bits(size) - unit) >> MANTISSA[size.itemsize]
     return octaves.add_(16 - round(log2(torch.finfo(dtype).eps))).clamp_(0, _CLASSES - 1).short()
 
 
 def _octave(values: Tensor, lowest: int, count: int, parts: int) -> Tensor:
     """In which of `parts` (a power of two of equal ones) of which octave above 2**lowest a size lies, from 0 to
     count − 1."""
-    mantissa, bias = {4: (23, 127), 8: (52, 1023)}[values.itemsize]
-    fine = parts.bit_length() - 1
+    mantissa, fine = MANTISSA[values.itemsize], parts.bit_length() - 1
+    bias = int(bits(torch.ones((), dtype=values.dtype))) >> mantissa
     size = bits(values) & torch.iinfo(bits(values).dtype).max
     return (size >> (mantissa - fine)).sub_(parts * (bias + lowest)).clamp_(0, count - 1).short()

@@ -77,6 +77,7 @@ def measured(base: Tensor, delta: Tensor, merged: Tensor, space: Tensor | None =
 
 
 SPARSE = 1 / 16  # of the entries: gathering more takes longer than looking at all
+MANTISSA = {4: 23, 8: 52}  # bits of it, by a float's size in bytes
 _PIECE = 1 << 17  # entries compared at once: what is made of them stays in the cache, and in memory that malloc keeps
 ULPS = (1, 2, 4, 16)  # upper ends of the bins of Comparison.ulps; the last bin has no end
 
@@ -267,9 +268,9 @@ def spacing(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def exponents(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """The bits of the larger exponent of two numbers, no smaller than those of normal ones in `dtype`."""
-    exponent, least = {4: 0x7F800000, 8: 0x7FF0000000000000}[a.itemsize], torch.finfo(dtype).tiny
+    exponent, least = (int(bits(torch.tensor(each, dtype=a.dtype))) for each in (inf, torch.finfo(dtype).tiny))
     larger = torch.maximum(bits(a) & exponent, bits(b) & exponent)
-    return larger.clamp_(min=int(bits(torch.tensor(least, dtype=a.dtype))))
+    return larger.clamp_(min=least)
 
 
 def bits(values: Tensor) -> Tensor:
