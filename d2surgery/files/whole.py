@@ -9,6 +9,7 @@ from d2surgery.errors import refuse
 
 PARTIAL = ".partial"
 """What the name of something unfinished ends in."""
+_PIECE = 1 << 20  # characters
 
 
 def require_folder(path: Path) -> None:
@@ -19,8 +20,8 @@ def require_folder(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """UTF-8, as `write_whole_bytes`."""
-    write_whole_bytes(path, [text.encode()])
+    """UTF-8, as `write_whole_bytes`; a piece at a time, for a page may have 20 MB."""
+    write_whole_bytes(path, (text[at : at + _PIECE].encode() for at in range(0, len(text), _PIECE)))
 
 
 def write_whole_bytes(path: Path, parts: Iterable[bytes]) -> None:
