@@ -487,8 +487,9 @@ CODES: dict[str, Code] = {
         "Merge again; see that the merger loads the adapter and activates it.",
     ),
     "PARTIAL_MERGE": Code(
-        "Some adapted modules were merged and others were left as in the base.",
-        "Merge again, and compare the merger's list of modules with the adapter's.",
+        "Some adapted modules were merged and others were left as in the base; or so were some rows or columns of one, "
+        "or they hold the delta at another strength than the rest.",
+        "Merge again, and compare the merger's list of modules, and of shards, with the adapter's.",
     ),
     "DELTA_APPLIED_TWICE": Code(
         "The adapter was added two times.", "Merge once, onto the base as it was before any merge."
@@ -548,6 +549,10 @@ CODES: dict[str, Code] = {
     "REQUANTIZED": Code(
         "The merged weights lie on a coarser grid than their dtype: they were quantised.",
         "Audit the unquantised merge, and quantise it once afterwards.",
+    ),
+    "BITS_CUT_OFF": Code(
+        "The delta is there, and every value is rounded toward zero: lower bits were cut off, not rounded.",
+        "Round to nearest where 32 bits become 16, as torch does; all values are a little too small now.",
     ),
     "OTHER_ROUNDING": Code(
         "No known recipe gives every bit, and the differences are within rounding: merged with another library or on "

@@ -18,6 +18,7 @@ from d2surgery.auditing.orders import fused, heads, misplaced
 from d2surgery.files.tensors import rounded
 from d2surgery.formats.layout import alpha_divisor
 from d2surgery.kinds import TABLE
+from d2surgery.measures.fidelity import bits
 
 _RANKS = 8  # of other modules, each a rank by which a merger may have divided alpha
 _JOINED = (3, 4)  # query, key and value; those and an MLP: sd-scripts multiplies the rank, not alpha
@@ -48,6 +49,18 @@ def _merged_twice(case: Case) -> Iterator[Named]:
 
 def _again(case: Case, once: Tensor) -> Tensor:
     return once + case.part(case.adapter).delta(once) * case.strength
+
+
+def _cut_off(case: Case) -> Iterator[Named]:
+    """The lower bits of a float32 dropped, as where its upper half is taken for a bfloat16."""
+
+    def toward_zero() -> Tensor:
+        near = rounded(case.right, case.dtype)
+        above = near.to(case.right.dtype).abs() > case.right.abs()
+        nearer = bits(near) - above.to(bits(near).dtype)  # sign and size: one less is the next toward zero
+        return nearer.view(case.dtype).to(case.right.dtype)
+
+    yield Named("BITS_CUT_OFF", "every value is rounded toward zero", toward_zero)
 
 
 def scalings(case: Case) -> dict[str, float]:
@@ -259,7 +272,7 @@ def _unclipped(case: Case, dual: DualLoRA) -> Tensor:
     return case.delta_of(dual) - case.delta_of(replace(dual, B=-dual.B))
 
 
-GENERAL: tuple[Fault, ...] = (_strength, _merged_twice)
+GENERAL: tuple[Fault, ...] = (_strength, _merged_twice, _cut_off)
 FAULTS: dict[str, tuple[Fault, ...]] = {  # of a kind; what is not listed may be wrong by its scaling
     "lora": (_packing, _scaling),
     "dora": (_magnitude, _low_norm, _scaled_again, _unscaled, _scaling, _inside_the_norm, _dora_twice),

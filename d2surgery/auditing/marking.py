@@ -41,10 +41,15 @@ def with_structure(
     rest = [
         name
         for names, others in zip(wrong.values(), later, strict=True)
-        if sum(found[name].code != modules[name].code for name in names[:_SOME]) > _SOME / 2  # it pays
+        if sum(_better(found[name], modules[name]) for name in names[:_SOME]) > _SOME / 2
         for name in others
     ]
     return _looked_into(prepared, replay, pairs, found, rest)
+
+
+def _better(found: ModuleAudit, before: ModuleAudit) -> bool:
+    """Whether another look found a cause, or places that make a rank meaningless."""
+    return (found.code, found.residual_rank) != (before.code, before.residual_rank)
 
 
 def _looked_into(

@@ -142,7 +142,7 @@ def structure_of(marks: Marks, tests: int, gain: float = 0.0) -> Structure | Non
     if not zeroed and not marks.far and bool((everything["dd"].sqrt() <= everything.allowed).all()):
         return None
     rows, columns = _Parts(marks.rows, limit, gain), _Parts(marks.columns, limit)
-    local = min(_all_places(rows, columns), key=lambda place: place.cost, default=None)
+    local = min(_all_places(rows, columns), key=lambda place: (not place.covers, place.cost), default=None)
     if zeroed:
         where = f" in {_where(local.axis, local.chosen)}" if local is not None and local.covers else ""
         return Structure("ZEROED", f"{marks.zeros} of {marks.elements} elements are zero{where}")
@@ -233,7 +233,9 @@ def _named(place: _Place, gross: bool) -> Structure:
     share, error = float(here["dD"].sum()) / size, sqrt(float(here["dd"].sum()) / size / float(here["count"].sum()))
     if abs(share + 1) < max(0.1, 2 * error):
         return Structure("PARTIAL_MERGE", f"as in the base: {where}", axis, numbers)
-    return Structure("WRONG_STRENGTH", f"strength {1 + share:.3g} in {where}", axis, numbers)
+    by_share = float((here["dD"].square() / here["DD"].clamp(min=1e-300)).sum())
+    code = "PARTIAL_MERGE" if by_share > 0.7 * float(here["dd"].sum()) else "WRONG_STRENGTH"  # or another adapter there
+    return Structure(code, f"strength {1 + share:.3g} in {where}", axis, numbers)
 
 
 def _by_size(marks: Marks, limit: float) -> tuple[Structure, float] | None:

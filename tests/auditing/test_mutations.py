@@ -18,10 +18,6 @@ from d2surgery.merging import tiles
 
 ALL = cases()
 SHORT = {case.id for case in part(ALL)}
-OPEN = {  # a second, wrong cause in one to three modules, beside the right one in the others
-    *(f"shape of all: a block × 1.01 [duallora {dtype} 0.01]" for dtype in ("BF16", "F16")),
-    *(f"shape of all: half the columns as in the base [duallora {dtype} 0.01]" for dtype in DTYPES),
-}
 NAMED = ("axis", "magnitude", "branch", "projection", "direction", "heads", "transposed", "twice")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
 
@@ -31,13 +27,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("mutations"))
 
 
-def marks_of(case: Case) -> list[pytest.MarkDecorator]:
-    """Not strict: how near they are to right depends on how a processor sums."""
-    known = [pytest.mark.xfail(reason="a second cause in single modules", strict=False)] if case.id in OPEN else []
-    return known if case.id in SHORT else [*known, pytest.mark.long]
-
-
-@pytest.mark.parametrize("case", [pytest.param(case, marks=marks_of(case), id=case.id) for case in ALL])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case.id in SHORT else pytest.mark.long, id=case.id) for case in ALL]
+)
 def test_the_verdict_and_the_reason(world: World, tmp_path: Path, case: Case) -> None:
     setting = case.build(world, tmp_path / "merged")
     if case.verdict == "refused":
@@ -64,7 +56,7 @@ def test_a_part_of_a_weight_names_the_cause(
 
 @pytest.mark.parametrize(
     "case",
-    one_in(60, (case for case in ALL if case.group == "shape" and case.id not in OPEN)),
+    one_in(60, (case for case in ALL if case.group == "shape")),
     ids=lambda case: case.id,
 )
 def test_tiles_in_which_nothing_differs_are_left_out_and_the_answer_is_the_same(
@@ -109,7 +101,6 @@ def _not_exact(found: Audit) -> str:
 
 
 def test_there_are_enough_cases_and_each_has_its_own_name() -> None:
-    assert {case.id for case in ALL} >= OPEN
     assert len(SHORT) >= 150
     assert len([case for case in ALL if case.verdict != "pass"]) >= 1200
     assert len([case for case in ALL if case.group == "healthy"]) >= 1500

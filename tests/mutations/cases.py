@@ -16,6 +16,7 @@ from mutations.changes import (
     base_again,
     both,
     config,
+    cut_off,
     damaged,
     eight_bits,
     first_magnitude,
@@ -483,6 +484,10 @@ def _more_grids() -> Iterator[Case]:
         for name, way in ways.items():
             yield Case(group="requantised", name=name, change=requantised(way), codes=("REQUANTIZED",), verdict="fail",
                        real=True, **at)  # fmt: skip
+        if at["dtype"] != "F32":
+            also = ("WEIGHT_DECAYED",) if at["kind"] == "dora" else ()  # whose own rounding is as large
+            yield Case(group="requantised", name="bits cut off", change=cut_off, codes=("BITS_CUT_OFF",), also=also,
+                       verdict="fail", real=True, **at)  # fmt: skip
         for name, way in (("2:4", two_of_four), ("all", torch.zeros_like)):
             yield Case(group="zeroed", name=name, change=requantised(way), codes=("ZEROED",), verdict="fail", **at)
 

@@ -113,6 +113,16 @@ def requantised(f: Callable[[Tensor], Tensor]) -> Change:
     return change
 
 
+def cut_off(setting: Setting, out: Path) -> None:
+    """Rounded toward zero."""
+    changed = {}
+    for name, near in setting.by(effective).items():
+        exact = effective(setting.values[name.removesuffix(".weight")], setting.weights()[name])
+        above = torch.from_numpy(np.abs(f64(near)) > np.abs(exact))
+        changed[name] = (near.view(torch.int16) - above.short()).view(near.dtype)
+    rewrite(out, changed)
+
+
 def half_split(W: Tensor, heads: int) -> Tensor:
     """Meta's order of rotary rows to Hugging Face's: the pairs of each head interleaved or in halves."""
     return W.view(heads, HEAD // 2, 2, -1).transpose(1, 2).reshape(W.shape)

@@ -67,6 +67,17 @@ def base_again(where: object) -> Damage:
     return damage
 
 
+def at_strength(strength: float, where: object) -> Damage:
+    """The delta, in a shard."""
+
+    def damage(merged: Tensor, base: Tensor) -> Tensor:
+        out = merged.clone()
+        out[where] = (base + strength * (merged - base))[where]  # type: ignore[index]
+        return out
+
+    return damage
+
+
 def swapped(first: int, second: int, dim: int) -> Damage:
     def damage(merged: Tensor, base: Tensor) -> Tensor:
         order = torch.arange(merged.shape[dim])
@@ -78,6 +89,7 @@ def swapped(first: int, second: int, dim: int) -> Damage:
 
 ALL = slice(None)
 ROW, COLUMN, WHOLE, SIZE = ("ROW_SCALED",), ("COLUMN_SCALED",), ("WEIGHT_DECAYED",), ("LARGEST_CHANGED",)
+PARTIAL = ("PARTIAL_MERGE",)
 SHIFT, BASE, OTHER = ("VALUES_SHIFTED",), ("PARTIAL_MERGE", "DELTA_NOT_APPLIED"), ("DELTA_UNEXPLAINED",)
 
 # name -> what is done, and the codes that are a right cause
@@ -117,6 +129,10 @@ SHAPES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "a head as in the base": (base_again(slice(16, 32)), BASE),
     "a row as in the base": (base_again(3), (*BASE, *OTHER)),
     "half the columns as in the base": (base_again((ALL, slice(0, 24))), BASE),
+    "the delta twice in a quarter of the rows": (at_strength(2, slice(0, 32)), PARTIAL),
+    "the delta twice in some of the columns": (at_strength(2, (ALL, slice(32, 64))), PARTIAL),
+    "the delta turned in a quarter of the rows": (at_strength(-1, slice(96, 128)), PARTIAL),
+    "half of the delta in every second row": (at_strength(0.5, slice(None, None, 2)), PARTIAL),
     "two rows swapped": (swapped(3, 9, 0), (*OTHER, "HEADS_PERMUTED")),
     "two columns swapped": (swapped(3, 9, 1), (*OTHER, "HEADS_PERMUTED")),
     "columns moved on by one": (lambda m, b: m.roll(1, 1), (*OTHER, "WRONG_BASE", "WRONG_STRENGTH")),
