@@ -120,10 +120,11 @@ def test_three_bfloat16_pieces_are_a_float32_product(monkeypatch: pytest.MonkeyP
 
 
 def test_a_product_in_tiles_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To what a float32 sum of 300 products may err in whatever order a library takes them: 300·2⁻²⁴ of their sizes."""
     torch.manual_seed(0)
     thin, W = torch.randn(8, 300), torch.randn(300, 200).to(torch.bfloat16)
     wanted, sizes = thin.double() @ W.double(), thin.double().abs() @ W.double().abs()
     with small_tiles(monkeypatch):
         for matrix in (W, W.T.contiguous().T):
             found = forwards.wide_product(thin, matrix)
-            assert float(((found - wanted).abs() / sizes).max()) < 1.4e-7
+            assert float(((found - wanted).abs() / sizes).max()) < len(W) * 2**-24
