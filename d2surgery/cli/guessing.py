@@ -1,6 +1,6 @@
 """What a mistyped verb or option may have meant: the options that people try first, else the nearest names."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import click
 
@@ -54,13 +54,22 @@ SYNONYMS = {  # what other tools call it -> what it may be called here, the firs
 
 
 def option(given: str, command: click.Command) -> list[str]:
-    """The options of a verb that an unknown one may have meant, at most three."""
+    """What of a verb an unknown option may have meant, at most three; what has no option is an argument."""
     known = [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
     known = [name for name in known if name.startswith("-")]
     plain = given.lower().replace("_", "-")
-    meant = [name for name in SYNONYMS.get(plain, ()) if name in known]
+    names = (plain, *SYNONYMS.get(plain, ()))
+    if of_place := [text for name in names for text in _arguments(name.strip("-"), command)]:
+        return of_place[:1]
+    meant = [name for name in names if name in known]
     words = [name for name in known if plain.strip("-") and plain.strip("-") in name.strip("-").split("-")]
     return list(dict.fromkeys([*meant, *_near(plain, known), *words]))[:3]
+
+
+def _arguments(name: str, command: click.Command) -> Iterator[str]:
+    for parameter in command.params:
+        if isinstance(parameter, click.Argument) and parameter.name in (name, f"{name}s"):
+            yield f"{parameter.human_readable_name} without a name before it"
 
 
 VERBS = {  # what other tools call a verb

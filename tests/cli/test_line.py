@@ -92,6 +92,8 @@ def test_completing_a_verb_imports_no_torch() -> None:
         (["merge", "--Torch_Dtype", "x"], "--dtype"),
         (["merge", "--stregth", "2"], "--strength"),
         (["train", "--learning-rate", "1"], "--lr"),
+        (["resize", "a", "--output-dir", "b"], "OUT without a name before it"),
+        (["inspect", "--adapter", "a"], "ADAPTER without a name before it"),
         (["inspect", "x", "--verbose"], "--per-layer"),
         (["report", "x", "--overwrite"], "--force"),
         (["merge", "--xyzzy"], "d2surgery merge --help"),
