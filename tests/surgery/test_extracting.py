@@ -150,6 +150,36 @@ def test_a_dora_is_found_through_the_rounding_of_the_file() -> None:
     assert errors[1] < errors[0] / 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("size", "growth"), [(0.02, 0.01), (0.05, 0.0), (0.2, 0.05)])
+def test_a_dora_has_the_rank_it_was_made_of(dtype: torch.dtype, size: float, growth: float) -> None:
+    """The rank by the rounding of the file alone, whatever row is large or dead in the base; the update to within what
+    that rounding leaves in a space of this rank."""
+    numbers, (out, in_, rank) = torch.Generator().manual_seed(1), (160, 224, 6)
+    W = 0.05 * torch.randn(out, in_, generator=numbers, dtype=torch.float64)
+    W[5], W[9] = 20 * W[5], 0
+    W = W.to(dtype).double()
+    L = torch.randn(out, rank, generator=numbers).double() @ torch.randn(rank, in_, generator=numbers).double()
+    L *= size * float(W.norm() / L.norm())
+    V = W + L
+    magnitude = V.norm(dim=1) * (1 + growth * torch.randn(out, generator=numbers).double())
+    tuned = (V * (magnitude / V.norm(dim=1))[:, None]).to(dtype)
+    slack = ulps(tuned) / 2 if dtype != torch.float32 else None
+    noise = ulps(tuned).double() / 12**0.5
+    edge = 1.1 * float(noise.square().sum(1).max().sqrt() + noise.square().sum(0).max().sqrt())
+    found = dora_of(W, tuned.double(), Keep(by="above", value=edge), "out_features", slack)
+    assert len(found.A) == rank
+    rest = torch.arange(out) != 9  # of a dead row any length is as good
+    left = (noise.square().sum() * rank * (out + in_) / (out * in_)).sqrt()
+    assert float((found.B @ found.A - L)[rest].norm()) < 2 * float(left)
+    missed = found.delta(W) + W - tuned.double()
+    assert float(missed.norm()) < 1.1 * float(noise.norm())
+
+
+def ulps(values: Tensor) -> Tensor:
+    return torch.exp2(torch.floor(torch.log2(values.abs().double().clamp(min=1e-30)))) * torch.finfo(values.dtype).eps
+
+
 def test_the_report_shows_what_a_file_says_of_itself_and_nothing_that_makes_no_sense() -> None:
     good = {"rank": 2, "norm": 1.0, "relative_error": 0.1, "spectral_error": 0.2, "curve": [1.0, 0.5, 0.1]}
     bad: dict[str, Any] = {
