@@ -103,13 +103,13 @@ class Pass:
     def run(self, steps: Steps) -> Found:
         weights = cache(self._weights)
         for tile, stored in steps:
-            weight = weights(tile.patch).get(tile.first, 1.0) if isinstance(tile, AdaptedTile) else 1.0
-            merged = self._read(self.pair.info, tile, "merged") if weight else stored
             if not isinstance(tile, AdaptedTile):
-                self._compare(tile, stored, merged)
-            elif weight:
-                self._compare_adapted(self._made(tile, stored, merged), weight)
-            if self.before is not None and isinstance(tile, AdaptedTile) and tile.last == tile.patch.stop:
+                self._compare(tile, stored, self._read(self.pair.info, tile, "merged"))
+                continue
+            if weight := weights(tile.patch).get(tile.first, 1.0):
+                made = self._made(tile, stored, self._read(self.pair.info, tile, "merged"))
+                self._compare_adapted(made, weight)
+            if self.before is not None and tile.last == tile.patch.stop:
                 self._marks(tile.patch).evened(along_rows=not tile.patch.transposed)
         for tally in self.found.modules.values():
             tally.clean = tally.clean if tally.comparison.mismatched else {}
