@@ -97,8 +97,9 @@ def middle(values: Iterable[float]) -> list[float]:
 
 
 def weights(path: Path) -> Path:
-    """The file that holds them, whatever it is called; what there is instead where none does."""
-    return path if path.is_file() else next(iter([*sorted(path.glob("*.safetensors")), *sorted(path.iterdir())]))
+    """The file that holds them, whatever it is called."""
+    inside = [] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("adapter_*"))
+    return inside[0] if inside else path
 
 
 # On its base, and beside another --------------------------------------------------------------------------------------

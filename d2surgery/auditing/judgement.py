@@ -11,7 +11,7 @@ from d2surgery.auditing.pairing import TensorPair
 from d2surgery.auditing.replay import Replay
 from d2surgery.auditing.tally import Tally
 from d2surgery.errors import Problem, Severity
-from d2surgery.measures.fidelity import LOW_GAIN, SPARSE, ULPS, Comparison, Survival
+from d2surgery.measures.fidelity import LOW_GAIN, MANY, ULPS, Comparison, Survival
 
 FEW = 16  # differing elements that are a change, not another library's rounding, when all else is replayed
 ELSEWHERE = "where the exact value lies halfway, as another linear-algebra library or processor rounds"
@@ -175,7 +175,7 @@ def _differ(sums: Comparison) -> str:
 
 
 def _beyond(sums: Comparison) -> str:
-    about = "about " if sums.mismatched >= SPARSE * sums.elements else ""
+    about = "about " if sums.mismatched >= MANY else ""
     return f"{_count(sums)} {_differ(sums)}, {about}{sums.beyond} by more than rounding"
 
 

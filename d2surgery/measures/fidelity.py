@@ -77,6 +77,7 @@ def measured(base: Tensor, delta: Tensor, merged: Tensor, space: Tensor | None =
 
 
 SPARSE = 1 / 16  # of the entries: gathering more takes longer than looking at all
+MANY = 4096  # mismatched entries that are too many to look at all of them: fewer are counted one by one
 MANTISSA = {4: 23, 8: 52}  # bits of it, by a float's size in bytes
 _PIECE = 1 << 17  # entries compared at once: what is made of them stays in the cache, and in memory that malloc keeps
 ULPS = (1, 2, 4, 16)  # upper ends of the bins of Comparison.ulps; the last bin has no end
@@ -235,8 +236,8 @@ def _missed(strength: float, base: Tensor, delta: Tensor, merged: Tensor) -> Ten
 def _beyond(
     other: Tensor, base: Tensor, delta: Tensor, expected: Tensor, d: Tensor, stored: torch.dtype, size: float
 ) -> int:
-    """How many of `other` are not by rounding; about how many, where most of every sixteenth row are not."""
-    for every in (16, 1) if other.ndim == 2 else (1,):
+    """How many of `other` are not by rounding; of MANY about how many, where most of every sixteenth row are not."""
+    for every in (16, 1) if other.ndim == 2 and count(other) >= MANY else (1,):
         some = slice(None, None, every)
         here = other[some]
         found = count(here & ~_by_rounding(base[some], delta[some], expected[some], d[some], stored, size))

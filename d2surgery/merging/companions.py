@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from d2surgery.errors import Problem
 from d2surgery.files.held import Seen
+from d2surgery.files.reading import same_bytes
 from d2surgery.files.tokenizers import TOKENIZER_CONFIG, VOCABULARIES, is_of_tokenizer, last_added
 from d2surgery.placement.fit import Fit, new_labels
 from d2surgery.placement.site import Site, is_head
@@ -62,7 +63,9 @@ def find_companions(fit: Fit, tokenizer: Tokenizer = "adapter") -> Companions:
     left = [path.name for path in entries if path.name not in files and not _is_read(path, fit)]
     brought = _tokenizer_in(fit.layout.path.parent) if fit.strength != 0 else {}
     own = _tokenizer_in(fit.base.directory) if brought else {}
-    differ = sorted(name for name, file in brought.items() if name not in own or not _same(own[name], file))
+    differ = sorted(
+        name for name, file in brought.items() if name not in own or not same_bytes(own[name].path, file.path)
+    )
     if tokenizer == "adapter" and differ:
         if TOKENIZER_CONFIG in brought and set(VOCABULARIES) & brought.keys():  # a whole one: nothing of another stays
             left += [name for name in files if is_of_tokenizer(name) and name not in brought]
@@ -109,10 +112,6 @@ def _tokenizer_in(directory: Path) -> Mapping[str, Seen]:
     """Name -> a tokenizer's file; none where there is no directory, as for an adapter made in memory."""
     files = sorted(directory.iterdir()) if directory.is_dir() else ()
     return {path.name: Seen(path) for path in files if is_of_tokenizer(path.name) and path.is_file()}
-
-
-def _same(one: Seen, other: Seen) -> bool:
-    return one.found.st_size == other.found.st_size and one.path.read_bytes() == other.path.read_bytes()
 
 
 def merged_config(fit: Fit, dtype: str | None) -> dict[str, Any]:

@@ -120,11 +120,12 @@ def test_three_bfloat16_pieces_are_a_float32_product(monkeypatch: pytest.MonkeyP
 
 
 def test_a_product_in_tiles_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To what a float32 sum of 300 products may err in whatever order a library takes them: 300·2⁻²⁴ of their sizes."""
+    """To what a float32 sum of 300 products errs in whatever order a library takes them: √300·2⁻²⁴ of their sizes, as
+    roundings of either sign add up (Higham and Mary 2019)."""
     torch.manual_seed(0)
     thin, W = torch.randn(8, 300), torch.randn(300, 200).to(torch.bfloat16)
     wanted, sizes = thin.double() @ W.double(), thin.double().abs() @ W.double().abs()
     with small_tiles(monkeypatch):
         for matrix in (W, W.T.contiguous().T):
             found = forwards.wide_product(thin, matrix)
-            assert float(((found - wanted).abs() / sizes).max()) < len(W) * 2**-24
+            assert float(((found - wanted).abs() / sizes).max()) < len(W) ** 0.5 * 2**-24
