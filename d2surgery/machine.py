@@ -93,7 +93,7 @@ def give_back(mapped_above: int = 1 << 25) -> None:
         library = ctypes.CDLL(None)
         library.mallopt(-8, 1)  # M_ARENA_MAX
         library.mallopt(-3, mapped_above)  # M_MMAP_THRESHOLD
-        library.mallopt(-1, 1 << 23)  # M_TRIM_THRESHOLD
+        library.mallopt(-1, 1 << 26)  # M_TRIM_THRESHOLD
 
 
 def trim() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from d2surgery.errors import refuse
 
 WELL_CONDITIONED = 1e5
+_PIECE = 4096  # rows
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,6 +57,10 @@ class LowRank:
 
     def dense(self) -> Float64[Tensor, "out_features in_features"]:
         return self.P.double() @ self.Q.double()
+
+    def tile(self, *, out: slice) -> Float64[Tensor, "rows in_features"]:
+        """Some rows of it."""
+        return LowRank(self.P[out], self.Q).dense()
 
     def singular_values(self) -> Float64[Tensor, " values"]:
         """σ₁ ≥ σ₂ ≥ …, as many as `rank`; what rounding leaves of a zero shows as about eps64 · Σ ‖p_k‖‖q_k‖."""
@@ -124,7 +129,7 @@ class LowRank:
 
     def _triangles(self) -> tuple[Tensor, Tensor]:
         """R of P's and of Qᵀ's QR, whose columns have the factors' norms; not finite where a factor is not."""
-        upper, lower = (torch.linalg.qr(factor.double(), mode="r").R for factor in (self.P, self.Q.T))
+        upper, lower = _triangle(self.P), _triangle(self.Q.T)
         _check_finite(upper, lower)
         return upper, lower
 
@@ -137,6 +142,14 @@ class LowRank:
 def _check_finite(*factors: Tensor) -> None:
     if not all(bool(torch.linalg.vector_norm(factor).isfinite()) for factor in factors):
         raise refuse("NOT_FINITE", "A factor of a low-rank matrix holds NaN or infinity.")
+
+
+def _triangle(factor: Tensor) -> Tensor:
+    """R of a tall factor's QR, from those of pieces that a core's cache holds; as stable (TSQR, Demmel et al. 2012)."""
+    pieces = torch.split(factor, max(_PIECE, 2 * factor.shape[1]))
+    triangles = [torch.linalg.qr(piece.double(), mode="r").R for piece in pieces]
+    found: Tensor = triangles[0] if len(triangles) == 1 else torch.linalg.qr(torch.cat(triangles), mode="r").R
+    return found
 
 
 def _basis_times(factor: Tensor, upper: Tensor, columns: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from d2surgery.placement.site import Patch
 WHOLE = 1 << 24  # entries: the largest weight held whole, for recipes that normalise across tiles
 _SAMPLE = 16  # rows on which recipes are told apart, spread over a tile: damage is seldom in all of them
 _NEARER = 1.5  # by as much another recipe must be nearer than ours
+_MORE = 1 / 4  # and in so many more of the vectors than it is farther in, so that it is not by chance
 _TRIED = 3  # recipes that agree there and are tried on the whole tile
 
 
@@ -60,7 +61,8 @@ class Matcher:
                 tally.load = tally.load or self._load(fitting, tally)
                 return made.merged
             # What is far from all is measured from ours, which can be had tile by tile.
-            near = self._near(made, tally, sample)
+            first, *rest = self._near(made, tally, sample)
+            near = [first, *(each for each in rest if _nearer(sample(each), sample(first)) > _MORE)]
             off = {recipe: _distance(*sample(recipe)) * (1 if recipe.name == OURS else _NEARER) for recipe in near}
             tally.nearest = min(near, key=off.__getitem__)
             tally.load = tally.load or self._load(tally.nearest, tally)
@@ -209,10 +211,21 @@ def _by_units(made: Tensor | None, merged: Tensor) -> bool:
     return made is not None and int(ulps(made, merged).max()) <= 1
 
 
+def _distances(made: Tensor, merged: Tensor) -> Tensor:
+    distances: Tensor = torch.linalg.vector_norm((made.double() - merged.double()).nan_to_num(inf), dim=1)
+    return distances
+
+
 def _distance(made: Tensor, merged: Tensor) -> float:
     """‖made − merged‖ of the median vector: where no recipe fits, counting would prefer one that rounds coarsely, and
     the mean what happens to be near in a damaged row."""
-    return float((made.double() - merged.double()).nan_to_num(inf).norm(dim=1).median())
+    return float(_distances(made, merged).median())
+
+
+def _nearer(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """The share of vectors in which the one is nearer, less that of those in which the other is."""
+    ours, theirs = _distances(*one), _distances(*other)
+    return float(((_NEARER * ours < theirs).double() - (_NEARER * theirs < ours).double()).mean())
 
 
 def grid_of(merged: Tensor) -> torch.dtype | None:

@@ -31,7 +31,7 @@ def command(base: Path, tuned: Path, out: Path, kind: str, **options: Any) -> in
     form of a DoRA also un-merges one.
     """
     keep, outputs = surgical.chosen(out, options)
-    give_back(1 << 20)
+    give_back(1 << 22)
     with progress_bar("extracting", show=outputs.show_progress, unit=" tensors") as progress:
         made, certificate = extract(BaseWeights(base), BaseWeights(tuned), kind, keep=keep, progress=progress)
     surgical.write(made, out)

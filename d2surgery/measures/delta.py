@@ -9,7 +9,7 @@ from d2surgery.adapters import Adapter
 from d2surgery.adapters.vectors import Triple
 from d2surgery.errors import refuse
 
-_TILE = 1 << 20  # entries
+_TILE = 1 << 18  # entries
 
 
 class Delta:

@@ -158,7 +158,7 @@ def agreement(first: LowRank | Delta, second: LowRank | Delta) -> Agreement:
     count = first.shape[0] * first.shape[1]
     same, sums = 0, torch.zeros(3, dtype=torch.float64)
     for cut in cuts(*first.shape):
-        M, N = _rows(first, cut), _rows(second, cut)
+        M, N = first.tile(out=cut), second.tile(out=cut)
         same += int((torch.sign(M) == torch.sign(N)).sum())
         sums += torch.stack([(M * N).sum(), M.square().sum(), N.square().sum()]).cpu()
     inner, energy1, energy2 = sums.tolist()
@@ -171,10 +171,6 @@ def agreement(first: LowRank | Delta, second: LowRank | Delta) -> Agreement:
 def gaussian_agreement(cosine: float) -> float:
     """1 − arccos(cosine)/π: how often the signs of Gaussian entries agree."""
     return nan if isnan(cosine) else 1 - acos(cosine) / pi
-
-
-def _rows(matrix: LowRank | Delta, cut: slice) -> Tensor:
-    return matrix.tile(out=cut) if isinstance(matrix, Delta) else LowRank(matrix.P[cut], matrix.Q).dense()
 
 
 # Against the base ------------------------------------------------------------------------------------------------

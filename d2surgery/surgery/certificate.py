@@ -17,6 +17,7 @@ from d2surgery.surgery.truncation import Triplets
 EXACT = 1e-6
 """A relative error that float32 factors may leave of what is exact in real arithmetic."""
 EPS32 = 2.0**-23
+_FINE = 2.0**24  # times what rounding adds, so that its products with the factors are had in float32
 _GRAM_UP_TO = 256  # the smaller side up to which ‖·‖₂ comes from a Gram matrix
 _STEPS, _BLOCK = 8, 16
 
@@ -154,9 +155,10 @@ def truncation_loss(found: Triplets, stored: LoRA) -> Loss:
     """
     rank, scaling = stored.A.shape[0], float(stored.scaling)
     A, B = found.factors(min(rank, found.U.shape[1]))
-    F, E = stored.A.double() - A, scaling * stored.B.double() - B
-    wide, high = torch.cat([F, A + F]), torch.cat([B, E], 1)
-    rounding = _root(high.T @ high).T @ _root(wide @ wide.T)
+    wide, high = torch.empty(2 * rank, A.shape[1]), torch.empty(len(B), 2 * rank)  # [F; A + F] and [B, E]
+    wide[:rank], wide[rank:] = stored.A.double().sub_(A).mul_(_FINE), stored.A
+    high[:, :rank], high[:, rank:] = B, stored.B.double().mul_(scaling).sub_(B).mul_(_FINE)
+    rounding = _root((high.T @ high).double()).T @ _root((wide @ wide.T).double()) / _FINE
     kept = min(rank, len(found.sigma)) if found.U.shape[1] else 0
     tail = found.sigma[kept:]
     norm, error = sqrt(found.energy), hypot(float(tail.norm()), float(rounding.norm()))
@@ -189,12 +191,12 @@ def _dense_norms(
     wrong = torch.empty(wanted.shape[0], wanted.shape[1])
     squares = torch.zeros(4, dtype=torch.float64)
     for part in cuts(*wrong.shape):
-        ours = _tile(wanted, part)
-        theirs = ours - _tile(got, part)
+        ours = tile(wanted, part)
+        theirs = ours - tile(got, part)
         wrong[part] = theirs
         squares[:2] += torch.stack([torch.linalg.vector_norm(each) for each in (ours, theirs)]).square()
         if weights is not None:
-            squares[2:] += torch.stack([(tile * weights).square().sum() for tile in (ours, theirs)])
+            squares[2:] += torch.stack([(each * weights).square().sum() for each in (ours, theirs)])
     whole, error, weighted_whole, weighted_error = squares.sqrt().tolist()
     return [whole, error], None if weights is None else _share(weighted_error, weighted_whole), _largest(wrong)
 
@@ -206,13 +208,12 @@ def _whole(matrix: Form | Tensor) -> Tensor:
 def _norm(matrix: Form | Tensor) -> float:
     if isinstance(matrix, LowRank):
         return float(matrix.frobenius_norm())
-    return sqrt(sum(float(_tile(matrix, part).square().sum()) for part in cuts(*matrix.shape)))
+    return sqrt(sum(float(tile(matrix, part).square().sum()) for part in cuts(*matrix.shape)))
 
 
-def _tile(matrix: Form | Tensor, part: slice) -> Tensor:
-    if isinstance(matrix, Tensor):
-        return matrix[part].double()
-    return LowRank(matrix.P[part], matrix.Q).dense() if isinstance(matrix, LowRank) else matrix.tile(out=part)
+def tile(matrix: Form | Tensor, part: slice) -> Tensor:
+    """Some rows of it, in float64."""
+    return matrix[part].double() if isinstance(matrix, Tensor) else matrix.tile(out=part)
 
 
 def _largest(matrix: Tensor) -> float:
@@ -222,16 +223,23 @@ def _largest(matrix: Tensor) -> float:
     if scale == 0:
         return 0.0
     if min(out, in_) <= _GRAM_UP_TO:
-        gram = lower_gram(_long_tiles(matrix / scale), (out, in_))
-        return scale * sqrt(float(torch.linalg.eigvalsh(gram, UPLO="L")[-1].clamp(min=0)))
+        return scale * _largest_by_gram(matrix / scale)
     basis = torch.linalg.qr(torch.randn(in_, _BLOCK, generator=torch.Generator().manual_seed(0))).Q.to(matrix)
-    images = matrix @ (basis / scale)
-    for _ in range(_STEPS):
-        new = matrix.T @ (images[:, -_BLOCK:] / scale)
+    images = matrix.new_empty(out, _BLOCK * (_STEPS + 1))
+    images[:, :_BLOCK] = matrix @ (basis / scale)
+    for start in range(0, _BLOCK * _STEPS, _BLOCK):
+        new = matrix.T @ (images[:, start : start + _BLOCK] / scale)
         for _ in range(2):  # once leaves of a small remainder what is not orthogonal
             new = torch.linalg.qr(new - basis @ (basis.T @ new)).Q
-        basis, images = torch.cat([basis, new], 1), torch.cat([images, matrix @ (new / scale)], 1)
-    return scale * float(torch.linalg.matrix_norm(images.double(), 2))
+        basis = torch.cat([basis, new], 1)
+        images[:, start + _BLOCK : start + 2 * _BLOCK] = matrix @ (new / scale)
+    return scale * _largest_by_gram(images)
+
+
+def _largest_by_gram(matrix: Tensor) -> float:
+    """σ₁ is no less exact for being squared on the way."""
+    gram = lower_gram(_long_tiles(matrix), (matrix.shape[0], matrix.shape[1]))
+    return sqrt(float(torch.linalg.eigvalsh(gram, UPLO="L")[-1].clamp(min=0)))
 
 
 def _long_tiles(matrix: Tensor) -> Iterator[Tensor]:

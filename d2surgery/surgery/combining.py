@@ -1,7 +1,7 @@
 """Several adapters as one: exact sums, and the methods that choose among entries or directions."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import acos, sin, sqrt
 from typing import Literal
@@ -12,7 +12,8 @@ from torch import Generator, Tensor
 from d2surgery.adapters import LoRA
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.errors import refuse
-from d2surgery.surgery.certificate import Form, Loss, dense, loss, truncation_loss
+from d2surgery.measures.delta import cuts
+from d2surgery.surgery.certificate import Form, Loss, loss, tile, truncation_loss
 from d2surgery.surgery.truncation import ALL, Keep, triplets
 
 Method = Literal["exact", "svd", "slerp", "ties", "dare", "della", "magnitude", "tsv", "iso-c"]
@@ -63,7 +64,7 @@ def combined(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, m
     Raises D2SurgeryError USAGE for what a method cannot take: slerp of other than two; tsv, knots and core of a delta
     without factors, as those of kinds that normalise are.
     """
-    whole = _METHODS[recipe.method](deltas, weights, recipe, _generator(recipe.seed, module))
+    whole = _METHODS[recipe.method](deltas, weights, recipe, module)
     found = triplets(whole, recipe.keep)
     count = recipe.keep.count(found)
     A, B = found.factors(len(found.sigma) if count is None else count)
@@ -74,23 +75,29 @@ def combined(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, m
 
 
 def weighted_sum(deltas: Sequence[Form], weights: Sequence[float]) -> LowRank | Tensor:
-    """Σ wᵢDᵢ: of factors their concatenation, else formed in float64."""
+    """Σ wᵢDᵢ: of factors their concatenation, else formed, its entries rounded once to float32."""
     if all(isinstance(delta, LowRank) for delta in deltas):
         first, *others = (w * d for d, w in zip(deltas, weights, strict=True) if isinstance(d, LowRank))
         for other in others:
             first = first + other
         return first
-    total = torch.zeros(deltas[0].shape, dtype=torch.float64)
-    for delta, weight in zip(deltas, weights, strict=True):
-        total += weight * dense(delta, torch.float64)
-    return total
+    return _by_rows(deltas, lambda tiles: _total([w * each for w, each in zip(weights, tiles, strict=True)]))
 
 
-def _sum(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, generator: Generator) -> LowRank | Tensor:
+def _by_rows(deltas: Sequence[Form | Tensor], of: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """What comes of the same rows of all, of which only a few at a time are formed: in float32, cores as they are."""
+    first = deltas[0]
+    whole = torch.empty(first.shape, dtype=first.dtype if isinstance(first, Tensor) else torch.float32)
+    for part in cuts(*whole.shape):
+        whole[part] = of([tile(delta, part) for delta in deltas])
+    return whole
+
+
+def _sum(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, module: str) -> LowRank | Tensor:
     return weighted_sum(deltas, weights)
 
 
-def _slerp(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, generator: Generator) -> LowRank | Tensor:
+def _slerp(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, module: str) -> LowRank | Tensor:
     if len(deltas) != 2 or min(weights) < 0 or sum(weights) <= 0:
         raise refuse("USAGE", "slerp", wanted="two adapters with weights ≥ 0", got=f"{list(weights)}")
     t = weights[1] / sum(weights)
@@ -105,28 +112,26 @@ def _slerp(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, gen
 def _inner(one: Form, other: Form) -> float:
     if isinstance(one, LowRank) and isinstance(other, LowRank):
         return float(one.inner(other))
-    return float((dense(one, torch.float64) * dense(other, torch.float64)).sum())
+    return sum(float((one.tile(out=part) * other.tile(out=part)).sum()) for part in cuts(*one.shape))
 
 
 # Entries --------------------------------------------------------------------------------------------------------------
 
 
-def _entrywise(
-    deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, generator: Generator
-) -> LowRank | Tensor:
+def _entrywise(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, module: str) -> LowRank | Tensor:
     """Some choice among the entries, of the matrices or of what stands for them in a smaller space."""
     if recipe.space == "entries":
-        return _chosen([dense(delta) for delta in deltas], weights, recipe, generator)
+        return _chosen(deltas, weights, recipe, module)
     factors = [_factors(delta, recipe.space) for delta in deltas]
     left = torch.linalg.qr(torch.cat([P for P, _ in factors], 1)).Q
     if recipe.space == "knots":  # [D₁ … Dₙ] = U Σ [V₁ᵀ … Vₙᵀ]
         cores = [(left.T @ P) @ Q for P, Q in factors]  # (R, in)
         U, sigma, Vh = torch.linalg.svd(torch.cat(cores, 1), full_matrices=False)
         parts = list(Vh.split([Q.shape[1] for _, Q in factors], 1))
-        return LowRank(left @ (U * sigma), _chosen(parts, weights, recipe, generator))
+        return LowRank(left @ (U * sigma), _chosen(parts, weights, recipe, module))
     right = torch.linalg.qr(torch.cat([Q for _, Q in factors]).T).Q
     cores = [(left.T @ P) @ (Q @ right) for P, Q in factors]
-    return LowRank(left @ _chosen(cores, weights, recipe, generator), right.T)
+    return LowRank(left @ _chosen(cores, weights, recipe, module), right.T)
 
 
 def _factors(delta: Form, what: str) -> tuple[Tensor, Tensor]:
@@ -135,12 +140,22 @@ def _factors(delta: Form, what: str) -> tuple[Tensor, Tensor]:
     return delta.P.double(), delta.Q.double()
 
 
-def _chosen(matrices: list[Tensor], weights: Sequence[float], recipe: Recipe, generator: Generator) -> Tensor:
+def _chosen(matrices: Sequence[Form | Tensor], weights: Sequence[float], recipe: Recipe, module: str) -> Tensor:
     if recipe.method in ("dare", "della"):
-        masks = (_kept_at_random(each, recipe, generator) for each in matrices)
-        return _total([weight * part for weight, part in zip(weights, masks, strict=True)])
-    top = [weight * _largest_entries(each, recipe.density) for each, weight in zip(matrices, weights, strict=True)]
-    return _elected(top, weights) if recipe.method == "ties" else _total(top)
+        chance = [_generator(f"{recipe.seed} {module} {number}") for number in range(len(matrices))]
+        edges = [0.0] * len(matrices)
+    else:
+        chance, edges = [], [_edge(each, recipe.density) for each in matrices]
+
+    def of(tiles: list[Tensor]) -> Tensor:
+        if chance:
+            kept = [_kept_at_random(each, recipe, g) for each, g in zip(tiles, chance, strict=True)]
+        else:
+            kept = [torch.where(each.float().abs() >= edge, each, 0.0) for each, edge in zip(tiles, edges, strict=True)]
+        parts = [weight * each for weight, each in zip(weights, kept, strict=True)]
+        return _elected(parts, weights) if recipe.method == "ties" else _total(parts)
+
+    return _by_rows(matrices, of)
 
 
 def _total(parts: list[Tensor]) -> Tensor:
@@ -150,14 +165,33 @@ def _total(parts: list[Tensor]) -> Tensor:
     return total
 
 
-def _largest_entries(matrix: Tensor, density: float) -> Tensor:
-    """The others set to zero; of equal ones at the edge all stay."""
-    sizes = matrix.abs().reshape(-1)
-    out = sizes.numel() - round(density * sizes.numel())
-    if out < 1:
-        return matrix
-    edge = sizes.kthvalue(out).values
-    return torch.where(matrix.abs() > edge, matrix, 0.0)
+def _edge(matrix: Form | Tensor, density: float) -> float:
+    """The least size, in float32, of those that stay; of equal ones at the edge all stay.
+
+    Bits of floats above zero are in their order: found among the upper 16 of all, then among the lower of those there.
+    """
+    count = matrix.shape[0] * matrix.shape[1]
+    below = min(count - round(density * count), count - 1)
+    if below < 1:
+        return 0.0
+    upper, below = _nth((bits >> 16 for bits in _size_bits(matrix)), below)
+    lower, _ = _nth((bits[bits >> 16 == upper] & 0xFFFF for bits in _size_bits(matrix)), below)
+    return float(torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32))
+
+
+def _size_bits(matrix: Form | Tensor) -> Iterator[Tensor]:
+    for part in cuts(*matrix.shape):
+        yield tile(matrix, part).float().abs().view(torch.int32).flatten()
+
+
+def _nth(pieces: Iterable[Tensor], place: int) -> tuple[int, int]:
+    """The value that comes after `place` others in order, of whole numbers below 2^16, and how many equal ones do."""
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    for piece in pieces:
+        counts += torch.bincount(piece, minlength=1 << 16)
+    ends = counts.cumsum(0)
+    value = int(torch.searchsorted(ends, place, right=True))
+    return value, place - int(ends[value] - counts[value])
 
 
 def _elected(parts: list[Tensor], weights: Sequence[float]) -> Tensor:
@@ -172,20 +206,20 @@ def _elected(parts: list[Tensor], weights: Sequence[float]) -> Tensor:
     return total * (sum(map(abs, weights)) / share.clamp(min=torch.finfo(share.dtype).tiny)).where(share > 0, 0.0)
 
 
-def _kept_at_random(matrix: Tensor, recipe: Recipe, generator: Generator) -> Tensor:
-    probability = torch.full_like(matrix, recipe.density)
+def _kept_at_random(rows: Tensor, recipe: Recipe, generator: Generator) -> Tensor:
+    probability = torch.full_like(rows, recipe.density)
     if recipe.method == "della":
         room = min(recipe.density, 1 - recipe.density) / 2
-        order = matrix.abs().argsort(dim=1).argsort(dim=1).to(matrix)
-        probability += room * (2 * order / max(matrix.shape[1] - 1, 1) - 1)
-    drawn = torch.rand(matrix.shape, generator=generator).to(matrix)
-    return torch.where(drawn < probability, matrix / probability, 0.0)
+        order = rows.abs().argsort(dim=1).argsort(dim=1).to(rows)
+        probability += room * (2 * order / max(rows.shape[1] - 1, 1) - 1)
+    drawn = torch.rand(rows.shape, generator=generator).to(rows)
+    return torch.where(drawn < probability, rows / probability, 0.0)
 
 
 # Directions -----------------------------------------------------------------------------------------------------------
 
 
-def _tsv(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, generator: Generator) -> LowRank:
+def _tsv(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, module: str) -> LowRank:
     parts = []
     for delta, weight in zip(deltas, weights, strict=True):
         U, sigma, Vh = LowRank(*_factors(delta, "tsv")).svd()
@@ -202,7 +236,7 @@ def _nearest_orthonormal(columns: Tensor) -> Tensor:
     return nearest
 
 
-def _iso(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, generator: Generator) -> LowRank:
+def _iso(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, module: str) -> LowRank:
     found = triplets(weighted_sum(deltas, weights), recipe.keep)
     count = recipe.keep.count(found)
     kept = len(found.sigma) if count is None else count
@@ -210,12 +244,12 @@ def _iso(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, gener
     return LowRank(found.U[:, :kept] * mean, found.Vh[:kept])
 
 
-def _generator(seed: int, module: str) -> Generator:
-    digest = hashlib.sha256(f"{seed} {module}".encode()).digest()
+def _generator(name: str) -> Generator:
+    digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-_METHODS: dict[str, Callable[[Sequence[Form], Sequence[float], Recipe, Generator], LowRank | Tensor]] = {
+_METHODS: dict[str, Callable[[Sequence[Form], Sequence[float], Recipe, str], LowRank | Tensor]] = {
     "exact": _sum,
     "svd": _sum,
     "slerp": _slerp,

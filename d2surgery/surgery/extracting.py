@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from math import hypot, prod, sqrt
 from pathlib import Path
@@ -16,7 +17,7 @@ from d2surgery.errors import refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import FLOATS
 from d2surgery.formats.layout import About
-from d2surgery.machine import ahead, one_thread, workers
+from d2surgery.machine import ahead, one_thread, trim, workers
 from d2surgery.measures.delta import cuts
 from d2surgery.measures.ranks import NOISE_MARGIN
 from d2surgery.placement.parameters import Matrix, Parameter, parameters
@@ -80,9 +81,10 @@ def extract(
         with naming(name):
             return _take(olds.get(name), news[name], news.keys(), kind, keep)
 
-    with one_thread():
-        for done, part in enumerate(ahead(take, news, 1 if large else workers()), 1):
+    with nullcontext() if large else one_thread():  # one large matrix at a time, on all cores
+        for done, part in enumerate(map(take, news) if large else ahead(take, news, workers()), 1):
             found.add(part)
+            trim()
             progress(done, len(news))
     for name in olds.keys() - news.keys():
         found.left_out[name] = "not in the tuned model"
@@ -164,9 +166,9 @@ def _changed(old: Parameter, new: Parameter) -> tuple[list[int], float]:
             before, after = one.rows(part), other.rows(part)
             same = before.to(after.dtype) == after  # what only became narrower has not changed
             if not same.all():
-                difference = torch.where(same, 0.0, after.double() - before.double())
-                rows += [start + part.start + int(i) for i in (difference != 0).any(1).nonzero()[:, 0]]
-                energy += float(difference.square().sum())
+                difference = after.double().sub_(before.double()).masked_fill_(same, 0.0)
+                rows += (start + part.start + difference.any(1).nonzero()[:, 0]).tolist()
+                energy += float(difference.square_().sum())
         start += other.shape[0]
     return rows, energy
 
@@ -201,8 +203,7 @@ class _Change:
         self.old, self.new, self.shape = old, new, new.shape
 
     def tile(self, *, out: slice) -> Tensor:
-        difference: Tensor = self.new.rows(out).double() - self.old.rows(out).double()
-        return difference
+        return self.new.rows(out).to(torch.float64, copy=True).sub_(self.old.rows(out))
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         whole = torch.empty(self.shape, dtype=dtype)

@@ -79,7 +79,8 @@ def by_place(
             return one(place)
 
     with one_thread():
-        for done, (place, found) in enumerate(zip(every, ahead(named, every, threads), strict=True), 1):
+        results = ahead(named, every, threads, in_hand=4 * threads)  # all are kept; small ones go on beside a large one
+        for done, (place, found) in enumerate(zip(every, results, strict=True), 1):
             made.setdefault(place.module, []).append(found[0])
             losses[place.name] = found[1]
             progress(done, len(every))

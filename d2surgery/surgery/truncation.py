@@ -205,12 +205,14 @@ def _leading(matrix: Tensor, count: int, generator: Generator | None) -> Triplet
 def _projected(matrix: Tensor, basis: Tensor, *, complete: bool) -> Triplets:
     """The triplets of the matrix within an orthonormal basis of its smaller side (Rayleigh and Ritz), in float64."""
     tall = matrix.shape[0] >= matrix.shape[1]
-    parts = list(cuts(max(matrix.shape), min(matrix.shape)))
-    energy = sum(float((matrix[p] if tall else matrix[:, p]).double().square().sum()) for p in parts)
-    if tall:
-        image = torch.cat([matrix[part].double() @ basis for part in parts])  # (out, k)
-        U, sigma, Wh = torch.linalg.svd(image, full_matrices=False)
-        return Triplets(U, sigma, Wh @ basis.T, energy, complete)
-    image = torch.cat([basis.T @ matrix[:, part].double() for part in parts], 1)  # (k, in)
-    W, sigma, Vh = torch.linalg.svd(image, full_matrices=False)
-    return Triplets(basis @ W, sigma, Vh, energy, complete)
+    image = basis.new_empty(
+        max(matrix.shape), basis.shape[1]
+    )  # of the long side; pieces kept apart leave holes in memory
+    energy = 0.0
+    for part in cuts(*sorted(matrix.shape, reverse=True)):
+        tile = (matrix[part] if tall else matrix[:, part].T).double()
+        image[part] = tile @ basis
+        energy += float(tile.square().sum())
+    U, sigma, Wh = torch.linalg.svd(image, full_matrices=False)
+    found = U, sigma, Wh @ basis.T
+    return Triplets(*(found if tall else (found[2].T, sigma, U.T)), energy, complete)

@@ -227,7 +227,7 @@ def naming(module: str) -> Iterator[None]:
 def _each(
     wanted: list[Place], measure: Callable[[Place], Result], progress: Progress, threads: int = 1
 ) -> Iterator[tuple[str, Result]]:
-    """In order. With several threads, each uses one core, and no more modules are in hand than threads + 1."""
+    """In order. With several threads, each uses one core, and small modules go on beside a large one."""
 
     def named(place: Place) -> Result:
         with naming(place.name):
@@ -243,7 +243,7 @@ def _ahead(measure: Callable[[Place], Result], wanted: list[Place], threads: int
         yield from map(measure, wanted)
         return
     with one_thread():
-        yield from ahead(measure, wanted, threads)
+        yield from ahead(measure, wanted, threads, in_hand=4 * threads)
 
 
 # Cache -----------------------------------------------------------------------------------------------------------
