@@ -124,6 +124,15 @@ def test_recompressed_is_the_same_matrix_with_the_fewest_columns() -> None:
         torch.testing.assert_close(thin.dense(), thick.dense(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [4096, 4097, 9000])
+def test_of_tall_factors_small_singular_values_are_not_lost(rows: int) -> None:
+    """Their QR is made of those of pieces. σ of graded·orthonormal are the graded ones."""
+    P, Q = graded(rows, 6, 1e9, seed=1), torch.linalg.qr(torch.randn(5000, 6, dtype=torch.float64)).Q.T
+    torch.testing.assert_close(
+        LowRank(P, Q).singular_values(), torch.from_numpy(np.geomspace(1, 1e-9, 6)), rtol=0, atol=50 * EPS
+    )
+
+
 def test_recompressed_keeps_what_a_near_cancellation_leaves() -> None:
     M = random(20, 3, 30)
     left = M + LowRank(-M.P * (1 + 1e-10), M.Q)

@@ -9,6 +9,8 @@ import torch
 from d2surgery.adapters import LoRA
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.errors import D2SurgeryError
+from d2surgery.measures import delta as delta_module
+from d2surgery.surgery import combining
 from d2surgery.surgery.combining import METHODS, Recipe, combined
 from d2surgery.surgery.truncation import Keep
 
@@ -86,6 +88,27 @@ def test_ties_and_magnitude_among_entries(weights: list[float]) -> None:
     assert close(dense(made), weights[0] * parts[0] + weights[1] * parts[1])
     made, _ = combined([X, Y], weights, Recipe(method="ties", density=0.4, keep=whole))
     assert close(dense(made), ties(parts, weights))
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude", "dare", "della"])
+def test_tiles_of_rows_give_what_the_whole_gives(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(method=method, density=0.4, keep=Keep(rank=OUT))
+    whole, _ = combined([X, Y], [0.3, 0.7], recipe)
+    monkeypatch.setattr(delta_module, "_TILE", 4 * IN)
+    assert close(dense(combined([X, Y], [0.3, 0.7], recipe)[0]), dense(whole))
+
+
+@pytest.mark.parametrize("density", [1e-9, 0.25, 0.5, 1.0])
+def test_of_equal_entries_at_the_edge_all_stay(density: float) -> None:
+    signs = LowRank(*(torch.from_numpy(np.sign(each.numpy())) for each in (X.P[:, :1], X.Q[:1])))
+    made, _ = combined([signs], [1.0], Recipe(method="magnitude", density=density))
+    assert close(dense(made), signs.dense().numpy())
+
+
+@pytest.mark.parametrize("density", [0.001, 0.1, 0.5, 0.999])
+def test_the_edge_is_the_last_that_stays(density: float) -> None:
+    sizes = np.sort(np.abs(DX.astype(np.float32)).ravel())[::-1]
+    assert combining._edge(X, density) == sizes[max(round(density * DX.size), 1) - 1]
 
 
 def test_knots_chooses_among_the_rows_of_the_common_basis() -> None:
