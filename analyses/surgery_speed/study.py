@@ -26,8 +26,10 @@ LARGE = {"hidden": 4096, "inner": 14336, "key": 1024, "layers": 32}  # an 8B mod
 SMALL = {"hidden": 576, "inner": 1536, "key": 192, "layers": 2}  # SmolLM2's shape, two layers: for what is dense
 # Two of the 16 layers of a 1.24-billion-parameter model: its matrices, which decide time per layer and peak memory.
 MODEL = {"hidden": 2048, "inner": 8192, "key": 512, "layers": 2, "vocabulary": 1024}
+WHOLE = MODEL | {"layers": 16, "vocabulary": 128256}  # all of it, for our extraction
 SAMPLES = ((1024, 4096),)  # shapes on which one dense SVD of the large adapter is timed
 TINY = {"hidden": 64, "inner": 128, "key": 32, "layers": 1, "vocabulary": 128}
+PARTS = {"base": "base", "adapter": "adapter", "out": "tuned"}  # of a merge, and the folders where they lie
 
 OURS = str(Path(sys.executable).with_name("d2surgery"))
 WRITE = """
@@ -146,23 +148,17 @@ def main() -> None:
 
 def study(work: Path, rounds: int, mergekit: str | None, *, tiny: bool) -> dict[str, Any]:
     """The whole of results.json."""
-    small, model = (TINY, TINY) if tiny else (SMALL | {"vocabulary": 1024}, MODEL)
+    small, model, whole = (TINY,) * 3 if tiny else (SMALL | {"vocabulary": 1024}, MODEL, WHOLE)
     large = {name: size for name, size in TINY.items() if name != "vocabulary"} if tiny else LARGE
     samples, kept, rank = ((32, 64),) if tiny else SAMPLES, 4 if tiny else KEPT, 8 if tiny else RANK
     runs: list[dict[str, Any]] = []
     hashes = {}
-    for name, shape, of in (("large", large, rank), ("small", small, rank), ("model", model, kept)):
+    shapes = {"large": (large, rank), "small": (small, rank), "model": (model, kept), "whole": (whole, kept)}
+    for name, (shape, of) in shapes.items():
         python("-c", WRITE, work / name, json.dumps(shape), of, SEED)
-        if name == "model":
-            merge = [
-                "--base",
-                work / name / "base",
-                "--adapter",
-                work / name / "adapter",
-                "--out",
-                work / name / "tuned",
-            ]
-            subprocess.run([OURS, "merge", "--quiet", *map(str, merge)], check=True)
+        if name in ("model", "whole"):
+            merge = [f"--{what}={work / name / where}" for what, where in PARTS.items()]
+            subprocess.run([OURS, "merge", "--quiet", *merge], check=True)
         for file in sorted((work / name).glob("*/*.safetensors")):
             hashes[f"{name}/{file.parent.name}"] = sha256(file)
     for number in range(rounds):
@@ -179,7 +175,7 @@ def study(work: Path, rounds: int, mergekit: str | None, *, tiny: bool) -> dict[
         "versions": versions("transformers", "peft", "safetensors"),
         "seed": SEED,
         "inputs_sha256": hashes,
-        "shapes": {"large": large, "small": small, "model": model},
+        "shapes": {name: shape for name, (shape, _) in shapes.items()},
         "rank": rank,
         "kept": kept,
         "rounds": rounds,
@@ -190,7 +186,7 @@ def study(work: Path, rounds: int, mergekit: str | None, *, tiny: bool) -> dict[
 
 def commands(work: Path, kept: int, mergekit: str | None) -> dict[str, tuple[list[str], tuple[Path, ...]]]:
     """Name -> command but for the output, its last word, and what its error is measured against."""
-    large, small, model = (work / name for name in ("large", "small", "model"))
+    large, small, model, whole = (work / name for name in ("large", "small", "model", "whole"))
     resize = [OURS, "resize", "--quiet", "--rank", str(kept)]
     extract = [OURS, "extract", "--quiet", "--rank", str(kept)]
 
@@ -203,6 +199,7 @@ def commands(work: Path, kept: int, mergekit: str | None) -> dict[str, tuple[lis
         "resize, small: dense SVD as kohya's": (
             [sys.executable, "-c", DENSE, str(small / "adapter"), str(kept)], (small / "adapter",)),
         "extract, model: d2surgery": ([*extract, *between(model)], (model / "base", model / "tuned")),
+        "extract, all 16 layers: d2surgery": ([*extract, *between(whole)], (whole / "base", whole / "tuned")),
         "resize, small: PEFT svd": (
             [sys.executable, "-c", PEFT, str(small / "base"), str(small / "adapter"), str(kept)], (small / "adapter",)),
     }  # fmt: skip
