@@ -27,7 +27,11 @@ SMALL = {"hidden": 576, "inner": 1536, "key": 192, "layers": 2}  # SmolLM2's sha
 # Two of the 16 layers of a 1.24-billion-parameter model: its matrices, which decide time per layer and peak memory.
 MODEL = {"hidden": 2048, "inner": 8192, "key": 512, "layers": 2, "vocabulary": 1024}
 WHOLE = MODEL | {"layers": 16, "vocabulary": 128256}  # all of it, for our extraction
-SAMPLES = ((1024, 4096),)  # shapes on which one dense SVD of the large adapter is timed
+SAMPLES = {
+    (1024, 4096): 64,
+    (4096, 4096): 64,
+    (14336, 4096): 96,
+}  # of one module of each a dense SVD; how many there are
 TINY = {"hidden": 64, "inner": 128, "key": 32, "layers": 1, "vocabulary": 128}
 PARTS = {"base": "base", "adapter": "adapter", "out": "tuned"}  # of a merge, and the folders where they lie
 
@@ -150,7 +154,7 @@ def study(work: Path, rounds: int, mergekit: str | None, *, tiny: bool) -> dict[
     """The whole of results.json."""
     small, model, whole = (TINY,) * 3 if tiny else (SMALL | {"vocabulary": 1024}, MODEL, WHOLE)
     large = {name: size for name, size in TINY.items() if name != "vocabulary"} if tiny else LARGE
-    samples, kept, rank = ((32, 64),) if tiny else SAMPLES, 4 if tiny else KEPT, 8 if tiny else RANK
+    samples, kept, rank = {(32, 64): 7} if tiny else SAMPLES, 4 if tiny else KEPT, 8 if tiny else RANK
     runs: list[dict[str, Any]] = []
     hashes = {}
     shapes = {"large": (large, rank), "small": (small, rank), "model": (model, kept), "whole": (whole, kept)}
@@ -167,7 +171,10 @@ def study(work: Path, rounds: int, mergekit: str | None, *, tiny: bool) -> dict[
                 continue
             runs.append({"round": number, "run": name} | measure(work, command))
             print(f"{runs[-1]}", file=sys.stderr)
-    dense = [{"shape": list(s), "seconds": round(float(python("-c", ONE, *s)), 3)} for s in samples]
+    dense = [
+        {"shape": list(s), "modules": count, "seconds": round(float(python("-c", ONE, *s)), 3)}
+        for s, count in samples.items()
+    ]
     return {
         "question": "How long, how much memory and how exact are resizing and extracting, against the dense SVD, PEFT "
         "and mergekit?",
@@ -230,9 +237,11 @@ def table(results: dict[str, Any]) -> str:
         wall = f"{median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
         cpu, peak = median(run["cpu_seconds"] for run in mine), max(run["peak_bytes"] for run in mine) / 1e6
         lines.append(f"| {name} | {wall} | {cpu:.1f} | {peak:.0f} | {mine[0]['error']:.6f} |")
-    lines += ["", "| one dense SVD of the large adapter | seconds |", "|---|---|"]
-    for one in results["dense_svd_of_one_module"]:
-        lines.append(f"| {one['shape'][0]} × {one['shape'][1]} | {one['seconds']:.1f} |")
+    lines += ["", "| one dense SVD of the large adapter | modules | seconds of one |", "|---|---|---|"]
+    every = results["dense_svd_of_one_module"]
+    for one in every:
+        lines.append(f"| {one['shape'][0]} × {one['shape'][1]} | {one['modules']} | {one['seconds']:.1f} |")
+    lines.append(f"| all, reckoned | | {sum(one['modules'] * one['seconds'] for one in every):,.0f} |")
     return "\n".join(lines)
 
 
