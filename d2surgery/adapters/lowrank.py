@@ -64,8 +64,12 @@ class LowRank:
 
     def singular_values(self) -> Float64[Tensor, " values"]:
         """σ₁ ≥ σ₂ ≥ …, as many as `rank`; what rounding leaves of a zero shows as about eps64 · Σ ‖p_k‖‖q_k‖."""
-        values: Tensor = torch.linalg.svdvals(self._middle())
-        return values
+        return self.values_and_rounding()[0]
+
+    def values_and_rounding(self) -> tuple[Float64[Tensor, " values"], float]:
+        """The singular values, and what any of them may be off by."""
+        upper, lower = self._triangles()
+        return torch.linalg.svdvals(upper @ lower.T), self._rounding(upper, lower)
 
     def frobenius_norm(self) -> Float64[Tensor, ""]:
         norm: Tensor = torch.linalg.matrix_norm(self._middle())
@@ -84,7 +88,7 @@ class LowRank:
         """
         upper, lower = self._triangles()
         U, sigma, Vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-        sigma = sigma[: self._above_rounding(sigma, upper, lower)]
+        sigma = sigma[sigma > self._rounding(upper, lower)]
         kept = count(sigma)
         left, right = _basis_times(self.P, upper, U[:, :kept]), _basis_times(self.Q.T, lower, Vh[:kept].T)
         return left, sigma, right.T
@@ -96,7 +100,7 @@ class LowRank:
         left, upper = torch.linalg.qr(P)
         right, lower = torch.linalg.qr(Q.T)
         U, sigma, Vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-        kept = self._above_rounding(sigma, upper, lower)
+        kept = int((sigma > self._rounding(upper, lower)).sum())
         return left @ U[:, :kept], sigma[:kept], right @ Vh[:kept].T
 
     def recompressed(self) -> "LowRank":
@@ -104,16 +108,11 @@ class LowRank:
         U, sigma, Vh = self.svd()
         return LowRank(U * sigma, Vh)
 
-    def rounding(self) -> Tensor:
-        """What any σ may be off by: Householder QR errs by eps relative to each column, so the core by about
-        eps · Σ_k ‖p_k‖‖q_k‖."""
-        terms = self.P.double().square().sum(0).sqrt() * self.Q.double().square().sum(1).sqrt()
-        return terms.sum() * self.rank * torch.finfo(torch.float64).eps
-
-    def _above_rounding(self, sigma: Tensor, upper: Tensor, lower: Tensor) -> int:
-        """How many σ are more than `rounding`, of the factors' triangles."""
+    def _rounding(self, upper: Tensor, lower: Tensor) -> float:
+        """Of the factors' triangles, whose columns have the factors' norms: Householder QR errs by eps relative to each
+        column, so the core by about eps · Σ_k ‖p_k‖‖q_k‖."""
         terms = upper.square().sum(0).sqrt() * lower.square().sum(0).sqrt()
-        return int((sigma > terms.sum() * self.rank * torch.finfo(torch.float64).eps).sum())
+        return float(terms.sum()) * self.rank * torch.finfo(torch.float64).eps
 
     def _core(self) -> "_Core":
         P, Q = self._finite()

@@ -76,8 +76,8 @@ def matrix_spectrum(matrix: Tensor) -> Spectrum:
 
 
 def _structural(update: LowRank, of: Of, cancels: float | None) -> Spectrum:
-    sigma = update.singular_values().cpu()
-    rounding = float(update.rounding())
+    sigma, rounding = update.values_and_rounding()
+    sigma = sigma.cpu()
     return spectrum_of(
         of=of,
         method="structural",
