@@ -4,7 +4,7 @@ import gc
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from itertools import islice
@@ -47,6 +47,16 @@ def ahead(
                 stopping.set()
             for future in running:
                 future.cancel()
+
+
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], threads: int) -> Iterator[Result]:
+    """The results in the order of the items: a core works on one from end to end, and on small ones beside a large one;
+    with one thread they come one at a time, each on all cores."""
+    if threads < 2:
+        yield from map(work, items)
+        return
+    with one_thread():
+        yield from ahead(work, items, threads, in_hand=4 * threads)
 
 
 @contextmanager

@@ -65,7 +65,8 @@ def combine(
         return combined(deltas, [weights[i] for i in having], whole, place.name)
 
     union = list(dict.fromkeys(place for each in checkpoints for place in places(each)))
-    made, losses = by_place(one, union, threads(checkpoints, base), progress)
+    formed = recipe.method in ENTRYWISE and recipe.space == "entries"
+    made, losses = by_place(one, union, threads(checkpoints, base, formed=formed), progress)
     settings = {"weights": list(weights), "recipe": recipe.method, "meaning": "sum of true deltas"} | _chosen(recipe)
     certificate = Certificate(method="combine", settings=settings, losses=losses)
     steps = history(checkpoints, certificate, base if needing else None)

@@ -115,11 +115,13 @@ def loss(
     curve: Sequence[float] = (),
     largest: float | None = None,
     weights: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Loss:
     """Of one delta against another. Of factors to eps64 of the larger; else Frobenius norms are sums in float64, and
     ‖·‖₂ comes from a Gram matrix or from a block Krylov space, which errs to the low side, by 1 % seldom.
 
-    largest: ‖wanted‖₂ where it is known. weights: by column, for `weighted_error`.
+    largest: ‖wanted‖₂ where it is known. weights: by column, for `weighted_error`. into: a float32 matrix to be written
+    over, `wanted` itself if it is not needed any more.
     """
     if got is wanted:
         return Loss(rank=rank, norm=_norm(wanted), relative_error=0.0, spectral_error=0.0, exact=True)
@@ -132,8 +134,10 @@ def loss(
         if weights is not None:
             weighted = _share(*(float(_times(each, weights).frobenius_norm()) for each in (wrong, wanted)))
     else:
-        norms, weighted, size = _dense_norms(wanted, got, weights)
-        sizes = [_largest(_whole(wanted)) if largest is None else largest, size]
+        size = _largest(_whole(wanted)) if largest is None else largest
+        formed = torch.empty(*wanted.shape) if into is None else into
+        norms, weighted = _dense_norms(wanted, got, weights, formed)
+        sizes = [size, _largest(formed)]
     rounding = EPS32 * float(got.base.norm()) if isinstance(got, Delta) and got.triple is not None else 0.0
     return Loss(
         rank=rank,
@@ -185,10 +189,9 @@ def _times(matrix: LowRank, weights: Tensor) -> LowRank:
 
 
 def _dense_norms(
-    wanted: Form | Tensor, got: Form | Tensor, weights: Tensor | None
-) -> tuple[list[float], float | None, float]:
-    """‖wanted‖_F and ‖wrong‖_F, the relative weighted error, and ‖wrong‖₂; one matrix is in memory, in float32."""
-    wrong = torch.empty(wanted.shape[0], wanted.shape[1])
+    wanted: Form | Tensor, got: Form | Tensor, weights: Tensor | None, wrong: Tensor
+) -> tuple[list[float], float | None]:
+    """‖wanted‖_F and ‖wrong‖_F, and the relative weighted error; `wrong`, of float32, is filled in."""
     squares = torch.zeros(4, dtype=torch.float64)
     for part in cuts(*wrong.shape):
         ours = tile(wanted, part)
@@ -198,7 +201,7 @@ def _dense_norms(
         if weights is not None:
             squares[2:] += torch.stack([(each * weights).square().sum() for each in (ours, theirs)])
     whole, error, weighted_whole, weighted_error = squares.sqrt().tolist()
-    return [whole, error], None if weights is None else _share(weighted_error, weighted_whole), _largest(wrong)
+    return [whole, error], None if weights is None else _share(weighted_error, weighted_whole)
 
 
 def _whole(matrix: Form | Tensor) -> Tensor:

@@ -71,7 +71,8 @@ def combined(deltas: Sequence[Form], weights: Sequence[float], recipe: Recipe, m
     made = LoRA(A=A.float(), B=B.float(), scaling=1.0)
     if isinstance(whole, LowRank):
         return made, truncation_loss(found, made)
-    return made, loss(whole, made.update(), len(A), curve=found.curve(), largest=found.largest)
+    curve, largest = found.curve(), found.largest
+    return made, loss(whole, made.update(), len(A), curve=curve, largest=largest, into=whole)
 
 
 def weighted_sum(deltas: Sequence[Form], weights: Sequence[float]) -> LowRank | Tensor:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Collection
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from math import hypot, prod, sqrt
 from pathlib import Path
@@ -17,7 +16,7 @@ from d2surgery.errors import refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import FLOATS
 from d2surgery.formats.layout import About
-from d2surgery.machine import ahead, one_thread, trim, workers
+from d2surgery.machine import side_by_side, trim, workers
 from d2surgery.measures.delta import cuts
 from d2surgery.measures.ranks import NOISE_MARGIN
 from d2surgery.placement.parameters import Matrix, Parameter, parameters
@@ -81,11 +80,10 @@ def extract(
         with naming(name):
             return _take(olds.get(name), news[name], news.keys(), kind, keep)
 
-    with nullcontext() if large else one_thread():  # one large matrix at a time, on all cores
-        for done, part in enumerate(map(take, news) if large else ahead(take, news, workers()), 1):
-            found.add(part)
-            trim()
-            progress(done, len(news))
+    for done, part in enumerate(side_by_side(take, list(news), 1 if large else workers()), 1):
+        found.add(part)
+        trim()
+        progress(done, len(news))
     for name in olds.keys() - news.keys():
         found.left_out[name] = "not in the tuned model"
     if not (found.adapters or found.replacements or found.rows):

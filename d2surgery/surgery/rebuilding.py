@@ -14,7 +14,7 @@ from d2surgery.files.base import BaseWeights
 from d2surgery.files.tensors import header_of
 from d2surgery.formats.layout import About
 from d2surgery.kinds import TABLE
-from d2surgery.machine import ahead, one_thread, workers
+from d2surgery.machine import side_by_side, workers
 from d2surgery.surgery.certificate import Certificate, Loss
 from d2surgery.surgery.provenance import history
 from d2surgery.surveying.modules import BaseMatrices, Place, Progress, naming, places
@@ -60,17 +60,20 @@ def over_modules(
     ), certificate
 
 
-def threads(checkpoints: Sequence[Checkpoint], base: BaseWeights | None) -> int:
-    """How many modules are worked on at a time: one for each core, but one alone where dense matrices are large."""
+def threads(checkpoints: Sequence[Checkpoint], base: BaseWeights | None, *, formed: bool = False) -> int:
+    """How many modules are worked on at a time: one for each core, but one alone where dense matrices are large.
+
+    formed: whether every delta is, too.
+    """
     entries = (entry for checkpoint in checkpoints for entry in checkpoint.layout.adapters.values())
-    dense = [e.out_features * e.in_features for e in entries if base is not None or e.rank is None]
+    dense = [e.out_features * e.in_features for e in entries if formed or base is not None or e.rank is None]
     return workers() if max(dense, default=0) <= LARGE else 1
 
 
 def by_place(
     one: Callable[[Place], tuple[Adapter, Loss]], every: Sequence[Place], threads: int, progress: Progress
 ) -> tuple[dict[str, list[Adapter]], dict[str, Loss]]:
-    """Adapters by module, and what each lost; each thread does a module from end to end."""
+    """Adapters by module, and what each lost."""
     made: dict[str, list[Adapter]] = {}
     losses: dict[str, Loss] = {}
 
@@ -78,12 +81,10 @@ def by_place(
         with naming(place.name):
             return one(place)
 
-    with one_thread():
-        results = ahead(named, every, threads, in_hand=4 * threads)  # all are kept; small ones go on beside a large one
-        for done, (place, found) in enumerate(zip(every, results, strict=True), 1):
-            made.setdefault(place.module, []).append(found[0])
-            losses[place.name] = found[1]
-            progress(done, len(every))
+    for done, (place, found) in enumerate(zip(every, side_by_side(named, every, threads), strict=True), 1):
+        made.setdefault(place.module, []).append(found[0])
+        losses[place.name] = found[1]
+        progress(done, len(every))
     return made, losses
 
 

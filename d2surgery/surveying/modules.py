@@ -26,7 +26,7 @@ from d2surgery.errors import D2SurgeryError, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.tensors import as_bytes, find_device
 from d2surgery.files.whole import write_whole
-from d2surgery.machine import ahead, one_thread, workers
+from d2surgery.machine import side_by_side, workers
 from d2surgery.measures.drift import Drift, delta_drift
 from d2surgery.measures.likeness import Difference, compared, profile
 from d2surgery.measures.ranks import Method, Of, Spectrum
@@ -227,23 +227,15 @@ def naming(module: str) -> Iterator[None]:
 def _each(
     wanted: list[Place], measure: Callable[[Place], Result], progress: Progress, threads: int = 1
 ) -> Iterator[tuple[str, Result]]:
-    """In order. With several threads, each uses one core, and small modules go on beside a large one."""
+    """In order."""
 
     def named(place: Place) -> Result:
         with naming(place.name):
             return measure(place)
 
-    for done, result in enumerate(_ahead(named, wanted, threads), 1):
+    for done, result in enumerate(side_by_side(named, wanted, threads), 1):
         progress(done, len(wanted))
         yield wanted[done - 1].name, result
-
-
-def _ahead(measure: Callable[[Place], Result], wanted: list[Place], threads: int) -> Iterator[Result]:
-    if threads < 2:
-        yield from map(measure, wanted)
-        return
-    with one_thread():
-        yield from ahead(measure, wanted, threads, in_hand=4 * threads)
 
 
 # Cache -----------------------------------------------------------------------------------------------------------
