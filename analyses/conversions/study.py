@@ -1,15 +1,16 @@
 """What does each conversion of a trained adapter lose, in weights, in logits and in answers?
 
-python analyses/conversions/study.py --base DIR --dora DIR --d2lora DIR --items FILE [--limit N]
+python analyses/conversions/study.py --base DIR --dora DIR --d2lora DIR --items FILE [--limit N] [--mergekit PYTHON]
 python analyses/conversions/study.py --tiny
 """
 
 import argparse
 import gzip
 import json
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 import d2surgery
 from d2surgery import KINDS, BaseWeights, Checkpoint, Keep, from_adapters
+from d2surgery.adapters import Adapter, DoRA, LoRA
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from studying import machine, sha256, versions, write
@@ -33,6 +35,7 @@ def main() -> None:
     for name in ("base", "dora", "d2lora", "items"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--limit", type=int, default=LIMIT, help="questions")
+    parser.add_argument("--mergekit", type=Path, help="the Python of an environment that has mergekit 0.1.4")
     parser.add_argument("--results", type=Path, default=HERE, help="where results.json goes")
     parser.add_argument("--tiny", action="store_true", help="a few seconds; the numbers mean nothing")
     options = parser.parse_args()
@@ -40,12 +43,12 @@ def main() -> None:
         if options.tiny:
             options.limit = 4
             options.base, options.dora, options.d2lora, options.items = tiny(Path(work))
-        results = study(options.base, options.dora, options.d2lora, options.items, options.limit)
+        results = study(options.base, options.dora, options.d2lora, options.items, options.limit, options.mergekit)
     write(results, options.results)
     print(table(results))
 
 
-def study(base: Path, dora: Path, d2lora: Path, items: Path, limit: int) -> dict[str, Any]:
+def study(base: Path, dora: Path, d2lora: Path, items: Path, limit: int, mergekit: Path | None) -> dict[str, Any]:
     """The whole of results.json."""
     weights = BaseWeights(base)
     text = gzip.decompress(items.read_bytes()) if items.suffix == ".gz" else items.read_bytes()
@@ -58,7 +61,7 @@ def study(base: Path, dora: Path, d2lora: Path, items: Path, limit: int) -> dict
         kind = checkpoint.layout.kinds[0]
         rows.append({"from": kind, "to": "itself", "weights": 0.0} | against(wanted, wanted))
         rows.append({"from": kind, "to": "no adapter", "weights": 1.0} | against(none, wanted))
-        for name, make in conversions(kind, base, source).items():
+        for name, make in conversions(kind, base, source, mergekit).items():
             made, error = make(checkpoint, weights)
             rows.append({"from": kind, "to": name, "weights": error} | against(answers(base, made, questions), wanted))
     files = {"base": next(iter(weights.header.files)), "dora": dora / "adapter_model.safetensors",
@@ -79,18 +82,21 @@ def study(base: Path, dora: Path, d2lora: Path, items: Path, limit: int) -> dict
 Make = Callable[[Checkpoint, BaseWeights], tuple[Checkpoint, float]]
 
 
-def conversions(kind: str, base: Path, source: Path) -> dict[str, Make]:
+def conversions(kind: str, base: Path, source: Path, mergekit: Path | None) -> dict[str, Make]:
     """Name -> what it makes of a checkpoint, and the relative error of its delta."""
-    if kind == "dora":
-        return {
-            "LoRA of the same rank": ours("lora", 1),
-            "LoRA of twice the rank": ours("lora", 2),
-            "LoRA of the same rank, PEFT's convert_to_lora": lambda found, weights: theirs(
-                found, weights, base, source
-            ),
-            "D2-LoRA of the same rank": ours("d2lora", 1),
-        }
-    return {"DoRA of twice the rank, on its axis": ours("dora", 2), "LoRA of twice the rank": ours("lora", 2)}
+    if kind != "dora":
+        return {"DoRA of twice the rank, on its axis": ours("dora", 2), "LoRA of twice the rank": ours("lora", 2)}
+    made: dict[str, Make] = {
+        "LoRA of the same rank": ours("lora", 1),
+        "LoRA of twice the rank": ours("lora", 2),
+        "LoRA of the same rank, PEFT's convert_to_lora": lambda found, weights: by_peft(found, weights, base, source),
+        "LoRA of the same rank, the magnitude dropped": dropped,
+    }
+    if mergekit:
+        made["LoRA of the same rank, mergekit's of the merged model"] = lambda found, weights: by_mergekit(
+            found, weights, base, source, mergekit
+        )
+    return made | {"D2-LoRA of the same rank": ours("d2lora", 1)}
 
 
 def ours(to: str, times: int) -> Make:
@@ -106,15 +112,38 @@ def rank_of(checkpoint: Checkpoint) -> int:
     return max(ranks)
 
 
-def theirs(checkpoint: Checkpoint, weights: BaseWeights, base: Path, source: Path) -> tuple[Checkpoint, float]:
+def by_peft(checkpoint: Checkpoint, weights: BaseWeights, base: Path, source: Path) -> tuple[Checkpoint, float]:
     from peft import PeftModel, save_as_lora
     from transformers import AutoModelForCausalLM
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), source)
     with tempfile.TemporaryDirectory() as folder:
         save_as_lora(folder, model, rank=rank_of(checkpoint))
-        made = d2surgery.load(folder)
-        adapters = {module: made[module] for module in made}
+        return compared(d2surgery.load(folder), checkpoint, weights)
+
+
+def by_mergekit(
+    checkpoint: Checkpoint, weights: BaseWeights, base: Path, source: Path, python: Path
+) -> tuple[Checkpoint, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        merged, out = Path(folder) / "merged", Path(folder) / "lora"
+        d2surgery.merge(base, source, merged)
+        words = ["--model", merged, "--base-model", base, "--max-rank", rank_of(checkpoint), "--out-path", out]
+        subprocess.run([python.with_name("mergekit-extract-lora"), *map(str, words)], check=True)
+        return compared(d2surgery.load(out), checkpoint, weights)
+
+
+def dropped(checkpoint: Checkpoint, weights: BaseWeights) -> tuple[Checkpoint, float]:
+    adapters: dict[str, Adapter] = {}
+    for module, adapter in checkpoint.items():
+        assert isinstance(adapter, DoRA)
+        adapters[module] = LoRA(A=adapter.A, B=adapter.B, scaling=adapter.scaling)
+    return compared(adapters, checkpoint, weights)
+
+
+def compared(made: Mapping[str, Adapter], checkpoint: Checkpoint, weights: BaseWeights) -> tuple[Checkpoint, float]:
+    """Of the checkpoint's modules what was made, and its relative error."""
+    adapters = {module: made[module] for module in checkpoint}
     wrong = whole = 0.0
     for module, adapter in checkpoint.items():
         W = weights[f"{module}.weight"].double()
