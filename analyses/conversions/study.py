@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 import d2surgery
-from d2surgery import KINDS, BaseWeights, Checkpoint, Keep, from_adapters
-from d2surgery.adapters import Adapter, DoRA, LoRA
+from d2surgery import KINDS, Adapter, BaseWeights, Checkpoint, DoRA, Keep, LoRA, from_adapters
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from studying import machine, sha256, versions, write
