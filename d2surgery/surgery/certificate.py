@@ -17,7 +17,6 @@ from d2surgery.surgery.truncation import Triplets
 EXACT = 1e-6
 """A relative error that float32 factors may leave of what is exact in real arithmetic."""
 EPS32 = 2.0**-23
-_FINE = 2.0**24  # times what rounding adds, so that its products with the factors are had in float32
 _GRAM_UP_TO = 256  # the smaller side up to which ‖·‖₂ comes from a Gram matrix
 _STEPS, _BLOCK = 8, 16
 
@@ -159,10 +158,11 @@ def truncation_loss(found: Triplets, stored: LoRA) -> Loss:
     """
     rank, scaling = stored.A.shape[0], float(stored.scaling)
     A, B = found.factors(min(rank, found.U.shape[1]))
-    wide, high = torch.empty(2 * rank, A.shape[1]), torch.empty(len(B), 2 * rank)  # [F; A + F] and [B, E]
-    wide[:rank], wide[rank:] = stored.A.double().sub_(A).mul_(_FINE), stored.A
-    high[:, :rank], high[:, rank:] = B, stored.B.double().mul_(scaling).sub_(B).mul_(_FINE)
-    rounding = _root((high.T @ high).double()).T @ _root((wide @ wide.T).double()) / _FINE
+    wide, high = A.new_empty(2 * rank, A.shape[1]), B.new_empty(len(B), 2 * rank)  # [F; A + F] and [B, E]
+    wide[rank:], high[:, :rank] = stored.A, B
+    torch.sub(wide[rank:], A, out=wide[:rank])
+    torch.sub(stored.B.double().mul_(scaling), B, out=high[:, rank:])
+    rounding = _root(high.T @ high).T @ _root(wide @ wide.T)
     kept = min(rank, len(found.sigma)) if found.U.shape[1] else 0
     tail = found.sigma[kept:]
     norm, error = sqrt(found.energy), hypot(float(tail.norm()), float(rounding.norm()))

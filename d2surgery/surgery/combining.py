@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import acos, sin, sqrt
 from typing import Literal
 
@@ -142,18 +143,15 @@ def _factors(delta: Form, what: str) -> tuple[Tensor, Tensor]:
 
 
 def _chosen(matrices: Sequence[Form | Tensor], weights: Sequence[float], recipe: Recipe, module: str) -> Tensor:
+    keep: list[Callable[[Tensor], Tensor]]
     if recipe.method in ("dare", "della"):
-        chance = [_generator(f"{recipe.seed} {module} {number}") for number in range(len(matrices))]
-        edges = [0.0] * len(matrices)
+        names = (f"{recipe.seed} {module} {number}" for number in range(len(matrices)))
+        keep = [partial(_kept_at_random, recipe=recipe, generator=_generator(name)) for name in names]
     else:
-        chance, edges = [], [_edge(each, recipe.density) for each in matrices]
+        keep = [partial(_kept_from, edge=_edge(each, recipe.density)) for each in matrices]
 
     def of(tiles: list[Tensor]) -> Tensor:
-        if chance:
-            kept = [_kept_at_random(each, recipe, g) for each, g in zip(tiles, chance, strict=True)]
-        else:
-            kept = [torch.where(each.float().abs() >= edge, each, 0.0) for each, edge in zip(tiles, edges, strict=True)]
-        parts = [weight * each for weight, each in zip(weights, kept, strict=True)]
+        parts = [weight * kept(each) for weight, kept, each in zip(weights, keep, tiles, strict=True)]
         return _elected(parts, weights) if recipe.method == "ties" else _total(parts)
 
     return _by_rows(matrices, of)
@@ -178,6 +176,10 @@ def _edge(matrix: Form | Tensor, density: float) -> float:
     upper, below = _nth((bits >> 16 for bits in _size_bits(matrix)), below)
     lower, _ = _nth((bits[bits >> 16 == upper] & 0xFFFF for bits in _size_bits(matrix)), below)
     return float(torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32))
+
+
+def _kept_from(rows: Tensor, edge: float) -> Tensor:
+    return torch.where(rows.float().abs() >= edge, rows, 0.0)
 
 
 def _size_bits(matrix: Form | Tensor) -> Iterator[Tensor]:

@@ -205,10 +205,7 @@ def _leading(matrix: Tensor, count: int, generator: Generator | None) -> Triplet
 def _projected(matrix: Tensor, basis: Tensor, *, complete: bool) -> Triplets:
     """The triplets of the matrix within an orthonormal basis of its smaller side (Rayleigh and Ritz), in float64."""
     tall = matrix.shape[0] >= matrix.shape[1]
-    image = basis.new_empty(
-        max(matrix.shape), basis.shape[1]
-    )  # of the long side; pieces kept apart leave holes in memory
-    energy = 0.0
+    image, energy = basis.new_empty(max(matrix.shape), basis.shape[1]), 0.0  # pieces kept apart leave holes in memory
     for part in cuts(*sorted(matrix.shape, reverse=True)):
         tile = (matrix[part] if tall else matrix[:, part].T).double()
         image[part] = tile @ basis
