@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from measuring import write_adapter, write_base
@@ -19,7 +20,7 @@ from measuring import write_adapter, write_base
 from d2surgery import machine
 from d2surgery.cli import main
 from d2surgery.files import positioned
-from d2surgery.machine import ahead, uncollected
+from d2surgery.machine import ahead, side_by_side, uncollected
 from d2surgery.merging import tiles
 from d2surgery.surveying import modules
 
@@ -46,6 +47,14 @@ def test_no_more_items_are_taken_than_may_be_in_hand(threads: int, in_hand: int 
             assert taken - seen <= (in_hand or threads + 1)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_side_by_side_each_has_one_core_and_alone_all(threads: int) -> None:
+    before = torch.get_num_threads()
+    used = list(side_by_side(lambda item: (item, torch.get_num_threads()), range(20), threads))
+    assert used == [(item, before if threads == 1 else 1) for item in range(20)]
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize("verb", ["merge", "audit", "spectrum", "report"])
 def test_jobs_are_the_threads_of_this_verb_and_change_no_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
@@ -53,12 +62,15 @@ def test_jobs_are_the_threads_of_this_verb_and_change_no_byte(
     base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter", "lora")
     asked: list[int] = []
 
-    def seen(work: Any, items: Any, threads: int = 1, **choices: Any) -> Any:
-        asked.append(threads)
-        return ahead(work, items, threads, **choices)
+    def seen(original: Any) -> Any:
+        def also(work: Any, items: Any, threads: int = 1, **choices: Any) -> Any:
+            asked.append(threads)
+            return original(work, items, threads, **choices)
 
-    for module in (tiles, modules):
-        monkeypatch.setattr(module, "ahead", seen)
+        return also
+
+    monkeypatch.setattr(tiles, "ahead", seen(ahead))
+    monkeypatch.setattr(modules, "side_by_side", seen(side_by_side))
     pair = ["--base", str(base), "--adapter", str(adapter)]
     assert main(["merge", *pair, "--out", str(tmp_path / "merged"), "--jobs", "1", "--quiet"]) == 0
     for jobs in ("1", "3"):
