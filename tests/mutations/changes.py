@@ -119,7 +119,8 @@ def cut_off(setting: Setting, out: Path) -> None:
     for name, near in setting.by(effective).items():
         exact = effective(setting.values[name.removesuffix(".weight")], setting.weights()[name])
         above = torch.from_numpy(np.abs(f64(near)) > np.abs(exact))
-        changed[name] = (near.view(torch.int16) - above.short()).view(near.dtype)
+        whole = torch.int16 if near.itemsize == 2 else torch.int32
+        changed[name] = (near.view(whole) - above.to(whole)).view(near.dtype)
     rewrite(out, changed)
 
 
