@@ -82,7 +82,8 @@ def extract(
 
     for done, part in enumerate(side_by_side(take, list(news), 1 if large else workers()), 1):
         found.add(part)
-        trim()
+        if large:  # small ones use again what the last have left
+            trim()
         progress(done, len(news))
     for name in olds.keys() - news.keys():
         found.left_out[name] = "not in the tuned model"
