@@ -158,11 +158,11 @@ def truncation_loss(found: Triplets, stored: LoRA) -> Loss:
     """
     rank, scaling = stored.A.shape[0], float(stored.scaling)
     A, B = found.factors(min(rank, found.U.shape[1]))
-    wide, high = A.new_empty(2 * rank, A.shape[1]), B.new_empty(len(B), 2 * rank)  # [F; A + F] and [B, E]
-    wide[rank:], high[:, :rank] = stored.A, B
-    torch.sub(wide[rank:], A, out=wide[:rank])
-    torch.sub(stored.B.double().mul_(scaling), B, out=high[:, rank:])
-    rounding = _root(high.T @ high).T @ _root(wide @ wide.T)
+    right, left = A.new_empty(2 * rank, A.shape[1]), A.new_empty(2 * rank, len(B))  # [F; A + F] and [B, E]ᵀ
+    right[rank:], left[:rank] = stored.A, B.T
+    torch.sub(right[rank:], A, out=right[:rank])
+    torch.sub(stored.B.T.double().mul_(scaling), B.T, out=left[rank:])
+    rounding = _root(left @ left.T).T @ _root(right @ right.T)
     kept = min(rank, len(found.sigma)) if found.U.shape[1] else 0
     tail = found.sigma[kept:]
     norm, error = sqrt(found.energy), hypot(float(tail.norm()), float(rounding.norm()))
