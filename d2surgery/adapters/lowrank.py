@@ -158,8 +158,8 @@ def _basis_times(factor: Tensor, upper: Tensor, columns: Tensor) -> Tensor:
     if upper.shape[0] == upper.shape[1]:
         inverse = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
         if float(upper.norm() * inverse.norm()) < WELL_CONDITIONED:
-            return ((inverse @ columns).T @ factor.T).T
-    return (columns.T @ torch.linalg.qr(factor).Q.T).T
+            return torch.matmul((inverse @ columns).T, factor.T).T
+    return torch.matmul(columns.T, torch.linalg.qr(factor).Q.T).T
 
 
 class _Core(NamedTuple):
