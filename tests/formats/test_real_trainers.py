@@ -1,8 +1,8 @@
 """litgpt's and AdapterHub's own files, against the weights that litgpt and the adapters library make of them; and
 models in GGUF against those that transformers makes of them.
 
-Neither is in the extra formats-tests: adapters needs transformers 4, litgpt much else. Where they are not installed the
-tests are skipped.
+Neither is in the extra formats-tests, since adapters needs transformers 4: `.ci/formats` gives them one of their
+own. Where they are not installed the tests are skipped.
 """
 
 import json
