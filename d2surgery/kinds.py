@@ -6,9 +6,15 @@ No torch: a file is described by names and shapes before a number of it is read.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Settings = Mapping[str, Any]
+Axis = Literal["out_features", "in_features"]
+"""The axis that is kept: "out_features" is one number per row of (out_features, in_features)."""
+Straight = Literal["clip", "mask", "identity"]
+"""Of Dual LoRA: the gradient through the sign."""
+Form = Literal["projected_plus_update", "projected", "update"]
+"""Of D2-LoRA: W* + ΔW, W* or W0 + ΔW."""
 
 
 class Group(NamedTuple):

@@ -60,7 +60,7 @@ def demo(folder: Path) -> tuple[Path, dict[str, str]]:
 
     But for the report of the four, half of its time: `.ci/run` runs the demo whole, and pages here make reports."""
     with pages.inside(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("d2surgery.cli.demo._report", lambda *_, **__: iter(["report of the four"]))
+        patch.setattr("d2surgery.cli.example._report", lambda *_, **__: iter(["report of the four"]))
         code, printed = pages.d2surgery(DEMO)
     assert code == 0, printed
     return folder / "demo", {DEMO: printed}

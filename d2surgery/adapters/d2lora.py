@@ -1,7 +1,7 @@
 """D2-LoRA: two signed products, projected to the base's norms and added once more."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -11,8 +11,7 @@ from d2surgery.adapters.adapter import kaiming, normal, zeros
 from d2surgery.adapters.forwards import Axis
 from d2surgery.adapters.thin import Thin
 from d2surgery.adapters.vectors import Gains, Triple, Weight, sum_norm
-
-Form = Literal["projected_plus_update", "projected", "update"]
+from d2surgery.kinds import Form
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -12,15 +12,15 @@ in the dtype of the input, or in autocast's where it is on; all others in float3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-Axis = Literal["out_features", "in_features"]
-"""The axis that is kept: "out_features" is one number per row of (out_features, in_features)."""
-Straight = Literal["clip", "mask", "identity"]
+from d2surgery.kinds import Axis as Axis
+from d2surgery.kinds import Straight as Straight
+
 Base = Float[Tensor, "out_features in_features"]
 Input = Float[Tensor, "*batch in_features"]
 Output = Float[Tensor, "*batch out_features"]

@@ -14,49 +14,26 @@ The share of unchanged entries decides nothing: a right merge of a small delta i
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack
 
-import torch
-
-from d2surgery.auditing.adapters import nearest
-from d2surgery.auditing.blocks import diagnosis_of
-from d2surgery.auditing.casts import cast_before
-from d2surgery.auditing.diagnosis import Diagnosis
-from d2surgery.auditing.findings import Audit, ModuleAudit, TensorAudit, Thresholds, verdict_of
-from d2surgery.auditing.judgement import (
-    FEW,
-    isolated,
-    judge_module,
-    judge_tensor,
-    pooled,
-    reasons_of,
-    shared_twice,
-    wrong_base,
-)
-from d2surgery.auditing.likeness import another_adapter
+from d2surgery.auditing.findings import Audit, ModuleAudit, Thresholds, verdict_of
 from d2surgery.auditing.loading import directory_problems, open_merged
-from d2surgery.auditing.marking import with_structure
-from d2surgery.auditing.pairing import Pairing, TensorPair, pair_up
 from d2surgery.auditing.receipts import has_receipt, other_receipt
-from d2surgery.auditing.replay import ALIKE, Replay
 from d2surgery.auditing.settings import compare_settings
-from d2surgery.auditing.tally import Tally
-from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.files.base import BaseWeights
-from d2surgery.files.tensors import DTYPES, read_tensor
 from d2surgery.formats.layout import Reading
-from d2surgery.machine import ahead, one_thread, peak_memory, trim, workers
-from d2surgery.merging.prepared import Prepared, prepare
-from d2surgery.placement.fit import fit
+from d2surgery.machine import peak_memory, uncollected
+from d2surgery.placement.fit import Fit, fit
 
 if TYPE_CHECKING:
+    from d2surgery.checkpoint import Checkpoint
     from d2surgery.evaluating.behaviour import Behaviour, TaskGap
-    from d2surgery.evaluating.tasks import Task
+    from d2surgery.evaluating.items import Task
+    from d2surgery.merging.prepared import Prepared
 
 Directory = str | os.PathLike[str]
 
@@ -86,16 +63,19 @@ def audit(
     Raises D2SurgeryError for what cannot be audited: unreadable, unfit, or changing meanwhile (BASE_CHANGED and like).
     """
     began, found = time.monotonic(), open_merged(merged)
-    adapter, reasons = nearest(base, adapter, found, strength, reading)
-    prepared = prepare(fit(base, adapter, strength, **reading), None, "cpu")
+    adapter, fitted, reasons = _fitted(base, adapter, found, strength, reading)
+    with uncollected():  # torch, when the three have been found to fit
+        from d2surgery.auditing.evidence import commonest, compared
+        from d2surgery.auditing.judgement import reasons_of
+        from d2surgery.merging.prepared import prepare
+
+    prepared = prepare(fitted, None, "cpu")
     hashes = prepared.check_adapter(hashes=has_receipt(found.directory)).hashes
-    pairing = pair_up(prepared, found)
-    modules, tensors, also = _compared(prepared, pairing, thresholds, found.header.usual_dtype or "", progress)
-    reasons += [*directory_problems(found, prepared.fit.base), *pairing.problems]
-    reasons += reasons_of(modules, tensors.values())
-    reasons += compare_settings(prepared.fit, found, tied=pairing.tied) if files else ()
-    failing = verdict_of(tuple(reasons)) == "fail"
-    reasons += other_receipt(found.directory, prepared.fit.base, hashes, strength, thorough=failing)
+    pairing, modules, tensors, also = compared(prepared, found, thresholds, progress)
+    reasons += [*directory_problems(found, fitted.base), *pairing.problems, *reasons_of(modules, tensors.values())]
+    reasons += compare_settings(fitted, found, tied=pairing.tied) if files else ()
+    thorough = verdict_of(tuple(reasons)) == "fail"
+    reasons += other_receipt(found.directory, fitted.base, hashes, strength, thorough=thorough)
     behaviour, gap, problems = _run(base, prepared.merger.checkpoint, merged, levels, prompts, tasks, device)
     prepared.refuse_changes()
     found.refuse_changes()
@@ -108,7 +88,7 @@ def audit(
         merged=str(merged),
         levels=levels,
         thresholds=thresholds,
-        recipe=_commonest(modules),
+        recipe=commonest(modules),
         also=also,
         modules=modules,
         tensors=tensors,
@@ -120,28 +100,24 @@ def audit(
     )
 
 
-def _compared(
-    prepared: Prepared, pairing: Pairing, thresholds: Thresholds, dtype: str, progress: Callable[[int, int], None]
-) -> tuple[dict[str, ModuleAudit], dict[str, TensorAudit], tuple[str, ...]]:
-    """Every module and every tensor with its evidence, and the recipes that fit, too; `dtype`: the file's usual one."""
-    pairs = pairing.pairs
-    replay = Replay(prepared.merger)
-    with one_thread():
-        replay.run(pairs, progress)
-        _settle_recipes(replay, pairs)
-        modules = with_structure(prepared, replay, pairs, dict(_judged(prepared, replay, pairs, thresholds)))
-        different = [pair for pair in pairs if replay.tensors[pair.name].mismatched]
-        forgotten = {pair.name: _is_base(prepared.fit.base, pair) for pair in different}
-    modules = isolated(pooled(modules, replay.modules, thresholds, dtype), replay.modules)
-    modules = another_adapter(wrong_base(modules, pairs, replay), pairs, replay)
-    modules = shared_twice(modules, pairing.shared)
-    cast = cast_before(replay, pairs, modules)
-    tensors = {pair.name: judge_tensor(pair, replay, modules, forgotten, cast) for pair in pairs}
-    return modules, tensors | dict(pairing.others), replay.also
+def _fitted(
+    base: Directory, adapter: Directory | Sequence[Directory], merged: BaseWeights, strength: float, reading: Reading
+) -> tuple[Directory, Fit, list[Problem]]:
+    """The adapter to audit, its fit, and a note where it is one of several."""
+    note: list[Problem] = []
+    if not isinstance(adapter, str | os.PathLike):
+        if len(adapter) == 1:
+            (adapter,) = adapter
+        else:
+            with uncollected():  # torch
+                from d2surgery.auditing.adapters import nearest
+
+            adapter, note = nearest(base, adapter, merged, strength, reading)
+    return adapter, fit(base, adapter, strength, **reading), note
 
 
 def _not_checked(
-    prepared: Prepared, modules: Mapping[str, ModuleAudit], files: bool, behaviour: "Behaviour | None",
+    prepared: "Prepared", modules: Mapping[str, ModuleAudit], files: bool, behaviour: "Behaviour | None",
     gap: "TaskGap | None",
 ) -> Iterator[str]:  # fmt: skip
     unread = (name for name in prepared.fit.layout.adapters if name not in modules)
@@ -154,7 +130,7 @@ def _not_checked(
 
 
 def _run(
-    base: Directory, adapter: Checkpoint, merged: Directory, levels: tuple[str, ...], prompts: Sequence[str] | None,
+    base: Directory, adapter: "Checkpoint", merged: Directory, levels: tuple[str, ...], prompts: Sequence[str] | None,
     tasks: "Sequence[Task]", device: str,
 ) -> tuple["Behaviour | None", "TaskGap | None", list[Problem]]:  # fmt: skip
     """What the models say, where they were asked to and can be run, and what is wrong with it."""
@@ -184,91 +160,3 @@ def _unless_refused(problems: list[Problem]) -> Iterator[None]:
         yield
     except D2SurgeryError as error:
         problems.append(replace(error.problems[0], code="NOT_RUNNABLE", severity="warning"))
-
-
-def _settle_recipes(replay: Replay, pairs: tuple[TensorPair, ...]) -> None:
-    """One recipe per module, and one for all of them if it can be: small weights fit several."""
-    count: Counter[str] = Counter()
-    for tally in replay.modules.values():
-        if tally.nearest is None:
-            count.update(dict.fromkeys(tally.recipes, tally.comparison.elements))
-    if len(count) < 2:
-        return
-    for name, _ in count.most_common():
-        other = {m for m, tally in replay.modules.items() if tally.nearest is None and tally.recipes != {name}}
-        again = [
-            p
-            for p in pairs
-            if p.status != "tied" and other & set(p.modules) and p.output.site and p.output.site.patches
-        ]
-        if not again:
-            return
-        second = Replay(replay.merger, frozenset((name,)))
-        second.run(again, lambda done, total: None)
-        for module in other:
-            mixed = len(replay.modules[module].recipes) > 1
-            if second.modules[module].comparison.mismatched == 0 or (mixed and name == count.most_common()[-1][0]):
-                replay.modules[module] = second.modules[module]
-
-
-def _judged(
-    prepared: Prepared, replay: Replay, pairs: tuple[TensorPair, ...], limits: Thresholds
-) -> Iterator[tuple[str, ModuleAudit]]:
-    tensors: dict[str, list[TensorPair]] = {}
-    for pair in pairs:
-        for module in dict.fromkeys(p.module for p in pair.output.site.patches) if pair.output.site else ():
-            if pair.status != "tied":
-                tensors.setdefault(module, []).append(pair)
-    tallies = {module: tally for module, tally in replay.modules.items() if tally.comparison.elements}
-    for module, found in _diagnosed(prepared, tallies):
-        held, tally = tensors[module], tallies[module]
-        names, kind = tuple(pair.name for pair in held), prepared.fit.layout.adapters[module].kind
-        yield module, judge_module(module, kind, names, _dtype(held[0], tally), tally, found, limits)
-
-
-def _diagnosed(prepared: Prepared, tallies: Mapping[str, Tally]) -> Iterator[tuple[str, Diagnosis | None]]:
-    """What is wrong with each module that no recipe gives; what was wrong with some is suspected of all the others."""
-    before, modules = Diagnosis(), list(tallies)
-
-    def diagnosed(module: str) -> Diagnosis | None:
-        tally = tallies[module]
-        return diagnosis_of(prepared, tally, before) if tally.first and tally.finite else None
-
-    for module in modules[:ALIKE]:
-        found = diagnosed(module)
-        before = found if found and found.code else before
-        yield module, found
-    rest = modules[ALIKE:]
-    for number, (module, found) in enumerate(zip(rest, ahead(diagnosed, rest, workers()), strict=True)):
-        if found is not None and number % ALIKE == 0:
-            trim()
-        yield module, found
-    trim()
-
-
-def _dtype(pair: TensorPair, tally: Tally) -> str:
-    """The coarser of the file's and the grid's."""
-    return next((name for name, dtype in DTYPES.items() if dtype == tally.grid), pair.info.dtype)
-
-
-def _commonest(modules: Mapping[str, ModuleAudit]) -> str | None:
-    count: Counter[str] = Counter()
-    for module in modules.values():
-        if module.recipe and module.verdict == "pass" and (not module.code or module.mismatched_elements <= FEW):
-            count[module.recipe] += module.elements
-    return count.most_common(1)[0][0] if count else None
-
-
-def _is_base(base: BaseWeights, pair: TensorPair) -> bool:
-    """Whether a tensor that should have been replaced is still the base's."""
-    site = pair.output.site
-    if site is None or site.source is None or site.patches:
-        return False
-    stored, merged = base[site.source], read_tensor(pair.info)
-    if stored.shape != merged.shape or not stored.is_floating_point():
-        return False
-    kept = stored.to(merged.dtype)
-    if site.rows is None:
-        return torch.equal(merged, kept)
-    rows = list(site.rows.indices)
-    return torch.equal(merged[rows], kept[rows])

@@ -17,19 +17,15 @@ Directory = str | os.PathLike[str]
 
 def nearest(
     base: Directory,
-    adapters: Directory | Sequence[Directory],
+    adapters: Sequence[Directory],
     merged: BaseWeights,
     strength: float,
     reading: Reading,
 ) -> tuple[Directory, list[Problem]]:
-    """The adapter to audit, and a note where it is one of several.
+    """The adapter to audit, and a note that it is one of several.
 
     Raises D2SurgeryError: what every one of them is refused for, or USAGE for none at all.
     """
-    if isinstance(adapters, str | os.PathLike):
-        return adapters, []
-    if len(adapters) == 1:
-        return adapters[0], []
     refused: list[Problem] = []
     distances: dict[Directory, float] = {}
     for adapter in adapters:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from d2surgery.errors import Problem
 from d2surgery.files.plain import plain
-from d2surgery.measures.fidelity import Survival
 from d2surgery.surveying.order import in_order
 from d2surgery.tables import Tabular
 
 if TYPE_CHECKING:
     from d2surgery.evaluating.behaviour import Behaviour, TaskGap
+    from d2surgery.measures.fidelity import Survival
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 Status = Literal["adapted", "unchanged", "replaced", "tied", "resized", "changed", "missing", "extra"]
@@ -70,7 +70,7 @@ class ModuleAudit:
     strength: float  # λ̂: 1 for a right merge; nan where rounding left nothing to measure; see `strength_of`
     strength_error: float  # standard
     residual: float  # ‖merged − W0 − λ̂·(expected − W0)‖/‖expected − W0‖
-    survival: Survival  # of the delta, in the merged file
+    survival: "Survival"  # of the delta, in the merged file
     ulps: Mapping[str, int] = field(default_factory=dict)  # mismatched elements by distance in units in the last place
     first_mismatch: tuple[int, ...] | None = None
     residual_rank: int | None = None  # rank above rounding noise of what no strength explains

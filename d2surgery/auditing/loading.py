@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from d2surgery.auditing.findings import several
 from d2surgery.errors import D2SurgeryError, Problem, Severity, refuse
 from d2surgery.files.base import BaseWeights
@@ -16,7 +14,6 @@ from d2surgery.files.checkpoints import USUAL, find_weights
 from d2surgery.files.header import Header, TensorInfo, read_header
 from d2surgery.files.locate import PICKLES, WEIGHTS
 from d2surgery.files.reading import read_json
-from d2surgery.files.tensors import read_part
 from d2surgery.placement.renaming import Renaming
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -103,10 +100,12 @@ def _unread(merged: BaseWeights) -> Iterator[Problem]:
 
 def _header(path: Path) -> Header | None:
     """Of a file of tensors; None for what is none, such as a trainer's state."""
-    from d2surgery.files.pickled import locate_pickled  # only where a pickle lies there
-
     try:
-        return read_header(path) if path.suffix == ".safetensors" else locate_pickled(path)
+        if path.suffix == ".safetensors":
+            return read_header(path)
+        from d2surgery.files.pickled import locate_pickled  # torch, only where a pickle lies there
+
+        return locate_pickled(path)
     except D2SurgeryError:
         return None
 
@@ -118,6 +117,8 @@ def _same(held: Header, tensors: Mapping[str, TensorInfo]) -> bool:
 def _same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
+    from d2surgery.files.tensors import read_part  # torch, where other weights lie there
+
     pieces = bytearray(_PIECE), bytearray(_PIECE)
     for start in range(0, one.nbytes, _PIECE):
         views = [memoryview(piece)[: min(_PIECE, one.nbytes - start)] for piece in pieces]
@@ -175,6 +176,7 @@ def model_of(merged: BaseWeights, architectures: Any) -> Model | str:
 
     `architectures`: the classes that the config should name, of which the first has the head.
     """
+    import torch
     import transformers  # a second, and only where names differ
 
     name = architectures[0] if isinstance(architectures, list) and architectures else ""

@@ -11,12 +11,12 @@ from typing import Any
 from d2surgery.auditing.findings import Audit, ReceiptAudit, Status, TensorAudit, Thresholds, several, verdict_of
 from d2surgery.auditing.loading import directory_problems, open_merged
 from d2surgery.cards import RECEIPT
-from d2surgery.checkpoint import load
 from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.header import TensorInfo
 from d2surgery.files.reading import read_json
-from d2surgery.files.tensors import as_bytes, read_part
+from d2surgery.files.stored import read_stored
+from d2surgery.formats import open_layout
 from d2surgery.machine import ahead, peak_memory, workers
 
 _PIECE = 1 << 22
@@ -155,10 +155,12 @@ def _hashes(
 
 
 def _hash(info: TensorInfo) -> str:
-    digest, piece = hashlib.sha256(), bytearray(min(_PIECE, max(info.nbytes, 1)))
+    digest, piece, read = hashlib.sha256(), bytearray(min(_PIECE, max(info.nbytes, 1))), read_stored
+    if info.heads or info.added:  # of a GGUF: not as it is stored
+        from d2surgery.files.tensors import read_part as read  # torch
     for start in range(0, info.nbytes, _PIECE):
         view = memoryview(piece)[: min(_PIECE, info.nbytes - start)]
-        read_part(info, start, view)
+        read(info, start, view)
         digest.update(view)
     return digest.hexdigest()
 
@@ -215,9 +217,13 @@ def _base_problems(base: BaseWeights, want: Mapping[str, str]) -> Iterator[Probl
 
 
 def _adapter_problems(adapter: str | os.PathLike[str], want: Mapping[str, str]) -> Iterator[Problem]:
-    checkpoint = load(adapter)
-    keys = checkpoint.layout.header.tensors.keys()
-    there = {key: hashlib.sha256(as_bytes(checkpoint.tensor(key).contiguous())).hexdigest() for key in keys}
+    header = open_layout(adapter).header
+    if header.loaded is None:
+        there = dict(_hashes(header.tensors))
+    else:
+        from d2surgery.files.tensors import as_bytes  # torch, which has read them
+
+        there = {key: hashlib.sha256(as_bytes(held.contiguous())).hexdigest() for key, held in header.loaded.items()}
     wrong = sorted(key for key in want.keys() | there.keys() if want.get(key) != there.get(key))
     if wrong:
         yield Problem(code="WRONG_ADAPTER", message="not the adapter that the receipt names", module=several(wrong))

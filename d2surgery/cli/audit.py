@@ -10,7 +10,6 @@ import click
 from d2surgery.auditing import audit
 from d2surgery.auditing.findings import LEVELS, Audit, Thresholds, document, several
 from d2surgery.auditing.receipts import verify_receipt
-from d2surgery.auditing.recipes import RECIPES
 from d2surgery.cli import output
 from d2surgery.cli.options import (
     BASE_HELP,
@@ -26,11 +25,10 @@ from d2surgery.errors import refuse
 from d2surgery.files.whole import require_folder, write_whole
 from d2surgery.formats.layout import Packing
 from d2surgery.machine import give_back
-from d2surgery.reporting import audit_files
 from d2surgery.surveying.order import in_order
 
 if TYPE_CHECKING:
-    from d2surgery.evaluating.tasks import Task
+    from d2surgery.evaluating.items import Task
 
 Given = TypeVar("Given")
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -88,10 +86,12 @@ class Pages:
             require_folder(path)
 
     def write(self, found: Audit) -> None:
-        if self.junit is not None:
-            write_whole(self.junit, audit_files.junit(found))
-        if self.sarif is not None:
-            write_whole(self.sarif, audit_files.sarif(found))
+        if self.junit is not None or self.sarif is not None:
+            from d2surgery.reporting import audit_files  # XML, where such a file is asked for
+
+            for path, form in ((self.junit, audit_files.junit), (self.sarif, audit_files.sarif)):
+                if path is not None:
+                    write_whole(path, form(found))
         if self.html is not None:
             from d2surgery.reporting.pages.audit import audit_page  # plotly, where a page is asked for
 
@@ -181,8 +181,7 @@ def _material(asked: Asked) -> "tuple[list[str] | None, list[Task]]":
     """The texts and the tasks, whose readers are imported where there are some."""
     if not (asked.prompts or asked.tasks):
         return None, []
-    from d2surgery.evaluating.items import read_prompts
-    from d2surgery.evaluating.tasks import read_task
+    from d2surgery.evaluating.items import read_prompts, read_task
 
     return read_prompts(asked.prompts) if asked.prompts else None, [read_task(path) for path in asked.tasks]
 
@@ -224,6 +223,8 @@ def describe(found: Audit, *, per_layer: bool = False) -> Iterator[str]:
     yield verdict_line(found)
     yield from output.problem_lines(found.reasons)
     if found.recipe:
+        from d2surgery.auditing.recipes import RECIPES  # torch, which has replayed it
+
         words = next(recipe.what for recipe in RECIPES if recipe.name == found.recipe)
         replayed = [module for module in found.modules.values() if module.status == "replayed"]
         yield f"recipe: {found.recipe}, bit for bit in {output.count(len(replayed), 'module')} ({words})"

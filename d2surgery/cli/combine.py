@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -10,10 +10,11 @@ from d2surgery.cli import measured, output, surgical
 from d2surgery.cli.options import BASE_HELP, Base, Weighted, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.files.base import BaseWeights
-from d2surgery.surgery.algebra import audit_combination, combine
-from d2surgery.surgery.combining import METHODS, Recipe, Space
-from d2surgery.surgery.sharing import Sharing, sharing
-from d2surgery.surgery.truncation import ALL
+from d2surgery.machine import uncollected
+from d2surgery.surgery.choices import ALL, METHODS, Recipe, Space
+
+if TYPE_CHECKING:
+    from d2surgery.surgery.sharing import Sharing
 
 
 @click.command(name="combine")
@@ -47,16 +48,23 @@ def command(
         raise refuse("USAGE", "where to", wanted="--out, --plan or --audit", got="none or several of them")
     how = {name: options.pop(name) for name in ("method", "space", "density", "seed")}
     keep, outputs = surgical.chosen(out, options)
+    recipe = Recipe(keep=keep, **how)
     names, weights = zip(*adapters, strict=True)
-    checkpoints = [measured.open_adapter(name) for name in names]
+    layouts = [measured.open_adapter(name) for name in (*names, *filter(None, [combined]))]
     where = BaseWeights(base) if base is not None else None
+    with uncollected():  # torch
+        from d2surgery.checkpoint import Checkpoint
+        from d2surgery.surgery.algebra import audit_combination, combine
+        from d2surgery.surgery.sharing import sharing
+
+    checkpoints = [Checkpoint(layout) for layout in layouts]
     with progress_bar("combining", show=outputs.show_progress, unit=" modules") as progress:
         if plan:
             shared = sharing(checkpoints, weights, None if keep is ALL else keep, progress=progress)
             measured.show(outputs, _document(names, weights, shared), _text(names, shared), list)
             return 0
         if combined is not None:
-            made = measured.open_adapter(combined)
+            made = checkpoints.pop()
             certificate, problems = audit_combination(made, checkpoints, where, progress=progress)
             verdict = "fail" if problems else "pass"
             surgical.show(
@@ -65,7 +73,7 @@ def command(
             for line in output.problem_lines(problems) if outputs.show_progress else ():
                 output.emit(line)
             return int(bool(problems))
-        made, certificate = combine(checkpoints, weights, Recipe(keep=keep, **how), where, progress=progress)
+        made, certificate = combine(checkpoints, weights, recipe, where, progress=progress)
     assert out is not None
     surgical.write(made, out)
     surgical.show(made, certificate, out, outputs)
@@ -75,7 +83,7 @@ def command(
 # A plan ---------------------------------------------------------------------------------------------------------------
 
 
-def _document(names: Sequence[str], weights: Sequence[float], shared: Sharing) -> dict[str, Any]:
+def _document(names: Sequence[str], weights: Sequence[float], shared: "Sharing") -> dict[str, Any]:
     pairs = [{"first": names[i], "second": names[j]} | each._asdict() for (i, j), each in shared.pairs.items()]
     return {
         "adapters": list(names),
@@ -88,7 +96,7 @@ def _document(names: Sequence[str], weights: Sequence[float], shared: Sharing) -
     }
 
 
-def _text(names: Sequence[str], shared: Sharing) -> Iterator[str]:
+def _text(names: Sequence[str], shared: "Sharing") -> Iterator[str]:
     yield from output.prose(f"{output.count(len(names), 'adapter')}: {shared.in_words()}.")
     rows = [
         ["", "left in the sum"],

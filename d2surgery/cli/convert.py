@@ -5,16 +5,14 @@ from typing import Any
 
 import click
 
-from d2surgery.adapters.forwards import Axis
 from d2surgery.cli import formats, measured, surgical
 from d2surgery.cli.options import BASE_HELP, Adapter, Base, Engine, Number, progress_bar, scaling_options
 from d2surgery.errors import refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.formats.engines import ENGINES
-from d2surgery.kinds import TABLE
-from d2surgery.surgery.rescaling import rescale
-from d2surgery.surgery.resizing import convert
-from d2surgery.surgery.truncation import ALL
+from d2surgery.kinds import TABLE, Axis
+from d2surgery.machine import uncollected
+from d2surgery.surgery.choices import ALL
 
 
 @click.command(name="convert")
@@ -64,14 +62,21 @@ def command(
     only_format = not asked and keep is ALL and outputs.plot is None
     if kind is None and rescale_base is None and form is None:
         raise refuse("USAGE", "which kind", wanted="--kind; `d2surgery resize` keeps it", got="none")
+    if rescale_base is not None and (kind not in (None, "lora") or base is None):
+        raise refuse("USAGE", "--rescale-base makes a LoRA", wanted="--base, and no other --kind", got=str(kind))
+    surgical.check_calibration(base, calibration)
     weights = BaseWeights(base) if base is not None else None
-    checkpoint = measured.open_adapter(adapter, weights, scale=scale, alpha=alpha)
+    layout = measured.open_adapter(adapter, weights, scale=scale, alpha=alpha)
+    with uncollected():  # torch
+        from d2surgery.checkpoint import Checkpoint
+        from d2surgery.surgery.rescaling import rescale
+        from d2surgery.surgery.resizing import convert
+
+    checkpoint = Checkpoint(layout)
     if form and only_format:
         formats.rewrite(checkpoint, out, form, outputs)
         return 0
-    if rescale_base is not None:
-        if kind not in (None, "lora") or weights is None:
-            raise refuse("USAGE", "--rescale-base makes a LoRA", wanted="--base, and no other --kind", got=str(kind))
+    if rescale_base is not None and weights is not None:
         made, certificate = rescale(checkpoint, weights, rescale_base)
     else:
         moments = surgical.weights_of(base, calibration, checkpoint, outputs)

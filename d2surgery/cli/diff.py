@@ -6,27 +6,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import Adapter, exact_signs_option, progress_bar
 from d2surgery.errors import refuse
-from d2surgery.machine import give_back
-from d2surgery.measures.likeness import SAMPLE, SIDES, Difference, Likeness, Shared, closest, likeness, phi
+from d2surgery.machine import give_back, uncollected
 from d2surgery.reporting.tidy import Row, difference_rows
-from d2surgery.surveying.adapter import labels
-from d2surgery.surveying.modules import compare, places
 
 if TYPE_CHECKING:
+    from d2surgery.checkpoint import Checkpoint
+    from d2surgery.measures.likeness import Difference, Likeness, Shared
     from d2surgery.reporting.figures.parts import Plot
 
 
 class Compared(NamedTuple):
     first: str
     second: str
-    modules: Mapping[str, Difference]
+    modules: "Mapping[str, Difference]"
     only_first: list[str]
     only_second: list[str]
-    whole: Likeness
+    whole: "Likeness"
 
 
 @click.command(name="diff")
@@ -44,7 +42,13 @@ def command(adapters: tuple[str, ...], exact_signs: bool, **options: Any) -> int
     outputs = measured.checked_outputs(**options)
     if len(adapters) < 2:
         raise refuse("USAGE", "one adapter has nothing to be compared with", wanted="two or more", got="1")
-    checkpoints = [measured.open_adapter(adapter) for adapter in adapters]
+    layouts = [measured.open_adapter(adapter) for adapter in adapters]
+    with uncollected():  # torch
+        from d2surgery.checkpoint import Checkpoint
+        from d2surgery.surveying.adapter import labels
+        from d2surgery.surveying.modules import compare
+
+    checkpoints = [Checkpoint(layout) for layout in layouts]
     with progress_bar("comparing", show=outputs.show_progress, unit=" modules") as progress:
         pairs = compare(checkpoints, exact_signs=exact_signs, progress=progress)
     found = [
@@ -61,8 +65,11 @@ def command(adapters: tuple[str, ...], exact_signs: bool, **options: Any) -> int
 
 
 def _compared(
-    first: tuple[str, Checkpoint], second: tuple[str, Checkpoint], modules: Mapping[str, Difference]
+    first: "tuple[str, Checkpoint]", second: "tuple[str, Checkpoint]", modules: "Mapping[str, Difference]"
 ) -> Compared:
+    from d2surgery.measures.likeness import likeness
+    from d2surgery.surveying.modules import places
+
     if not modules:
         raise refuse("USAGE", "the adapters have no module in common", wanted=first[0], got=second[0])
     names = [[place.name for place in places(checkpoint)] for _, checkpoint in (first, second)]
@@ -71,6 +78,7 @@ def _compared(
 
 
 def _figures(names: Sequence[str], found: Sequence[Compared]) -> list["Plot"]:
+    from d2surgery.measures.likeness import closest
     from d2surgery.reporting.figures import likeness as figures  # plotly, and only where figures are drawn
 
     wholes = dict(zip(combinations(range(len(names)), 2), (each.whole for each in found), strict=True))
@@ -91,7 +99,9 @@ def _record(compared: Compared) -> dict[str, Any]:
     return fields | {"modules": [{"module": m} | _module(d) for m, d in compared.modules.items()]}
 
 
-def _module(record: Difference) -> dict[str, Any]:
+def _module(record: "Difference") -> dict[str, Any]:
+    from d2surgery.measures.likeness import SIDES
+
     return {
         "cosine": record.cosine.value,
         "cosine_null_sd": record.cosine.null_sd,
@@ -103,9 +113,11 @@ def _module(record: Difference) -> dict[str, Any]:
     }
 
 
-def _side(found: Shared | None) -> dict[str, Any] | None:
+def _side(found: "Shared | None") -> dict[str, Any] | None:
     if found is None:
         return None
+    from d2surgery.measures.likeness import phi
+
     similarity, null = phi(found) or (None, None)
     return {"similarity": similarity, "null": null, "principal_angles": found.angles}
 
@@ -114,6 +126,8 @@ def _side(found: Shared | None) -> dict[str, Any] | None:
 
 
 def _text(found: Sequence[Compared], per_layer: bool) -> Iterator[str]:
+    from d2surgery.measures.likeness import SAMPLE, likeness
+
     for compared in found:
         yield from output.prose(f"{output.printable(compared.first)} and {output.printable(compared.second)}:")
         yield from output.prose(f"  {verdict(compared.whole)}")
@@ -136,16 +150,16 @@ def _text(found: Sequence[Compared], per_layer: bool) -> Iterator[str]:
     )
 
 
-def verdict(whole: Likeness) -> str:
+def verdict(whole: "Likeness") -> str:
     """One sentence on how alike two adapters are."""
     return f"{whole.in_words()}: cosine {whole.cosine:z.3f}, by chance ±{whole.cosine_null:.1g}."
 
 
-def _cells(whole: Likeness) -> list[str]:
+def _cells(whole: "Likeness") -> list[str]:
     return [_number(value) for value in (whole.cosine, whole.in_features, whole.out_features, whole.signs)]
 
 
-def _chance(whole: Likeness) -> list[str]:
+def _chance(whole: "Likeness") -> list[str]:
     return [f"±{whole.cosine_null:.1g}", *map(_number, (whole.in_null, whole.out_null, whole.signs_null))]
 
 

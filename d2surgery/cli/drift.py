@@ -6,21 +6,19 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from d2surgery.adapters.forwards import Axis
-from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import BASE_HELP, Adapter, Base, device_option, progress_bar
 from d2surgery.files.base import BaseWeights
-from d2surgery.machine import give_back
-from d2surgery.measures.drift import Correlation, Drift, correlation
+from d2surgery.kinds import Axis
+from d2surgery.machine import give_back, uncollected
 from d2surgery.reporting.tidy import QUANTILES, drift_rows, quantiles
-from d2surgery.surveying.adapter import labels
-from d2surgery.surveying.modules import drifts
 
 if TYPE_CHECKING:
+    from d2surgery.checkpoint import Checkpoint
+    from d2surgery.measures.drift import Correlation, Drift
     from d2surgery.reporting.figures.parts import Plot
 
-Found = Mapping[str, Drift]
+Found = Mapping[str, "Drift"]
 
 
 @click.command(name="drift")
@@ -38,7 +36,14 @@ def command(adapter: str, base: Path, along: Axis | None, device: str, **options
     give_back()
     outputs = measured.checked_outputs(**options)
     weights = BaseWeights(base)
-    checkpoint = measured.open_adapter(adapter, weights)
+    layout = measured.open_adapter(adapter, weights)
+    with uncollected():  # torch
+        from d2surgery.checkpoint import Checkpoint
+        from d2surgery.measures.drift import correlation
+        from d2surgery.surveying.adapter import labels
+        from d2surgery.surveying.modules import drifts
+
+    checkpoint = Checkpoint(layout)
     with progress_bar("measuring", show=outputs.show_progress, unit=" modules") as progress:
         found = dict(drifts(checkpoint, weights, along=along, device=device, progress=progress))
     related = correlation(list(found.values()))
@@ -67,7 +72,7 @@ def _figures(found: Found, label: str) -> list["Plot"]:
     return [parts.named(plot, label) for plot in plots]
 
 
-def _document(checkpoint: Checkpoint, base: Path, found: Found, related: Correlation) -> dict[str, Any]:
+def _document(checkpoint: "Checkpoint", base: Path, found: Found, related: "Correlation") -> dict[str, Any]:
     return {
         "path": str(checkpoint.layout.path),
         "base": str(base),
@@ -77,7 +82,7 @@ def _document(checkpoint: Checkpoint, base: Path, found: Found, related: Correla
     }
 
 
-def _record(record: Drift) -> dict[str, Any]:
+def _record(record: "Drift") -> dict[str, Any]:
     names = ("mean_drift", "delta_magnitude", "delta_direction", "relative_update", "frobenius_norm", "undefined")
     return {
         "along": record.along,
@@ -89,7 +94,7 @@ def _record(record: Drift) -> dict[str, Any]:
     }
 
 
-def _text(checkpoint: Checkpoint, found: Found, related: Correlation, per_layer: bool) -> Iterator[str]:
+def _text(checkpoint: "Checkpoint", found: Found, related: "Correlation", per_layer: bool) -> Iterator[str]:
     yield from output.prose(_verdict(checkpoint, found))
     yield ""
     rows = [["", "update", "drift", "least", "most", "1 − cos"]]
@@ -105,7 +110,7 @@ def _text(checkpoint: Checkpoint, found: Found, related: Correlation, per_layer:
     yield from output.prose(_coverage(found))
 
 
-def _verdict(checkpoint: Checkpoint, found: Found) -> str:
+def _verdict(checkpoint: "Checkpoint", found: Found) -> str:
     size = measured.mean(record.relative_update for record in found.values())
     largest = max(found, key=lambda module: found[module].relative_update)
     most = measured.percent(measured.mean([found[largest].relative_update]))
@@ -115,7 +120,7 @@ def _verdict(checkpoint: Checkpoint, found: Found) -> str:
     )
 
 
-def _numbers(records: list[Drift]) -> list[str]:
+def _numbers(records: "list[Drift]") -> list[str]:
     lows, highs = ([r.norm_ratio.min - 1 for r in records], [r.norm_ratio.max - 1 for r in records])
     return [
         measured.percent(measured.mean(r.relative_update for r in records)),
@@ -126,7 +131,7 @@ def _numbers(records: list[Drift]) -> list[str]:
     ]
 
 
-def _correlation(related: Correlation) -> Iterator[str]:
+def _correlation(related: "Correlation") -> Iterator[str]:
     if related.pearson == related.pearson:
         yield from output.prose(
             f"ΔM against ΔD over {related.modules} modules: Pearson {related.pearson:+.2f}; random updates of the same "

@@ -5,25 +5,26 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from torch import nn
 
 from d2surgery.cli import output
 from d2surgery.cli.options import BASE_HELP, DTYPE_NAMES, Base, device_option, progress_bar
 from d2surgery.errors import refuse
-from d2surgery.evaluating.behaviour import compare_scores
-from d2surgery.evaluating.freeform import Answers, answers, macro_f1, matthews
-from d2surgery.evaluating.harness import harness_scores
-from d2surgery.evaluating.items import TEMPLATES, Template, read_items
-from d2surgery.evaluating.paired import mean_accuracy
-from d2surgery.evaluating.scoring import Models, scores
-from d2surgery.evaluating.tasks import WAYS, By, Progress, Score, Task, read_task, score_all
+from d2surgery.evaluating.items import TEMPLATES, WAYS, By, Task, Template, read_items, read_task
 from d2surgery.files.plain import plain
-from d2surgery.files.tensors import DTYPES
 from d2surgery.files.whole import require_folder, write_whole
+from d2surgery.formats import open_layout
 from d2surgery.live.quantization import QUANTIZATIONS
+from d2surgery.machine import uncollected
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from d2surgery.evaluating.freeform import Answers
+    from d2surgery.evaluating.scoring import Models
+    from d2surgery.evaluating.tasks import Progress, Score
 
 _PATH = click.Path(path_type=Path)
 _WORDS = {"likelihood": "likelihood", "normalised": "likelihood per byte", "generation": "its own words"}
@@ -94,13 +95,17 @@ def command(as_json: bool, quiet: bool, items_file: Path | None, **options: Any)
     form {"instruction", "input", "output", "answer"}; with the extra `data` also a table (.parquet, .csv) or a dataset
     of the hub, such as allenai/ai2_arc:ARC-Easy:test.
     """
-    models = _models(options)
+    asked = {name: options.pop(name) for name in ("base", "adapter", "merged", "quantization", "device", "dtype")}
     questions = Questions(**options)
-    _check(models, questions, items_file)
+    _check(asked, questions, items_file)
     output.hush("bitsandbytes")
     if questions.free:
-        return _free(models, questions, items_file, as_json=as_json, quiet=quiet)
+        return _free(asked, questions, items_file, as_json=as_json, quiet=quiet)
     tasks = [read_task(path, questions.limit) for path in (*questions.files, *questions.more)]
+    with uncollected():  # torch
+        from d2surgery.evaluating.scoring import scores
+
+    models = _models(**asked)
     with progress_bar("answering", show=not (as_json or quiet), unit=" items") as progress:
         found = scores(models, partial(_answers, tasks, questions), progress)
     if items_file is not None:
@@ -115,21 +120,22 @@ def command(as_json: bool, quiet: bool, items_file: Path | None, **options: Any)
     return 0
 
 
-def _models(options: dict[str, Any]) -> Models:
-    """Those options that say which models answer, taken out of the others."""
-    dtype = options.pop("dtype")
-    names = ("base", "adapter", "merged", "quantization", "device")
-    return Models(dtype=DTYPES[DTYPE_NAMES[dtype]] if dtype else None, **{name: options.pop(name) for name in names})
+def _models(dtype: str | None, **options: Any) -> "Models":
+    """Which models answer, by the options of these names."""
+    from d2surgery.evaluating.scoring import Models
+    from d2surgery.files.tensors import DTYPES
+
+    return Models(dtype=DTYPES[DTYPE_NAMES[dtype]] if dtype else None, **options)
 
 
-def _check(models: Models, questions: Questions, items_file: Path | None) -> None:
+def _check(asked: dict[str, Any], questions: Questions, items_file: Path | None) -> None:
     """Refuses before any work what could not be done."""
     chosen = bool(questions.files or questions.more or questions.harness)
     if not (chosen or questions.free):
         raise refuse("USAGE", "nothing to answer", wanted="--tasks FILE, --free FILE or --harness TASK")
     if chosen and questions.free:
         raise refuse("USAGE", "--free is a question of its own", wanted="--free FILE without tasks")
-    if models.quantization and models.merged and not models.adapter:
+    if asked["quantization"] and asked["merged"] and not asked["adapter"]:
         raise refuse(
             "USAGE", "the base is not run, so --quantization has no effect", wanted="--adapter, or no --merged"
         )
@@ -137,26 +143,38 @@ def _check(models: Models, questions: Questions, items_file: Path | None) -> Non
         require_folder(items_file)
         if items_file.exists():
             raise refuse("OUTPUT_EXISTS", "not overwritten", file=str(items_file))
+    if asked["adapter"]:
+        open_layout(asked["adapter"])
 
 
 def _answers(
-    tasks: Sequence[Task], questions: Questions, model: nn.Module, tokenizer: Any, progress: Progress
-) -> list[Score]:
+    tasks: Sequence[Task], questions: Questions, model: "nn.Module", tokenizer: Any, progress: "Progress"
+) -> "list[Score]":
+    from d2surgery.evaluating.tasks import score_all
+
     by, template = questions.by, questions.template
     found = score_all(model, tokenizer, tasks, by=by, template=template, progress=progress)
     if questions.harness:
+        from d2surgery.evaluating.harness import harness_scores
+
         found += harness_scores(model, tokenizer, questions.harness, limit=questions.limit)
     return found
 
 
-def _free(models: Models, questions: Questions, items_file: Path | None, *, as_json: bool, quiet: bool) -> int:
+def _free(asked: dict[str, Any], questions: Questions, items_file: Path | None, *, as_json: bool, quiet: bool) -> int:
     """Every file's items in the models' own words."""
     files = {path.name: read_items(path) for path in questions.free}
     if questions.limit is not None:
         files = {name: items[:: max(1, len(items) // questions.limit)][: questions.limit]
                  for name, items in files.items()}  # fmt: skip
 
-    def answer(model: nn.Module, tokenizer: Any, progress: Progress) -> dict[str, Answers]:
+    with uncollected():  # torch
+        from d2surgery.evaluating.freeform import answers
+        from d2surgery.evaluating.scoring import scores
+
+    models = _models(**asked)
+
+    def answer(model: "nn.Module", tokenizer: Any, progress: "Progress") -> "dict[str, Answers]":
         return {name: answers(model, tokenizer, items, template=questions.template, progress=progress)
                 for name, items in files.items()}  # fmt: skip
 
@@ -183,14 +201,14 @@ def _free(models: Models, questions: Questions, items_file: Path | None, *, as_j
     return 0
 
 
-def _means(one: Answers) -> dict[str, Any]:
+def _means(one: "Answers") -> dict[str, Any]:
     left = asdict(one)
     return {name: left[name] for name in left if name not in ("texts", "of_items")} | {
         "items": len(one.texts), "perplexity": one.perplexity,
     }  # fmt: skip
 
 
-def _asked(models: Models, questions: Questions) -> dict[str, Any]:
+def _asked(models: "Models", questions: Questions) -> dict[str, Any]:
     """What was asked, as JSON."""
     return {
         "base": str(models.base),
@@ -201,17 +219,22 @@ def _asked(models: Models, questions: Questions) -> dict[str, Any]:
     }
 
 
-def _document(found: dict[str, list[Score]], labelled: Collection[str] = ()) -> dict[str, Any]:
+def _document(found: "dict[str, list[Score]]", labelled: Collection[str] = ()) -> dict[str, Any]:
     """Per model the accuracy of each task and their mean; with two models their gap."""
     document: dict[str, Any] = {"models": {name: _accuracies(each, labelled) for name, each in found.items()}}
     if len(found) == 2:
+        from d2surgery.evaluating.behaviour import compare_scores
+
         gap = compare_scores(*found.values())
         problems = [output.record(problem) for problem in gap.problems]
         document |= {"task": plain(gap) | {"problems": problems}, "problems": problems}
     return document
 
 
-def _accuracies(found: Sequence[Score], labelled: Collection[str]) -> dict[str, Any]:
+def _accuracies(found: "Sequence[Score]", labelled: Collection[str]) -> dict[str, Any]:
+    from d2surgery.evaluating.freeform import macro_f1, matthews
+    from d2surgery.evaluating.paired import mean_accuracy
+
     means = {}
     for way in dict.fromkeys(score.by for score in found):
         counts = [(score.correct, len(score.gold)) for score in found if score.by == way]
@@ -227,7 +250,7 @@ def _accuracies(found: Sequence[Score], labelled: Collection[str]) -> dict[str, 
     return {"tasks": tasks, "mean": means}
 
 
-def _items(answered: dict[str, list[Score]]) -> str:
+def _items(answered: "dict[str, list[Score]]") -> str:
     """Every item's answers, one JSON object a line."""
     lines = []
     for model, found in answered.items():

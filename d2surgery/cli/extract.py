@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output, surgical
 from d2surgery.cli.options import BASE_HELP, Base, progress_bar
 from d2surgery.files.base import BaseWeights
 from d2surgery.kinds import TABLE
-from d2surgery.machine import give_back
-from d2surgery.surgery.certificate import Certificate
-from d2surgery.surgery.extracting import extract
+from d2surgery.machine import give_back, uncollected
+
+if TYPE_CHECKING:
+    from d2surgery.checkpoint import Checkpoint
+    from d2surgery.surgery.certificate import Certificate
 
 
 @click.command(name="extract")
@@ -32,8 +33,12 @@ def command(base: Path, tuned: Path, out: Path, kind: str, **options: Any) -> in
     """
     keep, outputs = surgical.chosen(out, options)
     give_back(1 << 22)
+    models = BaseWeights(base), BaseWeights(tuned)
+    with uncollected():  # torch
+        from d2surgery.surgery.extracting import extract
+
     with progress_bar("extracting", show=outputs.show_progress, unit=" tensors") as progress:
-        made, certificate = extract(BaseWeights(base), BaseWeights(tuned), kind, keep=keep, progress=progress)
+        made, certificate = extract(*models, kind, keep=keep, progress=progress)
     surgical.write(made, out)
     surgical.show(made, certificate, out, outputs)
     if outputs.show_progress:
@@ -42,7 +47,7 @@ def command(base: Path, tuned: Path, out: Path, kind: str, **options: Any) -> in
     return 0
 
 
-def _beside(made: Checkpoint, certificate: Certificate) -> Iterator[str]:
+def _beside(made: "Checkpoint", certificate: "Certificate") -> Iterator[str]:
     settings = certificate.settings
     if certificate.losses and not certificate.exact:
         share = measured.percent(settings["rounding"])

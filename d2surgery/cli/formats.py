@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from itertools import chain
 from math import isclose
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2surgery.cards import write_card
-from d2surgery.checkpoint import Checkpoint, differences, load, save
 from d2surgery.cli import measured, output
 from d2surgery.cli.surgical import copy_tokenizer
 from d2surgery.formats import FORMATS
 from d2surgery.kinds import TABLE
+
+if TYPE_CHECKING:
+    from d2surgery.checkpoint import Checkpoint
 
 WRITTEN = [format.NAME for format in FORMATS if any(map(format.holds, TABLE))]
 
@@ -29,8 +31,10 @@ class _Module(NamedTuple):
         return " and ".join(changed) or ("the same bits" if self.difference == 0 else "rounded")
 
 
-def rewrite(checkpoint: Checkpoint, out: Path, form: str, outputs: measured.Outputs) -> None:
+def rewrite(checkpoint: "Checkpoint", out: Path, form: str, outputs: measured.Outputs) -> None:
     """Write, read back, and say by module what became of it."""
+    from d2surgery.checkpoint import differences, load, save  # torch
+
     written = save(checkpoint, out, format=form)
     beside = copy_tokenizer(checkpoint, out)
     write_card(out, base_model=checkpoint.layout.base_model or "")

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from d2surgery.checkpoint import Checkpoint, load
 from d2surgery.cli import output
 from d2surgery.cli.options import jobs_option
 from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.files.plain import plain
 from d2surgery.files.whole import require_folder, write_whole
+from d2surgery.formats import open_layout, with_base
 from d2surgery.formats.layout import Layout, with_scaling
 from d2surgery.kinds import TABLE
 from d2surgery.reporting.tidy import Row, by_type, write_rows
 
 if TYPE_CHECKING:
+    from d2surgery.checkpoint import Checkpoint
     from d2surgery.reporting.figures.parts import Plot
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -83,18 +84,21 @@ def open_adapter(
     scale: float | None = None,
     alpha: float | None = None,
     up_to_scale: bool = False,
-) -> Checkpoint:
-    """Loaded, or refused with every error of its layout. base: where names or heads may have to be looked up.
+) -> Layout:
+    """What it holds, or refused with every error of it, before torch is imported. base: where names or heads may have
+    to be looked up.
 
     up_to_scale: with an unknown scaling taken for 1, of LoRA only.
     """
-    checkpoint = load(adapter, scale=scale, alpha=alpha, base=base)
-    if up_to_scale and checkpoint.layout.kinds == ["lora"] and scale is alpha is None:
-        checkpoint = Checkpoint(_up_to_scale(checkpoint.layout))
-    raise_errors(checkpoint.layout.problems)
-    if not len(checkpoint):
-        raise refuse("UNKNOWN_FORMAT", "there is no adapted module in it", file=str(checkpoint.layout.path))
-    return checkpoint
+    layout = open_layout(adapter, scale=scale, alpha=alpha)
+    if base is not None:
+        layout = with_base(layout, base.header.tensors, base.config)
+    if up_to_scale and layout.kinds == ["lora"] and scale is alpha is None:
+        layout = _up_to_scale(layout)
+    raise_errors(layout.problems)
+    if not layout.adapters:
+        raise refuse("UNKNOWN_FORMAT", "there is no adapted module in it", file=str(layout.path))
+    return layout
 
 
 def _up_to_scale(layout: Layout) -> Layout:
@@ -160,7 +164,7 @@ def mean(values: Iterable[float | int | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def kinds(checkpoint: Checkpoint) -> str:
+def kinds(checkpoint: "Checkpoint") -> str:
     return " and ".join(TABLE[kind].title for kind in checkpoint.layout.kinds)
 
 

@@ -3,16 +3,18 @@
 from collections.abc import Iterable
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from d2surgery.cli import output
 from d2surgery.cli.options import planned_options, progress_bar
 from d2surgery.files.dtypes import DTYPE_NAMES
-from d2surgery.measures.fidelity import LOW_GAIN, Survival
 from d2surgery.merging import PlanReport, plan
 from d2surgery.surveying.order import in_order
+
+if TYPE_CHECKING:
+    from d2surgery.measures.fidelity import Survival
 
 _SHORT = {name: short for short, name in DTYPE_NAMES.items()}
 
@@ -60,7 +62,7 @@ def _document(report: PlanReport) -> dict[str, Any]:
     }
 
 
-def _record(survival: Survival) -> dict[str, float | None]:
+def _record(survival: "Survival") -> dict[str, float | None]:
     names = ("gain", "relative_error", "cosine", "changed_share")
     return {name: None if isnan(value := getattr(survival, name)) else value for name in names}
 
@@ -78,6 +80,8 @@ def _text(report: PlanReport, per_layer: bool) -> Iterable[str]:
         yield "  ties    the output no longer equals the input embedding: both are written, tie_word_embeddings false"
     if not report.survival:
         return
+    from d2surgery.measures.fidelity import LOW_GAIN, Survival  # torch, which plan has used
+
     yield ""
     yield "how much of the delta outlives rounding (gain, relative error):"
     dtypes = list(next(iter(report.survival.values())))
@@ -94,7 +98,7 @@ def _text(report: PlanReport, per_layer: bool) -> Iterable[str]:
         yield f"{few} below {LOW_GAIN} in {_SHORT[dtypes[0]]}: --dtype fp32 keeps all of it"
 
 
-def _gain(survival: Survival) -> float:
+def _gain(survival: "Survival") -> float:
     return 1.0 if isnan(survival.gain) else survival.gain
 
 

@@ -11,7 +11,7 @@ from d2surgery.cli import measured, output
 from d2surgery.cli.audit import EXIT, verdict_line
 from d2surgery.cli.options import BASE_HELP, Adapter, Base, cache_option, exact_signs_option, jobs_option, progress_bar
 from d2surgery.machine import give_back
-from d2surgery.measures.ranks import Method
+from d2surgery.measures.table import Method
 from d2surgery.verbs.reporting import check_page
 from d2surgery.verbs.reporting import report as write
 

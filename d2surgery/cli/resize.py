@@ -9,9 +9,8 @@ from d2surgery.cli import measured, surgical
 from d2surgery.cli.options import BASE_HELP, Adapter, Base, Bytes, Number, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.files.base import BaseWeights
-from d2surgery.surgery.resizing import against_base, resize
-from d2surgery.surgery.resizing import budget as spread
-from d2surgery.surgery.truncation import ALL
+from d2surgery.machine import uncollected
+from d2surgery.surgery.choices import ALL
 
 
 @click.command(name="resize")
@@ -47,10 +46,17 @@ def command(
     if len(given) > 1 or not (given or max_error is not None):
         wanted = "--rank, a criterion, --above-base, --budget or --max-error"
         raise refuse("USAGE", "how many ranks", wanted=wanted, got=" and ".join(given) or "none of these")
-    checkpoint = measured.open_adapter(adapter)
-    weights = BaseWeights(base) if base is not None else None
-    if above_base is not None and weights is None:
+    if above_base is not None and base is None:
         raise refuse("USAGE", "--above-base measures by the base", wanted="--base", got="none")
+    surgical.check_calibration(base, calibration)
+    layout = measured.open_adapter(adapter)
+    weights = BaseWeights(base) if base is not None else None
+    with uncollected():  # torch
+        from d2surgery.checkpoint import Checkpoint
+        from d2surgery.surgery.resizing import against_base, resize
+        from d2surgery.surgery.resizing import budget as spread
+
+    checkpoint = Checkpoint(layout)
     ranks = (
         spread(checkpoint, budget // 4, weights) if budget is not None
         else against_base(checkpoint, above_base, weights) if above_base is not None and weights is not None

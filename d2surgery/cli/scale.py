@@ -10,7 +10,7 @@ from d2surgery.cli import measured, surgical
 from d2surgery.cli.options import BASE_HELP, Adapter, Base, Number, progress_bar
 from d2surgery.errors import refuse
 from d2surgery.files.base import BaseWeights
-from d2surgery.surgery.algebra import choose, scale
+from d2surgery.machine import uncollected
 
 
 @click.command(name="scale", context_settings={"ignore_unknown_options": True})
@@ -39,13 +39,17 @@ def command(
     """
     surgical.require_new(out)
     outputs = measured.checked_outputs(**options)
-    checkpoint = measured.open_adapter(adapter)
-    chosen = choose(checkpoint, modules, _layers(layers)) if modules is not None or layers is not None else None
+    within = _layers(layers)
+    layout = measured.open_adapter(adapter)
+    weights = BaseWeights(base) if base is not None else None
+    with uncollected():  # torch
+        from d2surgery.checkpoint import Checkpoint
+        from d2surgery.surgery.algebra import choose, scale
+
+    checkpoint = Checkpoint(layout)
+    chosen = choose(checkpoint, modules, within) if modules is not None or layers is not None else None
     with progress_bar("scaling", show=outputs.show_progress, unit=" modules") as progress:
-        made, certificate = scale(
-            checkpoint, factor, BaseWeights(base) if base is not None else None, chosen=chosen, only=only,
-            progress=progress,
-        )  # fmt: skip
+        made, certificate = scale(checkpoint, factor, weights, chosen=chosen, only=only, progress=progress)
     beside = surgical.write(made, out, checkpoint)
     surgical.show(made, certificate, out, outputs, tokenizer=beside)
     return 0

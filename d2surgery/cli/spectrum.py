@@ -6,22 +6,19 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from d2surgery.checkpoint import Checkpoint
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import BASE_HELP, Adapter, Base, cache_option, device_option, progress_bar, scaling_options
 from d2surgery.files.base import BaseWeights
-from d2surgery.machine import give_back
-from d2surgery.measures.ranks import NUMBERS, Method, Of, Spectrum
-from d2surgery.measures.table import MEASURES
+from d2surgery.machine import give_back, uncollected
+from d2surgery.measures.table import MEASURES, NUMBERS, Method, Of
 from d2surgery.reporting.tidy import CONVENTIONS, singular_value_rows, spectrum_rows
-from d2surgery.surveying.adapter import labels, nominal_ranks
-from d2surgery.surveying.modules import places, spectra
-from d2surgery.surveying.zeros import problems_of_zeros, zero_updates
 
 if TYPE_CHECKING:
+    from d2surgery.checkpoint import Checkpoint
+    from d2surgery.measures.ranks import Spectrum
     from d2surgery.reporting.figures.parts import Plot
 
-Found = Mapping[str, Spectrum]
+Found = Mapping[str, "Spectrum"]
 SHOWN = ("energy_entropy_rank", "stable_rank", "energy_rank_90", "energy_rank_99", "frobenius_norm", "rms_entry")
 
 
@@ -53,7 +50,13 @@ def command(
     give_back()
     outputs = measured.checked_outputs(**options)
     weights = BaseWeights(base) if base is not None else None
-    checkpoint = measured.open_adapter(adapter, weights, scale=scale, alpha=alpha, up_to_scale=True)
+    layout = measured.open_adapter(adapter, weights, scale=scale, alpha=alpha, up_to_scale=True)
+    with uncollected():  # torch
+        from d2surgery.checkpoint import Checkpoint
+        from d2surgery.surveying.adapter import labels, nominal_ranks
+        from d2surgery.surveying.modules import spectra
+
+    checkpoint = Checkpoint(layout)
     with progress_bar("measuring", show=outputs.show_progress, unit=" modules") as progress:
         found = dict(spectra(checkpoint, weights, of=of, method=method, device=device, cache=cache, progress=progress))
     nominal = nominal_ranks(checkpoint)
@@ -63,7 +66,7 @@ def command(
 
     (label,) = labels([adapter])
     told = _document(checkpoint, base, found)
-    measured.show(outputs, told, _text(checkpoint, found, told["zero_updates"], outputs.per_layer), rows)
+    measured.show(outputs, told, _text(checkpoint, found, nominal, told["zero_updates"], outputs.per_layer), rows)
     measured.draw(outputs, lambda: _figures(found, nominal, label), f"Spectra of {label}")
     return 0
 
@@ -81,7 +84,10 @@ def _figures(found: Found, nominal: Mapping[str, int | None], label: str) -> lis
     return [parts.named(plot, label) for plot in plots]
 
 
-def _document(checkpoint: Checkpoint, base: Path | None, found: Found) -> dict[str, Any]:
+def _document(checkpoint: "Checkpoint", base: Path | None, found: Found) -> dict[str, Any]:
+    from d2surgery.surveying.modules import places
+    from d2surgery.surveying.zeros import zero_updates
+
     entries = {place.name: checkpoint.layout.adapters[place.module] for place in places(checkpoint)}
     return {
         "path": str(checkpoint.layout.path),
@@ -96,7 +102,7 @@ def _document(checkpoint: Checkpoint, base: Path | None, found: Found) -> dict[s
     }
 
 
-def _record(record: Spectrum) -> dict[str, Any]:
+def _record(record: "Spectrum") -> dict[str, Any]:
     names = (
         "of",
         "method",
@@ -112,8 +118,11 @@ def _record(record: Spectrum) -> dict[str, Any]:
     return told | {"standard_errors": dict(record.standard_errors), "quality": dict(record.quality)}
 
 
-def _text(checkpoint: Checkpoint, found: Found, zeros: list[str], per_layer: bool) -> Iterator[str]:
-    nominal = nominal_ranks(checkpoint)
+def _text(
+    checkpoint: "Checkpoint", found: Found, nominal: Mapping[str, int | None], zeros: list[str], per_layer: bool
+) -> Iterator[str]:
+    from d2surgery.surveying.zeros import problems_of_zeros
+
     yield from output.prose(f"{_verdict(checkpoint, found, nominal)}")
     unknown = [problem for problem in checkpoint.layout.problems if problem.code == "SCALING_UNKNOWN"]
     yield from output.problem_lines([*unknown, *problems_of_zeros(checkpoint.layout, zeros)])
@@ -132,7 +141,7 @@ def _text(checkpoint: Checkpoint, found: Found, zeros: list[str], per_layer: boo
     yield from output.prose(_coverage(found))
 
 
-def _verdict(checkpoint: Checkpoint, found: Found, nominal: Mapping[str, int | None]) -> str:
+def _verdict(checkpoint: "Checkpoint", found: Found, nominal: Mapping[str, int | None]) -> str:
     used = measured.mean(record.energy_entropy_rank for record in found.values())
     room = measured.mean(nominal[module] for module in found)
     of = " and ".join(sorted({record.of for record in found.values()}))
@@ -152,7 +161,7 @@ def _span(ranks: list[int | None]) -> str:
     return str(known[0]) if min(known) == max(known) else f"{min(known)}–{max(known)}"
 
 
-def _means(records: list[Spectrum]) -> list[str]:
+def _means(records: "list[Spectrum]") -> list[str]:
     return [f"{measured.mean([getattr(r, name) for r in records]) or 0:.3g}" for name in SHOWN]
 
 

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from torch import Tensor
 
 from d2surgery.cards import write_card
-from d2surgery.checkpoint import Checkpoint, save
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import Number, progress_bar
 from d2surgery.errors import refuse
@@ -18,11 +16,14 @@ from d2surgery.files.tokenizers import is_of_tokenizer
 from d2surgery.kinds import TABLE
 from d2surgery.machine import give_back
 from d2surgery.reporting.tidy import loss_rows
-from d2surgery.surgery.certificate import Certificate, Loss
-from d2surgery.surgery.truncation import ALL, By, Keep
+from d2surgery.surgery.choices import ALL, By, Keep
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from d2surgery.checkpoint import Checkpoint
     from d2surgery.reporting.figures.parts import Plot
+    from d2surgery.surgery.certificate import Certificate, Loss
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 DIRECTORY = click.Path(path_type=Path)
@@ -60,14 +61,18 @@ def calibration_options(command: Command) -> Command:
     return most(text(command))
 
 
-def weights_of(
-    base: Path | None, text: Path | None, checkpoint: Checkpoint, outputs: measured.Outputs
-) -> dict[str, Tensor] | None:
-    """√ of the second moments of the modules' inputs on the text, if one is given."""
-    if text is None:
-        return None
-    if base is None:
+def check_calibration(base: Path | None, text: Path | None) -> None:
+    """Refuses a text without the model that is to read it."""
+    if text is not None and base is None:
         raise refuse("USAGE", "--calibration runs the base", wanted="--base", got="none")
+
+
+def weights_of(
+    base: Path | None, text: Path | None, checkpoint: "Checkpoint", outputs: measured.Outputs
+) -> "dict[str, Tensor] | None":
+    """√ of the second moments of the modules' inputs on the text, if one is given."""
+    if text is None or base is None:
+        return None
     from d2surgery.evaluating.moments import input_moments  # transformers
 
     with progress_bar("reading", show=outputs.show_progress) as progress:
@@ -96,14 +101,16 @@ def require_new(out: Path) -> None:
         raise refuse("OUTPUT_EXISTS", "the directory is not empty", file=str(out), wanted="a new one", got=got)
 
 
-def write(made: Checkpoint, out: Path, source: Checkpoint | None = None, form: str = "peft") -> list[str]:
+def write(made: "Checkpoint", out: Path, source: "Checkpoint | None" = None, form: str = "peft") -> list[str]:
     """The adapter, and its source's tokenizer beside it: the names of these files."""
+    from d2surgery.checkpoint import save  # torch, which made it
+
     save(made, out, format=form)
     write_card(out, base_model=(source or made).layout.base_model or "")
     return [] if source is None else copy_tokenizer(source, out)
 
 
-def copy_tokenizer(source: Checkpoint, out: Path) -> list[str]:
+def copy_tokenizer(source: "Checkpoint", out: Path) -> list[str]:
     """The tokenizer that lies beside an adapter: the names of its files."""
     if not source.layout.format:
         return []
@@ -115,7 +122,9 @@ def copy_tokenizer(source: Checkpoint, out: Path) -> list[str]:
     return [file.name for file in beside]
 
 
-def show(made: Checkpoint, certificate: Certificate, out: Path | None, outputs: measured.Outputs, **more: Any) -> None:
+def show(
+    made: "Checkpoint", certificate: "Certificate", out: Path | None, outputs: measured.Outputs, **more: Any
+) -> None:
     """As text or as JSON, and the error against the rank as figures and rows."""
     told = document(certificate, made, out) | more
     measured.show(outputs, told, text(made, certificate, out, outputs.per_layer), lambda: loss_rows(certificate.losses))
@@ -128,7 +137,7 @@ def show(made: Checkpoint, certificate: Certificate, out: Path | None, outputs: 
     measured.draw(outputs, figures, f"What {certificate.method} lost")
 
 
-def document(certificate: Certificate, made: Checkpoint, out: Path | None) -> dict[str, Any]:
+def document(certificate: "Certificate", made: "Checkpoint", out: Path | None) -> dict[str, Any]:
     return {
         "out": None if out is None else str(out),
         "method": certificate.method,
@@ -155,7 +164,7 @@ def document(certificate: Certificate, made: Checkpoint, out: Path | None) -> di
     }
 
 
-def text(made: Checkpoint, certificate: Certificate, out: Path | None, per_layer: bool) -> Iterator[str]:
+def text(made: "Checkpoint", certificate: "Certificate", out: Path | None, per_layer: bool) -> Iterator[str]:
     kinds = " and ".join(TABLE[kind].title for kind in made.layout.kinds) or "no factors"
     modules = output.count(len(certificate.losses), "module")
     yield f"{output.style('OK', 'green')}  {kinds} on {modules}, {error_in_words(certificate)}"
@@ -169,7 +178,7 @@ def text(made: Checkpoint, certificate: Certificate, out: Path | None, per_layer
         yield f"  out  {output.printable(str(out))}"
 
 
-def error_in_words(certificate: Certificate) -> str:
+def error_in_words(certificate: "Certificate") -> str:
     if certificate.exact:
         return "exact: nothing but the rounding of float32 is lost"
     worst = max(certificate.losses, key=lambda module: certificate.losses[module].relative_error)
@@ -181,7 +190,7 @@ def error_in_words(certificate: Certificate) -> str:
     )
 
 
-def _row(losses: list[Loss]) -> tuple[str, ...]:
+def _row(losses: "list[Loss]") -> tuple[str, ...]:
     ranks = sorted({loss.rank for loss in losses})
     weighted = [loss.weighted_error for loss in losses]
     errors = [loss.relative_error for loss in losses if isfinite(loss.relative_error)]

@@ -6,14 +6,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import MISSING, asdict, replace
 from pathlib import Path
-from typing import Any, get_origin
+from typing import TYPE_CHECKING, Any, get_origin
 
 import click
 
-from d2surgery.cli import output
+from d2surgery.cli import measured, output
 from d2surgery.cli.options import progress_bar
+from d2surgery.machine import uncollected
 from d2surgery.training.config import Setting, plain, read_config, settings
 from d2surgery.training.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from d2surgery.training.planning import TrainPlan
 
 _HEADINGS = {
     "": "The run",
@@ -123,18 +127,16 @@ def command(
     given = {name: dict(v) if name == "lr_ratio" else v for name, v in options.items() if v is not None and v != ()}
     chosen = read_config(config, given)
     if plot is not None:
-        from d2surgery.cli.measured import check_figures  # torch
-
-        check_figures(plot)
+        measured.check_figures(plot)
     if lrs or seeds:
         rates, of = lrs or (chosen.optimizer.lr,), seeds or (chosen.run.seed,)
         return _sweep(chosen, rates, of, plot=plot, as_json=as_json, quiet=quiet)
-    from d2surgery.training.loop import train  # here: --help and a bad config wait for no model library
-    from d2surgery.training.planning import TrainPlan  # here: --help and a bad config wait for no model library
+    with uncollected():  # here: --help and a bad config wait for neither torch nor a model library
+        from d2surgery.training.loop import train
 
     silent = quiet or as_json or os.environ.get("RANK", "0") != "0"
 
-    def announce(plan: TrainPlan) -> None:
+    def announce(plan: "TrainPlan") -> None:
         for line in output.problem_lines(plan.problems):
             output.emit(line, err=True)
         for line in () if silent else _before(chosen, plan):
@@ -164,14 +166,13 @@ def _draw(runs: Sequence[Path], plot: Path | None, *, quiet: bool) -> None:
     """The curves of one or several runs."""
     if plot is None:
         return
-    from d2surgery.cli.measured import write_figures, wrote  # plotly
-    from d2surgery.reporting.figures.training import run_curves
+    from d2surgery.reporting.figures.training import run_curves  # plotly
     from d2surgery.training.disk import read_metrics
 
     plots = [replace(run_curves(read_metrics(run), run.name), name=run.name) for run in runs]
     title = runs[0].name if len(runs) == 1 else runs[0].parent.name
-    files = write_figures(plots, plot, f"Training of {title}")
-    for line in () if quiet else wrote(files):
+    files = measured.write_figures(plots, plot, f"Training of {title}")
+    for line in () if quiet else measured.wrote(files):
         output.emit(line)
 
 
@@ -185,7 +186,8 @@ def _sweep(
     quiet: bool,
 ) -> int:
     """Every learning rate with every seed."""
-    from d2surgery.training.sweep import sweep  # as above
+    with uncollected():
+        from d2surgery.training.sweep import sweep  # as above
 
     _hush()
     with progress_bar("sweeping", show=not (as_json or quiet), unit="run") as progress:

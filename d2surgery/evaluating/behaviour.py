@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from d2surgery.checkpoint import Checkpoint, load
 from d2surgery.errors import D2SurgeryError, Problem, Severity, refuse
 from d2surgery.evaluating.divergence import Logits, LogitSums
-from d2surgery.evaluating.items import Template
+from d2surgery.evaluating.items import By, Task, Template
 from d2surgery.evaluating.paired import Gap, Interval, mcnemar, mean_gap, paired_gap
 from d2surgery.evaluating.prompts import PROMPTS
 from d2surgery.evaluating.scoring import Directory, Models, scores
-from d2surgery.evaluating.tasks import By, Progress, Score, Task, score_all, silent
+from d2surgery.evaluating.tasks import Progress, Score, score_all, silent
 from d2surgery.evaluating.traces import Layer, LayerSums, Trace, trace
 from d2surgery.files.base import BaseWeights
 from d2surgery.live.loading import (

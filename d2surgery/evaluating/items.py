@@ -1,6 +1,8 @@
 """Questions with answers, and prompts, from files and datasets; and the text put before an answer."""
 
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,6 +12,10 @@ from d2surgery.evaluating.sources import ENOUGH, entries, raise_first, read_text
 
 Template = Literal["auto", "chat", "alpaca", "plain"]
 TEMPLATES: tuple[Template, ...] = get_args(Template)
+By = Literal["likelihood", "normalised", "generation"]
+"""How a model chooses: the greatest log-probability of a choice's tokens, the same per byte of the choice, or the
+first choice that its own words name."""
+WAYS: tuple[By, ...] = get_args(By)
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -39,6 +45,32 @@ def read_entries(source: str | os.PathLike[str]) -> list[list[Item]]:
                 break
     raise_first(problems)
     return found
+
+
+@dataclass(frozen=True, repr=False)
+class Task:
+    """Items between whose choices a model can choose."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    def __repr__(self) -> str:
+        return f"Task({self.name!r}, {len(self.items)} items)"
+
+
+def read_task(path: str | os.PathLike[str], limit: int | None = None) -> Task:
+    """The items of a file (see `items`); `limit` of them, evenly spaced, since files may be sorted.
+
+    Raises what read_items raises, and BAD_DATA for items without choices.
+    """
+    items = read_items(path)
+    free = [number for number, item in enumerate(items, 1) if not item.choices]
+    if free:
+        got = f"items {', '.join(map(str, free[:8]))}{' …' if len(free) > 8 else ''}"
+        raise refuse("BAD_DATA", "nothing to choose between", file=str(path), wanted="choices", got=got)
+    if limit is not None and limit < len(items):
+        items = [items[at * len(items) // limit] for at in range(limit)]
+    return Task(re.sub(r"\.(jsonl?|gz)", "", Path(path).name), tuple(items))
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:

@@ -1,28 +1,20 @@
 """Multiple-choice accuracy of a causal language model, by the likelihood of each choice and by what it generates."""
 
 import inspect
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from math import isnan
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from d2surgery.errors import Problem, raise_errors, refuse
-from d2surgery.evaluating.forms import Item
-from d2surgery.evaluating.items import Template, encode, read_items
+from d2surgery.errors import Problem, raise_errors
+from d2surgery.evaluating.items import By, Task, Template, encode
 from d2surgery.evaluating.paired import Interval, wilson
-
-By = Literal["likelihood", "normalised", "generation"]
-"""How a model chooses: the greatest log-probability of a choice's tokens, the same per byte of the choice, or the
-first choice that its own words name."""
-WAYS: tuple[By, ...] = get_args(By)
 
 BATCH_TOKENS = 4096
 NEW_TOKENS = 32
@@ -32,17 +24,6 @@ Progress = Callable[[int, int], None]
 
 def silent(done: int, total: int) -> None:
     """Nobody is told."""
-
-
-@dataclass(frozen=True, repr=False)
-class Task:
-    """Items between whose choices a model can choose."""
-
-    name: str
-    items: tuple[Item, ...]
-
-    def __repr__(self) -> str:
-        return f"Task({self.name!r}, {len(self.items)} items)"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -77,21 +58,6 @@ class Score:
     @property
     def unanswered(self) -> int:
         return sum(choice is None for choice in self.picked)
-
-
-def read_task(path: str | os.PathLike[str], limit: int | None = None) -> Task:
-    """The items of a file (see `items`); `limit` of them, evenly spaced, since files may be sorted.
-
-    Raises what read_items raises, and BAD_DATA for items without choices.
-    """
-    items = read_items(path)
-    free = [number for number, item in enumerate(items, 1) if not item.choices]
-    if free:
-        got = f"items {', '.join(map(str, free[:8]))}{' …' if len(free) > 8 else ''}"
-        raise refuse("BAD_DATA", "nothing to choose between", file=str(path), wanted="choices", got=got)
-    if limit is not None and limit < len(items):
-        items = [items[at * len(items) // limit] for at in range(limit)]
-    return Task(re.sub(r"\.(jsonl?|gz)", "", Path(path).name), tuple(items))
 
 
 def score(

@@ -10,6 +10,7 @@ from d2surgery.errors import D2SurgeryError, Problem, brief, raise_errors, refus
 from d2surgery.files.header import Header, TensorInfo, is_pickle, read_header
 from d2surgery.files.held import Seen
 from d2surgery.files.reading import read_json
+from d2surgery.machine import uncollected
 
 USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers looks for, in its order; the first that is there holds the weights."""
@@ -120,7 +121,8 @@ def _read_weights(path: Path) -> Header:
         return read_gguf_base(path)
     if path.suffix != ".bin":
         return read_header(path)
-    from d2surgery.files.pickled import locate_pickled  # torch, and only here
+    with uncollected():  # torch, and only here
+        from d2surgery.files.pickled import locate_pickled
 
     return locate_pickled(path)
 

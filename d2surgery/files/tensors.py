@@ -1,19 +1,16 @@
 """Bytes on disk and torch tensors: dtypes by their safetensors names, positional reads, and rounding once."""
 
-import os
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from d2surgery.errors import D2SurgeryError, refuse
+from d2surgery.errors import refuse
 from d2surgery.files.header import Header, TensorInfo
-from d2surgery.files.held import Held
-from d2surgery.files.positioned import pread_into
+from d2surgery.files.stored import read_stored
 
 DTYPES = {
     "F64": torch.float64,
@@ -47,56 +44,22 @@ class Workspace(threading.local):
         return held[:nbytes].view(dtype)
 
 
-def read_into(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill the buffer from a file position with pread: no mapping, so reading costs no resident memory."""
-    done = 0
-    while done < len(buffer):
-        count = pread_into(fd, buffer[done:], offset + done)
-        if not count:
-            raise refuse("TRUNCATED_FILE", "the file became shorter while it was read")
-        done += count
-
-
-def let_go(fd: int, start: int = 0, nbytes: int = 0) -> None:
-    """Let the kernel drop its copy of a part of a file (0 bytes: to the end), and begin writing what is not on disk.
-
-    Files as large as a model push all else out of its cache, and taking fresh memory for them can cost more than the
-    arithmetic: 2 s a GB on a virtual machine whose host has lent that memory to others.
-    """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_DONTNEED)
-
-
 def read_part(info: TensorInfo, start: int, target: memoryview, *, once: bool = False) -> None:
-    """Fill the buffer with the bytes of a stored tensor from position `start` within it.
-
-    once: they will not be read again, so the kernel need not keep them.
-
-    Raises D2SurgeryError TRUNCATED_FILE, or FILE_UNREADABLE where the disk fails.
-    """
-    try:
-        held = info.held or Held(info.file)
-        (_read_halves if info.heads else _read_plain)(info, held.fd, start, target)
-        if info.added and len(target):
-            torch.frombuffer(target, dtype=DTYPES[info.dtype]).sub_(info.added)
-    except OSError as error:
-        raise refuse("FILE_UNREADABLE", error.strerror or str(error), file=str(info.file)) from None
-    except D2SurgeryError as error:
-        raise D2SurgeryError(*(replace(problem, file=str(info.file)) for problem in error.problems)) from None
-    if once:
-        let_go(held.fd, info.start + start, len(target))
+    """Fill the buffer with a tensor's bytes from position `start` within it. `once` and errors: see `read_stored`."""
+    if info.heads:
+        _read_halves(info, start, target)
+    else:
+        read_stored(info, start, target, once=once)
+    if info.added and len(target):
+        torch.frombuffer(target, dtype=DTYPES[info.dtype]).sub_(info.added)
 
 
-def _read_plain(info: TensorInfo, fd: int, start: int, target: memoryview) -> None:
-    read_into(fd, target, info.start + start)
-
-
-def _read_halves(info: TensorInfo, fd: int, start: int, target: memoryview) -> None:
+def _read_halves(info: TensorInfo, start: int, target: memoryview) -> None:
     """As if row (head, i, half) of the file lay at (head, half, i): of every head that the bytes are of, all of it."""
     size, rows, stop = info.nbytes // info.heads, info.shape[0] // info.heads, start + len(target)
     for head in range(start // size, -(-stop // size)):
         stored = torch.empty(size, dtype=torch.uint8)
-        read_into(fd, as_bytes(stored), info.start + head * size)
+        read_stored(info, head * size, as_bytes(stored))
         ordered = as_bytes(stored.reshape(rows // 2, 2, -1).transpose(0, 1).contiguous())
         first, last = max(start, head * size), min(stop, (head + 1) * size)
         target[first - start : last - start] = ordered[first - head * size : last - head * size]

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from d2surgery.files.header import BITS, INDEX
 from d2surgery.files.held import naming
-from d2surgery.files.tensors import as_bytes, let_go
+from d2surgery.files.stored import let_go
+from d2surgery.files.tensors import as_bytes
 
 FLUSH = 1 << 26  # bytes written before the disk is asked to begin: what it has taken can be used again
 

@@ -14,6 +14,7 @@ from d2surgery.files.locate import PICKLES, left_out, locate
 from d2surgery.files.reading import read_json
 from d2surgery.formats.format import Format, Holding
 from d2surgery.formats.layout import Layout, Packing, with_expert_layout, with_scaling
+from d2surgery.machine import uncollected
 
 
 class _Lazy:
@@ -162,7 +163,8 @@ def write(checkpoint: Holding, directory: str | os.PathLike[str], name: str) -> 
 def _with_whole(header: Header, files: tuple[Path, ...]) -> Header:
     """The header with the tensors of other files beside the adapter's."""
     for file in files:
-        from d2surgery.files.pickled import locate_pickled, read_pickled_header  # torch, and only here
+        with uncollected():  # torch, and only here
+            from d2surgery.files.pickled import locate_pickled, read_pickled_header
 
         seen = Seen(file)
         more = locate_pickled(file) if header.loaded is None else read_pickled_header(file)
@@ -183,7 +185,8 @@ def _with_whole(header: Header, files: tuple[Path, ...]) -> Header:
 
 def _header(weights: Path) -> Header:
     if weights.suffix in PICKLES and is_pickle(weights):
-        from d2surgery.files.pickled import read_pickled_header  # torch, and only here
+        with uncollected():  # torch, and only here
+            from d2surgery.files.pickled import read_pickled_header
 
         seen = Seen(weights)
         return replace(read_pickled_header(weights), seen=(seen,))

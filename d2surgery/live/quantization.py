@@ -9,12 +9,13 @@ options of bitsandbytes (FP4, scales in float32) is loaded as it is.
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from d2surgery.errors import refuse
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Quantization = Literal["4bit", "8bit"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
@@ -44,7 +45,7 @@ def by_bitsandbytes(stored: Mapping[str, Any] | None) -> bool:
 
 
 def loading_options(
-    quantization: Quantization | None, *, stored: bool, dtype: torch.dtype, device: str | torch.device
+    quantization: Quantization | None, *, stored: bool, dtype: "torch.dtype", device: "str | torch.device"
 ) -> dict[str, Any]:
     """What `from_pretrained` is told: a quantised model changes neither its dtype nor its place later."""
     if quantization is None:
@@ -60,13 +61,13 @@ def quantization_in(model: Any) -> Quantization | None:
     return next((name for name in QUANTIZATIONS if getattr(model, f"is_loaded_in_{name}", False)), None)
 
 
-def entries(parameter: Tensor) -> int:
+def entries(parameter: "Tensor") -> int:
     """The entries of the matrix that a parameter stands for: two to a byte in 4 bit."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(state.shape.numel())
 
 
-def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
+def _bitsandbytes(quantization: Quantization, dtype: "torch.dtype") -> Any:
     from transformers import BitsAndBytesConfig
 
     if quantization == "8bit":

@@ -10,25 +10,13 @@ import torch
 from torch import Tensor
 
 from d2surgery.errors import refuse
+from d2surgery.measures.table import NUMBERS as NUMBERS
+from d2surgery.measures.table import Method as Method
+from d2surgery.measures.table import Of as Of
 
-Of = Literal["update", "delta"]
-Method = Literal["structural", "exact", "head-tail"]
 Quality = Literal["exact", "bracket", "estimate"]
 
 NOISE_MARGIN = 1.05
-
-NUMBERS = (
-    "entropy_rank",
-    "energy_entropy_rank",
-    "stable_rank",
-    "participation_ratio",
-    "energy_rank_90",
-    "energy_rank_95",
-    "energy_rank_99",
-    "frobenius_norm",
-    "spectral_norm",
-    "nuclear_norm",
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -3,7 +3,24 @@
 Terminal, pages, CSV files and `explain` take their words from here, so that one number has one name.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+Of = Literal["update", "delta"]
+Method = Literal["structural", "exact", "head-tail"]
+"""How singular values are found; see `spectrum`."""
+NUMBERS = (
+    "entropy_rank",
+    "energy_entropy_rank",
+    "stable_rank",
+    "participation_ratio",
+    "energy_rank_90",
+    "energy_rank_95",
+    "energy_rank_99",
+    "frobenius_norm",
+    "spectral_norm",
+    "nuclear_norm",
+)
+"""What follows from all singular values of a matrix."""
 
 
 class Measure(NamedTuple):

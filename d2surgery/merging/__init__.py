@@ -153,9 +153,10 @@ def plan(
     Reads the adapted tensors once or twice, writes nothing. Raises what merge raises before it writes.
     """
     fitted, companions = _fitted(base, adapter, tokenizer, strength, reading)
-    from d2surgery.files.writer import free_space, shards
-    from d2surgery.merging.forecast import forecast, low_survival, zero_updates
-    from d2surgery.merging.prepared import prepare
+    with uncollected():  # torch
+        from d2surgery.files.writer import free_space, shards
+        from d2surgery.merging.forecast import forecast, low_survival, zero_updates
+        from d2surgery.merging.prepared import prepare
 
     prepared = prepare(fitted, dtype_name(dtype), device, tokenizer)
     files = shards((output.entry for output in prepared.outputs), shard_size)

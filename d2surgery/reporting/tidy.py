@@ -8,16 +8,17 @@ import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import exp, isfinite, log
-from typing import NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-import torch
-from torch import Tensor
+from d2surgery.measures.table import MEASURES, NUMBERS
 
-from d2surgery.measures.drift import Drift
-from d2surgery.measures.likeness import SIDES, Difference, phi
-from d2surgery.measures.ranks import NUMBERS, Spectrum
-from d2surgery.measures.table import MEASURES
-from d2surgery.surgery.certificate import Loss
+if TYPE_CHECKING:  # names and CSV need no torch
+    from torch import Tensor
+
+    from d2surgery.measures.drift import Drift
+    from d2surgery.measures.likeness import Difference
+    from d2surgery.measures.ranks import Spectrum
+    from d2surgery.surgery.certificate import Loss
 
 Row = dict[str, str | int | float | None]
 
@@ -101,7 +102,7 @@ def _shortest(mine: tuple[str, ...], known: set[tuple[str, ...]]) -> str:
 # Records to rows ------------------------------------------------------------------------------------------------------
 
 
-def spectrum_rows(spectra: Mapping[str, Spectrum], nominal: Mapping[str, int | None], adapter: str = "") -> list[Row]:
+def spectrum_rows(spectra: "Mapping[str, Spectrum]", nominal: Mapping[str, int | None], adapter: str = "") -> list[Row]:
     """Per module the nominal rank, and every number of the record."""
     rows = []
     for module, type_ in types(spectra).items():
@@ -118,7 +119,7 @@ def spectrum_rows(spectra: Mapping[str, Spectrum], nominal: Mapping[str, int | N
     return rows
 
 
-def singular_value_rows(spectra: Mapping[str, Spectrum], adapter: str = "") -> list[Row]:
+def singular_value_rows(spectra: "Mapping[str, Spectrum]", adapter: str = "") -> list[Row]:
     """Per module every singular value, with its index from 1."""
     return [
         row(
@@ -131,7 +132,7 @@ def singular_value_rows(spectra: Mapping[str, Spectrum], adapter: str = "") -> l
     ]  # fmt: skip
 
 
-def drift_rows(drifts: Mapping[str, Drift], adapter: str = "") -> list[Row]:
+def drift_rows(drifts: "Mapping[str, Drift]", adapter: str = "") -> list[Row]:
     """Per module the means of the record, and the distribution of its signed drift over vectors."""
     rows = []
     for module, type_ in types(drifts).items():
@@ -148,8 +149,10 @@ def drift_rows(drifts: Mapping[str, Drift], adapter: str = "") -> list[Row]:
     return rows
 
 
-def difference_rows(differences: Mapping[str, Difference], adapters: str = "") -> list[Row]:
+def difference_rows(differences: "Mapping[str, Difference]", adapters: str = "") -> list[Row]:
     """Per module cosine, subspace similarity of both sides and sign agreement, each beside its null."""
+    from d2surgery.measures.likeness import SIDES, phi
+
     rows = []
     for module, type_ in types(differences).items():
         record = differences[module]
@@ -169,8 +172,10 @@ def difference_rows(differences: Mapping[str, Difference], adapters: str = "") -
 QUANTILES = {"min": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "max": 1.0}
 
 
-def quantiles(values: Tensor, shares: Sequence[float] = tuple(QUANTILES.values())) -> list[float | None]:
+def quantiles(values: "Tensor", shares: Sequence[float] = tuple(QUANTILES.values())) -> list[float | None]:
     """Quantiles (linear between order statistics) of what is not NaN; None where nothing is left."""
+    import torch
+
     known = values[~values.isnan()].double().sort().values
     if not len(known):
         return [None] * len(shares)
@@ -180,7 +185,7 @@ def quantiles(values: Tensor, shares: Sequence[float] = tuple(QUANTILES.values()
     return between
 
 
-def loss_rows(losses: Mapping[str, Loss], points: int | None = None) -> list[Row]:
+def loss_rows(losses: "Mapping[str, Loss]", points: int | None = None) -> list[Row]:
     """Per module what surgery lost, and the least error at each rank; of at most about so many ranks."""
     rows = []
     for module, type_ in types(losses).items():

@@ -18,11 +18,11 @@ from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.placement.parameters import parameters
 from d2surgery.surgery.certificate import Certificate, Form, Loss, dense, form, loss
-from d2surgery.surgery.combining import ENTRYWISE, Recipe, combined
+from d2surgery.surgery.choices import ALL, Keep, Recipe
+from d2surgery.surgery.combining import ENTRYWISE, combined
 from d2surgery.surgery.converting import bound_of, rank_of
 from d2surgery.surgery.provenance import files_of, history, inputs_of
 from d2surgery.surgery.rebuilding import by_place, no_progress, over_modules, rebuilt, threads, with_tensors
-from d2surgery.surgery.truncation import ALL, Keep
 from d2surgery.surveying.modules import BaseMatrices, Place, Progress, places
 
 _DIFFER = "trained in several, differently"

@@ -2,10 +2,8 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from math import acos, sin, sqrt
-from typing import Literal
 
 import torch
 from torch import Generator, Tensor
@@ -15,46 +13,10 @@ from d2surgery.adapters.lowrank import LowRank
 from d2surgery.errors import refuse
 from d2surgery.measures.delta import cuts
 from d2surgery.surgery.certificate import Form, Loss, loss, tile, truncation_loss
-from d2surgery.surgery.truncation import ALL, Keep, triplets
+from d2surgery.surgery.choices import Recipe
+from d2surgery.surgery.truncation import triplets
 
-Method = Literal["exact", "svd", "slerp", "ties", "dare", "della", "magnitude", "tsv", "iso-c"]
-Space = Literal["entries", "knots", "core"]
-METHODS: tuple[Method, ...] = ("exact", "svd", "slerp", "ties", "dare", "della", "magnitude", "tsv", "iso-c")
 ENTRYWISE = ("ties", "dare", "della", "magnitude")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How deltas D₁, D₂, … with weights w₁, w₂, … become one.
-
-    exact      Σ wᵢDᵢ; from factors without loss, at the sum of the ranks or less
-    svd        the best approximation of Σ wᵢDᵢ of the rank that `keep` gives
-    slerp      along the arc between two of them: (sin((1−t)Ω)·D₁ + sin(tΩ)·D₂)/sin Ω, t = w₂/(w₁ + w₂), Ω their angle
-    magnitude  Σ wᵢ·top(Dᵢ): the largest entries, a share `density` of each
-    ties       the same, of each entry's values only those of the sign with more weight, their mean (arXiv:2306.01708)
-    dare       Σ wᵢ·mask·Dᵢ/density, each entry kept with probability `density` (arXiv:2311.03099)
-    della      as dare, larger entries likelier: probabilities from density − ε to density + ε along the ranks of the
-               entries of a row, ε half of the room that there is (arXiv:2406.11617)
-    tsv        the leading 1/n of each one's directions, made orthogonal to the others' (arXiv:2412.00081)
-    iso-c      Σ wᵢDᵢ with all its singular values made their mean (arXiv:2502.04959)
-
-    space: where ties, dare, della and magnitude choose: among the "entries" of the matrices; in "knots", the entries of
-    the parts of Vᵀ in the SVD of [D₁ … Dₙ] (arXiv:2410.19735); in "core", the entries of the cores in bases of all the
-    factors (arXiv:2509.17786). The last two are as small as the ranks.
-    """
-
-    method: Method = "exact"
-    keep: Keep = ALL
-    density: float = 0.5
-    space: Space = "entries"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise refuse("USAGE", "no such method", wanted=", ".join(METHODS), got=self.method)
-        if not 0 < self.density <= 1:
-            raise refuse("USAGE", "density: the share of entries that stays", wanted="above 0, 1 at most",
-                         got=str(self.density))  # fmt: skip
 
 
 @torch.no_grad()

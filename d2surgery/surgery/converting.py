@@ -14,8 +14,9 @@ from d2surgery.adapters.vectors import Weight, squared_norms
 from d2surgery.errors import refuse
 from d2surgery.kinds import TABLE
 from d2surgery.surgery.certificate import Form, Loss, dense, form, loss, truncation_loss
+from d2surgery.surgery.choices import ALL, Keep
 from d2surgery.surgery.fitting import dora_of, without_rounding
-from d2surgery.surgery.truncation import ALL, Keep, Triplets, triplets
+from d2surgery.surgery.truncation import Triplets, triplets
 
 
 @dataclass(frozen=True, kw_only=True)

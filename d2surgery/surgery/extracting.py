@@ -22,10 +22,11 @@ from d2surgery.measures.ranks import NOISE_MARGIN
 from d2surgery.placement.parameters import Matrix, Parameter, parameters
 from d2surgery.placement.ties import find_tie
 from d2surgery.surgery.certificate import Certificate, Loss, form, loss
+from d2surgery.surgery.choices import ALL, Keep
 from d2surgery.surgery.converting import Wish, nearest, rank_of
 from d2surgery.surgery.provenance import files_of, step_of
 from d2surgery.surgery.rebuilding import LARGE, alike, no_progress
-from d2surgery.surgery.truncation import ALL, Keep, triplets
+from d2surgery.surgery.truncation import triplets
 from d2surgery.surveying.modules import Progress, naming
 
 ROWS_AT_MOST = 8

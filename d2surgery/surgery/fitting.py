@@ -9,7 +9,8 @@ from torch import Tensor
 from d2surgery.adapters import DoRA
 from d2surgery.adapters.forwards import Axis
 from d2surgery.adapters.vectors import Weight
-from d2surgery.surgery.truncation import Keep, Triplets, improved, triplets
+from d2surgery.surgery.choices import Keep
+from d2surgery.surgery.truncation import Triplets, improved, triplets
 
 SETTLED = 1e-4
 """The step of the alternation that ends it, relative to what the fit still misses."""

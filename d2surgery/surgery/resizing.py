@@ -15,9 +15,9 @@ from d2surgery.errors import Problem, raise_errors, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.kinds import TABLE
 from d2surgery.surgery.certificate import Certificate, Loss
+from d2surgery.surgery.choices import ALL, Keep
 from d2surgery.surgery.converting import Wish, as_kind, needs_base
 from d2surgery.surgery.rebuilding import no_progress, over_modules
-from d2surgery.surgery.truncation import ALL, Keep
 from d2surgery.surveying.modules import BaseMatrices, Place, Progress, places
 
 

@@ -8,9 +8,10 @@ from math import sqrt
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.measures.likeness import Difference, Likeness, likeness
+from d2surgery.surgery.choices import Keep
 from d2surgery.surgery.combining import weighted_sum
 from d2surgery.surgery.rebuilding import no_progress
-from d2surgery.surgery.truncation import Keep, triplets
+from d2surgery.surgery.truncation import triplets
 from d2surgery.surveying.modules import Progress, differences, naming, places
 
 

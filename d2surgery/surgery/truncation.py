@@ -1,80 +1,22 @@
 """The best approximation of a matrix by one of lower rank: its leading singular triplets, and how many to keep."""
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Generator, Tensor
 
 from d2surgery.adapters.lowrank import LowRank
-from d2surgery.errors import refuse
 from d2surgery.measures.delta import cuts
 from d2surgery.measures.dense import lower_gram
+from d2surgery.surgery.choices import Keep
 
-By = Literal["energy", "error", "sv_fro", "sv_cumulative", "sv_ratio", "above"]
 EXACT_UP_TO = 1536
 """The smaller side up to which all singular values of a dense matrix are computed."""
 _FIRST = 64  # triplets that are looked for at first above that
 _OVERSAMPLING = 16
 _SETTLED = 1e-9  # of the energy: what another iteration may still find
 _MOST_ITERATIONS = 24
-
-
-@dataclass(frozen=True, kw_only=True)
-class Keep:
-    """How many singular values to keep: the fewest that reach `value` by a criterion, and no more than `rank`.
-
-    by   "energy"         Σ_{i≤k} σ² ≥ value · Σσ²
-         "error"          the error √Σ_{i>k} σ² ≤ value · √Σσ²
-         "sv_fro"         √Σ_{i≤k} σ² ≥ value · √Σσ²         kohya's names and meaning; its script then keeps one
-         "sv_cumulative"  Σ_{i≤k} σ ≥ value · Σσ             more than that (`extra=1`)
-         "sv_ratio"       σ_k > σ₁/value
-         "above"          σ_k > value, such as the edge of what rounding alone gives
-
-    Raises D2SurgeryError USAGE for a value out of range.
-    """
-
-    rank: int | None = None
-    by: By | None = None
-    value: float = 0.0
-    extra: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise refuse("USAGE", "a rank", wanted="1 or more", got=str(self.rank))
-        if self.by == "sv_ratio" and not self.value >= 1:
-            raise refuse("USAGE", "sv_ratio: the largest singular value over the least to keep", wanted="1 or more",
-                         got=str(self.value))  # fmt: skip
-        if self.by not in (None, "sv_ratio", "above") and not 0 <= self.value <= 1:
-            raise refuse("USAGE", f"{self.by}: a share", wanted="0 to 1", got=str(self.value))
-
-    def count(self, found: "Triplets") -> int | None:
-        """How many of the triplets; None where more of them have to be known to tell."""
-        known, most = len(found.sigma), found.side if self.rank is None else self.rank
-        enough = self._enough(found)
-        if enough is None and not found.complete and known < most:
-            return None
-        return min(most if enough is None else enough + self.extra, most, known)
-
-    def _enough(self, found: "Triplets") -> int | None:
-        """The fewest that reach the value; None where those that are known do not tell."""
-        sigma = found.sigma
-        if self.by is None:
-            return None
-        if self.by in ("sv_ratio", "above"):
-            count = int((sigma > (self.value if self.by == "above" else sigma[:1] / self.value)).sum())
-            return count if found.complete or count < len(sigma) else None
-        if self.by == "sv_cumulative":
-            running = torch.cat([sigma.new_zeros(1), sigma.cumsum(0)])
-            reached = (running >= self.value * running[-1]) & found.complete
-        else:
-            allowed = {"energy": 1 - self.value, "error": self.value**2, "sv_fro": 1 - self.value**2}[self.by]
-            reached = found.left() <= allowed * found.energy
-        return int((~reached).sum()) if bool(reached.any()) else None
-
-
-ALL = Keep()
 
 
 class Triplets(NamedTuple):
@@ -105,6 +47,10 @@ class Triplets(NamedTuple):
         if self.complete:
             return torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
         return (self.energy - torch.cat([squares.new_zeros(1), squares.cumsum(0)])).clamp(min=0)
+
+    def summed(self) -> Float64[Tensor, " k_plus_1"]:
+        """Σσ of the first 0, 1, … k that are known."""
+        return torch.cat([self.sigma.new_zeros(1), self.sigma.cumsum(0)])
 
     def curve(self) -> list[float]:
         """The relative Frobenius error at rank 0, 1, … k: √Σ_{i>k} σ²/√Σσ², the least there is."""

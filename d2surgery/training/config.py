@@ -13,11 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from d2surgery.adapters import KINDS
 from d2surgery.errors import Problem, brief, raise_errors
 from d2surgery.files.reading import read_toml
 from d2surgery.kinds import TABLE
-from d2surgery.live.attaching import options_of
+from d2surgery.machine import uncollected
 from d2surgery.training.settings import KIND_OPTIONS, Hint, Range, TrainConfig
 
 _SHOWN, _LARGEST = 60, 1e300  # keys of a section; of a number, as is NaN not
@@ -234,14 +233,20 @@ def _number(value: Any, kind: type, within: Range | None) -> Any:
 
 def _contradictions(config: TrainConfig) -> Iterator[Problem]:
     """Settings that are right by themselves and not together."""
-    adapter, kind = config.adapter, KINDS[config.adapter.kind]
+    adapter = config.adapter
 
     def bad(key: str, message: str, **details: str) -> Problem:
         return Problem(code="BAD_CONFIG", message=message, module=key, **details)  # type: ignore[arg-type]
 
-    for name in sorted(set(config.kind_options) - options_of(kind)):
-        has = ", ".join(sorted(options_of(kind) & set(KIND_OPTIONS))) or "none"
-        yield bad(f"adapter.{name}", f"{kind.kind} has no such option", wanted=has)
+    if config.kind_options:
+        with uncollected():  # torch, which other configs can do without until they train
+            from d2surgery.adapters import KINDS
+            from d2surgery.live.attaching import options_of
+
+        known = options_of(KINDS[adapter.kind])
+        has = ", ".join(sorted(known & set(KIND_OPTIONS))) or "none"
+        for name in sorted(set(config.kind_options) - known):
+            yield bad(f"adapter.{name}", f"{adapter.kind} has no such option", wanted=has)
     if adapter.kind == "dora" and adapter.along == "in_features":
         message = "a DoRA that is saved in PEFT's form keeps one magnitude per output feature"
         yield bad("adapter.along", message, wanted="out_features", got="in_features")
@@ -256,8 +261,8 @@ def _contradictions(config: TrainConfig) -> Iterator[Problem]:
         message = "fp16 multiplies gradients by the scaler's factor, and clipping would see them so"
         yield bad("adapter.ste", message, wanted="bf16, or ste mask or identity", got="clip")
     for slot in config.optimizer.lr_ratio:
-        if slot not in kind.dimensions:
-            yield bad(f"optimizer.lr_ratio.{slot}", "no such slot", wanted=" or ".join(kind.dimensions))
+        if slot not in TABLE[adapter.kind].slots:
+            yield bad(f"optimizer.lr_ratio.{slot}", "no such slot", wanted=" or ".join(TABLE[adapter.kind].slots))
     if config.data.goal == "labels" and config.data.batching == "packed":
         yield bad("data.batching", "a row has one label", wanted="shuffled or by_length", got="packed")
     if config.data.goal == "labels" and config.run.quantization:

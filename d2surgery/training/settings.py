@@ -5,11 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
-from d2surgery.adapters import KINDS
-from d2surgery.adapters.d2lora import Form
-from d2surgery.adapters.forwards import Axis, Straight
 from d2surgery.evaluating.items import Template
-from d2surgery.kinds import TABLE
+from d2surgery.kinds import TABLE, Axis, Form, Straight
 from d2surgery.live.quantization import Quantization
 
 Goal = Literal["answers", "labels"]
@@ -44,7 +41,7 @@ class Hint(NamedTuple):
 class AdapterSettings:
     """The adapter that is trained."""
 
-    kind: Annotated[str, Hint("What is trained.", among=tuple(KINDS))]
+    kind: Annotated[str, Hint("What is trained.", among=tuple(sorted(TABLE, key=lambda kind: len(TABLE[kind].slots))))]
     targets: Annotated[tuple[str, ...], Hint("Names of layers or their ends; all-linear is all but the head.")] = (
         "all-linear",
     )

@@ -4,14 +4,17 @@ import os
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from d2surgery.auditing import audit
 from d2surgery.auditing.findings import Audit
 from d2surgery.errors import refuse
 from d2surgery.files.whole import require_folder, write_whole
-from d2surgery.surveying.adapter import Named, survey
-from d2surgery.training.disk import read_metrics
+from d2surgery.formats import open_layout
+from d2surgery.machine import uncollected
+
+if TYPE_CHECKING:
+    from d2surgery.surveying.adapter import Named
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -44,7 +47,7 @@ def report(
     merged: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
-    progress: Named = lambda label: lambda done, total: None,
+    progress: "Named" = lambda label: lambda done, total: None,
     **choices: Any,
 ) -> Report:
     """The page of one or more adapters; with a base also how far each moves it, with a merged checkpoint its audit.
@@ -59,6 +62,12 @@ def report(
     if out is not None:
         check_page(Path(out), force=force)
     names = tuple(os.fspath(adapter) for adapter in adapters)
+    for name in names:
+        open_layout(name)  # what cannot be read is refused before torch is imported
+    with uncollected():
+        from d2surgery.surveying.adapter import survey
+        from d2surgery.training.disk import read_metrics
+
     found = survey(names, base=None if base is None else os.fspath(base), progress=progress, **choices)
     audited = None
     if base is not None and merged is not None:

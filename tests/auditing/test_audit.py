@@ -34,7 +34,7 @@ from d2surgery import (
 )
 from d2surgery.auditing import blocks, diagnosis
 from d2surgery.auditing.findings import Audit
-from d2surgery.cli import demo
+from d2surgery.cli import example
 from d2surgery.files.tensors import DTYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
@@ -46,9 +46,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base/, an adapter of each kind, and merged-KIND/ in bfloat16."""
     folder = tmp_path_factory.mktemp("audit")
     (folder / "base").mkdir()
-    demo._make_base(folder / "base")
+    example._make_base(folder / "base")
     for kind in KINDS:
-        save(demo._trained(kind, BaseWeights(folder / "base")), folder / kind)
+        save(example._trained(kind, BaseWeights(folder / "base")), folder / kind)
         merge(folder / "base", folder / kind, folder / f"merged-{kind}")
     return folder
 

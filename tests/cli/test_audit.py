@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from d2surgery import BaseWeights, D2SurgeryError, from_adapters, load, merge, save
-from d2surgery.cli import demo, main
+from d2surgery.cli import example, main
 
 BROKEN = "model.layers.2.self_attn.q_proj"
 
@@ -19,8 +19,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base/, adapter/, right/ and broken/, which lacks the delta of one module."""
     folder = tmp_path_factory.mktemp("audit")
     (folder / "base").mkdir()
-    demo._make_base(folder / "base")
-    save(demo._trained("lora", BaseWeights(folder / "base")), folder / "adapter")
+    example._make_base(folder / "base")
+    save(example._trained("lora", BaseWeights(folder / "base")), folder / "adapter")
     merge(folder / "base", folder / "adapter", folder / "right")
     shutil.copytree(folder / "right", folder / "broken")
     tensors = load_file(folder / "right" / "model.safetensors")

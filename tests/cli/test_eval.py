@@ -13,7 +13,8 @@ import torch
 
 from d2surgery.checkpoint import load
 from d2surgery.cli import main
-from d2surgery.evaluating.tasks import read_task, score
+from d2surgery.evaluating.items import read_task
+from d2surgery.evaluating.tasks import score
 from d2surgery.live.loading import load_tokenizer, unmerged
 
 if TYPE_CHECKING:

@@ -272,3 +272,94 @@ def test_a_hub_typo_is_explained_whole(
     assert said in error
     assert "HUB_UNREACHABLE" in error
     assert "wanted org/name" in error  # the local folder that was meant
+
+
+# Weight ---------------------------------------------------------------------------------------------------------------
+
+
+def heavy_after(code: str, *arguments: str, cwd: Path) -> list[str]:
+    """The heavy packages that a fresh interpreter has imported when it has run this."""
+    script = (
+        f"import json, os, sys; from d2surgery.cli import main\n{code}\n"
+        "print(*sorted({'torch', 'numpy', 'scipy', 'transformers', 'plotly', 'peft'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()
+
+
+def test_help_and_completion_of_every_verb_import_nothing_heavy(tmp_path: Path) -> None:
+    code = """
+for verb in sys.argv[1:]:
+    assert main([verb, "--help"]) == 0
+    os.environ |= {"_D2SURGERY_COMPLETE": "bash_complete", "COMP_WORDS": f"d2surgery {verb} --", "COMP_CWORD": "2"}
+    assert main([]) == 0
+    del os.environ["_D2SURGERY_COMPLETE"]
+"""
+    assert heavy_after(code, *VERBS, cwd=tmp_path) == []
+
+
+REFUSED = {
+    "resize {lora} {lora} --rank 1": "OUTPUT_EXISTS",
+    "resize {lora} new": "USAGE",
+    "resize {lora} new --energy 2": "USAGE",
+    "resize {lora} new --above-base 0.1": "USAGE",
+    "resize nothing new --rank 1": "FILE_MISSING",
+    "resize {lora} new --rank 1 --csv nowhere/x.csv": "FILE_MISSING",
+    "convert {lora} {lora} --kind dora": "OUTPUT_EXISTS",
+    "convert {lora} new": "USAGE",
+    "convert {lora} new --kind lora --calibration words": "USAGE",
+    "convert nothing new --kind lora": "FILE_MISSING",
+    "extract --base {base} --tuned {base} --out {lora}": "OUTPUT_EXISTS",
+    "extract --base {base} --tuned {empty} --out new": "BAD_BASE",
+    "combine {lora} {lora} --out {lora}": "OUTPUT_EXISTS",
+    "combine {lora} nothing --out new": "FILE_MISSING",
+    "combine {lora} {lora} --out new --method ties --density 2": "USAGE",
+    "scale {lora} 2 --out {lora}": "OUTPUT_EXISTS",
+    "scale {lora} 2 --out new --layers x": "USAGE",
+    "spectrum nothing": "FILE_MISSING",
+    "spectrum {lora} --scale 2": "USAGE",
+    "drift {lora} --base {empty}": "BAD_BASE",
+    "diff {lora}": "USAGE",
+    "diff {lora} nothing": "FILE_MISSING",
+    "report {lora} --out {page}": "OUTPUT_EXISTS",
+    "report nothing --out new.html": "FILE_MISSING",
+    "audit --merged {base}": "USAGE",
+    "audit --base {base} --adapter {lora} --merged {empty}": "BAD_MERGED",
+    "audit --base {base} --adapter nothing --merged {base}": "FILE_MISSING",
+    "audit --receipt --merged {base}": "NO_RECEIPT",
+    "plan --base {base} --adapter nothing": "FILE_MISSING",
+    "eval --base {base}": "USAGE",
+    "eval --base {base} --tasks nothing": "FILE_MISSING",
+    "eval --base {base} --tasks {questions} --adapter nothing": "FILE_MISSING",
+    "train --base {base}": "BAD_CONFIG",
+    "resize {lora} new --xyzzy": "USAGE",
+}
+
+
+def test_what_needs_no_numbers_is_refused_before_anything_heavy_is_imported(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "page.html").touch()
+    (tmp_path / "questions.jsonl").write_text('{"question": "?", "choices": ["a", "b"], "answer": 0}\n')
+    places = {"base": work / "base", "lora": work / "lora", "empty": tmp_path / "empty"}
+    places |= {"page": tmp_path / "page.html", "questions": tmp_path / "questions.jsonl"}
+    lines = json.dumps([([word.format_map(places) for word in line.split()], code) for line, code in REFUSED.items()])
+    code = """
+import io
+from contextlib import redirect_stdout
+for words, code in json.loads(sys.argv[1]):
+    with redirect_stdout(io.StringIO()) as said:
+        assert main([*words, "--json"]) == 2, words
+    assert [problem["code"] for problem in json.loads(said.getvalue())["problems"]][0] == code, (words, said.getvalue())
+    assert "torch" not in sys.modules, words
+"""
+    assert heavy_after(code, lines, cwd=tmp_path) == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_receipt_is_verified_without_torch(work: Path, tmp_path: Path) -> None:
+    base, lora, merged = (str(path) for path in (work / "base", work / "lora", tmp_path / "merged"))
+    assert main(["merge", "--base", base, "--adapter", lora, "--out", merged, "--quiet"]) == 0
+    words = ["audit", "--receipt", "--merged", merged, "--base", base, "--adapter", lora]
+    assert heavy_after("assert main(sys.argv[1:]) == 0", *words, cwd=tmp_path) == []

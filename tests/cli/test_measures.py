@@ -218,7 +218,7 @@ def test_images_without_kaleido_are_refused_before_any_work(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "kaleido" else found(name))
-    monkeypatch.setattr("d2surgery.cli.spectrum.spectra", lambda *a, **k: pytest.fail("it worked first"))
+    monkeypatch.setattr("d2surgery.surveying.modules.spectra", lambda *a, **k: pytest.fail("it worked first"))
     assert main(["spectrum", str(work / "lora"), "--plot", str(tmp_path / "p.png")]) == 2
     error = capsys.readouterr().err
     assert "NO_IMAGES" in error
@@ -365,7 +365,7 @@ def test_a_file_in_a_folder_that_is_not_there_is_refused_before_any_work(
     missing, questions = tmp_path / "not here", tmp_path / "questions.jsonl"
     questions.write_text('{"question": "?", "choices": ["a", "b"], "answer": 0}\n')
     monkeypatch.setattr(BaseWeights, "__init__", lambda *_: pytest.fail("the base was opened"))
-    monkeypatch.setattr(measured, "load", lambda *_, **__: pytest.fail("the adapter was opened"))
+    monkeypatch.setattr(measured, "open_layout", lambda *_, **__: pytest.fail("the adapter was opened"))
     arguments = [part.format(work=work, file=missing / "x", questions=questions) for part in words.split(" ")]
     assert main([*arguments, "--json"]) == 2
     (problem,) = document(capsys)["problems"]

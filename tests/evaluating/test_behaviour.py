@@ -16,7 +16,8 @@ from d2surgery import merge
 from d2surgery.errors import D2SurgeryError
 from d2surgery.evaluating.behaviour import compare_outputs, compare_scores, compare_tasks
 from d2surgery.evaluating.forms import Item
-from d2surgery.evaluating.tasks import Score, Task
+from d2surgery.evaluating.items import Task
+from d2surgery.evaluating.tasks import Score
 from d2surgery.files.plain import plain
 
 if TYPE_CHECKING:

@@ -14,16 +14,13 @@ from models import byte_tokenizer, llama, scatter
 
 from d2surgery.errors import D2SurgeryError
 from d2surgery.evaluating.forms import Item
-from d2surgery.evaluating.items import encode
+from d2surgery.evaluating.items import WAYS, Task, encode, read_task
 from d2surgery.evaluating.tasks import (
     NEW_TOKENS,
-    WAYS,
     Score,
-    Task,
     generate,
     log_likelihoods,
     named_choice,
-    read_task,
     score,
 )
 

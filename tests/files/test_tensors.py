@@ -13,7 +13,8 @@ from models import Array, f64, round_to
 
 from d2surgery.errors import D2SurgeryError
 from d2surgery.files.header import BITS, read_header
-from d2surgery.files.tensors import DTYPES, as_bytes, read_into, read_tensor, rounded
+from d2surgery.files.stored import read_into
+from d2surgery.files.tensors import DTYPES, as_bytes, read_tensor, rounded
 
 NARROW = {"F16": torch.float16, "BF16": torch.bfloat16}
 

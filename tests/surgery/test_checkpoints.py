@@ -20,11 +20,10 @@ from d2surgery.adapters import Adapter, D2LoRA, LoRA
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.errors import D2SurgeryError
 from d2surgery.surgery.algebra import choose, combine, scale
-from d2surgery.surgery.combining import Recipe
+from d2surgery.surgery.choices import Keep, Recipe
 from d2surgery.surgery.extracting import extract
 from d2surgery.surgery.rescaling import rescale
 from d2surgery.surgery.resizing import against_base, budget, convert, resize
-from d2surgery.surgery.truncation import Keep
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 IDS = torch.tensor([[1, 5, 9, 30, 2]])

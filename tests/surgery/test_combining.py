@@ -11,8 +11,8 @@ from d2surgery.adapters.lowrank import LowRank
 from d2surgery.errors import D2SurgeryError
 from d2surgery.measures import delta as delta_module
 from d2surgery.surgery import combining
-from d2surgery.surgery.combining import METHODS, Recipe, combined
-from d2surgery.surgery.truncation import Keep
+from d2surgery.surgery.choices import METHODS, Keep, Recipe
+from d2surgery.surgery.combining import combined
 
 OUT, IN, R = 20, 30, 3
 

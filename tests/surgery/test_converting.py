@@ -9,8 +9,8 @@ import torch
 from d2surgery.adapters import Adapter, D2LoRA, DoRA, DualLoRA, LoRA
 from d2surgery.errors import D2SurgeryError
 from d2surgery.surgery.certificate import form
+from d2surgery.surgery.choices import Keep
 from d2surgery.surgery.converting import Wish, as_kind
-from d2surgery.surgery.truncation import Keep
 
 OUT, IN, R = 48, 64, 4
 KINDS = ("lora", "dora", "d2lora", "duallora")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.errors import D2SurgeryError
 from d2surgery.surgery import truncation
-from d2surgery.surgery.truncation import ALL, Keep, triplets
+from d2surgery.surgery.choices import ALL, Keep
+from d2surgery.surgery.truncation import triplets
 
 CRITERIA = {  # by -> (σ, value) -> the fewest, as its formula says
     "energy": lambda s, v: fewest(np.cumsum(s**2) >= v * np.sum(s**2)),
