@@ -11,7 +11,6 @@ from d2surgery import adapters, kinds
 from d2surgery.adapters.adapter import kaiming, zeros
 from d2surgery.adapters.forwards import Axis
 from d2surgery.adapters.thin import OneProduct
-from d2surgery.adapters.vectors import Gains, Triple, sum_norm
 
 ROW = kinds.Kind(
     title="scaled LoRA",
@@ -39,12 +38,8 @@ class Scaled(OneProduct):
     def along(self) -> Axis:
         return "out_features"
 
-    def _target(self, triple: Triple) -> Tensor:
-        return self.scale.double() * triple.base.sqrt()
-
-    def _gains(self, triple: Triple) -> Gains:
-        gain = self._target(triple) / sum_norm(triple)
-        return Gains(gain - 1, gain)
+    def _target(self, base_squares: Tensor) -> Tensor:
+        return self.scale * base_squares.sqrt()
 
 
 def register(monkeypatch: Any) -> None:

@@ -65,11 +65,15 @@ class D2LoRA(Thin):
         P = torch.cat([self.scaling * self.B_plus.to(dtype), -self.scaling * self.tau * self.B_minus.to(dtype)], 1)
         return P, torch.cat([self.A_plus.to(dtype), self.A_minus.to(dtype)], 0)
 
-    def _target(self, triple: Triple) -> Tensor:
-        return triple.base.sqrt()
+    def _target(self, base_squares: Tensor) -> Tensor:
+        return base_squares.sqrt()
+
+    @property
+    def _extra(self) -> int:
+        return 1 if self.form == "projected_plus_update" else 0
 
     def _gains(self, triple: Triple) -> Gains:
         """c − 1 = (‖w‖² − ‖w+u‖²)/(‖w+u‖(‖w+u‖ + ‖w‖)), without cancellation since the numerator is −2<w,u> − ‖u‖²."""
         norm = sum_norm(triple)
-        excess = -(2 * triple.cross + triple.update) / (norm * (norm + self._target(triple)))
-        return Gains(excess, excess + (2 if self.form == "projected_plus_update" else 1))
+        excess = -(2 * triple.cross + triple.update) / (norm * (norm + self._target(triple.base)))
+        return Gains(excess, excess + (1 + self._extra))

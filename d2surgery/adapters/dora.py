@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from d2surgery.adapters.adapter import kaiming, zeros
 from d2surgery.adapters.forwards import Axis, at_least_float32
 from d2surgery.adapters.thin import OneProduct
-from d2surgery.adapters.vectors import Gains, Triple, Weight, row_sums, sum_norm
+from d2surgery.adapters.vectors import Weight, row_sums
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -46,10 +46,5 @@ class DoRA(OneProduct):
             along=along,
         )
 
-    def _target(self, triple: Triple) -> Tensor:
-        return self.magnitude.double()
-
-    def _gains(self, triple: Triple) -> Gains:
-        """g = m/‖V‖ for both."""
-        gain = self._target(triple) / sum_norm(triple)
-        return Gains(gain - 1, gain)
+    def _target(self, base_squares: Tensor) -> Tensor:
+        return self.magnitude

@@ -1,18 +1,18 @@
 """Linear maps by an adapted weight that keep little for the backward pass: tensors in, tensors out.
 
-    thin_linear     W0·x + P·(Q·u), with a gain per row or column on W0 (LoRA, DoRA, D2-LoRA)
+    thin_linear     W0·x + P·(Q·u), or gained: a ⊙ W0 and b ⊙ (P·Q) per row or column (LoRA, DoRA, D2-LoRA)
     signed_linear   W'·x, W' = W0 + ReLU(B·A) ⊙ sign(D·C) formed tile by tile (Dual LoRA); signed_weight that W' itself
-    sums            <w, u> and ‖u‖² per row w of W0 and u of P·Q
 
 Kept are the input, which the layers of a block share, and thin matrices: no value of the weight's size, and no copy of
 the weight in another dtype, which is made again instead. W0 is a constant to the gradient. Products over the batch run
-in the dtype of the input, or in autocast's where it is on; all others in float32 at least.
+in the dtype of the input, or in autocast's where it is on; all others in float32 at least. Where a step has few tokens
+it waits for operations to be launched, so they are few; tests/adapters/test_kernels.py counts them.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
@@ -25,8 +25,24 @@ Base = Float[Tensor, "out_features in_features"]
 Input = Float[Tensor, "*batch in_features"]
 Output = Float[Tensor, "*batch out_features"]
 
+CANCELLED = 1e-12
+"""‖w+u‖² below this share of ‖w‖² + ‖u‖² is rounding: the vector counts as zero."""
 TILE = 1 << 22
 """Entries of the weight that Dual LoRA forms at once: 16 MiB in float32."""
+
+
+class Gain(NamedTuple):
+    """Per vector, a row of W0 or a column: a = target/‖w + u‖ on w, b = a + extra on u. A vector w + u without length
+    has a = 0.
+
+    `base_squares` is ‖w‖². The gradient goes to `target`, and through ‖w + u‖ where `learns`.
+    """
+
+    target: Float[Tensor, " vectors"]
+    base_squares: Float64[Tensor, " vectors"]
+    along: Axis
+    extra: int
+    learns: bool
 
 
 def thin_linear(
@@ -35,18 +51,18 @@ def thin_linear(
     P: Float[Tensor, "out_features rank"],
     Q: Float[Tensor, "rank in_features"],
     *,
-    gain: Float[Tensor, " vectors"] | None = None,
-    along: Axis = "out_features",
+    gain: Gain | None = None,
     update_input: Input | None = None,
 ) -> Output:
-    """gain ⊙ (W0·x) + P·(Q·u), or W0·(gain ⊙ x) + P·(Q·u) along the columns; u is `update_input`, or x.
+    """W0·x + P·(Q·u), with a gain a ⊙ (W0·x) + (b ⊙ P)·(Q·u), or W0·(a ⊙ x) + P·((b ⊙ Q)·u) along the columns; u is
+    `update_input`, or x.
 
     The gradient to the gain of a row is read off the output, which the next layer often keeps anyway; where the gain
     is exactly 0 there is nothing to read, and its gradient is 0.
     """
     dtype = dtype_of_products(x)
     with no_autocast(x):
-        return _Thin.apply(x, update_input, base_weight, P, Q, gain, along, dtype)  # type: ignore[no-any-return,no-untyped-call]
+        return _Thin.apply(x, update_input, base_weight, P, Q, dtype, *(gain or ()))  # type: ignore[no-any-return,no-untyped-call]
 
 
 def signed_linear(
@@ -122,16 +138,28 @@ def counting_clipped() -> Iterator[Clipped]:
         _counts.remove(found)
 
 
-def sums(
-    W: Float[Tensor, "vectors others"], P: Float[Tensor, "vectors rank"], Q: Float[Tensor, "rank others"]
-) -> tuple[Float64[Tensor, " vectors"], Float64[Tensor, " vectors"]]:
-    """<w_i, u_i> = Σ_k P_ik (Q·Wᵀ)_ki and ‖u_i‖² = P_i (Q·Qᵀ) P_iᵀ for the rows of W and of U = P·Q.
+class Gained(NamedTuple):
+    """Of rows w and u = p·Q: the gains, ‖w + u‖² (infinite where it is rounding), and what the gradient needs again."""
 
-    One thin `wide_product` with W, everything else in float64. By the Gram matrix and not by QR, whose
-    gradient does not exist at P = 0, where training starts.
+    a: Float[Tensor, " vectors"]
+    b: Float[Tensor, " vectors"]
+    squares: Float64[Tensor, " vectors"]
+    products: Float[Tensor, "rank vectors"]  # Q·Wᵀ
+    gram: Float[Tensor, "rank rank"]  # Q·Qᵀ
+
+
+def gained(W: Tensor, P: Tensor, Q: Tensor, gain: Gain) -> Gained:
+    """‖w + u‖² = ‖w‖² + Σ_k p_k (2·Q·w + Q·Qᵀ·p)_k: one thin `wide_product` with W, one small product.
+
+    By the Gram matrix and not by QR, whose gradient does not exist at P = 0, where training starts. Sums over r are in
+    the dtype of P and err by its rounding of ‖w‖² and ‖u‖², the rest is in float64. Not differentiable.
     """
-    with no_autocast(W):
-        return _Sums.apply(W, P, Q)  # type: ignore[no-any-return,no-untyped-call]
+    W, P, Q = rows_first(W, P, Q, gain.along)
+    products, gram = wide_product(Q, W.T).to(P.dtype), Q @ Q.T
+    squares = gain.base_squares + (torch.addmm(products, gram, P.T, beta=2) * P.T).sum(0)
+    squares.masked_fill_(squares <= 2 * CANCELLED * gain.base_squares, torch.inf)  # ‖u‖² is ‖w‖² there
+    a = (gain.target * squares.rsqrt()).to(P.dtype)
+    return Gained(a, a + gain.extra if gain.extra else a, squares, products, gram)
 
 
 def wide_product(thin: Float[Tensor, "rank inner"], W: Float[Tensor, "inner outer"]) -> Float[Tensor, "rank outer"]:
@@ -154,10 +182,10 @@ def wide_product(thin: Float[Tensor, "rank inner"], W: Float[Tensor, "inner oute
 
 def in_pieces(thin: Float[Tensor, "rank inner"], W: Float[Tensor, "inner outer"]) -> Float[Tensor, "rank outer"]:
     """thin·W, W in bfloat16: each product of pieces is exact in float32, in which they are summed."""
-    pieces = []
-    for _ in range(3):
-        pieces.append(thin.to(W.dtype))
+    pieces = [thin.to(W.dtype)]
+    for _ in range(2):
         thin = thin - pieces[-1]
+        pieces.append(thin.to(W.dtype))
     products: Tensor = torch.mm(torch.cat(pieces[::-1]), W, out_dtype=thin.dtype)
     return products.view(3, len(thin), -1).sum(0)
 
@@ -196,8 +224,23 @@ def at_least_float32(W: Tensor) -> Tensor:
     return W.to(torch.promote_types(W.dtype, torch.float32))
 
 
+def rows_first(W: Tensor, P: Tensor, Q: Tensor, along: Axis) -> tuple[Tensor, Tensor, Tensor]:
+    """The same matrices with the kept axis first: what holds for rows holds for the columns of the transpose."""
+    return (W, P, Q) if along == "out_features" else (W.T, Q.T, P.T)
+
+
+def thin_product(
+    x: Tensor, u: Tensor, W: Tensor, P: Tensor, Q: Tensor, a: Tensor | None = None, along: Axis = "out_features"
+) -> tuple[Tensor, Tensor]:
+    """a ⊙ (W·x) + P·z or W·(a ⊙ x) + P·z, z = Q·u, and z. Not differentiable."""
+    of_rows = along == "out_features"
+    z = u @ Q.T
+    y = (x if of_rows else _times(x, a)) @ W.to(x.dtype).T
+    return (_times(y, a) if of_rows else y).addmm_(z, P.T), z
+
+
 class _Thin(torch.autograd.Function):
-    """y = r ⊙ (W·(c ⊙ x)) + P·(Q·u), where r or c is the gain and the other 1."""
+    """`thin_linear`. b stands in the factor whose vectors it is of, which is rounded once for both passes."""
 
     @staticmethod
     def forward(
@@ -207,45 +250,80 @@ class _Thin(torch.autograd.Function):
         W: Tensor,
         P: Tensor,
         Q: Tensor,
-        gain: Tensor | None,
-        along: Axis,
         dtype: torch.dtype,
+        target: Tensor | None = None,
+        base_squares: Tensor | None = None,
+        along: Axis = "out_features",
+        extra: int = 0,
+        learns: bool = False,
     ) -> Tensor:
-        row_gain, column_gain = (gain, None) if along == "out_features" else (None, gain)
-        z = _rows(x if u is None else u, dtype) @ Q.to(dtype).T
-        y = _times(_rows(x, dtype), column_gain) @ W.to(dtype).T
-        y = _times(y, row_gain).addmm_(z, P.to(dtype).T)
-        ctx.save_for_backward(x, u, W, P, Q, gain, z, y if ctx.needs_input_grad[5] and row_gain is not None else None)
-        ctx.along = along
+        ctx.along, ctx.extra, ctx.norm_learns, ctx.wide = along, extra, learns, P.dtype
+        ctx.gain_learns = learns or (target is not None and ctx.needs_input_grad[6])
+        of_rows, found, kept = along == "out_features", None, ()
+        if target is not None and base_squares is not None:
+            found = gained(W, P, Q, Gain(target, base_squares, along, extra, learns))
+            kept = (P, Q, target, *(found if learns else found[:3]))
+            P, Q = (_times(P, found.b[:, None], dtype), Q) if of_rows else (P, _times(Q, found.b, dtype))
+        P, Q, rows = P.to(dtype), Q.to(dtype), _rows(x, dtype)
+        y, z = thin_product(
+            rows, rows if u is None else _rows(u, dtype), W, P, Q, None if found is None else found.a, along
+        )
+        ctx.save_for_backward(x, u, W, P, Q, z, y if ctx.gain_learns and of_rows else None, *kept)
         return y.view(*x.shape[:-1], len(W))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, W, P, Q, gain, z, y = ctx.saved_tensors
-        row_gain, column_gain = (gain, None) if ctx.along == "out_features" else (None, gain)
+        x, u, W, P, Q, z, y, *kept = ctx.saved_tensors
+        a = kept[3] if kept else None
+        of_rows = ctx.along == "out_features"
         with no_autocast(x):
             g = _rows(grads[0], z.dtype)
-            h = g @ P.to(g.dtype)
-            dP = (g.T @ z).to(P.dtype)
-            dQ = (h.T @ _rows(x if u is None else u, g.dtype)).to(Q.dtype)
-            dx = du = dgain = None
-            if ctx.needs_input_grad[0] or (column_gain is not None and ctx.needs_input_grad[5]):
-                dx = _times(g, row_gain) @ W.to(g.dtype)
-                if ctx.needs_input_grad[5] and column_gain is not None:
-                    dgain = (_rows(x, dx.dtype) * dx).sum(0, dtype=gain.dtype)
-                dx = _times(dx, column_gain)
-                dx = (dx.addmm_(h, Q.to(g.dtype)) if u is None else dx).view(x.shape).to(x.dtype)
-            if y is not None:
-                dgain = _row_gain_gradient(gain, g, y, P, dP)
+            h = g @ P
+            dP, dQ = g.T @ z, h.T @ _rows(x if u is None else u, g.dtype)
+            dx = du = da = dtarget = None
+            if ctx.needs_input_grad[0] or (ctx.gain_learns and not of_rows):
+                dx = (_times(g, a) if of_rows else g) @ W.to(g.dtype)
+                if ctx.gain_learns and not of_rows:
+                    da = (_rows(x, dx.dtype) * dx).sum(0, dtype=ctx.wide)
+                dx = dx if of_rows else _times(dx, a)
+                dx = (dx.addmm_(h, Q) if u is None else dx).view(x.shape).to(x.dtype)
             if u is not None and ctx.needs_input_grad[1]:
-                du = (h @ Q.to(g.dtype)).view(u.shape).to(u.dtype)
-        return dx, du, None, dP, dQ, dgain, None, None
+                du = (h @ Q).view(u.shape).to(u.dtype)
+            if y is not None:
+                da = (g * y).sum(0, dtype=ctx.wide)
+            if kept:
+                dP, dQ, dtarget = _through_gains(ctx, W, dP, dQ, da, *kept)
+            return dx, du, None, dP.to(ctx.wide), dQ.to(ctx.wide), None, dtarget, None, None, None, None
 
 
-def _row_gain_gradient(gain: Tensor, g: Tensor, y: Tensor, P: Tensor, dP: Tensor) -> Tensor:
-    """Σ_t g_ti (W·x_t)_i, where gain ⊙ (W·x) = y − P·z and Σ_t g_ti (P·z_t)_i = Σ_k P_ik dP_ik."""
-    total = (g * y).sum(0, dtype=gain.dtype) - (P * dP).sum(1)
-    return torch.where(gain == 0, 0, total / gain)
+def _through_gains(
+    ctx: Any, W: Tensor, dP: Tensor, dQ: Tensor, da: Tensor | None, P: Tensor, Q: Tensor, target: Tensor, *found: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients to P, Q and the target from those to the gained factors, and from `da`: Σ_t g_t·y_t of rows, of columns
+    the gradient to the a before x.
+
+    y = a ⊙ (W·x) + b ⊙ (P·z), so that for rows da = (Σ_t g_t·y_t − (b − a)·db)/a + db with db = Σ_k P_k dP_k. From the
+    norm n: da/dn² = −a/2n², and the gradients of n² are 2·(Q·w + Q·Qᵀ·p) to p and p·wᵀ + p·pᵀ·Q twice, summed, to Q.
+    """
+    a, b, squares, *of_norm = found
+    W, P, Q = rows_first(W, P, Q, ctx.along)
+    dP, dQ = (dP, dQ) if ctx.along == "out_features" else (dQ.T, dP.T)
+    dtarget = None
+    if da is not None and ctx.along == "in_features":
+        da = da + (P * dP).sum(1)
+    elif da is not None:
+        da = da.sub_((P * dP).sum(1)) if ctx.extra else da
+        da = da.div_(a).masked_fill_(a == 0, 0)
+    dP = dP * b[:, None]
+    if da is not None and ctx.needs_input_grad[6]:
+        dtarget = (da * squares.rsqrt()).to(target.dtype)
+    if da is not None and ctx.norm_learns:
+        products, gram = of_norm
+        slope = (da * a / squares).to(P.dtype)[:, None]
+        weighted = (P * slope).T
+        dP.addcmul_(torch.addmm(products, gram, P.T).T, slope, value=-1)
+        dQ = dQ.to(P.dtype).sub_(wide_product(weighted, W)).addmm_(weighted @ P, Q, alpha=-1)
+    return (dP, dQ, dtarget) if ctx.along == "out_features" else (dQ.T, dP.T, dtarget)
 
 
 class _Signed(torch.autograd.Function):
@@ -308,27 +386,6 @@ class _Signed(torch.autograd.Function):
             return (g @ W.to(g.dtype)).view(x.shape).to(x.dtype), dinput, None, dB, dA, dD, dC, None, None
 
 
-class _Sums(torch.autograd.Function):
-    """Keeps P and Q as they are, which the forward keeps too, and not in float64."""
-
-    @staticmethod
-    def forward(ctx: Any, W: Tensor, P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-        products = wide_product(Q, W.T)
-        ctx.save_for_backward(W, P, Q, products)
-        P, Q = P.double(), Q.double()
-        return (P.T * products).sum(0), ((P @ (Q @ Q.T)) * P).sum(1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
-        (W, P, Q, products), (gcross, gupdate) = ctx.saved_tensors, grads
-        with no_autocast(W):
-            P64, Q64 = P.double(), Q.double()
-            weighted = 2 * gupdate[:, None] * P64
-            dP = (products * gcross).T + weighted @ (Q64 @ Q64.T)
-            dQ = wide_product((P64 * gcross[:, None]).T, W) + (P64.T @ weighted) @ Q64
-            return None, dP.to(P.dtype), dQ.to(Q.dtype)
-
-
 def dtype_of_products(x: Tensor) -> torch.dtype:
     """As torch's own linear: autocast leaves float64 alone."""
     lowers = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
@@ -339,8 +396,9 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).reshape(-1, x.shape[-1])
 
 
-def _times(x: Tensor, gain: Tensor | None) -> Tensor:
-    return x if gain is None else (x * gain).to(x.dtype)
+def _times(x: Tensor, gain: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """x ⊙ gain, rounded once to `dtype`, or that of x. Not differentiable."""
+    return x if gain is None else torch.mul(x, gain, out=torch.empty_like(x, dtype=dtype))
 
 
 def _tiles(rows: int, row: int) -> Iterator[slice]:

@@ -10,7 +10,16 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from d2surgery.adapters.adapter import Adapter, OverTiles, Part, Prepared, learns
-from d2surgery.adapters.forwards import Axis, at_least_float32, no_autocast, sums, thin_linear
+from d2surgery.adapters.forwards import (
+    Axis,
+    Gain,
+    at_least_float32,
+    gained,
+    no_autocast,
+    rows_first,
+    thin_linear,
+    thin_product,
+)
 from d2surgery.adapters.lowrank import LowRank
 from d2surgery.adapters.vectors import (
     Gains,
@@ -21,8 +30,9 @@ from d2surgery.adapters.vectors import (
     product_like,
     refuse_zero_norms,
     row_squares,
-    rows_first,
+    row_sums,
     squared_norms,
+    sum_norm,
     triple_of_cancelling_rows,
     triple_of_rows,
 )
@@ -46,17 +56,23 @@ class Thin(Adapter):
         """Whether ‖w'‖ is the target, of a kind that normalises."""
         return True
 
-    def _target(self, triple: Triple) -> Tensor:
-        """The norm each vector w + u is brought to."""
+    def _target(self, base_squares: Float64[Tensor, " vectors"]) -> Float[Tensor, " vectors"]:
+        """The norm each vector w + u is brought to, where ‖w‖² is this."""
         raise NotImplementedError
 
+    @property
+    def _extra(self) -> int:
+        """By how much more than that gain the update is multiplied."""
+        return 0
+
     def _gains(self, triple: Triple) -> Gains:
-        raise NotImplementedError
+        gain = self._target(triple.base) / sum_norm(triple)
+        return Gains(gain - 1, gain + self._extra)
 
     def gains(self, base_weight: Weight) -> Gains:
         """Of every vector of the whole base weight, of a kind that normalises. Raises ZERO_NORM."""
         triple = self.triple(base_weight)
-        refuse_zero_norms(triple, self._target(triple), self.along)
+        refuse_zero_norms(triple, self._target(triple.base), self.along)
         return self._gains(triple)
 
     def update(self) -> LowRank:
@@ -82,7 +98,7 @@ class Thin(Adapter):
             if triple is None or not self.normalises:
                 delta = product_like(W, P.to(W.dtype), Q.to(W.dtype))
             else:
-                refuse_zero_norms(triple, self._target(triple), self.along)
+                refuse_zero_norms(triple, self._target(triple.base), self.along)
                 delta = _combine(W, P, Q, self._gains(triple))
         return delta.T if self.along == "in_features" else delta
 
@@ -99,17 +115,29 @@ class Thin(Adapter):
         A vector without length stays zero here: whether it should have had one is asked when merging, not in each
         step.
         """
-        P, Q, gain = self._gained(base_weight, torch.promote_types(x.dtype, torch.float32), base_squares)
-        y = thin_linear(x, base_weight, P, Q, gain=gain, along=self._axis, update_input=update_input)
+        P, Q = self._factors(torch.promote_types(x.dtype, torch.float32))
+        gain = self._gain(base_weight, base_squares)
+        y = thin_linear(x, base_weight, P, Q, gain=gain, update_input=update_input)
         return y if bias is None else y + bias.to(y.dtype)
 
     @torch.no_grad()
     def prepared(
         self, base_weight: Weight, dtype: torch.dtype, base_squares: Float64[Tensor, " vectors"] | None = None
     ) -> Prepared:
-        P, Q, gain = self._gained(base_weight, torch.promote_types(dtype, torch.float32), base_squares)
+        P, Q = self._factors(torch.promote_types(dtype, torch.float32))
+        gain, a, axis = self._gain(base_weight, base_squares), None, self._axis
+        if gain is not None:
+            with no_autocast(base_weight):
+                a, b, *_ = gained(base_weight, P, Q, gain)
+            P, Q = (b[:, None] * P, Q) if axis == "out_features" else (P, b * Q)
         P, Q = P.to(dtype), Q.to(dtype)
-        return lambda x, W: thin_linear(x, W, P, Q, gain=gain, along=self._axis)
+
+        def forward(x: Tensor, W: Tensor) -> Tensor:
+            rows = x.to(dtype).reshape(-1, x.shape[-1])
+            with no_autocast(x):
+                return thin_product(rows, rows, W, P, Q, a, axis)[0].view(*x.shape[:-1], len(W))
+
+        return forward
 
     def over_tiles(self, dtype: torch.dtype, strength: float = 1.0) -> "Streamed":
         return Streamed(self, dtype, strength)
@@ -118,23 +146,18 @@ class Thin(Adapter):
     def _axis(self) -> Axis:
         return self.along or "out_features"
 
-    def _gained(
-        self, base_weight: Weight, dtype: torch.dtype, base_squares: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """P and Q with the update's gain in one of them, and the gain of W0."""
-        P, Q = self._factors(dtype)
+    def _gain(self, base_weight: Weight, base_squares: Tensor | None) -> Gain | None:
         if not self.normalises:
-            return P, Q, None
-        gains = self._gains(self._training_triple(base_weight, P, Q, base_squares))
-        a, b = (1 + gains.base_excess).to(dtype), gains.update_gain.to(dtype)
-        return (b[:, None] * P, Q, a) if self.along == "out_features" else (P, b * Q, a)
+            return None
+        squares = squared_norms(base_weight, self._axis) if base_squares is None else base_squares
+        return Gain(self._target(squares), squares, self._axis, self._extra, self._norm_learns)
 
-    def _training_triple(self, base_weight: Weight, P: Tensor, Q: Tensor, base_squares: Tensor | None = None) -> Triple:
-        """As `triple`, without a look at the data, and differentiable where the kind's norm is."""
-        along = self.along or "out_features"
-        squares = squared_norms(base_weight, along) if base_squares is None else base_squares
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._norm_learns):
-            return Triple(squares, *sums(*rows_first(base_weight, P, Q, along)))
+    def _training_triple(self, W: Tensor, P: Tensor, Q: Tensor) -> Triple:
+        """As `triple`, differentiable where the norm is: by the Gram matrix, since QR has no gradient at P = 0."""
+        W, P, Q = rows_first(at_least_float32(W), P, Q, self._axis)
+        with no_autocast(W), torch.set_grad_enabled(self._norm_learns):
+            cross = (P.T * (Q.to(W.dtype) @ W.T)).sum(0)
+            return Triple(row_sums(W * W), cross, ((P @ (Q @ Q.T)) * P).sum(1))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -157,7 +180,7 @@ def gains_of(adapter: Adapter, triple: Triple) -> tuple[Gains, Tensor | None]:
         raise refuse("USAGE", "it has no thin update", got=adapter.kind)
     if not adapter.normalises:
         return Gains(torch.zeros_like(triple.base), torch.ones_like(triple.base)), None
-    target = adapter._target(triple)
+    target = adapter._target(triple.base).double()
     refuse_zero_norms(triple, target, adapter.along)
     return adapter._gains(triple), target.abs() if adapter.sets_norm else None
 

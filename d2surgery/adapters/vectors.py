@@ -6,14 +6,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from d2surgery.adapters.forwards import Axis, at_least_float32, no_autocast
+from d2surgery.adapters.forwards import CANCELLED, Axis, at_least_float32, no_autocast
 from d2surgery.errors import refuse
 
 Weight = Float[Tensor, "out_features in_features"]
-
-
-CANCELLED = 1e-12
-"""‖w+u‖² below this share of ‖w‖² + ‖u‖² is rounding: the vector counts as zero."""
 
 
 SUSPICIOUS = 0.1
@@ -45,11 +41,6 @@ class Gains(NamedTuple):
 def squared_norms(base_weight: Weight, along: Axis) -> Float64[Tensor, " vectors"]:
     """‖w‖² of every vector along the axis."""
     return row_sums(at_least_float32(base_weight if along == "out_features" else base_weight.T).square())
-
-
-def rows_first(W: Tensor, P: Tensor, Q: Tensor, along: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """The same matrices with the kept axis first: what holds for rows holds for the columns of the transpose."""
-    return (W, P, Q) if along == "out_features" else (W.T, Q.T, P.T)
 
 
 def triple_of_rows(W: Tensor, P: Tensor, Q: Tensor) -> Triple:

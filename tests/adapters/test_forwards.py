@@ -1,5 +1,6 @@
 """Fast forwards: finite differences in float64, the dense reference by torch's own autograd, and what they keep."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from d2surgery import KINDS
 from d2surgery.adapters import DualLoRA, forwards
-from d2surgery.adapters.forwards import signed_linear, sums, thin_linear
+from d2surgery.adapters.forwards import Gain, signed_linear, thin_linear
 
 OUT, IN, RANK = 7, 11, 3
 F64 = torch.float64
@@ -35,47 +36,93 @@ def learns(*tensors: Tensor) -> list[Tensor]:
 # ---- thin -----------------------------------------------------------------------------------------------------------
 
 
+def squares_of(M: Tensor, along: Any) -> Tensor:
+    return M.square().sum(1 if along == "out_features" else 0)
+
+
+def by_hand(x: Tensor, u: Tensor, W: Tensor, P: Tensor, Q: Tensor, gain: Gain | None) -> Tensor:
+    """The effective weight, formed, and torch's own gradients of it."""
+    if gain is None:
+        return x @ W.T + u @ (P @ Q).T
+    length = squares_of(W + P @ Q, gain.along).sqrt()
+    a = gain.target / (length if gain.learns else length.detach())
+    a = a[:, None] if gain.along == "out_features" else a
+    return x @ (a * W).T + u @ ((a + gain.extra) * (P @ Q)).T
+
+
+GAINS = [None, *itertools.product(("out_features", "in_features"), (0, 1), (False, True))]
+
+
 @pytest.mark.parametrize("dropped", [False, True])
-@pytest.mark.parametrize("along", [None, "out_features", "in_features"])
+@pytest.mark.parametrize("gained", GAINS)
 @pytest.mark.parametrize("shape", [(IN,), (2, 3, IN)])
-def test_thin_gradients_are_finite_differences(along: Any, dropped: bool, shape: tuple[int, ...]) -> None:
-    W = random(OUT, IN, seed=1)
-    gain = random(IN if along == "in_features" else OUT, seed=6)
-    given = learns(
-        random(*shape, seed=2), random(*shape, seed=3), random(OUT, RANK, seed=4), random(RANK, IN, seed=5), gain
-    )
-
-    def forward(x: Tensor, u: Tensor, P: Tensor, Q: Tensor, gain: Tensor) -> Tensor:
-        chosen = {} if along is None else {"gain": gain, "along": along}
-        return thin_linear(x, W, P, Q, update_input=u if dropped else None, **chosen)
-
-    def by_hand(x: Tensor, u: Tensor, P: Tensor, Q: Tensor, gain: Tensor) -> Tensor:
-        gained = W if along is None else W * (gain[:, None] if along == "out_features" else gain)
-        return x @ gained.T + (u if dropped else x) @ (P @ Q).T
-
-    torch.testing.assert_close(forward(*given), by_hand(*given))
-    assert torch.autograd.gradcheck(forward, given)
-
-
 @pytest.mark.parametrize("view", [lambda W: W, lambda W: W.T.contiguous().T], ids=["rows", "transposed"])
-def test_gradients_of_sums_are_finite_differences(view: Callable[[Tensor], Tensor]) -> None:
+def test_thin_values_and_gradients_are_the_dense_formulas(
+    gained: Any, dropped: bool, shape: tuple[int, ...], view: Callable[[Tensor], Tensor]
+) -> None:
     W = view(random(OUT, IN, seed=1))
-    P, Q = learns(random(OUT, RANK, seed=4), random(RANK, IN, seed=5))
-    for found, wanted in zip(sums(W, P, Q), ((W * (P @ Q)).sum(1), (P @ Q).square().sum(1)), strict=True):
-        torch.testing.assert_close(found, wanted)
-    assert torch.autograd.gradcheck(lambda P, Q: sums(W, P, Q), (P, Q))
+    target = random(IN if gained and gained[0] == "in_features" else OUT, seed=6)
+    given = learns(random(*shape, seed=2), random(*shape, seed=3), random(OUT, RANK, seed=4), random(RANK, IN, seed=5))
+    given += learns(target)[: bool(gained)]
+    G = random(*shape[:-1], OUT, seed=7)
+
+    def gain_of(target: tuple[Tensor, ...]) -> Gain | None:
+        if not target:
+            return None
+        along, extra, norm_learns = gained
+        return Gain(target[0], squares_of(W, along), along, extra, norm_learns)
+
+    def fast(x: Tensor, u: Tensor, P: Tensor, Q: Tensor, *target: Tensor) -> Tensor:
+        return thin_linear(x, W, P, Q, gain=gain_of(target), update_input=u if dropped else None)
+
+    def slow(x: Tensor, u: Tensor, P: Tensor, Q: Tensor, *target: Tensor) -> Tensor:
+        return by_hand(x, u if dropped else x, W, P, Q, gain_of(target))
+
+    torch.testing.assert_close(fast(*given), slow(*given), rtol=1e-12, atol=1e-12)
+    found, wanted = (torch.autograd.grad((G * f(*given)).sum(), given, allow_unused=True) for f in (fast, slow))
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+    if gained and gained[2]:
+        assert torch.autograd.gradcheck(fast, given)
+
+
+@pytest.mark.parametrize(("kind", "along"), [("dora", "out_features"), ("d2lora", "in_features")])
+@pytest.mark.parametrize("size", [1e-3, 1e-1, 1.0, 10.0])
+def test_float32_values_and_gradients_are_those_of_float64_at_any_size_of_the_update(
+    kind: str, along: Any, size: float
+) -> None:
+    """To a few units of 2⁻²⁴, as every product: norms take their part in float32 and lose nothing more."""
+    W, x, G = random(96, 128, seed=1), random(20, 128, seed=2), random(20, 96, seed=3)
+    slots = KINDS[kind].init(W, rank=4, scaling=1.0, dtype=F64).slots()
+    slots |= {name: random(*slot.shape, seed=4) for name, slot in slots.items() if name != "magnitude"}
+    update = KINDS[kind](**slots, scaling=1.0).update()
+    assert update is not None
+    scaling = size * float(W.norm() / update.dense().norm())
+
+    def results(dtype: torch.dtype) -> list[Tensor]:
+        given = learns(*(slot.to(dtype) for slot in slots.values()), x.to(dtype))
+        adapter = KINDS[kind](**dict(zip(slots, given, strict=False)), scaling=scaling)
+        y = adapter.forward(given[-1], W.to(dtype))
+        return [y, *torch.autograd.grad((G.to(dtype) * y).sum(), given)]
+
+    assert KINDS[kind](**slots, scaling=1.0).along == along
+    for low, exact in zip(results(torch.float32), results(F64), strict=True):
+        assert float(((low - exact).norm() / exact.norm()).detach()) < 16 * 2**-24
 
 
 def test_a_gain_of_zero_has_gradient_zero_and_no_nan() -> None:
     W, x = random(OUT, IN, seed=1), random(5, IN, seed=2)
-    P, Q, gain = learns(random(OUT, RANK, seed=4), random(RANK, IN, seed=5), random(OUT, seed=6))
+    P, Q, target = learns(random(OUT, RANK, seed=4), random(RANK, IN, seed=5), random(OUT, seed=6))
     with torch.no_grad():
-        gain[3] = 0
+        target[3] = 0
+    gain = Gain(target, squares_of(W, "out_features"), "out_features", 1, False)
     torch.autograd.backward(thin_linear(x, W, P, Q, gain=gain).square().sum())
-    assert gain.grad is not None
-    assert gain.grad[3] == 0
-    assert gain.grad.isfinite().all()
-    assert (gain.grad != 0).sum() == OUT - 1
+    assert target.grad is not None
+    assert target.grad[3] == 0
+    assert target.grad.isfinite().all()
+    assert (target.grad != 0).sum() == OUT - 1
 
 
 # ---- Dual LoRA ------------------------------------------------------------------------------------------------------

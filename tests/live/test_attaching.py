@@ -443,6 +443,19 @@ def test_a_published_form_loads_into_a_live_model_as_peft_loads_it(built: Any) -
     torch.testing.assert_close(case.forward(model), case.unmerged, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama dora"])
+def test_losses_of_training_are_pefts(built: Any, name: str) -> None:
+    """PEFT keeps the norm from the gradient too. Eight steps: AdamW makes rounding grow."""
+    from peft import PeftModel
+
+    case = built(name)
+    ours, base = case.load(case.base), case.load(case.base)
+    attach(ours, load(case.adapter))
+    theirs = PeftModel.from_pretrained(base, case.adapter, is_trainable=True)
+    assert train(ours, 8) == pytest.approx(wanted := train(theirs, 8), rel=3e-6)
+    assert wanted[-1] < wanted[0] - 0.05
+
+
 # ---- quantised bases ------------------------------------------------------------------------------------------------
 
 
