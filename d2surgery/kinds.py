@@ -57,7 +57,7 @@ TABLE: dict[str, Kind] = {  # in the order of detection
         title="D2-LoRA",
         groups={"plus": Group("A_plus", "B_plus"), "minus": Group("A_minus", "B_minus")},
         settings={"tau": 0.5, "along": "in_features", "form": "projected_plus_update"},
-        training=("detach_norm",),
+        training=("detach_norm", "detach_minus"),
         linear_only=True,
         axis=lambda settings: None if settings["form"] == "update" else settings["along"],
     ),

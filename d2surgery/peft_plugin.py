@@ -82,7 +82,7 @@ class _Config(PeftConfig):  # type: ignore[misc]
 class D2LoraConfig(_Config):
     """Ŵ = W* + ΔW, ΔW = lora_alpha/r·(B₊A₊ − τ·B₋A₋): see `d2surgery.D2LoRA`.
 
-    training: detach_norm (default False) and sigma, the spread of A₋ at the start (default 0.02).
+    training: detach_norm and detach_minus (default False), and sigma, the spread of A₋ at the start (default 0.02).
     """
 
     r: int = 8
@@ -101,6 +101,7 @@ class D2LoraConfig(_Config):
         return D2LoRA(
             **start.slots(), scaling=scaling, tau=self.tau, along=self.along, form=self.form,
             detach_norm=self.training.get("detach_norm", False),
+            detach_minus=self.training.get("detach_minus", False),
         )  # fmt: skip
 
 

@@ -78,7 +78,8 @@ def test_d2_keeps_its_form_axis_and_tau(tmp_path: Path, form: str, along: str) -
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [("d2lora", {"detach_norm": True}), ("duallora", {"ste": "mask"}), ("duallora", {})]
+    ("kind", "options"),
+    [("d2lora", {"detach_norm": True, "detach_minus": True}), ("duallora", {"ste": "mask"}), ("duallora", {})],
 )
 def test_choices_of_training_stand_in_the_config_and_come_back(
     tmp_path: Path, kind: str, options: dict[str, Any]

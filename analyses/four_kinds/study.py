@@ -4,7 +4,7 @@ Each arm's learning rate is chosen on a seed and on items of its own; fresh seed
 training in a process of its own and stays when it is done: the same command goes on where it was stopped.
 
     python analyses/four_kinds/study.py --base MODEL --data DIR --work DIR [--jobs N] [--device cuda] [--budget paper]
-    python analyses/four_kinds/study.py --tiny
+    python analyses/four_kinds/study.py --tiny [--ablations]
 """
 
 import argparse
@@ -38,6 +38,12 @@ ARMS: dict[
     "D2-LoRA 16+16": {"kind": "d2lora", "rank": 32, "alpha": 32.0},
     "Dual LoRA 8+8": {"kind": "duallora", "rank": 16, "alpha": 16.0},
 }
+ABLATIONS: dict[str, dict[str, Any]] = {  # of D2-LoRA 8+8, and its scaling at which Ŵ ≈ W0 + 2ΔW weighs as LoRA's
+    "D2-LoRA 8+8, alpha halved": ARMS["D2-LoRA 8+8"] | {"alpha": 8.0},
+    "D2-LoRA 8+8, minus off": ARMS["D2-LoRA 8+8"] | {"tau": 0.0},
+    "D2-LoRA 8+8, minus detached": ARMS["D2-LoRA 8+8"] | {"detach_minus": True},
+    "D2-LoRA 8+8, norm detached": ARMS["D2-LoRA 8+8"] | {"detach_norm": True},
+}
 SETS = {"small": ("openbookqa", "ARC-Easy"), "paper": ("boolq", "piqa", "social_i_qa", "winogrande", "ARC-Easy",
         "ARC-Challenge", "openbookqa", "hellaswag")}  # fmt: skip
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -60,6 +66,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cells at once, each with one thread on a CPU")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--budget", default="small", choices=("small", "paper"))
+    parser.add_argument(
+        "--ablations", action="store_true", help="what of D2-LoRA it is: other arms, --results elsewhere"
+    )
     parser.add_argument("--results", type=Path, default=HERE, help="where results.json goes")
     parser.add_argument("--tiny", action="store_true", help="a random model, two steps; the numbers mean nothing")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
@@ -83,7 +92,8 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
     budget, work = BUDGETS[options.budget], options.work
     files = write_data(options.data, work, SETS.get(options.budget, SETS["small"]), budget["held_out"])
     run = run_cell if options.tiny else in_its_own_process
-    arms = TINY_ARMS if options.tiny else tuple(ARMS)
+    arms = TINY_ARMS if options.tiny or options.ablations else tuple(ARMS)
+    arms += tuple(ABLATIONS) if options.ablations else ()
     chosen, found = [], []
     for base in options.base:
         common = {"base": base, "files": files, "budget": options.budget, "device": options.device, "work": str(work)}
@@ -155,7 +165,7 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
         return stored
     budget, out = BUDGETS[cell["budget"]], record(cell).parent
     config = read_config(None, {
-        "base": cell["base"], "output": str(out), **ARMS[cell["arm"]], "train": [cell["files"]["train"]],
+        "base": cell["base"], "output": str(out), **(ARMS | ABLATIONS)[cell["arm"]], "train": [cell["files"]["train"]],
         "held_out": [cell["files"]["choosing" if cell["seed"] == CHOOSING else "held_out"]],
         "held_out_limit": budget["held_out"], "max_length": 256, "batch": budget["batch"], "lr": cell["lr"],
         **budget["length"], "seed": cell["seed"], "device": "cpu" if cell["device"] == "cpu" else "auto",

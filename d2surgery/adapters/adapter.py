@@ -84,6 +84,16 @@ class Adapter(ABC):
         return TABLE[self.kind].axis(self.settings) is not None
 
     @property
+    def frozen(self) -> tuple[str, ...]:
+        """Slots that no gradient reaches."""
+        return ()
+
+    @property
+    def first_order(self) -> int:
+        """How often a small ΔW at right angles to W0 is in W' − W0."""
+        return 1
+
+    @property
     def out_features(self) -> int:
         return next(_sizes(self, "out_features"))
 

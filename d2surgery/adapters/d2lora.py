@@ -19,8 +19,9 @@ class D2LoRA(Thin):
     """Ŵ = W* + ΔW, W* = c ⊙ (W0 + ΔW), c = ‖W0‖/‖W0 + ΔW‖, ΔW = s·(B₊A₊ − τ·B₋A₋)  (arXiv:2602.14728).
 
     `form` "projected" is W* alone, "update" W0 + ΔW. A zero vector of W0 has c = 0, so Ŵ = ΔW there; ‖W0 + ΔW‖ = 0
-    under a non-zero vector of W0 is ZERO_NORM. `detach_norm` makes c a constant to the gradient. Where the branches
-    nearly cancel, a delta in float32 errs by 1e-7 of the branches, not of their sum; `update()` does not.
+    under a non-zero vector of W0 is ZERO_NORM. `detach_norm` makes c a constant to the gradient, `detach_minus` B₋·A₋.
+    Where the branches nearly cancel, a delta in float32 errs by 1e-7 of the branches, not of their sum; `update()` does
+    not.
     """
 
     kind: ClassVar[str] = "d2lora"
@@ -32,6 +33,7 @@ class D2LoRA(Thin):
     along: Axis = "in_features"
     form: Form = "projected_plus_update"
     detach_norm: bool = False
+    detach_minus: bool = False
 
     @classmethod
     def init(
@@ -61,9 +63,15 @@ class D2LoRA(Thin):
     def _norm_learns(self) -> bool:
         return not self.detach_norm
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        return ("A_minus", "B_minus") if self.detach_minus else ()
+
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        P = torch.cat([self.scaling * self.B_plus.to(dtype), -self.scaling * self.tau * self.B_minus.to(dtype)], 1)
-        return P, torch.cat([self.A_plus.to(dtype), self.A_minus.to(dtype)], 0)
+        A, B = self.A_minus, self.B_minus
+        A, B = (A.detach(), B.detach()) if self.detach_minus else (A, B)
+        P = torch.cat([self.scaling * self.B_plus.to(dtype), -self.scaling * self.tau * B.to(dtype)], 1)
+        return P, torch.cat([self.A_plus.to(dtype), A.to(dtype)], 0)
 
     def _target(self, base_squares: Tensor) -> Tensor:
         return base_squares.sqrt()

@@ -65,6 +65,10 @@ class Thin(Adapter):
         """By how much more than that gain the update is multiplied."""
         return 0
 
+    @property
+    def first_order(self) -> int:
+        return 1 + self._extra
+
     def _gains(self, triple: Triple) -> Gains:
         gain = self._target(triple.base) / sum_norm(triple)
         return Gains(gain - 1, gain + self._extra)

@@ -229,7 +229,10 @@ def _before(config: TrainConfig, plan: Any) -> Iterator[str]:
     ranks = " + ".join(map(str, plan.ranks))
     where = f"{output.count(plan.modules, 'module')} of {output.printable(config.base)}"
     held = f" in {plan.quantization.removesuffix('bit')} bit" if plan.quantization else ""
-    yield f"training {plan.kind} on {where}{held}: rank {ranks}, scaling {output.number(plan.scaling)}"
+    scaling = output.number(plan.scaling)
+    if plan.effective_scaling != plan.scaling:
+        scaling += f", which weighs as {output.number(plan.effective_scaling)} of LoRA"
+    yield f"training {plan.kind} on {where}{held}: rank {ranks}, scaling {scaling}"
     for at, (parent, names) in enumerate(plan.targets.items()):
         yield f"  {'' if at else 'targets':10}  {output.printable(f'{parent}: ' if parent else '')}{', '.join(names)}"
     yield f"  parameters  {plan.trainable_parameters:,} of {plan.all_parameters:,} ({share:.2f} %)"

@@ -61,8 +61,8 @@ def initial(
 
     targets: name suffixes as PEFT's (a module's name, or its end after a dot), one regular expression for whole
     names, or "all-linear", which is every linear layer but the output head. options: those of the kind's `init`
-    (sigma, along) and its fields (tau, along, form, detach_norm, ste). The numbers drawn depend on the generator and
-    its device, not on the model's. Raises TARGETS_UNMATCHED, RANK_TOO_HIGH, BAD_CONFIG.
+    (sigma, along) and its fields (tau, along, form, detach_norm, detach_minus, ste). The numbers drawn depend on the
+    generator and its device, not on the model's. Raises TARGETS_UNMATCHED, RANK_TOO_HIGH, BAD_CONFIG.
     """
     if kind not in KINDS:
         raise refuse("BAD_CONFIG", "No such kind.", wanted=" or ".join(KINDS), got=repr(kind))

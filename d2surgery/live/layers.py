@@ -151,7 +151,10 @@ class AdaptedLinear(OverFrozen):
         device = next(base_layer.parameters()).device
         check_device(device)
         self.slots = nn.ParameterDict(
-            {name: _parameter(slot, device, trainable) for name, slot in adapter.slots().items()}
+            {
+                name: _parameter(slot, device, trainable and name not in adapter.frozen)
+                for name, slot in adapter.slots().items()
+            }
         )
         self.dropout = dropout
         self._kind = type(adapter)

@@ -260,9 +260,12 @@ def _contradictions(config: TrainConfig) -> Iterator[Problem]:
     if config.run.precision == "fp16" and adapter.kind == "duallora" and adapter.ste in (None, "clip"):
         message = "fp16 multiplies gradients by the scaler's factor, and clipping would see them so"
         yield bad("adapter.ste", message, wanted="bf16, or ste mask or identity", got="clip")
+    slots = TABLE[adapter.kind].slots
+    learning = [slot for slot in slots if not (adapter.detach_minus and slot.endswith("_minus"))]
     for slot in config.optimizer.lr_ratio:
-        if slot not in TABLE[adapter.kind].slots:
-            yield bad(f"optimizer.lr_ratio.{slot}", "no such slot", wanted=" or ".join(TABLE[adapter.kind].slots))
+        if slot not in learning:
+            message = "it does not learn" if slot in slots else "no such slot"
+            yield bad(f"optimizer.lr_ratio.{slot}", message, wanted=" or ".join(learning))
     if config.data.goal == "labels" and config.data.batching == "packed":
         yield bad("data.batching", "a row has one label", wanted="shuffled or by_length", got="packed")
     if config.data.goal == "labels" and config.run.quantization:

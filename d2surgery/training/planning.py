@@ -33,6 +33,7 @@ class TrainPlan:
     targets: Mapping[str, tuple[str, ...]]  # "model.layers.*.mlp" -> last names of its adapted modules
     ranks: tuple[int, ...]
     scaling: float
+    effective_scaling: float  # W' − W0 is so many times B·A to first order: twice the scaling of D2-LoRA
     trainable_parameters: int
     all_parameters: int
     quantization: Quantization | None  # of the base in memory
@@ -99,6 +100,7 @@ def plan_of(config: TrainConfig, model: Any, corpus: Corpus, schedule: Schedule,
         targets=_by_parent(layers),
         ranks=(config.group_rank,) * groups,
         scaling=config.scaling,
+        effective_scaling=config.scaling * next(iter(layers.values())).adapter.first_order,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         all_parameters=sum(map(entries, model.parameters())),
         quantization=quantization_in(model),

@@ -56,6 +56,9 @@ class AdapterSettings:
     along: Annotated[Axis | None, Hint("The axis whose norms are kept: D2-LoRA.")] = None
     form: Annotated[Form | None, Hint("D2-LoRA: W* + ΔW, W* alone or W0 + ΔW.")] = None
     detach_norm: Annotated[bool | None, Hint("D2-LoRA: the norm is a constant to the gradient.")] = None
+    detach_minus: Annotated[
+        bool | None, Hint("D2-LoRA: the minus branch is a constant to the gradient, and stays as it starts: nothing.")
+    ] = None
     sigma: Annotated[
         float | None,
         Hint("Standard deviation of the start: D2-LoRA's A₋ 0.02; Dual LoRA by the base, moving it by 1 %.", POSITIVE),
@@ -187,4 +190,4 @@ class TrainConfig:
         return {name: value for name, value in chosen.items() if value is not None}
 
 
-KIND_OPTIONS = ("tau", "along", "form", "detach_norm", "sigma", "ste")
+KIND_OPTIONS = ("tau", "along", "form", "detach_norm", "detach_minus", "sigma", "ste")

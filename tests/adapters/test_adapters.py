@@ -556,6 +556,45 @@ def test_gradients_are_those_of_the_formula(case: str, detach_norm: bool) -> Non
             assert_same(grad, torch.from_numpy(wanted[name]), 1e-8)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("d2lora")])
+def test_a_detached_minus_branch_is_a_constant_of_the_same_value(case: str) -> None:
+    adapter, W0, G = make(case, 4, 5, 2, detach_minus=True), base(4, 5), random(4, 5, seed=40)
+    kind, chosen = CASES[case]
+    slots = arrays(adapter)
+    constant = {name: slot for name, slot in slots.items() if name in adapter.frozen}
+
+    def loss(plus: Slots) -> float:
+        return float((G.numpy() * by_hand(kind, W0.numpy(), {**constant, **plus}, 0.75, **chosen)).sum())
+
+    wanted = numerical_gradient(loss, {name: slot for name, slot in slots.items() if name not in constant})
+    assert set(constant) == {"A_minus", "B_minus"}
+    assert torch.equal(adapter.delta(W0), make(case, 4, 5, 2).delta(W0))
+    for ours in the_two_losses(W0, G):
+        learnt = learning(adapter)
+        torch.autograd.backward(ours(learnt))
+        for name, slot in learnt.slots().items():
+            if name in constant:
+                assert slot.grad is None
+            else:
+                assert slot.grad is not None
+                assert_same(slot.grad, torch.from_numpy(wanted[name]), 1e-8)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "duallora"])
+def test_a_small_update_across_the_base_counts_as_often_as_is_said(case: str) -> None:
+    """At the start of training, DoRA's magnitudes those of the base, and along each vector of it."""
+    adapter, W0, axis = initial(case, W := base(), dtype=F64), W, CASES[case][1].get("along", "out_features")
+    moved: dict[str, Any] = {name: 1e-7 * random(*slot.shape, seed=3) for name, slot in adapter.slots().items()
+                             if name.startswith("B")}  # fmt: skip
+    adapter = replace(adapter, **moved)
+    update, delta = adapter.update(), adapter.delta(W0)
+    assert update is not None
+    dim = 1 if axis == "out_features" else 0
+    across = [M - W0 * (M * W0).sum(dim, keepdim=True) / W0.square().sum(dim, keepdim=True)
+              for M in (update.dense(), delta)]  # fmt: skip
+    torch.testing.assert_close(across[1], adapter.first_order * across[0], rtol=1e-4, atol=1e-12)
+
+
 @pytest.mark.parametrize("ste", ["clip", "mask", "identity"])
 def test_dual_lora_passes_the_gradient_straight_through_its_sign(ste: Any) -> None:
     """dL/dD = z'·Cᵀ, dL/dC = Dᵀ·z', z' the incoming gradient dL/dsign = G ⊙ s·ReLU(BA) as `ste` lets it through."""

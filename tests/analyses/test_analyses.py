@@ -206,6 +206,16 @@ def test_four_kinds_asks_questions_and_keeps_items_apart(tmp_path: Path) -> None
     assert not asked["choosing"] & asked["held_out"] | (asked["choosing"] | asked["held_out"]) & asked["train"]
 
 
+def test_the_ablations_of_four_kinds_are_configs(tmp_path: Path) -> None:
+    from d2surgery import read_config
+
+    study = runpy.run_path(str(ANALYSES / "four_kinds" / "study.py"))
+    common = {"base": "b", "output": str(tmp_path), "train": ["t"]}
+    arms = {name: read_config(None, common | arm) for name, arm in (study["ARMS"] | study["ABLATIONS"]).items()}
+    assert arms["D2-LoRA 8+8, minus detached"].adapter.detach_minus
+    assert 2 * arms["D2-LoRA 8+8, alpha halved"].scaling == arms["LoRA r16"].scaling
+
+
 # audit_truth -----------------------------------------------------------------------------------------------------
 
 

@@ -54,6 +54,19 @@ def test_it_says_what_will_be_trained_and_what_came_of_it(folder: Path, capsys: 
     assert capsys.readouterr() == ("", "")
 
 
+def test_it_says_what_a_scaling_weighs_where_that_is_not_itself(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of alpha has LoRA's weight: Ŵ ≈ W0 + 2ΔW."""
+    for at, (options, said) in enumerate({
+        ("--alpha", "2"): "rank 2 + 2, scaling 1.0, which weighs as 2.0 of LoRA",
+        ("--form", "update"): "rank 2 + 2, scaling 2.0",
+        ("--kind", "lora"): "rank 4, scaling 2.0",
+    }.items()):  # fmt: skip
+        assert run(folder / "run.toml", "--output", folder / f"weighs-{at}", "--steps", 1, *options) == 0
+        assert capsys.readouterr().out.splitlines()[0].endswith(f": {said}")
+
+
 def test_its_json_is_one_document_and_the_adapter_goes_on_to_other_verbs(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -160,8 +160,35 @@ def test_how_it_was_trained_stands_in_our_own_kinds_files(folder: Path) -> None:
     train(config)
     found = load(config.output).layout
     assert found.problems == ()
-    assert found.about.training == {"detach_norm": True, "sigma": 0.1, "dropout": 0.0, "seed": 0, "steps": 8}
+    assert found.about.training == {
+        "detach_norm": True,
+        "detach_minus": False,
+        "sigma": 0.1,
+        "dropout": 0.0,
+        "seed": 0,
+        "steps": 8,
+    }
     assert {entry.settings["along"] for entry in found.adapters.values()} == {"out_features"}
+
+
+def test_a_detached_minus_branch_trains_the_plus_branch_as_without_it(folder: Path) -> None:
+    """Of the paper's two ablations one is the other, from B₋ = 0: the same plus branch, bit for bit."""
+    plans: list[Any] = []
+    arms: dict[str, dict[str, Any]] = {"detached": {"detach_minus": True}, "off": {"tau": 0.0}, "both": {}}
+    for name, chosen in arms.items():
+        config = config_of(folder, "d2lora", adapter=chosen)
+        train(replace(config, output=str(folder / name)), announce=plans.append)
+    detached, off, both = (tensors(folder / name) for name in ("detached", "off", "both"))
+    for name, slot in detached.items():
+        if "_plus" in name:
+            assert torch.equal(slot, off[name])
+            assert not torch.equal(slot, both[name])
+        elif "B_minus" in name:
+            assert not slot.any()
+            assert both[name].any()
+    assert [2 * plans[0].trainable_parameters, 4.0] == [plans[2].trainable_parameters, plans[0].effective_scaling]
+    with pytest.raises(D2SurgeryError, match=r"lr_ratio\.B_minus: it does not learn .wanted A_plus or B_plus"):
+        config_of(folder, "d2lora", adapter={"detach_minus": True}, optimizer={"lr_ratio": {"B_minus": 2.0}})
 
 
 # Learning rates, warm-up, accumulation ---------------------------------------------------------------------------
