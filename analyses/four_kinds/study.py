@@ -52,7 +52,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "paper": {"lrs": (1e-4, 2e-4, 5e-4), "seeds": 4, "held_out": 1000, "batch": 16, "window": 20,
               "length": {"epochs": 2.0, "limit": 5000}},
     "tiny": {"lrs": (1e-3, 1e-2), "seeds": 2, "held_out": 4, "batch": 2, "window": 2,
-             "length": {"steps": 2, "limit": 50}},
+             "length": {"steps": 6, "limit": 50}},
 }  # fmt: skip
 TINY_ARMS = ("LoRA r16", CONTROL, "D2-LoRA 8+8")
 POWER = 2.8  # of standard errors: what 80 % of repetitions find at 5 %, two-sided, for many seeds
@@ -70,7 +70,7 @@ def main() -> None:
         "--ablations", action="store_true", help="what of D2-LoRA it is: other arms, --results elsewhere"
     )
     parser.add_argument("--results", type=Path, default=HERE, help="where results.json goes")
-    parser.add_argument("--tiny", action="store_true", help="a random model, two steps; the numbers mean nothing")
+    parser.add_argument("--tiny", action="store_true", help="a random model, six steps; the numbers mean nothing")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
@@ -264,8 +264,8 @@ def write_data(data: Path, work: Path, names: tuple[str, ...], held_out: int) ->
     return {part: str(file) for part, file in files.items()}
 
 
-def rewritten(path: Path) -> Iterator[dict[str, str]]:
-    """`question\\n\\nAnswer1: … Answer2: …` with its label, as question and the words of the answer."""
+def asked(path: Path) -> Iterator[dict[str, Any]]:
+    """`question\\n\\nAnswer1: … Answer2: …` with its label, as question, choices and the words of the answer."""
     for item in json.loads(gzip.decompress(path.read_bytes())):
         text = item["instruction"]
         question = re.split(r"\n\n", text)[0].partition(": ")[2] or text
@@ -275,7 +275,12 @@ def rewritten(path: Path) -> Iterator[dict[str, str]]:
         number = re.search(r"(\d+)$", item["answer"])
         answer = choices[int(number[1]) - 1].strip() if number and choices else item["answer"]
         if question.strip() and answer:
-            yield {"question": question.strip(), "answer": answer}
+            yield {"question": question.strip(), "choices": [choice.strip() for choice in choices], "answer": answer}
+
+
+def rewritten(path: Path) -> Iterator[dict[str, str]]:
+    """The question alone, and the words of the answer."""
+    return ({"question": item["question"], "answer": item["answer"]} for item in asked(path))
 
 
 def tiny_data(work: Path) -> Path:
