@@ -50,7 +50,7 @@ def command(
     keep, outputs = surgical.chosen(out, options)
     recipe = Recipe(keep=keep, **how)
     names, weights = zip(*adapters, strict=True)
-    layouts = [measured.open_adapter(name) for name in (*names, *filter(None, [combined]))]
+    layouts = [surgical.open_adapter(name) for name in (*names, *filter(None, [combined]))]
     where = BaseWeights(base) if base is not None else None
     with uncollected():  # torch
         from d2surgery.checkpoint import Checkpoint

@@ -49,7 +49,7 @@ def command(
     if above_base is not None and base is None:
         raise refuse("USAGE", "--above-base measures by the base", wanted="--base", got="none")
     surgical.check_calibration(base, calibration)
-    layout = measured.open_adapter(adapter)
+    layout = surgical.open_adapter(adapter)
     weights = BaseWeights(base) if base is not None else None
     with uncollected():  # torch
         from d2surgery.checkpoint import Checkpoint

@@ -40,7 +40,7 @@ def command(
     surgical.require_new(out)
     outputs = measured.checked_outputs(**options)
     within = _layers(layers)
-    layout = measured.open_adapter(adapter)
+    layout = surgical.open_adapter(adapter)
     weights = BaseWeights(base) if base is not None else None
     with uncollected():  # torch
         from d2surgery.checkpoint import Checkpoint

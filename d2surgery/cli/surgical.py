@@ -12,7 +12,9 @@ from d2surgery.cards import write_card
 from d2surgery.cli import measured, output
 from d2surgery.cli.options import Number, progress_bar
 from d2surgery.errors import refuse
+from d2surgery.files.base import BaseWeights
 from d2surgery.files.tokenizers import is_of_tokenizer
+from d2surgery.formats.layout import Layout
 from d2surgery.kinds import TABLE
 from d2surgery.machine import give_back
 from d2surgery.reporting.tidy import loss_rows
@@ -51,6 +53,13 @@ def chosen(out: Path | None, options: dict[str, Any]) -> tuple[Keep, measured.Ou
     given = {name: options.pop(name) for name, _, _ in _CRITERIA}
     keep = keep_of(options.pop("rank"), given, extra=options.pop("compat", None) == "kohya")
     return keep, measured.checked_outputs(**options)
+
+
+def open_adapter(adapter: str, base: BaseWeights | None = None, **reading: Any) -> Layout:
+    """As `measured.open_adapter`; what is made of it says its sha256, which is found while torch is imported."""
+    layout = measured.open_adapter(adapter, base, **reading)
+    _ = layout.header.hashing
+    return layout
 
 
 def calibration_options(command: Command) -> Command:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2surgery.errors import D2SurgeryError, Problem, raise_errors, refuse
+from d2surgery.files.hashing import Hashing
 from d2surgery.files.held import Held, Seen
 from d2surgery.files.reading import Twice, open_file, parse_json
 
@@ -85,6 +86,11 @@ class Header:
     def names(self) -> str:
         """The tensors' names and those of the metadata, a line break before and after each."""
         return "\n".join(("", *self.tensors, *self.metadata, ""))
+
+    @cached_property
+    def hashing(self) -> Hashing:
+        """The sha256 of the files, which a thread begins to find when this is first asked for."""
+        return Hashing(self.files)
 
     @property
     def usual_dtype(self) -> str | None:

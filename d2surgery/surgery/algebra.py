@@ -119,7 +119,7 @@ def _other_parts(
     told = [entry for entry in inputs if isinstance(entry, dict)] if isinstance(inputs, list) else []
     files = [entry for part in parts for entry in inputs_of(part)]
     if base is not None and any(entry.get("what") == "base" for entry in told):
-        files += files_of(base.header.files, "base")
+        files += files_of(base.header, "base")
     else:
         told = [entry for entry in told if entry.get("what") != "base"]
     if told != files:

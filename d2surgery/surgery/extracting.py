@@ -113,7 +113,7 @@ def _checkpoint(
     replaced = (t.rpartition(".")[0] for t in found.replacements if t != shared)
     whole = sorted({module for module in replaced if module not in found.adapters})
     name = base.config.get("_name_or_path")
-    inputs = [*files_of(base.header.files, "base"), *files_of(tuned.header.files, "tuned")]
+    inputs = [*files_of(base.header, "base"), *files_of(tuned.header, "tuned")]
     about = About(
         base_model=name if isinstance(name, str) and name and not Path(name).is_absolute() else None,
         saved_modules=tuple(whole),

@@ -1,14 +1,13 @@
 """What surgery says of itself in the header of a file that it made: inputs, method, and what each module lost."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 from d2surgery.checkpoint import Checkpoint
 from d2surgery.files.base import BaseWeights
+from d2surgery.files.header import Header
 from d2surgery.surgery.certificate import Certificate, Loss
 
 _POINTS = 65  # of a curve that are written
@@ -24,7 +23,7 @@ def history(
     base: where its values decided what was made.
     """
     inputs = [entry for each in checkpoints for entry in inputs_of(each)]
-    inputs += files_of(base.header.files, "base") if base is not None else ()
+    inputs += files_of(base.header, "base") if base is not None else ()
     before = [{name: value for name, value in step.items() if name != "modules"}
               for step in checkpoints[0].layout.about.history]  # fmt: skip
     return (*before, step_of(certificate, inputs))
@@ -80,10 +79,9 @@ def _is_error(value: Any) -> bool:
 def inputs_of(checkpoint: Checkpoint) -> Iterator[dict[str, str]]:
     """The files of an adapter that came from files."""
     if checkpoint.layout.format:
-        yield from files_of(checkpoint.layout.header.files, "adapter")
+        yield from files_of(checkpoint.layout.header, "adapter")
 
 
-def files_of(files: Sequence[Path], what: str) -> Iterator[dict[str, str]]:
-    for file in files:
-        with file.open("rb") as stream:
-            yield {"what": what, "file": file.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+def files_of(header: Header, what: str) -> Iterator[dict[str, str]]:
+    for file, digest in zip(header.files, header.hashing.wait(), strict=True):
+        yield {"what": what, "file": file.name, "sha256": digest}
