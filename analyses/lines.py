@@ -5,7 +5,7 @@ from html import escape
 from math import log
 from typing import NamedTuple
 
-WIDTH, LEFT, TOP, PANEL, GAP, DEEP = 1060, 60, 50, 380, 60, 260
+WIDTH, LEFT, TOP, PANEL, GAP, DEEP = 1120, 60, 50, 380, 60, 260
 COLOURS = ("#0072B2", "#56B4E9", "#000000", "#D55E00", "#CC79A7", "#E69F00", "#009E73")  # Okabe and Ito
 INK, RULE = "#30343a", "#d9dce0"
 Point = tuple[float, float]
