@@ -300,7 +300,7 @@ CODES: dict[str, Code] = {
     # Where an adapter lands in a base.
     "BAD_BASE": Code(
         "The base is not a directory of weights that are read: safetensors, PyTorch's, or one GGUF model.",
-        "Give a Hugging Face model directory, or a GGUF model in F32, F16 or BF16 that is alone in its own.",
+        "Give a Hugging Face model directory, or a GGUF model that is alone in its own.",
     ),
     "MISSING_SHARD": Code("The index names a weight file or tensor that is not there.", "Complete the download."),
     "TWO_SETS_OF_WEIGHTS": Code(
@@ -410,6 +410,10 @@ CODES: dict[str, Code] = {
         "Bases in 4 and 8 bit are held by bitsandbytes, an extra that is not installed.",
         "Run `pip install 'd2surgery[quantized]'`.",
     ),
+    "NO_GGUF": Code(
+        "The blocks of a quantised GGUF file are read by the Python package gguf, an extra that is not installed.",
+        "Run `pip install 'd2surgery[gguf]'`.",
+    ),
     # Merging.
     "STRENGTH": Code(
         "There is no such strength: it is finite, and replaced weights and rows have none but 1.",
@@ -505,6 +509,15 @@ CODES: dict[str, Code] = {
         "The strength scaled a part of the adapter instead of its delta: the update before the norm, as PEFT and "
         "diffusers do, or the gain of the magnitude, as LyCORIS does.",
         "Merge here with --strength, which scales the whole change, or audit at the strength 1.",
+    ),
+    "ON_A_GRID": Code(
+        "Merged weights are quantised, and consistent with a right merge as far as their grid shows: its noise hides "
+        "the bits, and a small delta.",
+        "Audit the unquantised merge. Of Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 and MLX's a merge by a known merger can be made "
+        "again block by block; more modules, or a finer grid, narrow the strength.",
+    ),
+    "SAME_BLOCKS": Code(
+        "Merged weights are quantised, and a known merge, quantised, gives the same blocks.", "Nothing to do."
     ),
     "STRENGTH_UNCERTAIN": Code(
         "The strength can neither be confirmed nor refuted: its deviation is small or its standard error large.",

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Unpack
 from d2surgery.auditing.findings import Audit, ModuleAudit, Thresholds, verdict_of
 from d2surgery.auditing.loading import directory_problems, open_merged
 from d2surgery.auditing.receipts import has_receipt, other_receipt
-from d2surgery.auditing.settings import compare_settings
+from d2surgery.auditing.settings import compare_settings, in_itself
 from d2surgery.errors import D2SurgeryError, Problem, refuse
 from d2surgery.files.base import BaseWeights
 from d2surgery.formats.layout import Reading
@@ -92,7 +92,7 @@ def audit(
         also=also,
         modules=modules,
         tensors=tensors,
-        not_checked=(*pairing.not_checked, *_not_checked(prepared, modules, files, behaviour, gap)),
+        not_checked=(*pairing.not_checked, *_not_checked(prepared, found, modules, files, behaviour, gap)),
         behaviour=behaviour,
         task=gap,
         seconds=time.monotonic() - began,
@@ -113,17 +113,19 @@ def _fitted(
                 from d2surgery.auditing.adapters import nearest
 
             adapter, note = nearest(base, adapter, merged, strength, reading)
-    return adapter, fit(base, adapter, strength, **reading), note
+    return adapter, fit(base, adapter, strength, dequantized=True, **reading), note
 
 
 def _not_checked(
-    prepared: "Prepared", modules: Mapping[str, ModuleAudit], files: bool, behaviour: "Behaviour | None",
-    gap: "TaskGap | None",
+    prepared: "Prepared", merged: BaseWeights, modules: Mapping[str, ModuleAudit], files: bool,
+    behaviour: "Behaviour | None", gap: "TaskGap | None",
 ) -> Iterator[str]:  # fmt: skip
     unread = (name for name in prepared.fit.layout.adapters if name not in modules)
     yield from (f"{name}: its tensor is not in the merged checkpoint" for name in unread)
     if not files:
         yield "config and tokenizer: not asked for"
+    elif in_itself(merged):
+        yield "tokenizer and generation config in the GGUF file"
     yield from behaviour.not_checked if behaviour else ["outputs and logits"]
     if gap is None:
         yield "answers to questions"

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 
+from d2surgery.auditing.grids import Sums, measure
 from d2surgery.auditing.pairing import pair_up
 from d2surgery.auditing.replay import Replay
 from d2surgery.errors import D2SurgeryError, Problem
@@ -13,6 +14,7 @@ from d2surgery.merging.prepared import prepare
 from d2surgery.placement.fit import Fit, fit
 
 Directory = str | os.PathLike[str]
+_SOME = 8  # quantised tensors: one alone may hide the delta
 
 
 def nearest(
@@ -30,7 +32,7 @@ def nearest(
     distances: dict[Directory, float] = {}
     for adapter in adapters:
         try:
-            distances[adapter] = _distance(fit(base, adapter, strength, **reading), merged)
+            distances[adapter] = _distance(fit(base, adapter, strength, dequantized=True, **reading), merged)
         except D2SurgeryError as error:
             refused += error.problems
     if not distances:
@@ -41,11 +43,16 @@ def nearest(
 
 
 def _distance(fitted: Fit, merged: BaseWeights) -> float:
-    """The share of elements that no recipe gives, in the smallest adapted tensor of the merged file."""
+    """The share of elements that no recipe gives, in the smallest adapted tensor of the merged file; of quantised ones
+    in some, and how far they are from lying along the delta."""
     prepared = prepare(fitted, None, "cpu")
     patched = [pair for pair in pair_up(prepared, merged).pairs if pair.output.site and pair.output.site.patches]
     if not patched:
         return 1.0
+    if on_a_grid := [pair for pair in patched if pair.info.grid][:_SOME]:
+        with one_thread():
+            sums = sum(measure(prepared.merger, on_a_grid).modules.values(), Sums())
+        return sums.wanted.mismatched / max(sums.wanted.elements, 1) + 1 - sums.survival.cosine
     smallest = min(patched, key=lambda pair: pair.info.nbytes)
     replay = Replay(prepared.merger)
     with one_thread():

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,13 +30,16 @@ from d2surgery.files.tensors import DTYPES, read_tensor
 from d2surgery.machine import ahead, one_thread, trim, workers
 from d2surgery.merging.prepared import Prepared
 
+if TYPE_CHECKING:
+    from d2surgery.auditing.grid_rules import Judged
+
 
 def compared(
     prepared: Prepared, merged: BaseWeights, thresholds: Thresholds, progress: Callable[[int, int], None]
 ) -> tuple[Pairing, dict[str, ModuleAudit], dict[str, TensorAudit], tuple[str, ...]]:
     """What stands for what, every module and every tensor with its evidence, and the recipes that fit, too."""
     pairing, dtype = pair_up(prepared, merged), merged.header.usual_dtype or ""
-    pairs = pairing.pairs
+    pairs = tuple(pair for pair in pairing.pairs if not pair.info.grid)
     replay = Replay(prepared.merger)
     with one_thread():
         replay.run(pairs, progress)
@@ -47,7 +52,25 @@ def compared(
     modules = shared_twice(modules, pairing.shared)
     cast = cast_before(replay, pairs, modules)
     tensors = {pair.name: judge_tensor(pair, replay, modules, forgotten, cast) for pair in pairs}
+    if len(pairs) < len(pairing.pairs):
+        quantized = _on_a_grid(prepared, pairing, thresholds, progress)
+        modules, tensors = modules | quantized.modules, tensors | quantized.tensors
+        pairing = replace(pairing, problems=(*pairing.problems, *quantized.problems))
     return pairing, modules, tensors | dict(pairing.others), replay.also
+
+
+def _on_a_grid(
+    prepared: Prepared, pairing: Pairing, thresholds: Thresholds, progress: Callable[[int, int], None]
+) -> "Judged":
+    """What the merged file has in quantised tensors."""
+    from d2surgery.auditing.grid_rules import judged  # which few have
+    from d2surgery.auditing.grids import measure
+
+    pairs = [pair for pair in pairing.pairs if pair.info.grid]
+    with one_thread():
+        measured = measure(prepared.merger, pairs, progress)
+    kinds = {name: entry.kind for name, entry in prepared.fit.layout.adapters.items()}
+    return judged(measured, pairs, kinds, thresholds)
 
 
 def _settle_recipes(replay: Replay, pairs: tuple[TensorPair, ...]) -> None:

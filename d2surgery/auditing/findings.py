@@ -21,7 +21,9 @@ STATUSES: tuple[Status, ...] = (
     "adapted", "unchanged", "replaced", "tied", "resized", "changed", "missing", "extra"
 )  # fmt: skip
 LEVELS = ("weights", "outputs", "logits", "task")
-OPEN = frozenset(("STRENGTH_UNCERTAIN", "NOT_RUNNABLE"))  # codes that leave the question open: inconclusive, not fail
+OPEN = frozenset(
+    ("STRENGTH_UNCERTAIN", "NOT_RUNNABLE", "ON_A_GRID")
+)  # codes that leave the question open: inconclusive, not fail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,8 @@ class ModuleAudit:
     residual_rank: int | None = None  # rank above rounding noise of what no strength explains
     code: str = ""
     message: str = ""
+    grid: str = ""  # that its first tensor is quantised to: "Q4_K", "MLX, 4 bits"
+    grid_noise: float | None = None  # ‖noise of the grid‖/‖delta‖, of errors as wide as its steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,5 +190,5 @@ def _problem(problem: Problem) -> dict[str, str]:
 def _module(module: ModuleAudit) -> dict[str, Any]:
     survival = module.survival
     names = ("gain", "relative_error", "cosine", "changed_share")
-    numbers = {name: finite(getattr(module, name)) for name in ("strength", "strength_error", "residual")}
+    numbers = {name: finite(getattr(module, name)) for name in ("strength", "strength_error", "residual", "grid_noise")}
     return asdict(module) | numbers | {"survival": {name: finite(getattr(survival, name)) for name in names}}

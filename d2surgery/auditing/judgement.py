@@ -287,7 +287,7 @@ def reasons_of(modules: Mapping[str, ModuleAudit], tensors: Iterable[TensorAudit
         severity = "error" if verdict == "fail" else "warning" if named else _OPEN_OR_BETTER.get(code, "warning")
         message = _of_all(group) if alone == ELSEWHERE else _worst(group).message
         yield Problem(code=code, severity=severity, message=message, module=_several(group))
-    low = [m for m in modules.values() if m.verdict == "pass" and m.survival.gain < LOW_GAIN]
+    low = [m for m in modules.values() if m.verdict == "pass" and not m.grid and m.survival.gain < LOW_GAIN]
     if low:
         least = min(low, key=lambda m: m.survival.gain)
         text = f"rounding to the file's dtype left {least.survival.gain:.0%} of the delta in {least.module}"

@@ -40,7 +40,7 @@ def open_merged(directory: str | os.PathLike[str]) -> BaseWeights:
         what = "it holds an adapter" if held else "no model.safetensors and no index"
         raise refuse("BAD_MERGED", what, file=str(path), got=several(other))
     try:
-        found = BaseWeights(path, as_loaded=True)
+        found = BaseWeights(path, as_loaded=True, dequantized=True)
     except D2SurgeryError as error:
         raise D2SurgeryError(
             *(replace(p, code="BAD_MERGED") if p.code == "BAD_BASE" else p for p in error.problems)

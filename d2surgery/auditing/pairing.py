@@ -75,13 +75,15 @@ def pair_up(prepared: Prepared, merged: BaseWeights) -> Pairing:
         elif wrong := _misfit(output, there[found]):
             others[found] = _lacking(output, found, *wrong, there[found])
         else:
-            written = output._replace(dtype=there[found].dtype)
+            written = output if there[found].grid else output._replace(dtype=there[found].dtype)
             pairs.append(TensorPair(name if status == "tied" else found, written, there[found], status, otherwise))
     for name in sorted(there.keys() - set(names.values())):
         right = own_ties.get(name, matching.again.get(name, ""))
         info, source, twin = there[name], expected.get(right), there.get(names.get(right, ""))
         if source is not None and source.shape == info.shape and info.dtype in FLOATS:
-            pairs.append(TensorPair(name, source._replace(dtype=info.dtype), info, "tied", twin=twin))
+            pairs.append(
+                TensorPair(name, source if info.grid else source._replace(dtype=info.dtype), info, "tied", twin=twin)
+            )
         else:
             code = "" if name in matching.unused else "TENSOR_EXTRA"
             others[name] = TensorAudit(

@@ -156,7 +156,7 @@ def _hashes(
 
 def _hash(info: TensorInfo) -> str:
     digest, piece, read = hashlib.sha256(), bytearray(min(_PIECE, max(info.nbytes, 1))), read_stored
-    if info.heads or info.added:  # of a GGUF: not as it is stored
+    if info.heads or info.added or info.grid:  # of a GGUF or MLX: not as it is stored
         from d2surgery.files.tensors import read_part as read  # torch
     for start in range(0, info.nbytes, _PIECE):
         view = memoryview(piece)[: min(_PIECE, info.nbytes - start)]

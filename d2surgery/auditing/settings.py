@@ -6,6 +6,7 @@ tokenizer.json anew, and none of that changes the model.
 
 import json
 from collections.abc import Iterator, Mapping
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from d2surgery.auditing.effective import as_directory, config_in, generation_in
 from d2surgery.auditing.tokenizers import either_tokenizer, read_object
 from d2surgery.errors import Problem, Severity
 from d2surgery.files.base import BaseWeights
+from d2surgery.files.tokenizers import is_of_tokenizer
 from d2surgery.merging.companions import find_companions, merged_config
 from d2surgery.placement.fit import Fit
 from d2surgery.placement.ties import tie_flag
@@ -45,37 +47,54 @@ _NEEDED = frozenset((
 
 def compare_settings(fit: Fit, merged: BaseWeights, *, tied: bool) -> list[Problem]:
     """All files beside the weights, and those that merge would have written beside weights of these dtypes; tied: the
-    file leaves an output to its tie."""
+    file leaves an output to its tie. A GGUF file holds its own: beside it only what lies there is compared."""
     theirs, ours = merged.header.usual_dtype, fit.base.header.usual_dtype
     found = find_companions(fit).paths
     expected = {name: path.read_bytes() for name, path in found.items() if name == GENERATION or path.suffix == ".py"}
     if fit.base.config:
         expected[CONFIG] = json.dumps(merged_config(fit, theirs if theirs != ours else None)).encode()
-    tokenizers = either_tokenizer(found, find_companions(fit, "base").paths, merged.directory)
+    there = {path.name for path in merged.directory.iterdir()}
+    if in_itself(merged):
+        expected = {name: content for name, content in expected.items() if name != GENERATION or name in there}
+        found = found if any(map(is_of_tokenizer, there)) else {}
+    tokenizers = either_tokenizer(found, find_companions(fit, "base").paths if found else {}, merged.directory)
     want, got = read_object(expected.get(CONFIG)), merged.config
+    if in_itself(merged) and CONFIG not in there:
+        got = {**want, **{name: _said(value, want.get(name)) for name, value in got.items()}}
     if not want:
         return [*_generation(expected, merged.directory), *tokenizers]
     if not got:
         return [Problem(code="CONFIG_CHANGED", message="there is none", file=CONFIG), *tokenizers]
-    return [*_config(expected, want, merged, tied=tied), *_generation(expected, merged.directory), *tokenizers]
+    config = _config(expected, want, got, merged.directory, tied=tied)
+    return [*config, *_generation(expected, merged.directory), *tokenizers]
+
+
+def _said(value: Any, wanted: Any) -> Any:
+    """A number of a GGUF file, which has float32 of the one that is wanted; what it does not say is as it should be."""
+    numbers = isinstance(value, float) and isinstance(wanted, float)
+    return wanted if numbers and isclose(value, wanted, rel_tol=1e-6) else value
+
+
+def in_itself(merged: BaseWeights) -> bool:
+    """Whether the weights are a GGUF file, in which tokenizer and config are."""
+    return merged.header.files[0].suffix == ".gguf"
 
 
 def _config(
-    expected: Mapping[str, bytes], want: Mapping[str, Any], merged: BaseWeights, *, tied: bool
+    expected: Mapping[str, bytes], want: Mapping[str, Any], got: Mapping[str, Any], merged: Path, *, tied: bool
 ) -> Iterator[Problem]:
     """By what transformers reads in both: a field that is not there has a default.
 
     As they are written where only cosmetic fields differ, or where transformers cannot read what is expected.
     """
-    got = merged.config
-    yield from _code(expected, got, merged.directory)
+    yield from _code(expected, got, merged)
     if _read(want) == _read(got) or want.get("model_type") != got.get("model_type"):
         yield from compare_config(want, got, effective=False)
         yield from _tie(want, got, tied)
         return
     with as_directory({CONFIG: expected[CONFIG]}) as directory:
         wanted = config_in(directory)
-    found = _config_in(merged)
+    found = _config_in(merged, got)
     if isinstance(wanted, str):
         yield from compare_config(want, got, effective=False)
         yield from _tie(want, got, tied)
@@ -86,12 +105,13 @@ def _config(
         yield from _tie(wanted, found, tied)
 
 
-def _config_in(merged: BaseWeights) -> dict[str, Any] | str:
-    """As `config_in`; of what a GGUF file says where there is no config.json."""
-    if (merged.directory / CONFIG).exists():
-        return config_in(merged.directory)
-    with as_directory({CONFIG: json.dumps(merged.config).encode()}) as directory:
+def _config_in(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | str:
+    """As `config_in`; of a config that is not the file's own: of GGUF, or without what MLX says of its grid."""
+    path = directory / CONFIG
+    if path.exists() and read_object(path.read_bytes()) == config:
         return config_in(directory)
+    with as_directory({CONFIG: json.dumps(config).encode()}) as made:
+        return config_in(made)
 
 
 def _code(expected: Mapping[str, bytes], got: Mapping[str, Any], directory: Path) -> Iterator[Problem]:

@@ -254,7 +254,9 @@ def _modules(found: Audit, per_layer: bool) -> Iterator[str]:
                 module.module,
                 module.code or module.status,
                 f"strength {output.number(module.strength)} ± {module.strength_error:.1g}",
-                f"{module.mismatched_elements} of {module.elements} differ",
+                f"noise {output.number(module.grid_noise)} × delta"
+                if module.grid_noise is not None
+                else f"{module.mismatched_elements} of {module.elements} differ",
                 f"survival {output.number(module.survival.gain)}",
             ]
             for module in shown

@@ -35,7 +35,7 @@ def command(adapter: str, base: Path, along: Axis | None, device: str, **options
     """
     give_back()
     outputs = measured.checked_outputs(**options)
-    weights = BaseWeights(base)
+    weights = BaseWeights(base, dequantized=True)
     layout = measured.open_adapter(adapter, weights)
     with uncollected():  # torch
         from d2surgery.checkpoint import Checkpoint

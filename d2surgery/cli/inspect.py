@@ -108,7 +108,7 @@ def _read_numbers(layout: Layout) -> tuple[Numbers, list[Problem]]:
 
 def _land(layout: Layout, base: Path) -> tuple[Layout, int, list[Problem]]:
     """The layout with what the base says beside the file, how many of its tensors change, and what does not fit."""
-    from d2surgery.files.base import read_model_config
+    from d2surgery.files.base import on_a_grid, read_model_config
     from d2surgery.files.checkpoints import read_checkpoint_header
     from d2surgery.placement.bases import other_base
     from d2surgery.placement.promises import broken_promises
@@ -118,7 +118,7 @@ def _land(layout: Layout, base: Path) -> tuple[Layout, int, list[Problem]]:
     layout = with_base(layout, header.tensors, config)
     landing = sites(layout, header, config)
     promises = broken_promises(layout, header, landing)
-    problems = [*landing.problems, *promises, *other_base(layout.base_model, base, config)]
+    problems = [*on_a_grid(header), *landing.problems, *promises, *other_base(layout.base_model, base, config)]
     return layout, len(landing.sites), problems
 
 

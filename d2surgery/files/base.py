@@ -1,6 +1,7 @@
 """BaseWeights: the tensors of a model directory, read by row ranges with pread, never held or mapped."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from math import prod
@@ -12,6 +13,7 @@ from d2surgery.files.checkpoints import find_weights, read_checkpoint_header
 from d2surgery.files.header import Header
 from d2surgery.files.held import Seen, changes
 from d2surgery.files.locate import locate_base
+from d2surgery.files.mlx_base import FIELDS
 from d2surgery.files.reading import read_json
 
 if TYPE_CHECKING:
@@ -64,15 +66,27 @@ def _of_gguf(directory: Path) -> dict[str, Any]:
     return config_of(read_gguf_base(found))
 
 
+def on_a_grid(header: Header) -> list[Problem]:
+    """That tensors are quantised, by the grids that they lie on."""
+    count = Counter(info.grid.name for info in header.tensors.values() if info.grid)
+    if not count:
+        return []
+    message = ", ".join(f"{number} tensors in {name}" for name, number in count.most_common())
+    return [Problem(code="QUANTIZED_BASE", message=message, file=str(header.files[0]))]
+
+
 class BaseWeights(Mapping[str, "Tensor"]):
     """A Hugging Face model directory, or a hub id. Each access reads one tensor; `header` has names and shapes.
 
     as_loaded: where its index is wrong, what transformers would load all the same (`read_checkpoint_header`).
+    dequantized: quantised tensors of GGUF and MLX are the numbers that they stand for, in float32, instead of refused.
 
-    Raises D2SurgeryError BAD_BASE, MISSING_SHARD, HUB_UNREACHABLE or what read_header raises.
+    Raises D2SurgeryError BAD_BASE, MISSING_SHARD, HUB_UNREACHABLE, QUANTIZED_BASE or what read_header raises.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, as_loaded: bool = False) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], *, as_loaded: bool = False, dequantized: bool = False
+    ) -> None:
         self.directory = locate_base(directory)
         if not self.directory.is_dir():
             raise refuse("BAD_BASE", "not a directory", file=str(directory))
@@ -80,14 +94,19 @@ class BaseWeights(Mapping[str, "Tensor"]):
         beside = (Seen(config),) if config.exists() else ()  # before it is read
         self.header: Header = read_checkpoint_header(self.directory, as_loaded=as_loaded)
         self.seen = (*self.header.seen, *beside)
+        if not dequantized:
+            raise_errors(on_a_grid(self.header))
 
     def __repr__(self) -> str:
         return f"BaseWeights({str(self.directory)!r}, {len(self)} tensors in {len(self.header.files)} files)"
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json, or what a GGUF file says; {} when there is neither."""
-        return read_model_config(self.directory)
+        """config.json, without what it says of dequantised modules, or what a GGUF file says; {} for neither."""
+        config = read_model_config(self.directory)
+        if not any(info.grid and info.grid.scales for info in self.header.tensors.values()):
+            return config
+        return {name: value for name, value in config.items() if name not in FIELDS}
 
     def refuse_changes(self) -> None:
         """Raises D2SurgeryError BASE_CHANGED for every file that is not as it was when its header was read."""

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from d2surgery.errors import D2SurgeryError, Problem, brief, raise_errors, refuse
 from d2surgery.files.header import Header, TensorInfo, is_pickle, read_header
@@ -22,6 +23,15 @@ def read_checkpoint_header(directory: Path, *, as_loaded: bool = False) -> Heade
     as_loaded: take what transformers takes: every tensor of every shard, of one in two shards the last shard's. What
     the index says otherwise is a warning then. Without it such an index raises.
     """
+    header = _joint_header(directory, as_loaded)
+    if not any(name.endswith(".scales") for name in header.tensors):
+        return header
+    from d2surgery.files.mlx_base import dequantized  # which few need
+
+    return dequantized(header, _config(directory))
+
+
+def _joint_header(directory: Path, as_loaded: bool) -> Header:
     found = find_weights(directory)
     if found is None:
         raise refuse("BAD_BASE", "no model.safetensors and no index", file=str(directory), got=_listing(directory))
@@ -58,11 +68,15 @@ def find_weights(directory: Path) -> Path | None:
 
 def _named(directory: Path) -> tuple[str, ...]:
     """What a config says that the weights are called; nothing of it leads out of the directory."""
-    try:
-        said = read_json(directory / "config.json").get("transformers_weights")
-    except D2SurgeryError:  # a config that is not there, or cannot be read: whoever needs it says so
-        return ()
+    said = _config(directory).get("transformers_weights")
     return (said,) if isinstance(said, str) and Path(said).name == said else ()
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    try:
+        return read_json(directory / "config.json")
+    except D2SurgeryError:  # a config that is not there, or cannot be read: whoever needs it says so
+        return {}
 
 
 def _by_another_name(directory: Path, ending: str) -> Path | None:

@@ -5,7 +5,7 @@
     tensor:  name, number of sizes (u32), the sizes (u64, fastest first), type (u32), where it begins (u64)
     then, on multiples of general.alignment (32), the tensors
 
-Shapes are torch's here: slowest first. Q8_0, blocks of 32 numbers with a scale, is held as the bytes that it is.
+Shapes are torch's here: slowest first. Quantised tensors are read in float32 (`grids`).
 """
 
 import struct
@@ -15,15 +15,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from d2surgery.errors import refuse
-from d2surgery.files.header import MAX_TENSORS, Header, TensorInfo
+from d2surgery.files.header import MAX_TENSORS, Grid, Header, TensorInfo
 from d2surgery.files.held import Held
 
 TYPES = {0: ("F32", 4), 1: ("F16", 2), 28: ("F64", 8), 30: ("BF16", 2)}  # ggml's number -> dtype, bytes
-Q8_0, BLOCK, BLOCK_BYTES = 8, 32, 34  # a float16 scale, then 32 signed bytes
+GRIDS = {  # ggml's number -> name, numbers in a block, its bytes
+    2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36),
+}  # fmt: skip
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY, _FLOAT, _UINT = 8, 9, 6, 4
 _ALIGNMENT, _MAX_HEADER = 32, 50_000_000
-QUANTIZED = "quantized:"  # how a field of the metadata begins that has a tensor's shape in numbers
 
 Field = str | int | float
 
@@ -55,17 +61,16 @@ def read_gguf(path: Path) -> Header:
     found: dict[str, TensorInfo] = {}
     for name, shape, type, offset in infos:
         dtype, nbytes = _size(type, shape)
-        begin, size = start + offset, nbytes
+        begin = start + offset
         if name in found:
             raise refuse("DUPLICATE_KEY", f"{name} in the header", file=str(path))
         if dtype == "":
-            raise refuse("DTYPE_UNEXPECTED", f"ggml type {type}", file=str(path), module=name, wanted="F32 … Q8_0")
-        if begin + size > held.found.st_size:
+            raise refuse("DTYPE_UNEXPECTED", f"ggml type {type}", file=str(path), module=name, wanted="F32 … NVFP4")
+        if begin + nbytes > held.found.st_size:
             raise refuse("TRUNCATED_FILE", "the file ends before its tensors do", file=str(path), module=name)
-        if type == Q8_0:
-            metadata[QUANTIZED + name] = " ".join(map(str, shape))
-            shape = (nbytes,)
-        found[name] = TensorInfo(path, dtype, shape, begin, begin + size, held)
+        grid = _grid(type)
+        size = nbytes if grid is None else 4 * prod(shape)
+        found[name] = TensorInfo(path, dtype, shape, begin, begin + size, held, grid=grid)
     return Header((path,), found, metadata, seen=(held,))
 
 
@@ -117,9 +122,17 @@ class _Cursor:
         return name, sizes[::-1], type, offset
 
 
+def _grid(type: int) -> Grid | None:
+    if type not in GRIDS:
+        return None
+    name, block, nbytes = GRIDS[type]
+    return Grid(name, block, nbytes, next(int(letter) for letter in name if letter.isdecimal()))
+
+
 def _size(type: int, shape: Sequence[int]) -> tuple[str, int]:
-    if type == Q8_0:
-        return ("U8", prod(shape) // BLOCK * BLOCK_BYTES) if shape and shape[-1] % BLOCK == 0 else ("", 0)
+    if (grid := _grid(type)) is not None:
+        whole = shape and shape[-1] % grid.block == 0
+        return ("F32", prod(shape) // grid.block * grid.nbytes) if whole else ("", 0)
     dtype, each = TYPES.get(type, ("", 0))
     return dtype, prod(shape) * each
 

@@ -1,4 +1,4 @@
-"""A model in GGUF as transformers would have it: names, the order of rows, config. F32, F16 and BF16.
+"""A model in GGUF as transformers would have it: names, the order of rows, config.
 
     token_embd, output_norm, output           model.embed_tokens, model.norm, lm_head
     blk.N.attn_norm, ffn_norm                 input_layernorm, post_attention_layernorm
@@ -14,7 +14,7 @@
 In the architecture `llama` the rows of q and k lie with the two halves of each head interleaved; they are read in
 transformers' order (`TensorInfo.heads`).  Gemma's norms are stored with 1 added, which is taken off
 (`TensorInfo.added`).  rope_freqs follows from a config, and is left out; a config cannot be made from it, nor of what
-the files of Gemma 2 and 3 and Qwen 3 MoE say: such a model needs its config.json.  Quantised models are refused.
+the files of Gemma 2 and 3 and Qwen 3 MoE say: such a model needs its config.json.
 
 Source: llama.cpp's convert_hf_to_gguf.py, through transformers' reading of its files.
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from d2surgery.errors import Problem, raise_errors, refuse
-from d2surgery.files.gguf import QUANTIZED, read_gguf
+from d2surgery.files.gguf import read_gguf
 from d2surgery.files.header import Header, TensorInfo
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3")
@@ -103,9 +103,7 @@ def _named(
     layer, inside = (f"model.layers.{int(block[1])}.", block[2]) if block else ("", part)
     parts = (_PARTS | _experts_of(family)[1] | (_NORMS if family in ("gemma2", "gemma3") else {})) if block else _WHOLE
     experts = _experts_of(family)[0].get(inside)
-    if QUANTIZED + name in metadata:
-        yield "quantised (Q8_0)", None
-    elif block and experts and leaf == "weight" and len(info.shape) == 3 and 0 < info.shape[0] <= _MOST_EXPERTS:
+    if block and experts and leaf == "weight" and len(info.shape) == 3 and 0 < info.shape[0] <= _MOST_EXPERTS:
         yield from _apart(info, layer, experts)
     elif leaf not in ("weight", "bias") or inside not in parts:
         yield "no place in the models that are read", None
@@ -133,8 +131,9 @@ def _apart(info: TensorInfo, layer: str, named: str) -> Iterator[tuple[str, Tens
     """Every expert's matrix of a stacked tensor."""
     count, *shape = info.shape
     size = info.nbytes // count
+    stored = size if info.grid is None else size // 4 // info.grid.block * info.grid.nbytes
     for expert in range(count):
-        start = info.start + expert * size
+        start = info.start + expert * stored
         name = layer + named.replace("#", str(expert))
         yield f"{name}.weight", info._replace(shape=tuple(shape), start=start, stop=start + size)
 

@@ -51,8 +51,22 @@ _MAGICS = (  # (first bytes, code, what it is)
 )
 
 
+class Grid(NamedTuple):
+    """How a quantised tensor lies in its file: blocks along its rows, from `TensorInfo.start` on."""
+
+    name: str  # Q4_K …; "MLX, 4 bits"
+    block: int  # numbers that share a scale, or scales
+    nbytes: int  # of a block
+    bits: int  # of a number, without its scales
+    scales: "TensorInfo | None" = None  # MLX's, where they are tensors of their own
+    biases: "TensorInfo | None" = None
+
+
 class TensorInfo(NamedTuple):
-    """One tensor as its header gives it; `start` and `stop` are absolute byte offsets in `file`."""
+    """One tensor as its header gives it; `start` and `stop` are absolute byte offsets in `file`.
+
+    A quantised one (`grid`) is read in float32, and is F32 here; `stop` is then where it would end.
+    """
 
     file: Path
     dtype: str
@@ -62,6 +76,7 @@ class TensorInfo(NamedTuple):
     held: Held | None = None  # the file, where it has been kept open
     heads: int = 0  # that share its rows, each with its two halves interleaved: they are read one after the other
     added: float = 0.0  # what the file has more than the model in every number
+    grid: Grid | None = None  # of a quantised one
 
     @property
     def nbytes(self) -> int:
@@ -94,8 +109,8 @@ class Header:
 
     @property
     def usual_dtype(self) -> str | None:
-        """The dtype of most floating-point tensors; None where there are none."""
-        count = Counter(info.dtype for info in self.tensors.values() if info.dtype in FLOATS)
+        """The dtype of most floating-point tensors, not counting quantised ones; None where there are none."""
+        count = Counter(info.dtype for info in self.tensors.values() if info.dtype in FLOATS and not info.grid)
         return count.most_common(1)[0][0] if count else None
 
 
@@ -124,7 +139,7 @@ def small_values(header: Header, key: str) -> tuple[float, ...]:
     Raises D2SurgeryError SHAPE_UNEXPECTED for more than 64 numbers or a dtype that is neither float nor integer.
     """
     info = header.tensors[key]
-    if prod(info.shape) > 64 or info.dtype not in _FORMATS:
+    if prod(info.shape) > 64 or info.dtype not in _FORMATS or info.grid:
         got = f"{info.dtype} {info.shape}"
         raise refuse("SHAPE_UNEXPECTED", "wanted a few numbers", file=str(info.file), module=key, got=got)
     if header.loaded is not None:

@@ -49,9 +49,18 @@ def read_part(info: TensorInfo, start: int, target: memoryview, *, once: bool = 
     if info.heads:
         _read_halves(info, start, target)
     else:
-        read_stored(info, start, target, once=once)
+        _read_plain(info, start, target, once=once)
     if info.added and len(target):
         torch.frombuffer(target, dtype=DTYPES[info.dtype]).sub_(info.added)
+
+
+def _read_plain(info: TensorInfo, start: int, target: memoryview, *, once: bool = False) -> None:
+    if info.grid is None:
+        read_stored(info, start, target, once=once)
+    elif len(target):
+        from d2surgery.files.grids import decoded  # which few need
+
+        target[:] = decoded(info, start, len(target))
 
 
 def _read_halves(info: TensorInfo, start: int, target: memoryview) -> None:
@@ -59,7 +68,7 @@ def _read_halves(info: TensorInfo, start: int, target: memoryview) -> None:
     size, rows, stop = info.nbytes // info.heads, info.shape[0] // info.heads, start + len(target)
     for head in range(start // size, -(-stop // size)):
         stored = torch.empty(size, dtype=torch.uint8)
-        read_stored(info, head * size, as_bytes(stored))
+        _read_plain(info, head * size, as_bytes(stored))
         ordered = as_bytes(stored.reshape(rows // 2, 2, -1).transpose(0, 1).contiguous())
         first, last = max(start, head * size), min(stop, (head + 1) * size)
         target[first - start : last - start] = ordered[first - head * size : last - head * size]

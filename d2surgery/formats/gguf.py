@@ -8,7 +8,7 @@
     .lora_b   (out, r)   B; of attn_q and attn_k in the architecture `llama` its rows in another order
 
 One alpha for the file: scaling = alpha/r, r each tensor's own; 1 where alpha is 0 or absent.  What differs is in the
-lora_b that is written.  F32, F16, BF16, and Q8_0, which is only read.
+lora_b that is written.  F32, F16, BF16; quantised ones (`files.grids`) are only read.
 
 llama.cpp rotates the two halves of a head's rows interleaved where transformers has one after the other, so its
 converter puts row (head, half, i) of q and k at (head, i, half).  How many heads there are stands in the base's config;
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2surgery.errors import Problem, raise_errors
-from d2surgery.files.gguf import BLOCK, QUANTIZED, TYPES, Part, gguf_bytes
+from d2surgery.files.gguf import TYPES, Part, gguf_bytes
 from d2surgery.files.header import Header, TensorInfo, small_values
 from d2surgery.files.whole import write_whole_bytes
 from d2surgery.formats.flat import flattened
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "gguf"
-TITLE, READS = "llama.cpp, Ollama, LM Studio (GGUF)", "LoRA; F32, F16, BF16, Q8_0; seven families"
+TITLE, READS = "llama.cpp, Ollama, LM Studio (GGUF)", "LoRA; F32, F16, BF16, quantised; seven families"
 WEIGHTS = "adapter.gguf"
 ARCHITECTURES = {  # transformers' model_type -> llama.cpp's architecture
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2",
@@ -106,7 +106,7 @@ def _add(pairs: Pairs, name: str, group: Group, architecture: str, alpha: float)
     if part not in _PARTS or not number.isdecimal() or block == number:
         pairs.skip(group.values(), "UNSUPPORTED_VARIANT", "no linear module of a block", module=name)
         return
-    down, up = (_factor(pairs, group[leaf]) for leaf in ("lora_a", "lora_b"))
+    down, up = (pairs.factor(group[leaf]) for leaf in ("lora_a", "lora_b"))
     if (field := _PERMUTED.get((architecture, part))) is not None:
         heads = pairs.header.metadata.get(f"llama.attention.{field}", "")
         rows = up.shape[0] if up.shape else 0
@@ -119,24 +119,6 @@ def _add(pairs: Pairs, name: str, group: Group, architecture: str, alpha: float)
     rank = down.shape[0] if down.shape else 1
     module = f"model.layers.{int(number)}.{_PARTS[part]}"
     pairs.add(module, group, down, up, scaling=alpha / rank if alpha else 1.0)
-
-
-def _factor(pairs: Pairs, key: str) -> Factor:
-    shape = pairs.header.metadata.get(QUANTIZED + key)
-    if shape is None:
-        return pairs.factor(key)
-    sizes = tuple(map(int, shape.split()))
-    pairs.decoded.add(key)
-    return Factor(Slot(key, made=partial(_dequantized, sizes)), sizes)
-
-
-def _dequantized(shape: tuple[int, ...], data: "Tensor") -> "Tensor":
-    """Blocks of a float16 scale and 32 signed bytes, in float32."""
-    import torch
-
-    blocks = data.reshape(-1, BLOCK + 2)
-    scales = blocks[:, :2].contiguous().view(torch.float16).float()
-    return (blocks[:, 2:].contiguous().view(torch.int8).float() * scales).reshape(shape)
 
 
 def _unpermuted(heads: int, before: Any, tensor: "Tensor") -> "Tensor":

@@ -29,7 +29,6 @@ class Pairs:
     say: Problems = field(default_factory=Problems)
     adapters: dict[str, AdapterLayout] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
-    decoded: set[str] = field(default_factory=set)  # keys whose bytes are no numbers until a slot makes them
 
     def __post_init__(self) -> None:
         self.say.file = self.header.files[0].name
@@ -143,7 +142,7 @@ class Pairs:
     def _check(self, module: str, group: Group, down: Factor, up: Factor) -> None:
         for key in group.values():
             info = self.header.tensors[key]
-            if info.dtype not in FLOATS and info.shape and key not in self.decoded:
+            if info.dtype not in FLOATS and info.shape:
                 self.say("DTYPE_UNEXPECTED", f"{key.rpartition('.')[2]} is {info.dtype}", module=module,
                          wanted=", ".join(FLOATS))  # fmt: skip
         if min(len(down.shape), len(up.shape)) < 2:

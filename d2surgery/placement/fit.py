@@ -38,13 +38,18 @@ def fit(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
     strength: float = 1.0,
+    *,
+    dequantized: bool = False,
     **reading: Unpack[Reading],
 ) -> Fit:
-    """Where every tensor of the adapter lands. Raises D2SurgeryError with every misfit at once."""
+    """Where every tensor of the adapter lands. dequantized: see `BaseWeights`.
+
+    Raises D2SurgeryError with every misfit at once.
+    """
     if not isfinite(strength):
         raise refuse("STRENGTH", "not a number to multiply with", wanted="finite", got=str(strength))
     layout = open_layout(adapter, **reading)
-    weights = BaseWeights(base)
+    weights = BaseWeights(base, dequantized=dequantized)
     layout = with_base(layout, weights.header.tensors, weights.config)
     landing = sites(layout, weights.header, weights.config)
     problems = [

@@ -178,7 +178,7 @@ def spectrum(
 
 def drift(adapter: Path, base: Path, *, along: Axis | None = None, device: str = "cpu") -> Drifts:
     """How far each module moves the length and the direction of the base's vectors; `delta_drift` is of one matrix."""
-    weights = BaseWeights(base)
+    weights = BaseWeights(base, dequantized=True)
     checkpoint = _opened(adapter, weights)
     return Drifts(**_whose(adapter, checkpoint), records=dict(drifts(checkpoint, weights, along=along, device=device)))
 
