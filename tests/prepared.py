@@ -17,7 +17,7 @@ os.environ |= {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaDecoderLayer"),
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
 
@@ -25,15 +25,14 @@ import torch
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from d2surgery.live.attaching import adapted
 from d2surgery.training.config import read_config
 from d2surgery.training.loop import train
 from d2surgery.training.settings import TrainConfig
 
 RANK = int(os.environ["RANK"])
-whole_init, whole_loading = AcceleratorState.__init__, AutoModelForCausalLM.from_pretrained
+whole_init = AcceleratorState.__init__
 models: list[Any] = []
 
 
@@ -45,14 +44,22 @@ def init(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def loaded(*args: Any, **options: Any) -> Any:
-    models[:] = [whole_loading(*args, **options)]
-    held.append(models[0].lm_head.weight.device.type)
-    return models[0]
+def watched(kind: Any) -> None:
+    """Keep what a class loads, and say where it lies."""
+    whole = kind.from_pretrained
+
+    def loaded(*args: Any, **options: Any) -> Any:
+        found = whole(*args, **options)
+        models[:] = [found[0] if isinstance(found, tuple) else found]
+        held.append(models[0].get_input_embeddings().weight.device.type)
+        return found
+
+    kind.from_pretrained = loaded
 
 
 AcceleratorState.__init__ = init
-AutoModelForCausalLM.from_pretrained = loaded
+watched(AutoModelForCausalLM)
+watched(AutoModelForSequenceClassification)
 held: list[str] = []
 
 
@@ -72,7 +79,7 @@ def run(config: TrainConfig, **options: Any) -> Any:
 
 def compared(config: TrainConfig) -> dict[str, Any]:
     report = run(config)
-    slots = [slot for layer in adapted(models[0]).values() for slot in layer.slots.values()]
+    learning = [p for p in models[0].parameters() if p.requires_grad]
     again = replace(config, output=f"{config.output}-again")
     try:
         run(again, progress=stop)
@@ -81,7 +88,7 @@ def compared(config: TrainConfig) -> dict[str, Any]:
     resumed = run(again, resume=True)
     return {
         "kind": config.adapter.kind,
-        "spread": all(isinstance(slot, DTensor) for slot in slots),
+        "spread": all(isinstance(p, DTensor) for p in learning),
         "held": [*held],
         "eval_loss": report.last_eval_loss,
         "resumed_from": resumed.resumed_from,

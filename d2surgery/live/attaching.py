@@ -130,12 +130,11 @@ def snapshot(model: nn.Module, about: About = About()) -> Checkpoint:  # noqa: B
 
 def train_whole(model: nn.Module, names: Collection[str] = ()) -> None:
     """Train a classifier's head whole, in float32, beside the adapters, and other tensors of these names."""
-    for head in _tops(model):
-        head.float().requires_grad_(True)
-    for name, parameter in model.named_parameters():
-        if name in names:
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
+    of_heads = {parameter for head in _tops(model) for parameter in head.parameters()}
+    for name, parameter in list(model.named_parameters()):
+        if name in names or parameter in of_heads:
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, nn.Parameter(_on_host(parameter.detach()).float()))
 
 
 def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -157,10 +156,15 @@ def options_of(kind: type[Adapter]) -> set[str]:
 
 
 def _without_numbers(adapter: Adapter) -> Adapter:
-    """Zeros: in FSDP's other processes, which the first one sends the numbers. On the CPU, since accelerate knows
-    parameters by where they lie."""
-    slots: dict[str, Any] = {name: torch.zeros(slot.shape, dtype=slot.dtype) for name, slot in adapter.slots().items()}
+    """Zeros in the place of what is on meta."""
+    slots: dict[str, Any] = {name: _on_host(slot) for name, slot in adapter.slots().items()}
     return replace(adapter, **slots)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Zeros for what has no numbers: in FSDP's other processes, which the first one sends them. On the CPU, since
+    accelerate knows parameters by where they lie."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor
 
 
 def _copied(adapter: Adapter) -> Adapter:

@@ -273,6 +273,8 @@ def _trainer(
         keep=config.run.keep,
         best=config.run.best,
     )
+    if corpus.labels:  # else Trainer takes a classifier's mean for a share of the whole step's
+        trainer.model_accepts_loss_kwargs = False
     if config.run.patience:
         trainer.add_callback(Patience(config.run.patience))
     trainer.remove_callback(PrinterCallback)
@@ -283,9 +285,6 @@ def _trainer(
     if plugin is not None and quantization_in(model):
         message = "FSDP would split weights that bitsandbytes has packed"
         raise refuse("BAD_CONFIG", message, module="accelerate", wanted="DDP, or no quantisation")
-    if plugin is not None and corpus.labels:
-        message = "FSDP was not tested with a head that is trained whole"
-        raise refuse("BAD_CONFIG", message, module="accelerate", wanted="DDP, or goal answers")
     return trainer, flow, metrics
 
 

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
@@ -175,6 +176,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after an evaluation a head is whole, another tensor than the optimizer knows
         state = get_optimizer_state_dict(self.model, self._plain_optimizer(), options=_WHOLE)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / "optimizer.pt")
@@ -212,18 +216,21 @@ def _known_to_have_adapters(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def restore(model: nn.Module, stored: Mapping[str, Adapter]) -> None:
-    """Give every slot its stored value, or this process's part of it where FSDP2 has spread it."""
+    """Give every slot, and what is trained whole, its stored value."""
     for module, layer in adapted(model).items():
         for slot, tensor in stored[module].slots().items():
-            parameter = layer.slots[slot]
-            if isinstance(parameter, DTensor):
-                here = tensor.to(parameter.device)
-                tensor = distribute_tensor(here, parameter.device_mesh, parameter.placements)
-            parameter.copy_(tensor)
+            _give(layer.slots[slot], tensor)
     if isinstance(stored, Checkpoint):
         whole = trained_whole(model)
         for name, key in stored.layout.replacements.items():
-            whole[name].copy_(stored.tensor(key))
+            _give(whole[name], stored.tensor(key))
+
+
+def _give(parameter: Tensor, value: Tensor) -> None:
+    """Its value, or this process's part of it where FSDP2 has spread it."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
 
 
 def judged_labels(predicted: Any) -> dict[str, float]:

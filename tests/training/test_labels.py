@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from launched import TESTS, two_processes
 from longer import one_in
 from models import bert, byte_tokenizer, llama
-from trained import config_of, lines, same
+from trained import config_of, lines, same, tensors
 
 from d2surgery import load
 from d2surgery.errors import D2SurgeryError
 from d2surgery.live.loading import unmerged
 from d2surgery.training.bases import check_fit
+from d2surgery.training.config import to_toml
 from d2surgery.training.data import Corpus, Encoded
 from d2surgery.training.loop import train
 
@@ -75,6 +77,50 @@ def test_a_classifier_that_is_resumed_is_the_same(tmp_path: Path) -> None:
     assert train(config, resume=True).resumed_from == 3
     train(replace(config, output=str(tmp_path / "whole")))
     assert same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_step_of_two_halves_is_the_step(tmp_path: Path) -> None:
+    """A classifier's loss is a mean: of two forwards the mean of both, not their sum."""
+    prepared(tmp_path, "llama")
+    logged = {}
+    for batch, accumulation in ((4, 1), (2, 2)):
+        optimizer = {"batch": batch, "accumulation": accumulation, "steps": 4}
+        config = config_of(tmp_path, "dora", data={"goal": "labels"}, optimizer=optimizer, run={"log_every": 1})
+        train(config := replace(config, output=str(tmp_path / str(batch))))
+        logged[batch] = [line for line in lines(config.output) if "loss" in line]
+    for name in ("loss", "grad_norm"):
+        whole, halves = ([line[name] for line in logged[batch]] for batch in (4, 2))
+        assert halves == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["llama", "bert without a head"])
+def test_fsdp2_trains_a_head_whole_saves_and_resumes_it(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the adapters, in two processes of which the second never holds the base; by DDP the same."""
+    prepared(tmp_path, model)
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", {"llama": "LlamaDecoderLayer"}.get(model, "BertLayer"))
+    config = config_of(tmp_path, "d2lora", data={"goal": "labels"}, optimizer={"batch": 2, "steps": 4},
+                       run={"save_every": 2, "eval_every": 4, "log_every": 1})  # fmt: skip
+    out = {name: tmp_path / name for name in ("fsdp", "ddp")}
+    for name, directory in out.items():
+        (tmp_path / f"{name}.toml").write_text(to_toml(replace(config, output=str(directory))))
+    found = json.loads(two_processes(str(TESTS / "prepared.py"), str(tmp_path / "fsdp.toml")))
+    two_processes("-m", "d2surgery", "train", str(tmp_path / "ddp.toml"))
+    assert found["spread"]
+    assert [set(devices) for devices in found["held"]] == [{"cpu"}, {"meta"}]
+    assert found["resumed_from"] == 2
+    assert same(out["fsdp"], tmp_path / "fsdp-again")
+    one, other = (tensors(directory) for directory in out.values())
+    heads = [name for name in one if "score" in name or "classifier" in name]
+    assert heads
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5)
+    losses = [[line[key] for line in lines(directory) for key in ("loss", "eval_loss") if key in line]
+              for directory in out.values()]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert "Classification" in type(unmerged(tmp_path / "base", load(out["fsdp"]))).__name__
 
 
 @pytest.mark.parametrize(("length", "fits"), [(32, True), (33, False)])
