@@ -312,7 +312,7 @@ def _through_gains(
     if da is not None and ctx.along == "in_features":
         da = da + (P * dP).sum(1)
     elif da is not None:
-        da = da.sub_((P * dP).sum(1)) if ctx.extra else da
+        da = da.sub_((P * dP).sum(1), alpha=ctx.extra) if ctx.extra else da
         da = da.div_(a).masked_fill_(a == 0, 0)
     dP = dP * b[:, None]
     if da is not None and ctx.needs_input_grad[6]:
