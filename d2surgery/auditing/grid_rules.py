@@ -107,12 +107,13 @@ def _off(sums: Sums, limits: Thresholds, together: bool) -> str:
     """
     strength, error = sums.wanted.strength, sums.wanted.strength_error
     near = SIGNIFICANT * error
-    leans = 0.0 if sums.known else max(OFF, sums.floor / max(sums.size, 1e-300))
+    likewise = sums.known and sums.wanted.mismatched <= FEW * sums.wanted.elements  # else perhaps with an imatrix
+    leans = 0.0 if likewise else max(OFF, sums.floor / max(sums.size, 1e-300))
     least = max(near, limits.strength_fail, leans)
     if isnan(strength) or sums.least - least <= strength <= 1 + least:
         return ""
     usual = next((code for factor, code in _USUAL.items() if abs(strength - factor) <= max(near, OFF)), "")
-    if sums.attenuated and (0 < strength < 1 if not usual else usual == "DELTA_NOT_APPLIED" and not together):
+    if sums.attenuated and (0 < strength < 1.5 if not usual else usual == "DELTA_NOT_APPLIED" and not together):
         return ""  # as a right merge may be, in one module
     return usual or "WRONG_STRENGTH"
 
@@ -149,7 +150,7 @@ def _left_open(sums: Sums) -> str:
     if sums.least < LOW_GAIN:
         return "rounding to 16 bits before loses part of it, too"
     if sums.attenuated and strength < LOW_GAIN:
-        return "the base lies on this grid already, where a right merge loses as much"
+        return "the base lies on a coarse grid already, where a right merge may lose as much"
     return "as a right merge, whose bits cannot be checked on this grid"
 
 
