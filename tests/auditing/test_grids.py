@@ -5,9 +5,11 @@ Files of GGUF by the package gguf, those of MLX by its formula in numpy, and by 
 
 import json
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from tools import needs
 from torch import Tensor
 
 import d2surgery
-from d2surgery.auditing.findings import Audit
+from d2surgery.auditing.findings import Audit, document
 from d2surgery.cli import main
 from d2surgery.errors import D2SurgeryError
 from d2surgery.files.base import BaseWeights
@@ -191,6 +193,9 @@ def codes(found: Audit) -> set[str]:
     return {problem.code for problem in found.reasons}
 
 
+SCHEMA = json.loads(files("d2surgery").joinpath("schemas", "audit.schema.json").read_text())
+
+
 @pytest.mark.parametrize("size", [ABOVE, BELOW])
 @pytest.mark.parametrize("grid", [*GGUF, *MLX])
 def test_a_right_merge_passes_where_its_quantiser_is_known(tmp_path: Path, grid: str, size: float) -> None:
@@ -198,6 +203,7 @@ def test_a_right_merge_passes_where_its_quantiser_is_known(tmp_path: Path, grid:
     assert found.verdict == "pass", found.reasons
     assert "SAME_BLOCKS" in codes(found)
     assert {module.status for module in found.modules.values()} == {"replayed"}
+    jsonschema.Draft202012Validator(SCHEMA).validate(json.loads(json.dumps({"schema_version": 1} | document(found))))
 
 
 @pytest.mark.parametrize("make", WRONG)
