@@ -1,9 +1,12 @@
 """Figures of studies that draw a line per arm of four_kinds: panels side by side, as SVG."""
 
-from collections.abc import Mapping, Sequence
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from math import log
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 WIDTH, LEFT, TOP, PANEL, GAP, DEEP = 1120, 60, 50, 380, 60, 260
 COLOURS = ("#0072B2", "#56B4E9", "#000000", "#D55E00", "#CC79A7", "#E69F00", "#009E73")  # Okabe and Ito
@@ -18,6 +21,14 @@ class Panel(NamedTuple):
     lines: Mapping[str, Sequence[Point]]
     logarithmic: bool = False
     """From 1 up; else from 0."""
+
+
+def main(draw: Callable[[dict[str, Any]], str]) -> None:
+    """figure.svg in the directory that the command line names, of its results.json; none of no arms."""
+    directory = Path(sys.argv[1])
+    results = json.loads((directory / "results.json").read_text())
+    if results["arms"]:
+        (directory / "figure.svg").write_text(draw(results))
 
 
 def drawn(panels: Sequence[Panel], arms: Sequence[str]) -> str:

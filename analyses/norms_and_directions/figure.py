@@ -1,21 +1,13 @@
 """Draws figure.svg from results.json: what each arm's deltas use and how large they are, layer by layer."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from lines import Panel, drawn
+from lines import Panel, drawn, main
 
 SHOWN = {"energy_entropy_rank": "energy entropy rank of the delta", "relative_update": "‖delta‖/‖W0‖"}
-
-
-def main() -> None:
-    directory = Path(sys.argv[1])
-    results = json.loads((directory / "results.json").read_text())
-    if results["arms"]:
-        (directory / "figure.svg").write_text(draw(results))
 
 
 def draw(results: dict[str, Any]) -> str:
@@ -28,4 +20,4 @@ def draw(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(draw)

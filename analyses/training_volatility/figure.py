@@ -1,19 +1,11 @@
 """Draws figure.svg from results.json: the loss's deviation in a window against the step, a line per arm."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from lines import Panel, drawn
-
-
-def main() -> None:
-    directory = Path(sys.argv[1])
-    results = json.loads((directory / "results.json").read_text())
-    if results["arms"]:
-        (directory / "figure.svg").write_text(draw(results))
+from lines import Panel, drawn, main
 
 
 def draw(results: dict[str, Any]) -> str:
@@ -30,4 +22,4 @@ def draw(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(draw)

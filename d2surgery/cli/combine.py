@@ -50,7 +50,8 @@ def command(
     keep, outputs = surgical.chosen(out, options)
     recipe = Recipe(keep=keep, **how)
     names, weights = zip(*adapters, strict=True)
-    layouts = [surgical.open_adapter(name) for name in (*names, *filter(None, [combined]))]
+    opened = measured if plan else surgical
+    layouts = [opened.open_adapter(name) for name in (*names, *filter(None, [combined]))]
     where = BaseWeights(base) if base is not None else None
     with uncollected():  # torch
         from d2surgery.checkpoint import Checkpoint

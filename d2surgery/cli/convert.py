@@ -66,7 +66,7 @@ def command(
         raise refuse("USAGE", "--rescale-base makes a LoRA", wanted="--base, and no other --kind", got=str(kind))
     surgical.check_calibration(base, calibration)
     weights = BaseWeights(base) if base is not None else None
-    layout = surgical.open_adapter(adapter, weights, scale=scale, alpha=alpha)
+    layout = (measured if form and only_format else surgical).open_adapter(adapter, weights, scale=scale, alpha=alpha)
     with uncollected():  # torch
         from d2surgery.checkpoint import Checkpoint
         from d2surgery.surgery.rescaling import rescale
